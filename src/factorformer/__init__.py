@@ -1,0 +1,23 @@
+"""Factorformer makes Transformers small and fast by storing every weight matrix in factorized form."""
+
+__version__ = "0.1.0"
+
+from factorformer.compression import Report, compress, load, plan
+from factorformer.errors import FactorformerError
+from factorformer.nn import FactorizedEmbedding, FactorizedLinear
+from factorformer.planning import Plan
+from factorformer.structures import LowRank, Structure
+
+__all__ = [
+    "FactorformerError",
+    "FactorizedEmbedding",
+    "FactorizedLinear",
+    "LowRank",
+    "Plan",
+    "Report",
+    "Structure",
+    "__version__",
+    "compress",
+    "load",
+    "plan",
+]

@@ -1,0 +1,189 @@
+"""The main verbs: plan a compression, carry it out, load its result."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import time
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import transformers
+from torch import nn
+from transformers import PreTrainedModel
+
+from factorformer import calibration as calibrate
+from factorformer import planning, recipes
+from factorformer.errors import CheckpointError, DataError, FactorformerError, ModelError
+from factorformer.fitting import Metric, fit
+from factorformer.hf.plugin import attach
+from factorformer.planning import Cost, Plan, Scope
+from factorformer.surgery import dense_weight, factorize, find_matrices
+
+Progress = Callable[[str, int, int | None], None]
+"""Called with the name of a phase, the steps done, and their total if it is known."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What `compress` did.
+
+    Args:
+        method: the method that was carried out.
+        scope: what `original` and `compressed` count.
+        original, compressed: cost of everything in scope, before and after.
+        errors: relative error of each factorized matrix, under the metric of the fit.
+        seconds: wall time of calibration and fit.
+    """
+
+    method: str
+    scope: Scope
+    original: Cost
+    compressed: Cost
+    errors: dict[str, float]
+    seconds: dict[str, float]
+
+    @property
+    def ratio(self) -> float:
+        """Original bytes over compressed bytes, in scope."""
+        return self.original.bytes / self.compressed.bytes
+
+
+def plan(
+    model: nn.Module,
+    method: str | None = None,
+    ratio: float = 3.0,
+    scope: Scope = "blocks",
+    include: Sequence[str] | None = None,
+    exclude: Sequence[str] | None = None,
+) -> Plan:
+    """Decide what every weight matrix becomes, without changing anything.
+
+    Args:
+        model: a Transformer; its weights are not read.
+        method: a name that `factorformer methods` lists; None leaves the choice to `compress`: data-aware with
+            calibration data, plain without.
+        ratio: bytes of the original tensors in scope over the bytes of what replaces them.
+        scope: `blocks` for the linear layers of the Transformer blocks, `all` for the whole model with embeddings.
+        include, exclude: shell patterns of module names, e.g. `*.attention.*`.
+
+    Raises:
+        MethodError: an unknown method.
+        BudgetError: a ratio that cannot be met within 1 %; the message names the nearest that can.
+        ModelError: no matrix to factorize, or a pattern that matches nothing.
+
+    >>> from transformers import BertConfig, BertModel
+    >>> model = BertModel(BertConfig(hidden_size=64, num_attention_heads=4, intermediate_size=128, vocab_size=50))
+    >>> f"{plan(model, 'svd', ratio=2.5).ratio:.2f}"
+    '2.50'
+    """
+    recipe = recipes.get(method or recipes.default_method(calibrated=True))
+    matrices, rest = find_matrices(model, scope, include, exclude)
+    entries = planning.ALLOCATIONS[recipe.allocation](matrices, recipe.structure, ratio, rest)
+    return Plan(method, scope, ratio, entries, rest)
+
+
+def compress(
+    model: nn.Module,
+    plan: Plan,
+    calibration: Iterable[calibrate.Batch] | None = None,
+    progress: Progress | None = None,
+) -> Report:
+    """Replace the planned matrices by fitted factors, in place. A Hugging Face model then saves as a compressed one.
+
+    All factors are fitted before the first layer is replaced: an error leaves the model as it was.
+
+    Args:
+        model: the dense model that the plan was made for.
+        plan: from `plan` or `Plan.load`.
+        calibration: batches of keyword arguments for the model, with labels if the method needs them.
+        progress: told how far the work is.
+
+    Raises:
+        DataError: the method needs calibration data (or labels) that was not given.
+        ModelError: the plan does not fit the model, or a weight is not finite; the message names the layer.
+    """
+    method = plan.method or recipes.default_method(calibrated=calibration is not None)
+    recipe = recipes.get(method)
+    _check_fits(plan, model)
+    started = time.perf_counter()
+    statistics: dict[str, calibrate.LayerStatistics] = {}
+    names = [entry.matrix.name for entry in plan.factorized]
+    if recipe.metric != "plain":
+        if calibration is None:
+            raise DataError(
+                f"method '{method}' needs calibration data ({recipe.needs}): pass calibration batches, or use 'svd'"
+            )
+        statistics = calibrate.collect(
+            model,
+            names,
+            calibration,
+            moments=recipe.metric == "input_moment",
+            fisher=recipe.metric == "fisher_rows",
+            progress=None if progress is None else lambda done: progress("calibrate", done, None),
+        )
+    calibrated = time.perf_counter()
+    fitted, errors = {}, {}
+    for done, entry in enumerate(plan.factorized):
+        name = entry.matrix.name
+        weight = dense_weight(model.get_submodule(name))
+        try:
+            metric = Metric.of(statistics.get(name))
+            fitted[name], errors[name] = fit(weight, entry.spec, metric)  # pyright: ignore[reportArgumentType]
+        except FactorformerError as error:
+            raise type(error)(f"layer '{name}': {error}") from error
+        if progress is not None:
+            progress("fit", done + 1, len(names))
+    for entry in plan.factorized:
+        factorize(model, entry.matrix, entry.spec, fitted.pop(entry.matrix.name))  # pyright: ignore[reportArgumentType]
+    if isinstance(model, PreTrainedModel):
+        attach(model)
+    seconds = {"calibrate": calibrated - started, "fit": time.perf_counter() - calibrated}
+    return Report(method, plan.scope, plan.original, plan.compressed, errors, seconds)
+
+
+def _check_fits(plan: Plan, model: nn.Module) -> None:
+    if not plan.factorized:
+        raise ModelError("the plan keeps every matrix dense: there is nothing to compress")
+    matrices = {matrix.name: matrix for matrix in find_matrices(model, "all")[0]}
+    for entry in plan.factorized:
+        found = matrices.get(entry.matrix.name)
+        if found is None or found.shape != entry.matrix.shape or found.aliases != entry.matrix.aliases:
+            has = "has no such matrix" if found is None else f"has {found.shape} tied to {list(found.aliases)}"
+            raise ModelError(
+                f"the plan does not fit the model: it expects '{entry.matrix.name}' of shape {entry.matrix.shape} "
+                f"tied to {list(entry.matrix.aliases)}, and the model {has}"
+            )
+
+
+def load(directory: str | os.PathLike[str], **kwargs: Any) -> PreTrainedModel:
+    """Load a model directory as the class that it was saved from; nothing may be missing, extra or misshapen.
+
+    Args:
+        directory: what `save_pretrained` or `factorformer compress` wrote.
+        kwargs: passed on to `from_pretrained` (`dtype`, `device_map`, ...).
+
+    Raises:
+        CheckpointError: not a model directory, an unknown class, or tensors that do not fit; the message names them.
+    """
+    path = Path(directory)
+    try:
+        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"'{path}' is not a model directory: {error}") from error
+    name = (config.get("architectures") or [None])[0]
+    architecture = getattr(transformers, name, None) if name else None
+    if architecture is None:
+        raise CheckpointError(f"'{path}/config.json' names the model class {name!r}, which transformers does not have")
+    try:
+        model, info = architecture.from_pretrained(path, output_loading_info=True, **kwargs)
+    except FactorformerError:
+        raise
+    except (OSError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"cannot load '{path}': {error}") from error
+    problems = {key: sorted(map(str, info.get(key) or ())) for key in ("missing_keys", "unexpected_keys", "mismatched_keys")}
+    if any(problems.values()):
+        raise CheckpointError(f"'{path}' does not fit {name}: {({k: v[:5] for k, v in problems.items() if v})}")
+    return model

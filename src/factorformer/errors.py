@@ -1,0 +1,46 @@
+"""Every error that a user can cause or meet, so that one `except FactorformerError` catches them all."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class FactorformerError(ValueError):
+    """Base of all errors raised on purpose; the command line prints its message and exits with code 2."""
+
+
+class MethodError(FactorformerError):
+    """An unknown method, structure, scope or an unusable combination of options."""
+
+
+class BudgetError(FactorformerError):
+    """A byte budget that cannot be met; the message names the nearest that can."""
+
+
+class ModelError(FactorformerError):
+    """A model, layer or weight that cannot be factorized as asked."""
+
+
+class DataError(FactorformerError):
+    """Calibration, training or evaluation data that is missing, empty or malformed."""
+
+
+class CheckpointError(FactorformerError):
+    """A compressed model directory that is incomplete, corrupt or does not fit the model."""
+
+
+class OutputError(FactorformerError):
+    """An output path that exists already or cannot be written."""
+
+
+def one_of(given: str, allowed: Iterable[str]) -> str:
+    """Describe a wrong choice: what was given, the nearest allowed name, and all allowed names.
+
+    >>> one_of("svdd", ["svd", "fwsvd"])
+    "'svdd' (did you mean 'svd'?); allowed: svd, fwsvd"
+    """
+    names = list(allowed)
+    near = difflib.get_close_matches(given, names, n=1, cutoff=0.5)
+    hint = f" (did you mean '{near[0]}'?)" if near else ""
+    return f"'{given}'{hint}; allowed: {', '.join(names)}"

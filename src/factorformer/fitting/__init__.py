@@ -1,0 +1,31 @@
+"""Weight and statistics in, factors out: one fitter per structure, whatever the metric."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from factorformer.fitting.metric import Metric, MetricName
+from factorformer.fitting.svd import fit_low_rank
+from factorformer.structures import LowRank, Structure
+
+FITTERS: dict[type[Structure], Callable[..., tuple[dict[str, Tensor], float]]] = {LowRank: fit_low_rank}
+
+
+def fit(weight: Tensor, spec: Structure, metric: Metric | None = None) -> tuple[dict[str, Tensor], float]:
+    """Factors of `spec` that approximate `weight` best under the metric, and the relative error that remains.
+
+    Args:
+        weight: `(out, in)`.
+        spec: structure and size.
+        metric: plain Frobenius if None.
+
+    Raises:
+        ModelError: the weight is not finite, or its shape does not admit the structure.
+    """
+    spec.check((weight.shape[0], weight.shape[1]))
+    return FITTERS[type(spec)](weight, spec, metric or Metric())
+
+
+__all__ = ["FITTERS", "Metric", "MetricName", "fit"]

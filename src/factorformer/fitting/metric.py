@@ -1,0 +1,48 @@
+"""The error that a fit minimizes: a weighted Frobenius norm."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from factorformer.calibration import LayerStatistics
+
+MetricName = Literal["plain", "fisher_rows", "input_moment"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Metric:
+    """`||R (W - W') L||_F`, with a diagonal `R` over output rows and a square root `L` of an input metric.
+
+    Plain Frobenius (both None), Fisher rows and the input second moment are one problem under different metrics.
+
+    Args:
+        rows: the diagonal of `R`, positive, `(out,)`.
+        columns: lower-triangular `L`, float64, `(in, in)`.
+    """
+
+    rows: Float[Tensor, " out"] | None = None
+    columns: Float[Tensor, "inner inner"] | None = None
+
+    @classmethod
+    def of(cls, statistics: LayerStatistics | None) -> Metric:
+        """Rows by measured importance, columns by the second moment of the input; plain Frobenius for None."""
+        if statistics is None:
+            return cls()
+        rows = None
+        if statistics.rows is not None:
+            # A row that calibration never touched still has to be reconstructed, if with little weight.
+            floor = 1e-3 * statistics.rows.mean().clamp_min(torch.finfo(torch.float64).tiny)
+            rows = (statistics.rows + floor).sqrt()
+        return cls(rows, None if statistics.inputs is None else statistics.inputs.root())
+
+    def apply(self, weight: Float[Tensor, "out inner"]) -> Float[Tensor, "out inner"]:
+        """`R W L`, in the metric's precision where it has one and otherwise in the weight's (at least float32)."""
+        result = weight.double() if self.columns is not None else weight.to(torch.promote_types(weight.dtype, torch.float32))
+        if self.rows is not None:
+            result = self.rows[:, None].to(result.dtype) * result
+        return result if self.columns is None else result @ self.columns

@@ -1,0 +1,1 @@
+"""Factorformer in the Hugging Face ecosystem."""

@@ -1,0 +1,168 @@
+"""Compressed model directories: checked before they are loaded, complete or absent after they are written."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import safetensors
+from transformers import PreTrainedModel
+
+from factorformer.errors import CheckpointError, OutputError
+from factorformer.structures import Shape, Structure
+
+if TYPE_CHECKING:
+    from factorformer.hf.plugin import FactorformerConfig
+
+Sizes = dict[str, tuple[int, ...]]
+
+
+def read_sizes(files: Sequence[str | os.PathLike[str]]) -> Sizes:
+    """Name and size of every tensor in safetensors files, from their headers alone.
+
+    Raises:
+        CheckpointError: a file that is not safetensors, or truncated.
+    """
+    sizes: Sizes = {}
+    for file in files:
+        if not str(file).endswith(".safetensors"):
+            raise CheckpointError(f"'{file}' is not a safetensors file: compressed models are never read from pickles")
+        try:
+            with safetensors.safe_open(file, framework="pt") as tensors:
+                sizes |= {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}
+        except (OSError, safetensors.SafetensorError) as error:
+            raise CheckpointError(f"cannot read '{file}': {error}") from error
+    return sizes
+
+
+def check_tensors(model: PreTrainedModel, config: FactorformerConfig, files: Sequence[str] | None) -> None:
+    """Compare a checkpoint with the model that is about to take it, so that nothing loads as random numbers.
+
+    A model class other than the saved one (a new task head on a compressed encoder, an encoder without its head) may
+    lack or add whole submodules, which transformers reports itself. Everything else has to fit.
+
+    Args:
+        model: the skeleton, with its factorized layers in place.
+        config: what config.json says of them.
+        files: the checkpoint's files; None if the caller passed a state dict.
+
+    Raises:
+        CheckpointError: a missing, extra or misshapen tensor; the message names up to five of each.
+    """
+    if files is None:
+        return
+    stored = read_sizes(files)
+    _check_factors(config, stored)
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    prefix = f"{model.base_model_prefix}."
+    if type(model).__name__ not in (model.config.architectures or []):
+        expected, stored = _common(expected, prefix), _common(stored, prefix)
+        children = {name.split(".")[0] for name in expected} & {name.split(".")[0] for name in stored}
+        expected = {name: size for name, size in expected.items() if name.split(".")[0] in children}
+        stored = {name: size for name, size in stored.items() if name.split(".")[0] in children}
+        ties = set(_common(dict.fromkeys(model.all_tied_weights_keys, ()), prefix))
+    else:
+        ties = set(model.all_tied_weights_keys) | set(model.all_tied_weights_keys.values())
+    may_miss = [*(model._keys_to_ignore_on_load_missing or []), *(model._keys_to_ignore_on_save or [])]
+    may_extra = model._keys_to_ignore_on_load_unexpected or []
+    missing = [n for n in expected.keys() - stored.keys() - ties if not _matches(n, may_miss)]
+    extra = [n for n in stored.keys() - expected.keys() if not _matches(n, may_extra)]
+    wrong = [
+        f"{n}: {list(stored[n])} in the file, {list(expected[n])} in the model"
+        for n in stored.keys() & expected.keys()
+        if stored[n] != expected[n]
+    ]
+    _report(missing, extra, wrong)
+
+
+def _check_factors(config: FactorformerConfig, stored: Sizes) -> None:
+    missing, extra, wrong = [], [], []
+    for name, layer in config.layers.items():
+        spec, shape = config.structure(name)
+        holders = [name, *layer.get("tied", ())]
+        sizes = _factor_sizes(spec, shape)
+        for factor, size in sizes.items():
+            found = [f"{holder}.{factor}" for holder in holders if f"{holder}.{factor}" in stored]
+            if not found:
+                missing.append(f"{name}.{factor}")
+            wrong += [f"{n}: {list(stored[n])} in the file, {list(size)} by config.json" for n in found if stored[n] != size]
+        allowed = {f"{holder}.{factor}" for holder in holders for factor in [*sizes, "bias"]}
+        extra += [n for n in stored if n.startswith(tuple(f"{holder}." for holder in holders)) and n not in allowed]
+    _report(missing, extra, wrong)
+
+
+def _factor_sizes(spec: Structure, shape: Shape) -> Sizes:
+    return {factor: tensor.size for factor, tensor in spec.tensors(shape).items()}
+
+
+def _common(sizes: Mapping[str, tuple[int, ...]], prefix: str) -> Sizes:
+    """Names as the model without a head has them."""
+    return {name.removeprefix(prefix): size for name, size in sizes.items()}
+
+
+def _matches(name: str, patterns: Sequence[str]) -> bool:
+    return any(re.search(pattern, name) for pattern in patterns)
+
+
+def _report(missing: list[str], extra: list[str], wrong: list[str]) -> None:
+    parts = [
+        f"{len(names)} {what}: {'; '.join(sorted(names)[:5])}{'; ...' if len(names) > 5 else ''}"
+        for what, names in (("missing", missing), ("unexpected", extra), ("misshapen", wrong))
+        if names
+    ]
+    if parts:
+        raise CheckpointError(f"the checkpoint does not fit the model: {'. '.join(parts)}. Nothing was loaded")
+
+
+@contextlib.contextmanager
+def output_directory(path: str | os.PathLike[str], *, overwrite: bool = False) -> Iterator[Path]:
+    """A directory that appears under its name only when the block ends without an error.
+
+    Everything is written to a hidden neighbour first and then renamed, so an interruption at any moment leaves either
+    the old state or the new one.
+
+    Args:
+        path: the directory to make.
+        overwrite: replace what is there; the old content is deleted after the new one is in place.
+
+    Raises:
+        OutputError: the path exists and `overwrite` is off, or it cannot be written.
+    """
+    target = Path(path)
+    check_output(target, overwrite=overwrite)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
+    except OSError as error:
+        raise OutputError(f"cannot write to '{target.parent}': {error}") from error
+    try:
+        yield partial
+        partial.chmod(0o755)  # mkdtemp makes private directories
+        old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old-", dir=target.parent)) / "content"
+        if target.exists():
+            target.rename(old)
+        partial.rename(target)
+        shutil.rmtree(old.parent, ignore_errors=True)
+    except OSError as error:
+        raise OutputError(f"could not write '{target}': {error}; nothing was left behind") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def check_output(path: str | os.PathLike[str], *, overwrite: bool) -> None:
+    """Fail early, before any work is done, where `output_directory` would fail late.
+
+    Raises:
+        OutputError: the path exists and `overwrite` is off, or a file stands there.
+    """
+    target = Path(path)
+    if target.exists() and not target.is_dir():
+        raise OutputError(f"'{target}' is a file: give a directory name that is free")
+    if target.exists() and not overwrite:
+        raise OutputError(f"'{target}' exists already: choose another name or allow --overwrite")

@@ -1,0 +1,207 @@
+"""Compressed models as ordinary Hugging Face model directories.
+
+Importing this module registers the quantization method `factorformer` with transformers. From then on plain
+`from_pretrained` builds the factorized layers that `config.json` describes, before it loads the weights into them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from factorformer.errors import CheckpointError, FactorformerError
+from factorformer.hf.checkpoint import check_tensors
+from factorformer.nn import FactorizedEmbedding, FactorizedMatrix
+from factorformer.structures import Shape, Structure, from_dict
+from factorformer.surgery import factorized_like, replace_module
+
+METHOD = "factorformer"
+FORMAT = 1
+
+
+@register_quantization_config(METHOD)
+class FactorformerConfig(QuantizationConfigMixin):
+    """The `quantization_config` of a compressed model.
+
+    Args:
+        layers: for each factorized matrix, by module name, its `shape`, the fields of its structure, and the names of
+            modules `tied` to it.
+        format: version of this description.
+
+    Raises:
+        CheckpointError: a description that this version cannot read.
+    """
+
+    def __init__(self, layers: Mapping[str, Mapping[str, Any]] | None = None, format: int = FORMAT, **_: Any) -> None:
+        if format != FORMAT:
+            raise CheckpointError(f"the model was saved in format {format}, this version reads format {FORMAT}")
+        self.quant_method = METHOD  # pyright: ignore[reportAttributeAccessIssue]  # a name, as for every plug-in
+        self.format = format
+        self.layers = {name: dict(layer) for name, layer in (layers or {}).items()}
+
+    def structure(self, name: str) -> tuple[Structure, Shape]:
+        """Spec and shape of a layer."""
+        layer = self.layers[name]
+        try:
+            shape = (int(layer["shape"][0]), int(layer["shape"][1]))
+            spec = from_dict({key: value for key, value in layer.items() if key not in ("shape", "tied")})
+            spec.check(shape)
+        except (KeyError, IndexError, TypeError, FactorformerError) as error:
+            raise CheckpointError(f"config.json describes layer '{name}' wrongly: {error}") from error
+        return spec, shape
+
+
+@register_quantizer(METHOD)
+class FactorformerQuantizer(HfQuantizer):
+    """The hooks through which transformers loads, saves and trains factorized models."""
+
+    requires_calibration = True
+    quantization_config: FactorformerConfig
+
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        config = self.quantization_config
+        for saved_name in config.layers:
+            spec, shape = config.structure(saved_name)
+            for name in (saved_name, *config.layers[saved_name].get("tied", ())):
+                module = _resolve(model, name)
+                if module is not None:
+                    replace_module(model, module, factorized_like(module, spec, shape))
+        rewrite_ties(model)
+        check_tensors(model, config, kwargs.get("checkpoint_files"))
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        for name, module in model.named_modules():
+            if isinstance(module, FactorizedMatrix):
+                for factor, tensor in module.factors.items():
+                    if tensor.device.type != "meta" and not getattr(tensor, "_is_hf_initialized", False):
+                        raise CheckpointError(f"tensor '{name}.{factor}' was not loaded from the checkpoint")
+        attach(model, self)
+
+    def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[None, dict[str, str]]:
+        """Called before config.json is written: describe the layers as they are now."""
+        model.config.quantization_config = describe(model)
+        return None, {}
+
+    def is_serializable(self) -> bool:
+        """A compressed model can be saved."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Factors are ordinary parameters."""
+        return True
+
+    @property
+    def is_qat_trainable(self) -> bool:
+        """Factors are ordinary parameters."""
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        """Factorized layers are plain tensor operations."""
+        return True
+
+    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+        return to_dense(model, dtype)
+
+
+def describe(model: nn.Module) -> FactorformerConfig:
+    """The `quantization_config` of the factorized layers that a model has now."""
+    layers: dict[str, dict[str, Any]] = {}
+    owner: dict[int, str] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, FactorizedMatrix):
+            key = id(module.weight)
+            if key in owner:
+                layers[owner[key]].setdefault("tied", []).append(name)
+            else:
+                owner[key] = name
+                layers[name] = {"shape": list(module.shape), **module.spec.to_dict()}
+    return FactorformerConfig(layers)
+
+
+def attach(model: PreTrainedModel, quantizer: FactorformerQuantizer | None = None) -> None:
+    """Make a model whose layers were just factorized save, load and train as a `factorformer` model."""
+    config = describe(model)
+    model.config.quantization_config = config
+    model.hf_quantizer = quantizer or FactorformerQuantizer(config, pre_quantized=True)
+    model.hf_quantizer.quantization_config = config
+    model.quantization_method = METHOD  # pyright: ignore[reportAttributeAccessIssue]
+    model.is_quantized = True
+    # Converters that fuse or split dense tensors on save know nothing of factors.
+    model._weight_conversions = []
+    rewrite_ties(model)
+
+
+def rewrite_ties(model: nn.Module) -> None:
+    """Tie all factors of tied layers, where transformers knows only of one weight each.
+
+    transformers keeps ties as `{target: source}` names of tensors, and reads a name that does not end in `weight` as a
+    regular expression; so all names are written as exact expressions.
+    """
+    for module in model.modules():
+        if not isinstance(module, PreTrainedModel):
+            continue
+        ties = {}
+        for target, source in module.get_expanded_tied_weights_keys(all_submodels=False).items():
+            holder = _holder(module, source)
+            if target.endswith(".weight") and holder is not None:
+                stem, origin = target.removesuffix(".weight"), source.removesuffix(".weight")
+                ties |= {f"{stem}.{factor}": f"{origin}.{factor}" for factor in holder.factors}
+            else:
+                ties[target] = source
+        if any(_holder(module, source) is not None for source in ties.values()):
+            module._tied_weights_keys = {f"{re.escape(t)}$": f"{re.escape(s)}$" for t, s in ties.items()}
+    if isinstance(model, PreTrainedModel):
+        model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
+
+
+def _holder(model: nn.Module, tensor_name: str) -> FactorizedMatrix | None:
+    try:
+        module = model.get_submodule(tensor_name.rpartition(".")[0])
+    except AttributeError:
+        return None
+    return module if isinstance(module, FactorizedMatrix) else None
+
+
+def _resolve(model: PreTrainedModel, name: str) -> nn.Module | None:
+    """The module of a saved name in a model with or without the head that it was saved with."""
+    prefix = f"{model.base_model_prefix}."
+    for candidate in (name, prefix + name, name.removeprefix(prefix)):
+        try:
+            return model.get_submodule(candidate)
+        except AttributeError:
+            continue
+    return None
+
+
+def to_dense(model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """Multiply all factors out, in place, into the layer types that the architecture has by itself."""
+    with torch.device("meta"):
+        skeleton = type(model)(model.config)
+    weights: dict[int, nn.Parameter] = {}
+    for name, module in list(model.named_modules()):
+        if not isinstance(module, FactorizedMatrix):
+            continue
+        new = skeleton.get_submodule(name)
+        key = id(module.weight)
+        if key not in weights:
+            dense = module.to_dense().detach().to(dtype or module.factors["weight"].dtype)
+            weights[key] = nn.Parameter((dense.T if isinstance(new, Conv1D) else dense).contiguous())
+        new.weight = weights[key]
+        if not isinstance(module, FactorizedEmbedding):
+            new.bias = module.bias
+        replace_module(model, module, new.train(module.training))
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            module.__dict__.pop("_tied_weights_keys", None)
+    model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
+    return model

@@ -1,0 +1,71 @@
+"""Matrix decompositions on plain tensors: the mathematics that fitters share."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from factorformer.errors import ModelError
+
+Route = Literal["gram32", "gram64", "svd"]
+"""How singular vectors were found: from a Gram matrix in float32 or float64, or from a full SVD in float64."""
+
+
+def leading_eigenvectors(
+    gram: Float[Tensor, "n n"], rank: int
+) -> tuple[Float[Tensor, "n rank"], Float[Tensor, " n"]]:
+    """The `rank` leading eigenvectors of a symmetric matrix, and all its eigenvalues, both in descending order."""
+    values, vectors = torch.linalg.eigh(gram)
+    return vectors[:, -rank:].flip(1), values.flip(0).clamp_min(0)
+
+
+def leading_singular_vectors(
+    matrix: Float[Tensor, "m n"], rank: int
+) -> tuple[Literal["left", "right"], Float[Tensor, "short rank"], Float[Tensor, ""], Route]:
+    """Leading singular vectors of the shorter side, by the cheapest route that is accurate enough.
+
+    A Gram matrix of the shorter side is far cheaper to decompose than the matrix, but squares its condition number:
+    its eigenvalues carry an absolute error near `eps * lambda_1`. That route is accepted only while the energy beyond
+    `rank` (the quantity that the truncation minimizes) stands well above this error, first in float32, then in
+    float64; otherwise the matrix itself is decomposed.
+
+    Returns:
+        The side that the vectors belong to, the orthonormal vectors as columns, the squared Frobenius error of the
+        best rank-`rank` approximation (the tail of squared singular values; Eckart and Young, 1936), the route taken.
+
+    Raises:
+        ModelError: the matrix holds NaN or infinite values.
+    """
+    side: Literal["left", "right"] = "left" if matrix.shape[0] <= matrix.shape[1] else "right"
+    work = matrix if side == "left" else matrix.T
+    if not torch.isfinite(work).all():
+        raise ModelError("the matrix holds NaN or infinite values")
+    routes: tuple[tuple[Route, torch.dtype], ...] = (("gram32", torch.float32), ("gram64", torch.float64))
+    for route, dtype in routes:
+        wide = work.to(dtype)
+        vectors, values = leading_eigenvectors(wide @ wide.T, rank)
+        tail = values[rank:].sum()
+        # The sum of n eigenvalue errors, each up to eps * lambda_1, has to stay below a thousandth of the tail.
+        if tail >= 1e3 * torch.finfo(dtype).eps * len(values) ** 0.5 * values[0]:
+            return side, vectors, tail, route
+    left, values, _ = torch.linalg.svd(work.double(), full_matrices=False)
+    return side, left[:, :rank], values[rank:].square().sum(), "svd"
+
+
+def square_root(moment: Float[Tensor, "n n"]) -> Float[Tensor, "n n"]:
+    """A lower-triangular `L` with `L @ L.T` equal to a positive definite matrix, in float64.
+
+    Any square root of a metric gives the same optimal fit, and this one is the cheapest to find and to invert.
+
+    Raises:
+        ModelError: the matrix is not positive definite (regularize it first) or not finite.
+    """
+    root, info = torch.linalg.cholesky_ex(moment.double())
+    if int(info) != 0 or not torch.isfinite(root).all():
+        raise ModelError(
+            f"the metric is not positive definite (leading minor {int(info)}): regularize it, or calibrate on more data"
+        )
+    return root

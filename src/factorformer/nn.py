@@ -1,0 +1,153 @@
+"""Layers whose weight is in factorized form; they replace `nn.Linear`, `Conv1D` and `nn.Embedding`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from factorformer.errors import ModelError
+from factorformer.structures import Factors, Shape, Structure
+
+
+class FactorizedMatrix(nn.Module):
+    """A matrix `W` of shape `(out, in)` that is only ever stored as the factors of `spec`.
+
+    The factors are registered directly under their own names (`weight`, `right`, ...), values as parameters and
+    integers as buffers, so a state dict holds exactly what the structure stores.
+
+    Args:
+        spec: the structure of the matrix.
+        shape: `(out, in)`.
+        factors: the tensors to hold; without them new ones are drawn so that the entries of `W` have the variance of
+            a fresh `nn.Linear`.
+        device, dtype: for new tensors.
+
+    Raises:
+        ModelError: the shape does not admit the structure, or a factor is missing, extra or misshapen.
+    """
+
+    def __init__(
+        self,
+        spec: Structure,
+        shape: Shape,
+        factors: Factors | None = None,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        spec.check(shape)
+        self.shape = shape
+        self._adopt(spec, self._new_factors(spec, shape, device, dtype) if factors is None else factors)
+        if factors is None and self.get_parameter("weight").device.type != "meta":
+            with torch.no_grad():
+                spec.initialize(self.factors, std=(3 * shape[1]) ** -0.5)
+
+    @staticmethod
+    def _new_factors(
+        spec: Structure, shape: Shape, device: torch.device | str | None, dtype: torch.dtype | None
+    ) -> dict[str, Tensor]:
+        return {
+            name: torch.zeros(tensor.size, device=device, dtype=tensor.dtype or dtype)
+            for name, tensor in spec.tensors(shape).items()
+        }
+
+    def _adopt(self, spec: Structure, factors: Mapping[str, Tensor]) -> None:
+        expected = spec.tensors(self.shape)
+        sizes = {name: tuple(tensor.shape) for name, tensor in factors.items()}
+        wanted = {name: tensor.size for name, tensor in expected.items()}
+        if sizes != wanted:
+            raise ModelError(f"{spec} of a {self.shape[0]}x{self.shape[1]} matrix stores {wanted}, got {sizes}")
+        self.spec = spec
+        for name, tensor in factors.items():
+            if expected[name].dtype is not None:
+                self.register_buffer(name, tensor)
+            elif isinstance(tensor, nn.Parameter):
+                self.register_parameter(name, tensor)  # tied layers hold the very same parameter
+            else:
+                self.register_parameter(name, nn.Parameter(tensor.contiguous()))
+
+    @property
+    def factors(self) -> dict[str, Tensor]:
+        """The stored tensors by name."""
+        return {name: getattr(self, name) for name in self.spec.tensors(self.shape)}
+
+    def matmul(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """`x @ W.T + bias`, `(..., in)` to `(..., out)`."""
+        return self.spec.matmul(self.factors, x, bias)
+
+    def rows(self, index: Tensor) -> Tensor:
+        """`W[index]`, integers `(...)` to `(..., in)`."""
+        return self.spec.rows(self.factors, index)
+
+    def to_dense(self) -> Tensor:
+        """`W`, `(out, in)`; nothing else builds it."""
+        return self.spec.to_dense(self.factors)
+
+    def resize(self, smaller: Structure) -> None:
+        """Shrink the factors to a smaller spec of the same kind, keeping the leading units bit for bit."""
+        factors = {name: t.detach().clone() for name, t in self.spec.resize(self.factors, smaller).items()}
+        trainable = {name: getattr(self, name).requires_grad for name in factors}
+        self._adopt(smaller, factors)
+        for name, flag in trainable.items():
+            getattr(self, name).requires_grad_(flag)
+
+    def extra_repr(self) -> str:
+        """Spec and shape, for `print(model)`."""
+        return f"{self.spec}, shape={self.shape[0]}x{self.shape[1]}"
+
+
+class FactorizedLinear(FactorizedMatrix):
+    """`y = x W^T + b` with `W` in factorized form.
+
+    >>> from factorformer import LowRank
+    >>> FactorizedLinear(LowRank(rank=2), (6, 8))(torch.zeros(3, 8)).shape
+    torch.Size([3, 6])
+    """
+
+    def __init__(
+        self,
+        spec: Structure,
+        shape: Shape,
+        factors: Factors | None = None,
+        bias: Tensor | bool | None = None,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(spec, shape, factors, device=device, dtype=dtype)
+        self.out_features, self.in_features = shape
+        if bias is True:
+            bias = torch.zeros(shape[0], device=device, dtype=dtype)
+        if bias is None or bias is False:
+            self.register_parameter("bias", None)
+        else:
+            self.bias = bias if isinstance(bias, nn.Parameter) else nn.Parameter(bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`(..., in)` to `(..., out)`."""
+        return self.matmul(x, self.bias)
+
+
+class FactorizedEmbedding(FactorizedMatrix):
+    """Rows of a factorized matrix: `(...)` integers to `(..., width)`. Only the rows asked for are evaluated."""
+
+    def __init__(
+        self,
+        spec: Structure,
+        shape: Shape,
+        factors: Factors | None = None,
+        padding_idx: int | None = None,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(spec, shape, factors, device=device, dtype=dtype)
+        self.num_embeddings, self.embedding_dim = shape
+        self.padding_idx = padding_idx
+
+    def forward(self, index: Tensor) -> Tensor:
+        """`(...)` to `(..., width)`."""
+        return self.rows(index)

@@ -1,0 +1,7 @@
+"""Budgets in, plans out. Nothing here touches a weight."""
+
+from factorformer.planning.allocate import ALLOCATIONS, AllocationName
+from factorformer.planning.cost import Cost, Matrix, total
+from factorformer.planning.plan import Entry, Plan, Scope
+
+__all__ = ["ALLOCATIONS", "AllocationName", "Cost", "Entry", "Matrix", "Plan", "Scope", "total"]

@@ -1,0 +1,63 @@
+"""What a weight matrix costs, dense and factorized: parameters, bytes, and FLOPs per token."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+
+import torch
+
+from factorformer.structures import Shape, Structure
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """Parameters (stored values), bytes (indices included), and FLOPs per token (a multiply-add counts as two).
+
+    >>> Cost(1, 4, 2) + Cost(2, 8, 4)
+    Cost(parameters=3, bytes=12, flops=6)
+    """
+
+    parameters: int = 0
+    bytes: int = 0
+    flops: int = 0
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(self.parameters + other.parameters, self.bytes + other.bytes, self.flops + other.flops)
+
+
+def total(costs: Iterable[Cost]) -> Cost:
+    """The sum of costs."""
+    return sum(costs, Cost())
+
+
+@dataclasses.dataclass(frozen=True)
+class Matrix:
+    """A weight matrix of a model, stored once, whatever the number of places that use it.
+
+    Args:
+        name: the module that owns it.
+        shape: `(out, in)`; an embedding is `(rows, width)`.
+        dtype: the floating type of its values, e.g. `float32`.
+        products: how often a token is multiplied by it in one forward pass (more than once in shared layers).
+        lookups: how often a token looks up one of its rows.
+        aliases: other modules tied to the same values.
+        dense: why it has to stay dense; None if it can be factorized.
+    """
+
+    name: str
+    shape: Shape
+    dtype: str = "float32"
+    products: int = 1
+    lookups: int = 0
+    aliases: tuple[str, ...] = ()
+    dense: str | None = None
+
+    def cost(self, spec: Structure | None) -> Cost:
+        """Cost under a structure, or dense for None."""
+        dtype = getattr(torch, self.dtype)
+        if spec is None:
+            values = self.shape[0] * self.shape[1]
+            return Cost(values, values * dtype.itemsize, 2 * values * self.products)
+        flops = self.products * spec.flops(self.shape) + self.lookups * spec.row_flops(self.shape)
+        return Cost(spec.parameters(self.shape), spec.bytes(self.shape, dtype), flops)

@@ -1,0 +1,80 @@
+"""Every published method is one row of this table; a new one is one more row."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from factorformer.errors import MethodError, one_of
+from factorformer.fitting import MetricName
+from factorformer.planning import AllocationName
+from factorformer.structures import LowRank, Structure
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """A method is four choices: structure, metric, allocation, training.
+
+    Args:
+        structure: what a weight matrix becomes.
+        metric: what error the fit minimizes.
+        allocation: who gets how much of the budget.
+        training: how the factors learn after the fit.
+        summary: one line for people.
+        paper: where the method comes from.
+    """
+
+    structure: type[Structure]
+    metric: MetricName
+    allocation: AllocationName
+    training: str
+    summary: str
+    paper: str
+
+    @property
+    def needs(self) -> str:
+        """What data the fit needs: nothing, text, or labelled text."""
+        return {"plain": "nothing", "input_moment": "text", "fisher_rows": "labelled text"}[self.metric]
+
+
+RECIPES: dict[str, Recipe] = {
+    "svd": Recipe(
+        structure=LowRank,
+        metric="plain",
+        allocation="uniform",
+        training="fine-tune",
+        summary="Truncated SVD of every matrix: the plain fit, for when there is no data at all",
+        paper="Eckart and Young, Psychometrika 1936",
+    ),
+    "fwsvd": Recipe(
+        structure=LowRank,
+        metric="fisher_rows",
+        allocation="uniform",
+        training="fine-tune",
+        summary="SVD with each row weighted by its Fisher information, from the gradients of labelled examples",
+        paper="FWSVD: Hsu et al., ICLR 2022",
+    ),
+    "whitened": Recipe(
+        structure=LowRank,
+        metric="input_moment",
+        allocation="uniform",
+        training="fine-tune",
+        summary="SVD that minimizes the error of each layer's output on calibration text: the default with text",
+        paper="DRONE: Chen et al., NeurIPS 2021; SVD-LLM: Wang et al., ICLR 2025",
+    ),
+}
+
+
+def get(method: str) -> Recipe:
+    """The recipe of this name.
+
+    Raises:
+        MethodError: no such method; the message names the nearest.
+    """
+    if method not in RECIPES:
+        raise MethodError(f"unknown method {one_of(method, RECIPES)}")
+    return RECIPES[method]
+
+
+def default_method(*, calibrated: bool) -> str:
+    """The data-aware fit where there is calibration data, the plain fit where there is none."""
+    return "whitened" if calibrated else "svd"

@@ -1,0 +1,35 @@
+"""What a weight matrix can be. A new structure is one file here, its fitter, and one entry in `STRUCTURES`."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from factorformer.errors import CheckpointError, one_of
+from factorformer.structures.base import Factors, Shape, Structure, TensorSpec
+from factorformer.structures.low_rank import LowRank, largest_rank
+
+STRUCTURES: dict[str, type[Structure]] = {LowRank.kind: LowRank}
+
+
+def from_dict(description: Mapping[str, Any]) -> Structure:
+    """Read back what `Structure.to_dict` wrote.
+
+    Raises:
+        CheckpointError: an unknown structure, or fields that it does not have.
+
+    >>> from_dict({"structure": "low_rank", "rank": 8})
+    LowRank(rank=8)
+    """
+    kind = description.get("structure")
+    if kind not in STRUCTURES:
+        raise CheckpointError(f"unknown structure {one_of(str(kind), STRUCTURES)}; is this package up to date?")
+    fields = {key: value for key, value in description.items() if key != "structure"}
+    expected = {field.name for field in dataclasses.fields(STRUCTURES[kind])}
+    if set(fields) != expected:
+        raise CheckpointError(f"structure '{kind}' has the fields {sorted(expected)}, got {sorted(fields)}")
+    return STRUCTURES[kind](**fields)
+
+
+__all__ = ["STRUCTURES", "Factors", "LowRank", "Shape", "Structure", "TensorSpec", "from_dict", "largest_rank"]

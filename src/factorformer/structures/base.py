@@ -1,0 +1,116 @@
+"""What a structure is: a frozen description of a factorized matrix and the pure functions on its factors.
+
+A *spec* (`LowRank(rank=64)`) says how a matrix of shape `(out, in)` is stored. The tensors themselves, the
+*factors*, are a plain mapping from names to tensors; modules in `factorformer.nn` own them. A spec knows nothing of
+how its factors were found.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from factorformer.errors import ModelError
+
+Shape = tuple[int, int]
+"""Always `(out, in)`, as the weight of `nn.Linear`; an embedding is `(rows, width)`."""
+
+Factors = Mapping[str, Tensor]
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorSpec:
+    """Size of one factor, and its type where that is not the floating type of the model.
+
+    Args:
+        size: the tensor's dimensions.
+        dtype: an integer type for indices and codes; None for values, which take the model's floating type.
+    """
+
+    size: tuple[int, ...]
+    dtype: torch.dtype | None = None
+
+    def bytes(self, dtype: torch.dtype) -> int:
+        """Stored bytes when values are of type `dtype`."""
+        return math.prod(self.size) * (self.dtype or dtype).itemsize
+
+
+@dataclasses.dataclass(frozen=True)
+class Structure(ABC):
+    """A matrix in factorized form, described before any of its numbers exist.
+
+    One of the factors is named `weight`, has `out` rows, and never the shape `(out, in)`: a program that loads the
+    checkpoint without this package then stops at a shape mismatch, instead of running on random weights.
+    """
+
+    kind: ClassVar[str]
+    """The name under which checkpoints store this structure."""
+
+    @abstractmethod
+    def tensors(self, shape: Shape) -> dict[str, TensorSpec]:
+        """Name and size of every stored factor of a matrix of this shape."""
+
+    @abstractmethod
+    def flops(self, shape: Shape) -> int:
+        """Floating-point operations (a multiply-add counts as two) to multiply one input row."""
+
+    @abstractmethod
+    def row_flops(self, shape: Shape) -> int:
+        """Floating-point operations to evaluate one row, as an embedding does."""
+
+    @abstractmethod
+    def check(self, shape: Shape) -> None:
+        """Raise `ModelError` if a matrix of this shape cannot have this structure."""
+
+    @abstractmethod
+    def matmul(self, factors: Factors, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """`x @ W.T + bias`: `(..., in)` to `(..., out)`, without building `W`."""
+
+    @abstractmethod
+    def rows(self, factors: Factors, index: Tensor) -> Tensor:
+        """`W[index]`: integers `(...)` to `(..., in)`, without building `W`."""
+
+    @abstractmethod
+    def to_dense(self, factors: Factors) -> Tensor:
+        """The matrix `W`, `(out, in)`: the only function that builds it."""
+
+    @abstractmethod
+    def resize(self, factors: Factors, smaller: Structure) -> dict[str, Tensor]:
+        """The factors cut to a smaller spec of the same kind; fitters order units by importance, the last go first."""
+
+    @abstractmethod
+    def initialize(self, factors: Factors, std: float) -> None:
+        """Fill the factors in place so that the entries of `W` have mean 0 and standard deviation `std`."""
+
+    @classmethod
+    @abstractmethod
+    def candidates(cls, shape: Shape, dtype: torch.dtype) -> Iterator[Structure]:
+        """All specs of this kind that are smaller than the dense matrix, in order of growing bytes."""
+
+    def parameters(self, shape: Shape) -> int:
+        """Count of stored values (integers that index or encode are not parameters)."""
+        return sum(math.prod(t.size) for t in self.tensors(shape).values() if t.dtype is None)
+
+    def bytes(self, shape: Shape, dtype: torch.dtype = torch.float32) -> int:
+        """Stored bytes of all factors, indices included, when values are of type `dtype`."""
+        return sum(t.bytes(dtype) for t in self.tensors(shape).values())
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-ready description; `structures.from_dict` reads it back."""
+        return {"structure": self.kind, **dataclasses.asdict(self)}
+
+    def __str__(self) -> str:
+        fields = ", ".join(f"{f.name}={getattr(self, f.name)}" for f in dataclasses.fields(self))
+        return f"{self.kind}({fields})"
+
+
+def require_positive(name: str, value: int) -> None:
+    """Raise `ModelError` unless `value` is an integer of at least 1."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ModelError(f"{name} must be an integer of at least 1, got {value!r}")

@@ -1,0 +1,87 @@
+"""Low-rank matrices: the product of a tall and a wide factor."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from factorformer.errors import ModelError
+from factorformer.structures.base import Factors, Shape, Structure, TensorSpec, require_positive
+
+
+@dataclasses.dataclass(frozen=True)
+class LowRank(Structure):
+    """`W = weight @ right` with `weight: (out, rank)` and `right: (rank, in)`.
+
+    Above the break-even rank `out * in / (out + in)` the factors would be larger than the matrix: such a spec is
+    refused, and planners keep the matrix dense.
+
+    Args:
+        rank: number of rank-one groups, at least 1.
+
+    >>> LowRank(rank=64).parameters((768, 768)), 768 * 768
+    (98304, 589824)
+    """
+
+    kind: ClassVar[str] = "low_rank"
+    rank: int
+
+    def __post_init__(self) -> None:
+        require_positive("rank", self.rank)
+
+    def tensors(self, shape: Shape) -> dict[str, TensorSpec]:
+        out, inner = shape
+        return {"weight": TensorSpec((out, self.rank)), "right": TensorSpec((self.rank, inner))}
+
+    def flops(self, shape: Shape) -> int:
+        return 2 * self.rank * sum(shape)
+
+    def row_flops(self, shape: Shape) -> int:
+        return 2 * self.rank * shape[1]
+
+    def check(self, shape: Shape) -> None:
+        largest = largest_rank(shape)
+        if self.rank > largest:
+            raise ModelError(
+                f"rank {self.rank} of a {shape[0]}x{shape[1]} matrix stores no less than the dense matrix; "
+                f"allowed: 1 to {largest}; keep the matrix dense instead"
+            )
+
+    def matmul(self, factors: Factors, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        return F.linear(F.linear(x, factors["right"]), factors["weight"], bias)
+
+    def rows(self, factors: Factors, index: Tensor) -> Tensor:
+        return F.embedding(index, factors["weight"]) @ factors["right"]
+
+    def to_dense(self, factors: Factors) -> Tensor:
+        return factors["weight"] @ factors["right"]
+
+    def resize(self, factors: Factors, smaller: Structure) -> dict[str, Tensor]:
+        if not isinstance(smaller, LowRank) or smaller.rank > self.rank:
+            raise ModelError(f"cannot resize {self} to {smaller}: allowed is low_rank with rank 1 to {self.rank}")
+        return {"weight": factors["weight"][:, : smaller.rank], "right": factors["right"][: smaller.rank]}
+
+    def initialize(self, factors: Factors, std: float) -> None:
+        # The sum of `rank` products of independent entries has variance rank * s^4.
+        scale = (std**2 / self.rank) ** 0.25
+        for factor in factors.values():
+            torch.nn.init.normal_(factor, std=scale)
+
+    @classmethod
+    def candidates(cls, shape: Shape, dtype: torch.dtype) -> Iterator[LowRank]:
+        return (cls(rank) for rank in range(1, largest_rank(shape) + 1))
+
+
+def largest_rank(shape: Shape) -> int:
+    """The largest rank whose factors are strictly smaller than the dense matrix; 0 if there is none.
+
+    >>> largest_rank((768, 768)), largest_rank((1, 768))
+    (383, 0)
+    """
+    out, inner = shape
+    return (out * inner - 1) // (out + inner)

@@ -1,0 +1,169 @@
+"""Find the weight matrices of a model, and put factorized layers in their place."""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from factorformer.errors import ModelError, one_of
+from factorformer.nn import FactorizedEmbedding, FactorizedLinear, FactorizedMatrix
+from factorformer.planning import Cost, Matrix, Scope
+from factorformer.structures import Factors, Shape, Structure
+
+SMALLEST_SIDE = 16
+"""Matrices with a shorter side than this (classifier heads, token types) stay dense: there is nothing to gain."""
+
+
+def find_blocks(model: nn.Module) -> list[str]:
+    """Names of the Transformer blocks: members of the outermost module lists that hold weight matrices."""
+    blocks: list[str] = []
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and not any(name.startswith(f"{block}.") for block in blocks):
+            children = [(f"{name}.{key}" if name else key, child) for key, child in module.named_children()]
+            blocks += [path for path, child in children if sum(p.dim() >= 2 for p in child.parameters()) >= 2]
+    return blocks
+
+
+def find_matrices(
+    model: nn.Module,
+    scope: Scope = "blocks",
+    include: Sequence[str] | None = None,
+    exclude: Sequence[str] | None = None,
+) -> tuple[list[Matrix], Cost]:
+    """Every weight matrix in scope, each once, and the cost of the other tensors in scope.
+
+    `nn.Linear`, GPT-2's `Conv1D` and `nn.Embedding` (exactly these types: subclasses may compute something else) can
+    be factorized. Everything else of two or more dimensions is listed with the reason why it stays dense.
+
+    Args:
+        model: any `nn.Module`.
+        scope: `blocks` for linear layers inside Transformer blocks, `all` for the whole model, embeddings included.
+        include: shell patterns of module names; if given, other matrices stay dense.
+        exclude: shell patterns of module names that stay dense.
+
+    Raises:
+        ModelError: an unknown scope, no blocks, a pattern that matches nothing, or layers factorized already.
+    """
+    if scope not in ("blocks", "all"):
+        raise ModelError(f"unknown scope {one_of(str(scope), ['blocks', 'all'])}")
+    done = [name for name, module in model.named_modules() if isinstance(module, FactorizedMatrix)]
+    if done:
+        raise ModelError(f"the model is compressed already ('{done[0]}' is factorized): start from the dense model")
+    calls = _calls_of_blocks(model)
+    if scope == "blocks" and not calls:
+        raise ModelError(f"no Transformer blocks found in {type(model).__name__}: use scope='all'")
+    holders = _holders(model)
+    _check_patterns([*(include or []), *(exclude or [])], [name for names in holders.values() for name in names])
+    matrices: list[Matrix] = []
+    rest = Cost()
+    for path, parameter in model.named_parameters():
+        block = next((block for block in calls if path.startswith(f"{block}.")), None)
+        if scope == "blocks" and block is None:
+            continue
+        if parameter.dim() < 2:
+            rest += Cost(parameter.numel(), parameter.numel() * parameter.element_size(), 0)
+            continue
+        names = holders.get(id(parameter), [])
+        matrices.append(_describe(model, path, parameter, names, calls.get(block or "", 1), include, exclude))
+    return matrices, rest
+
+
+def _calls_of_blocks(model: nn.Module) -> dict[str, int]:
+    """How often each block is called in one forward pass: once, but for ALBERT, whose groups share their layers."""
+    config = getattr(model, "config", None)
+    groups = getattr(config, "num_hidden_groups", None)
+    calls = 1 if config is None or not groups else config.num_hidden_layers // groups
+    return dict.fromkeys(find_blocks(model), calls)
+
+
+def _holders(model: nn.Module) -> dict[int, list[str]]:
+    """By identity of the weight: the modules that hold it and can be factorized; several where weights are tied."""
+    holders: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        if type(module) in (nn.Linear, nn.Embedding, Conv1D):
+            holders.setdefault(id(module.weight), []).append(name)
+    return holders
+
+
+def _check_patterns(patterns: Sequence[str], names: Sequence[str]) -> None:
+    for pattern in patterns:
+        if not fnmatch.filter(names, pattern):
+            near = difflib.get_close_matches(pattern, names, n=3, cutoff=0.3) or list(names[:3])
+            raise ModelError(f"the pattern '{pattern}' matches no weight matrix; names look like {', '.join(near)}")
+
+
+def _describe(
+    model: nn.Module,
+    path: str,
+    parameter: nn.Parameter,
+    names: list[str],
+    calls: int,
+    include: Sequence[str] | None,
+    exclude: Sequence[str] | None,
+) -> Matrix:
+    dtype = str(parameter.dtype).removeprefix("torch.")
+    if not names:
+        shape = (parameter.numel() // parameter.shape[-1], parameter.shape[-1])
+        kind = "expert weights fused in a 3-D parameter" if parameter.dim() == 3 else "not a linear layer or embedding"
+        return Matrix(path, shape, dtype, products=calls, dense=f"{kind}, left dense")
+    modules = [model.get_submodule(name) for name in names]
+    lookups = sum(isinstance(module, nn.Embedding) for module in modules)
+    out, inner = parameter.shape
+    shape = (inner, out) if isinstance(modules[0], Conv1D) else (out, inner)
+
+    def named(patterns: Sequence[str]) -> bool:
+        return any(fnmatch.fnmatch(name, pattern) for name in names for pattern in patterns)
+
+    dense = None
+    if len({isinstance(module, Conv1D) for module in modules}) > 1:
+        dense = "tied between layouts, left dense"
+    elif min(shape) < SMALLEST_SIDE:
+        dense = f"a side below {SMALLEST_SIDE}, too small to gain"
+    elif include is not None and not named(include):
+        dense = "not included"
+    elif exclude is not None and named(exclude):
+        dense = "excluded"
+    return Matrix(names[0], shape, dtype, (len(names) - lookups) * calls, lookups, tuple(names[1:]), dense)
+
+
+def dense_weight(module: nn.Module) -> Tensor:
+    """The weight of a linear layer, `Conv1D` or embedding as `(out, in)`, detached; a view where that is possible."""
+    weight = module.get_parameter("weight").detach()
+    return weight.T if isinstance(module, Conv1D) else weight
+
+
+def factorized_like(module: nn.Module, spec: Structure, shape: Shape, factors: Factors | None = None) -> FactorizedMatrix:
+    """A factorized layer to stand in for `module`, with its bias, device and mode.
+
+    Without factors (a skeleton for loading) the tensors are created on the current default device and type.
+    """
+    if isinstance(module, nn.Embedding):
+        new: FactorizedMatrix = FactorizedEmbedding(spec, shape, factors, module.padding_idx)
+    else:
+        new = FactorizedLinear(spec, shape, factors, getattr(module, "bias", None))
+    return new.train(module.training)
+
+
+def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """Put `new` everywhere that `old` is registered (a shared module has several parents)."""
+    for parent in model.modules():
+        for name, child in parent.named_children():
+            if child is old:
+                setattr(parent, name, new)
+
+
+def factorize(model: nn.Module, matrix: Matrix, spec: Structure, factors: Factors) -> None:
+    """Replace all modules that hold a matrix; tied modules hold the very same parameters again."""
+    frozen = not model.get_submodule(matrix.name).get_parameter("weight").requires_grad
+    for name in (matrix.name, *matrix.aliases):
+        old = model.get_submodule(name)
+        new = factorized_like(old, spec, matrix.shape, factors)
+        replace_module(model, old, new)
+        factors = new.factors
+    if frozen:
+        for value in factors.values():
+            value.requires_grad_(False)
