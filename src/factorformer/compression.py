@@ -6,7 +6,7 @@ import dataclasses
 import json
 import os
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +20,8 @@ from factorformer.errors import CheckpointError, DataError, FactorformerError, M
 from factorformer.fitting import Metric, fit
 from factorformer.hf.plugin import attach
 from factorformer.planning import Cost, Plan, Scope
+from factorformer.progress import Progress, silent
 from factorformer.surgery import dense_weight, factorize, find_matrices
-
-Progress = Callable[[str, int, int | None], None]
-"""Called with the name of a phase, the steps done, and their total if it is known."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +87,7 @@ def compress(
     model: nn.Module,
     plan: Plan,
     calibration: Iterable[calibrate.Batch] | None = None,
-    progress: Progress | None = None,
+    progress: Progress = silent,
 ) -> Report:
     """Replace the planned matrices by fitted factors, in place. A Hugging Face model then saves as a compressed one.
 
@@ -122,7 +120,7 @@ def compress(
             calibration,
             moments=recipe.metric == "input_moment",
             fisher=recipe.metric == "fisher_rows",
-            progress=None if progress is None else lambda done: progress("calibrate", done, None),
+            progress=lambda done: progress("calibrate", done, None),
         )
     calibrated = time.perf_counter()
     fitted, errors = {}, {}
@@ -134,8 +132,7 @@ def compress(
             fitted[name], errors[name] = fit(weight, entry.spec, metric)  # pyright: ignore[reportArgumentType]
         except FactorformerError as error:
             raise type(error)(f"layer '{name}': {error}") from error
-        if progress is not None:
-            progress("fit", done + 1, len(names))
+        progress("fit", done + 1, len(names))
     for entry in plan.factorized:
         factorize(model, entry.matrix, entry.spec, fitted.pop(entry.matrix.name))  # pyright: ignore[reportArgumentType]
     if isinstance(model, PreTrainedModel):
@@ -151,7 +148,9 @@ def _check_fits(plan: Plan, model: nn.Module) -> None:
     for entry in plan.factorized:
         found = matrices.get(entry.matrix.name)
         if found is None or found.shape != entry.matrix.shape or found.aliases != entry.matrix.aliases:
-            has = "has no such matrix" if found is None else f"has {found.shape} tied to {list(found.aliases)}"
+            has = (
+                "has no such matrix" if found is None else f"has {found.shape} tied to {list(found.aliases)}"
+            )
             raise ModelError(
                 f"the plan does not fit the model: it expects '{entry.matrix.name}' of shape {entry.matrix.shape} "
                 f"tied to {list(entry.matrix.aliases)}, and the model {has}"
@@ -176,14 +175,21 @@ def load(directory: str | os.PathLike[str], **kwargs: Any) -> PreTrainedModel:
     name = (config.get("architectures") or [None])[0]
     architecture = getattr(transformers, name, None) if name else None
     if architecture is None:
-        raise CheckpointError(f"'{path}/config.json' names the model class {name!r}, which transformers does not have")
+        raise CheckpointError(
+            f"'{path}/config.json' names the model class {name!r}, which transformers does not have"
+        )
     try:
         model, info = architecture.from_pretrained(path, output_loading_info=True, **kwargs)
     except FactorformerError:
         raise
     except (OSError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"cannot load '{path}': {error}") from error
-    problems = {key: sorted(map(str, info.get(key) or ())) for key in ("missing_keys", "unexpected_keys", "mismatched_keys")}
+    problems = {
+        key: sorted(map(str, info.get(key) or ()))
+        for key in ("missing_keys", "unexpected_keys", "mismatched_keys")
+    }
     if any(problems.values()):
-        raise CheckpointError(f"'{path}' does not fit {name}: {({k: v[:5] for k, v in problems.items() if v})}")
+        raise CheckpointError(
+            f"'{path}' does not fit {name}: { ({k: v[:5] for k, v in problems.items() if v}) }"
+        )
     return model

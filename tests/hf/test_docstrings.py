@@ -197,5 +197,5 @@ def test_a_python_without_sources_is_an_error_that_says_what_to_do(
 
 @pytest.mark.parametrize("fraction", [0.0, 1.0, -0.1, 1.5, float("nan")])
 def test_a_fraction_out_of_range_is_an_error(fraction: float) -> None:
-    with pytest.raises(DataError, match="test_fraction is .* between 0 and 1"):
+    with pytest.raises(DataError, match=r"test_fraction is .* between 0 and 1"):
         stdlib_docstrings(test_fraction=fraction)

@@ -1,4 +1,4 @@
-"""A text-classification task that needs no download: which part of the standard library is a docstring from?"""
+"""A text-classification task without a download: which part of the standard library is a docstring from?"""
 
 from __future__ import annotations
 
@@ -29,15 +29,8 @@ GROUPS: dict[str, tuple[str, ...]] = {
         *("heapq", "bisect", "copy", "copyreg", "graphlib", "reprlib", "contextvars"),
     ),
     "commands": (
-        "argparse",
-        "optparse",
-        "getopt",
-        "cmd",
-        "shlex",
-        "getpass",
-        "curses",
-        "rlcompleter",
-        "platform",
+        *("argparse", "optparse", "getopt", "cmd", "shlex", "getpass"),
+        *("curses", "rlcompleter", "platform"),
     ),
     "compression": ("zipfile", "tarfile", "gzip", "bz2", "lzma", "_compression", "compression"),
     "concurrency": (
@@ -46,19 +39,8 @@ GROUPS: dict[str, tuple[str, ...]] = {
     ),
     "dates": ("datetime", "_pydatetime", "calendar", "_strptime", "zoneinfo"),
     "debugging": (
-        *(
-            "bdb",
-            "pdb",
-            "trace",
-            "traceback",
-            "tracemalloc",
-            "profile",
-            "profiling",
-            "cProfile",
-            "pstats",
-            "timeit",
-        ),
-        "warnings",
+        *("bdb", "pdb", "trace", "traceback", "tracemalloc", "warnings"),
+        *("profile", "profiling", "cProfile", "pstats", "timeit"),
     ),
     "files": (
         *("os", "pathlib", "posixpath", "ntpath", "genericpath", "shutil", "tempfile", "glob", "fnmatch"),
@@ -69,47 +51,20 @@ GROUPS: dict[str, tuple[str, ...]] = {
         *("tomllib", "wave", "mimetypes", "netrc"),
     ),
     "imports": (
-        *(
-            "importlib",
-            "pkgutil",
-            "runpy",
-            "zipimport",
-            "zipapp",
-            "modulefinder",
-            "site",
-            "sysconfig",
-            "venv",
-        ),
-        *("py_compile", "compileall"),
+        *("importlib", "pkgutil", "runpy", "zipimport", "zipapp", "modulefinder"),
+        *("site", "sysconfig", "venv", "py_compile", "compileall"),
     ),
     "logging": ("logging",),
     "mail": ("email", "mailbox", "imaplib", "poplib", "smtplib"),
     "markup": ("xml", "html", "_markupbase"),
     "network": ("socket", "socketserver", "ssl", "ftplib", "ipaddress", "uuid", "hashlib", "hmac"),
     "numbers": (
-        "numbers",
-        "decimal",
-        "_pydecimal",
-        "fractions",
-        "statistics",
-        "random",
-        "secrets",
-        "colorsys",
+        *("numbers", "decimal", "_pydecimal", "fractions"),
+        *("statistics", "random", "secrets", "colorsys"),
     ),
     "sources": (
-        *(
-            "ast",
-            "_ast_unparse",
-            "inspect",
-            "dis",
-            "opcode",
-            "symtable",
-            "token",
-            "tokenize",
-            "tabnanny",
-            "pyclbr",
-        ),
-        *("pydoc", "code", "codeop", "linecache"),
+        *("ast", "_ast_unparse", "inspect", "dis", "opcode", "symtable", "pyclbr"),
+        *("token", "tokenize", "tabnanny", "linecache", "pydoc", "code", "codeop"),
     ),
     "testing": ("unittest", "doctest"),
     "text": ("re", "sre_compile", "sre_parse", "string", "textwrap", "difflib", "pprint"),
@@ -146,7 +101,7 @@ class Task:
 
     @property
     def majority_accuracy(self) -> float:
-        """The test accuracy of always answering the most frequent training label (of equals, the first by name)."""
+        """The test accuracy of always answering the commonest training label (of equals, the first)."""
         counts = Counter(self.train_labels)
         majority = min(counts, key=lambda label: (-counts[label], label))
         return self.test_labels.count(majority) / len(self.test_labels)
@@ -155,15 +110,17 @@ class Task:
 def stdlib_docstrings(seed: int = 0, test_fraction: float = 0.2) -> Task:
     """Tell from a docstring of Python's standard library which group of modules (`GROUPS`) it belongs to.
 
-    A text is the docstring of a module, class or function, without its doctest examples, on one line, cut at a word
-    to at most `MAX_CHARACTERS`; shorter ones than `MIN_CHARACTERS` are left out. The names of all groups and of all
-    their modules are removed from every text, whatever its label, because a docstring that names its own module
-    would give the answer away; doing so without looking at the label leaves no trace of it in the gap either.
+    A text is the docstring of a module, class or function, without its doctest examples, on one line, cut at
+    a word to at most `MAX_CHARACTERS`; shorter ones than `MIN_CHARACTERS` are left out. The names of all
+    groups and of all their modules are removed from every text, whatever its label, because a docstring that
+    names its own module would give the answer away; doing so without looking at the label leaves no trace of
+    it in the gap either.
 
-    Texts that differ only in case, digits, spaces or punctuation count as one. Of texts with the same label one is
-    kept, and texts with more than one label are dropped, so nothing in the test part occurs in the training part.
-    Both parts hold every label in the same proportion. Which text goes where, and the order of the rows, follow from
-    a hash of the seed and the text: they depend on Python's version, which brings the texts, and on nothing else.
+    Texts that differ only in case, digits, spaces or punctuation count as one. Of texts with the same label
+    one is kept, and texts with more than one label are dropped, so nothing in the test part occurs in the
+    training part. Both parts hold every label in the same proportion. Which text goes where, and the order of
+    the rows, follow from a hash of the seed and the text: they depend on Python's version, which brings the
+    texts, and on nothing else.
 
     Sources are parsed, never imported.
 
@@ -175,9 +132,7 @@ def stdlib_docstrings(seed: int = 0, test_fraction: float = 0.2) -> Task:
         DataError: `test_fraction` is out of range, or this Python has no standard-library sources to read.
     """
     if not 0 < test_fraction < 1:
-        raise DataError(
-            f"test_fraction is {test_fraction}; it must lie between 0 and 1, both excluded, e.g. 0.2"
-        )
+        raise DataError(f"test_fraction is {test_fraction}; it must lie between 0 and 1, e.g. 0.2")
     by_label: dict[str, list[str]] = {label: [] for label in GROUPS}
     for text, label in _labelled_texts(Path(sysconfig.get_paths()["stdlib"])):
         by_label[label].append(text)
@@ -201,7 +156,7 @@ def stdlib_docstrings(seed: int = 0, test_fraction: float = 0.2) -> Task:
 
 
 def _draw(seed: int, text: str) -> bytes:
-    """A pseudo-random sort key; unlike `random.shuffle` it is fixed by its definition, not by an implementation."""
+    """A pseudo-random sort key, fixed by its definition where `random.shuffle` could change with Python."""
     return hashlib.sha256(f"{seed}\n{text}".encode()).digest()
 
 
@@ -219,9 +174,9 @@ def _labelled_texts(stdlib: Path) -> list[tuple[str, str]]:
     sizes = Counter(label for _, label in rows)
     if missing := [label for label in GROUPS if sizes[label] < 2]:
         raise DataError(
-            f"no standard-library docstrings for {', '.join(missing)} in {stdlib}: this Python seems to come without "
-            "the sources of its standard library (embedded, zipped or frozen builds do); run under a Python that has "
-            "them, e.g. one from python.org, or use a data set of your own"
+            f"no standard-library docstrings for {', '.join(missing)} in {stdlib}: this Python seems to come "
+            "without the sources of its standard library (embedded, zipped or frozen builds do); run under a "
+            "Python that has them, e.g. one from python.org, or use a data set of your own"
         )
     return rows
 

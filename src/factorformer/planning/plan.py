@@ -142,7 +142,7 @@ class Plan:
         for entry in self.entries:
             cost, shape = entry.compressed, "x".join(map(str, entry.matrix.shape))
             lines.append(
-                f"{entry.matrix.name:<52} {shape:>12} {str(entry.spec or 'dense'):<22} {cost.parameters:>12,} "
+                f"{entry.matrix.name:<52} {shape:>12} {entry.spec or 'dense'!s:<22} {cost.parameters:>12,} "
                 f"{cost.bytes:>12,} {cost.flops:>12,}  {entry.reason}"
             )
         before, after = self.original, self.compressed

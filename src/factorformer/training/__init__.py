@@ -1,0 +1,1 @@
+"""How factors learn; plain torch, usable from any training loop."""
