@@ -44,14 +44,8 @@ class InputMoment:
         width = len(self.total)
         moment = self.total / max(self.count, 1)
         scale = moment.diagonal().mean().clamp_min(torch.finfo(torch.float64).tiny)
-        weight = (
-            max(1e-6, 1e-2 * width / (width + self.count))
-            if self.count >= width
-            else width / (width + self.count)
-        )
-        return (1 - weight) * moment + weight * scale * torch.eye(
-            width, dtype=moment.dtype, device=moment.device
-        )
+        weight = max(1e-6, 1e-2 * width / (width + self.count)) if self.count >= width else width / (width + self.count)
+        return (1 - weight) * moment + weight * scale * torch.eye(width, dtype=moment.dtype, device=moment.device)
 
     def root(self) -> Float[Tensor, "width width"]:
         """Lower-triangular square root of `moment()`, computed once."""
@@ -135,18 +129,11 @@ class _Recorder:
     @contextlib.contextmanager
     def attached(self) -> Iterator[None]:
         handles = [
-            module.register_forward_hook(
-                lambda _, inputs, output, name=name: self._see(name, inputs[0], output)
-            )
+            module.register_forward_hook(lambda _, inputs, output, name=name: self._see(name, inputs[0], output))
             for name, module in self.layers.items()
         ]
         # Gradients with respect to outputs exist only downstream of something that requires them.
-        frozen = [
-            p
-            for m in self.layers.values()
-            for p in m.parameters()
-            if self.want_fisher and not p.requires_grad
-        ]
+        frozen = [p for m in self.layers.values() for p in m.parameters() if self.want_fisher and not p.requires_grad]
         try:
             for parameter in frozen:
                 parameter.requires_grad_(True)
@@ -228,9 +215,7 @@ class _Recorder:
         for name in self.layers:
             moment, rows = self.moments.get(name), self.rows.get(name)
             if moment is None and rows is None:
-                raise DataError(
-                    f"layer '{name}' was never reached by the calibration data; exclude it from the plan"
-                )
+                raise DataError(f"layer '{name}' was never reached by the calibration data; exclude it from the plan")
             for values in (moment.total if moment else None, rows):
                 if values is not None and not torch.isfinite(values).all():
                     raise DataError(f"layer '{name}' sees NaN or infinite values on the calibration data")
@@ -240,9 +225,7 @@ class _Recorder:
         return result
 
 
-def _linear_rows(
-    x: Float[Tensor, "batch t inner"], delta: Float[Tensor, "batch t out"]
-) -> Float[Tensor, " out"]:
+def _linear_rows(x: Float[Tensor, "batch t inner"], delta: Float[Tensor, "batch t out"]) -> Float[Tensor, " out"]:
     """Sum over examples and columns of squared gradients of a weight, by rows, without an (out, inner) matrix each.
 
     With `G = sum_t delta_t x_t^T`: `sum_j G_ij^2 = sum_ts delta_ti (x_t . x_s) delta_si`.
@@ -256,8 +239,6 @@ def _embedding_rows(
     """Sum over examples of the squared gradient norm of every embedding row."""
     example = torch.arange(len(index), device=index.device)[:, None]
     keys, inverse = torch.unique(example * rows + index, return_inverse=True)
-    gradient = delta.new_zeros(len(keys), delta.shape[-1]).index_add_(
-        0, inverse.flatten(), delta.flatten(0, 1)
-    )
+    gradient = delta.new_zeros(len(keys), delta.shape[-1]).index_add_(0, inverse.flatten(), delta.flatten(0, 1))
     squares = gradient.square().sum(1).double()
     return squares.new_zeros(rows).index_add_(0, keys % rows, squares)

@@ -148,9 +148,7 @@ def _check_fits(plan: Plan, model: nn.Module) -> None:
     for entry in plan.factorized:
         found = matrices.get(entry.matrix.name)
         if found is None or found.shape != entry.matrix.shape or found.aliases != entry.matrix.aliases:
-            has = (
-                "has no such matrix" if found is None else f"has {found.shape} tied to {list(found.aliases)}"
-            )
+            has = "has no such matrix" if found is None else f"has {found.shape} tied to {list(found.aliases)}"
             raise ModelError(
                 f"the plan does not fit the model: it expects '{entry.matrix.name}' of shape {entry.matrix.shape} "
                 f"tied to {list(entry.matrix.aliases)}, and the model {has}"
@@ -175,9 +173,7 @@ def load(directory: str | os.PathLike[str], **kwargs: Any) -> PreTrainedModel:
     name = (config.get("architectures") or [None])[0]
     architecture = getattr(transformers, name, None) if name else None
     if architecture is None:
-        raise CheckpointError(
-            f"'{path}/config.json' names the model class {name!r}, which transformers does not have"
-        )
+        raise CheckpointError(f"'{path}/config.json' names the model class {name!r}, which transformers does not have")
     try:
         model, info = architecture.from_pretrained(path, output_loading_info=True, **kwargs)
     except FactorformerError:
@@ -185,11 +181,8 @@ def load(directory: str | os.PathLike[str], **kwargs: Any) -> PreTrainedModel:
     except (OSError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"cannot load '{path}': {error}") from error
     problems = {
-        key: sorted(map(str, info.get(key) or ()))
-        for key in ("missing_keys", "unexpected_keys", "mismatched_keys")
+        key: sorted(map(str, info.get(key) or ())) for key in ("missing_keys", "unexpected_keys", "mismatched_keys")
     }
     if any(problems.values()):
-        raise CheckpointError(
-            f"'{path}' does not fit {name}: { ({k: v[:5] for k, v in problems.items() if v}) }"
-        )
+        raise CheckpointError(f"'{path}' does not fit {name}: { ({k: v[:5] for k, v in problems.items() if v}) }")
     return model

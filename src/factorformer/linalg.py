@@ -14,9 +14,7 @@ Route = Literal["gram32", "gram64", "svd"]
 """How singular vectors were found: from a Gram matrix in float32 or float64, or from a full SVD in float64."""
 
 
-def leading_eigenvectors(
-    gram: Float[Tensor, "n n"], rank: int
-) -> tuple[Float[Tensor, "n rank"], Float[Tensor, " n"]]:
+def leading_eigenvectors(gram: Float[Tensor, "n n"], rank: int) -> tuple[Float[Tensor, "n rank"], Float[Tensor, " n"]]:
     """The `rank` leading eigenvectors of a symmetric matrix, and all its eigenvalues, both in descending order."""
     values, vectors = torch.linalg.eigh(gram)
     return vectors[:, -rank:].flip(1), values.flip(0).clamp_min(0)

@@ -59,9 +59,7 @@ class FactorizedMatrix(nn.Module):
         sizes = {name: tuple(tensor.shape) for name, tensor in factors.items()}
         wanted = {name: tensor.size for name, tensor in expected.items()}
         if sizes != wanted:
-            raise ModelError(
-                f"{spec} of a {self.shape[0]}x{self.shape[1]} matrix stores {wanted}, got {sizes}"
-            )
+            raise ModelError(f"{spec} of a {self.shape[0]}x{self.shape[1]} matrix stores {wanted}, got {sizes}")
         self.spec = spec
         for name, tensor in factors.items():
             if expected[name].dtype is not None:

@@ -52,16 +52,12 @@ def find_matrices(
         raise ModelError(f"unknown scope {one_of(str(scope), ['blocks', 'all'])}")
     done = [name for name, module in model.named_modules() if isinstance(module, FactorizedMatrix)]
     if done:
-        raise ModelError(
-            f"the model is compressed already ('{done[0]}' is factorized): start from the dense model"
-        )
+        raise ModelError(f"the model is compressed already ('{done[0]}' is factorized): start from the dense model")
     calls = _calls_of_blocks(model)
     if scope == "blocks" and not calls:
         raise ModelError(f"no Transformer blocks found in {type(model).__name__}: use scope='all'")
     holders = _holders(model)
-    _check_patterns(
-        [*(include or []), *(exclude or [])], [name for names in holders.values() for name in names]
-    )
+    _check_patterns([*(include or []), *(exclude or [])], [name for names in holders.values() for name in names])
     matrices: list[Matrix] = []
     rest = Cost()
     for path, parameter in model.named_parameters():
@@ -97,9 +93,7 @@ def _check_patterns(patterns: Sequence[str], names: Sequence[str]) -> None:
     for pattern in patterns:
         if not fnmatch.filter(names, pattern):
             near = difflib.get_close_matches(pattern, names, n=3, cutoff=0.3) or list(names[:3])
-            raise ModelError(
-                f"the pattern '{pattern}' matches no weight matrix; names look like {', '.join(near)}"
-            )
+            raise ModelError(f"the pattern '{pattern}' matches no weight matrix; names look like {', '.join(near)}")
 
 
 def _describe(
@@ -114,11 +108,7 @@ def _describe(
     dtype = str(parameter.dtype).removeprefix("torch.")
     if not names:
         shape = (parameter.numel() // parameter.shape[-1], parameter.shape[-1])
-        kind = (
-            "expert weights fused in a 3-D parameter"
-            if parameter.dim() == 3
-            else "not a linear layer or embedding"
-        )
+        kind = "expert weights fused in a 3-D parameter" if parameter.dim() == 3 else "not a linear layer or embedding"
         return Matrix(path, shape, dtype, products=calls, dense=f"{kind}, left dense")
     modules = [model.get_submodule(name) for name in names]
     lookups = sum(isinstance(module, nn.Embedding) for module in modules)

@@ -43,9 +43,7 @@ class Metric:
     def apply(self, weight: Float[Tensor, "out inner"]) -> Float[Tensor, "out inner"]:
         """`R W L`, in the metric's precision where it has one and otherwise in the weight's (at least float32)."""
         result = (
-            weight.double()
-            if self.columns is not None
-            else weight.to(torch.promote_types(weight.dtype, torch.float32))
+            weight.double() if self.columns is not None else weight.to(torch.promote_types(weight.dtype, torch.float32))
         )
         if self.rows is not None:
             result = self.rows[:, None].to(result.dtype) * result

@@ -11,9 +11,7 @@ from factorformer.linalg import leading_singular_vectors
 from factorformer.structures import LowRank
 
 
-def fit_low_rank(
-    weight: Float[Tensor, "out inner"], spec: LowRank, metric: Metric
-) -> tuple[dict[str, Tensor], float]:
+def fit_low_rank(weight: Float[Tensor, "out inner"], spec: LowRank, metric: Metric) -> tuple[dict[str, Tensor], float]:
     """The best matrix of rank `spec.rank` under the metric `||R (W - W') L||_F`.
 
     With `M = R W L` and its leading left vectors `U`, the optimum is `W' = R^-1 U (U^T R W)`: projecting needs neither

@@ -32,9 +32,7 @@ def read_sizes(files: Sequence[str | os.PathLike[str]]) -> Sizes:
     sizes: Sizes = {}
     for file in files:
         if not str(file).endswith(".safetensors"):
-            raise CheckpointError(
-                f"'{file}' is not a safetensors file: compressed models are never read from pickles"
-            )
+            raise CheckpointError(f"'{file}' is not a safetensors file: compressed models are never read from pickles")
         try:
             with safetensors.safe_open(file, framework="pt") as tensors:
                 sizes |= {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}
@@ -94,14 +92,10 @@ def _check_factors(config: FactorformerConfig, stored: Sizes) -> None:
             if not found:
                 missing.append(f"{name}.{factor}")
             wrong += [
-                f"{n}: {list(stored[n])} in the file, {list(size)} by config.json"
-                for n in found
-                if stored[n] != size
+                f"{n}: {list(stored[n])} in the file, {list(size)} by config.json" for n in found if stored[n] != size
             ]
         allowed = {f"{holder}.{factor}" for holder in holders for factor in [*sizes, "bias"]}
-        extra += [
-            n for n in stored if n.startswith(tuple(f"{holder}." for holder in holders)) and n not in allowed
-        ]
+        extra += [n for n in stored if n.startswith(tuple(f"{holder}." for holder in holders)) and n not in allowed]
     _report(missing, extra, wrong)
 
 
@@ -125,9 +119,7 @@ def _report(missing: list[str], extra: list[str], wrong: list[str]) -> None:
         if names
     ]
     if parts:
-        raise CheckpointError(
-            f"the checkpoint does not fit the model: {'. '.join(parts)}. Nothing was loaded"
-        )
+        raise CheckpointError(f"the checkpoint does not fit the model: {'. '.join(parts)}. Nothing was loaded")
 
 
 @contextlib.contextmanager

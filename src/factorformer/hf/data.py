@@ -51,9 +51,7 @@ def read(source: str | os.PathLike[str]) -> datasets.Dataset:
     except DataError:
         raise
     except Exception as error:  # readers raise many types, all of which mean a malformed file
-        raise DataError(
-            f"cannot read '{path}' as {path.suffix[1:].upper()}: {error.__cause__ or error}"
-        ) from error
+        raise DataError(f"cannot read '{path}' as {path.suffix[1:].upper()}: {error.__cause__ or error}") from error
     finally:
         if shown:
             datasets.enable_progress_bars()
@@ -139,9 +137,7 @@ class Labels:
                 raise DataError(f"column '{column}' holds NaN or infinite numbers")
             return numbers
         feature = rows.features[column]
-        names = [
-            feature.int2str(v) if isinstance(feature, datasets.ClassLabel) else _name(v) for v in rows[column]
-        ]
+        names = [feature.int2str(v) if isinstance(feature, datasets.ClassLabel) else _name(v) for v in rows[column]]
         index = {name: i for i, name in enumerate(self.names)}
         unseen = sorted(set(names) - index.keys())
         if unseen:

@@ -40,13 +40,9 @@ class FactorformerConfig(QuantizationConfigMixin):
         CheckpointError: a description that this version cannot read.
     """
 
-    def __init__(
-        self, layers: Mapping[str, Mapping[str, Any]] | None = None, format: int = FORMAT, **_: Any
-    ) -> None:
+    def __init__(self, layers: Mapping[str, Mapping[str, Any]] | None = None, format: int = FORMAT, **_: Any) -> None:
         if format != FORMAT:
-            raise CheckpointError(
-                f"the model was saved in format {format}, this version reads format {FORMAT}"
-            )
+            raise CheckpointError(f"the model was saved in format {format}, this version reads format {FORMAT}")
         self.quant_method = METHOD  # pyright: ignore[reportAttributeAccessIssue]  # a name, as for every plug-in
         self.format = format
         self.layers = {name: dict(layer) for name, layer in (layers or {}).items()}

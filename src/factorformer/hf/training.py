@@ -70,9 +70,7 @@ class DistillationTrainer(Trainer):
         weights: how much each signal counts.
     """
 
-    def __init__(
-        self, *args: Any, teacher: PreTrainedModel, weights: DistillationWeights, **kwargs: Any
-    ) -> None:
+    def __init__(self, *args: Any, teacher: PreTrainedModel, weights: DistillationWeights, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.teacher = teacher.eval().requires_grad_(False).to(self.args.device)
         self.weights = weights
@@ -222,12 +220,7 @@ def predict(
     done = 0
     with torch.inference_mode():
         for rows, batch in indexed_batches(tokenizer, unlabelled, batch_size):
-            logits = (
-                model(**{key: value.to(model.device) for key, value in batch.items()})
-                .logits.float()
-                .cpu()
-                .numpy()
-            )
+            logits = model(**{key: value.to(model.device) for key, value in batch.items()}).logits.float().cpu().numpy()
             if result is None:
                 result = np.empty((len(data), logits.shape[-1]), dtype=np.float32)
             result[rows] = logits

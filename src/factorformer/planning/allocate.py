@@ -18,9 +18,7 @@ TOLERANCE = 0.01
 """How far the bytes of a plan may be from the budget, relative to it."""
 
 
-def uniform(
-    matrices: Sequence[Matrix], structure: type[Structure], ratio: float, rest: Cost
-) -> tuple[Entry, ...]:
+def uniform(matrices: Sequence[Matrix], structure: type[Structure], ratio: float, rest: Cost) -> tuple[Entry, ...]:
     """Give every matrix the same fraction of its own dense bytes.
 
     Sizes are whole numbers, so what rounding leaves over goes, one step at a time, to the matrices that stand furthest
@@ -39,9 +37,7 @@ def uniform(
         raise BudgetError(f"ratio must be at least 1 (original bytes / compressed bytes), got {ratio}")
     ladders = {m.name: _Ladder(m, structure) for m in matrices if m.dense is None}
     if not any(ladder.specs for ladder in ladders.values()):
-        raise BudgetError(
-            "no matrix in scope can be factorized; see the plan's reasons or widen include and scope"
-        )
+        raise BudgetError("no matrix in scope can be factorized; see the plan's reasons or widen include and scope")
     original = total(m.cost(None) for m in matrices).bytes + rest.bytes
     fixed = rest.bytes + total(m.cost(None) for m in matrices if m.dense is not None).bytes
     budget = original / ratio - fixed
@@ -66,8 +62,7 @@ def uniform(
         name = next(
             n
             for n, ladder in ladders.items()
-            if steps[n] + 1 < len(ladder.bytes)
-            and ladder.bytes[steps[n] + 1] - ladder.bytes[steps[n]] == over
+            if steps[n] + 1 < len(ladder.bytes) and ladder.bytes[steps[n] + 1] - ladder.bytes[steps[n]] == over
         )
         steps[name] += 1
         reached += over
@@ -106,9 +101,7 @@ def _fill(ladders: dict[str, _Ladder], budget: float) -> dict[str, int]:
         low, high = (middle, high) if spent(middle) <= budget else (low, middle)
     steps = {name: ladder.below(low) for name, ladder in ladders.items()}
     left = budget - spent(low)
-    for name, ladder in sorted(
-        ladders.items(), key=lambda item: item[1].bytes[steps[item[0]]] / item[1].dense
-    ):
+    for name, ladder in sorted(ladders.items(), key=lambda item: item[1].bytes[steps[item[0]]] / item[1].dense):
         step = steps[name]
         if step + 1 < len(ladder.bytes) and ladder.bytes[step + 1] - ladder.bytes[step] <= left:
             left -= ladder.bytes[step + 1] - ladder.bytes[step]
@@ -120,9 +113,7 @@ def _entry(matrix: Matrix, ladder: _Ladder | None, step: int) -> Entry:
     if ladder is None:
         return Entry(matrix, None, matrix.dense or "")
     if step == len(ladder.specs):
-        reason = (
-            "no smaller size fits the structure" if not ladder.specs else "the budget allows the dense matrix"
-        )
+        reason = "no smaller size fits the structure" if not ladder.specs else "the budget allows the dense matrix"
         return Entry(matrix, None, reason)
     return Entry(matrix, ladder.specs[step], f"uniform: {ladder.bytes[step] / ladder.dense:.1%} of its bytes")
 

@@ -24,9 +24,7 @@ def from_dict(description: Mapping[str, Any]) -> Structure:
     """
     kind = description.get("structure")
     if kind not in STRUCTURES:
-        raise CheckpointError(
-            f"unknown structure {one_of(str(kind), STRUCTURES)}; is this package up to date?"
-        )
+        raise CheckpointError(f"unknown structure {one_of(str(kind), STRUCTURES)}; is this package up to date?")
     fields = {key: value for key, value in description.items() if key != "structure"}
     expected = {field.name for field in dataclasses.fields(STRUCTURES[kind])}
     if set(fields) != expected:

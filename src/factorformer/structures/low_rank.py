@@ -63,9 +63,7 @@ class LowRank(Structure):
 
     def resize(self, factors: Factors, smaller: Structure) -> dict[str, Tensor]:
         if not isinstance(smaller, LowRank) or smaller.rank > self.rank:
-            raise ModelError(
-                f"cannot resize {self} to {smaller}: allowed is low_rank with rank 1 to {self.rank}"
-            )
+            raise ModelError(f"cannot resize {self} to {smaller}: allowed is low_rank with rank 1 to {self.rank}")
         return {"weight": factors["weight"][:, : smaller.rank], "right": factors["right"][: smaller.rank]}
 
     def initialize(self, factors: Factors, std: float) -> None:

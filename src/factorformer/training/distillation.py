@@ -64,16 +64,12 @@ def hidden_loss(
     return torch.stack(losses).mean()
 
 
-def mean_pool(
-    hidden: Float[Tensor, "batch t width"], mask: Bool[Tensor, "batch t"]
-) -> Float[Tensor, "batch width"]:
+def mean_pool(hidden: Float[Tensor, "batch t width"], mask: Bool[Tensor, "batch t"]) -> Float[Tensor, "batch width"]:
     """The mean over real tokens, as sentence encoders pool."""
     weights = mask[..., None].to(hidden.dtype)
     return (hidden * weights).sum(1) / weights.sum(1).clamp_min(1)
 
 
-def pooled_loss(
-    student: Float[Tensor, "batch width"], teacher: Float[Tensor, "batch width"]
-) -> Float[Tensor, ""]:
+def pooled_loss(student: Float[Tensor, "batch width"], teacher: Float[Tensor, "batch width"]) -> Float[Tensor, ""]:
     """One minus the mean cosine of pooled embeddings."""
     return 1 - F.cosine_similarity(student, teacher).mean()

@@ -1,0 +1,322 @@
+"""Accuracy after compression and fine-tuning: methods x tasks x ratios x seeds, on real data.
+
+    python benchmarks/accuracy.py --data ../shared/data --minutes 60
+
+Protocol, the same for every method: MiniLM is fine-tuned on the task (`dense`); the method compresses that model with
+512 training rows as calibration data; the result is fine-tuned for as many epochs again. The learning rate of each
+method is chosen on a slice of train, at the first ratio, by a search of equal cost: a dense model trained on the slice
+alone is compressed, fine-tuned on the slice with each candidate, and scored on other rows of train. Test rows are read
+once, for the figure that is reported.
+
+Each finished cell is one JSON line; a run skips what is there already, so it can be stopped and continued.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+from common import RESULTS, TASKS, Task, append_line, default_data, machine, read_lines
+from torch import nn
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
+from transformers.utils import logging
+
+import factorformer
+from factorformer import recipes
+from factorformer.hf import data as task_data
+from factorformer.hf import training
+from factorformer.hf.minilm import minilm_directory
+from factorformer.surgery import find_blocks, find_matrices
+
+RATES = (1e-4, 2e-4, 4e-4)
+SLICE, HELD_OUT, CALIBRATION = 1600, 800, 512
+DISTILLED = "+distill"
+SETTINGS = training.TrainingSettings()
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """One measurement; `ratio` is that of the bytes of the Transformer blocks (None: the method decides)."""
+
+    task: str
+    method: str
+    ratio: float | None
+    seed: int
+
+    def key(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+def grid(tasks: list[str], methods: list[str], ratios: list[float], seeds: list[int]) -> list[Cell]:
+    """All cells, the most telling first: one seed of every method before the second seed of any."""
+    cells = []
+    for seed in seeds:
+        cells += [Cell(task, "dense", None, seed) for task in tasks]
+        for method in methods:
+            if method.startswith("torchao"):
+                cells += [Cell(task, method, None, seed) for task in tasks]
+        for ratio in ratios:
+            for task in tasks:
+                cells += [Cell(task, m, ratio, seed) for m in methods if not m.startswith("torchao")]
+    return cells
+
+
+class Bench:
+    """Data, models and settings of a run."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args = args
+        self.model = args.model or str(minilm_directory())
+        self.tokenizer = AutoTokenizer.from_pretrained(self.model)
+        self._data: dict[str, tuple[datasets.Dataset, datasets.Dataset, task_data.Labels]] = {}
+        self._rates: dict[tuple[str, str], float] = {}
+
+    def data(self, task: Task) -> tuple[datasets.Dataset, datasets.Dataset, task_data.Labels]:
+        """Encoded training rows, test rows, and the labels."""
+        if task.name not in self._data:
+            folder, columns = self.args.data / task.name, task_data.Columns(task.text, "label")
+            train = task_data.sample(task_data.read(folder / "train.tsv"), self.args.train_rows or 10**9)
+            test = task_data.read(folder / task.test)
+            labels = task_data.Labels.of(train, "label")
+            encode = [task_data.encode(self.tokenizer, rows, columns, labels) for rows in (train, test)]
+            self._data[task.name] = (encode[0], encode[1], labels)
+        return self._data[task.name]
+
+    def fresh(self, task: Task) -> PreTrainedModel:
+        """The pre-trained model with a new head."""
+        torch.manual_seed(0)
+        labels = self.data(task)[2]
+        model = AutoModelForSequenceClassification.from_pretrained(self.model, num_labels=len(labels.names))
+        return model.to("cuda" if torch.cuda.is_available() else "cpu")
+
+    def dense(self, task: Task, seed: int) -> PreTrainedModel:
+        """The dense fine-tuned model; trained once for each task and seed, then read from the work folder."""
+        path = self.args.work / f"{task.name}-{seed}-{self.args.epochs:g}-{self.args.train_rows or 'all'}"
+        if not path.exists():
+            model, rate = self.fresh(task), self.rate(task, "dense", None)
+            started = time.process_time()
+            settings = self.settings(rate, seed)
+            seconds = training.train(model, self.tokenizer, self.data(task)[0], settings)
+            print(f"  dense {task.name}: {seconds:.0f} s, {time.process_time() - started:.0f} CPU s", flush=True)
+            model.save_pretrained(path)
+        return AutoModelForSequenceClassification.from_pretrained(path).to(self.fresh(task).device)
+
+    def settings(self, rate: float, seed: int, epochs: float | None = None) -> training.TrainingSettings:
+        return dataclasses.replace(
+            SETTINGS, epochs=self.args.epochs if epochs is None else epochs, learning_rate=rate, seed=seed
+        )
+
+    def rate(self, task: Task, method: str, ratio: float | None) -> float:
+        """The best learning rate of a method on a task, searched on a slice of train once."""
+        name = method.removesuffix(DISTILLED)
+        cached = [r for r in read_lines(self.args.rates) if r["task"] == task.name and r["method"] == name]
+        if cached:
+            return cached[0]["rate"]
+        train, _, labels = self.data(task)
+        shuffled = train.shuffle(seed=1234)
+        learn = shuffled.select(range(min(SLICE, len(train) * 2 // 3)))
+        check = shuffled.select(range(len(learn), min(len(learn) + HELD_OUT, len(train))))
+        scores = {}
+        for rate in RATES:
+            model = self.fresh(task)
+            if name != "dense":
+                model = self._slice_model(task, learn)
+                model = reduce(
+                    model, name, ratio, lambda: task_data.batches(self.tokenizer, task_data.sample(learn, CALIBRATION))
+                )
+            training.train(model, self.tokenizer, learn, self.settings(rate, 0, epochs=2))
+            scores[rate] = training.evaluate(model, self.tokenizer, check, labels)[task.metric]
+        best = max(scores, key=scores.__getitem__)
+        row = {"task": task.name, "method": name, "ratio": ratio, "rate": best, "scores": scores}
+        append_line(self.args.rates, row)
+        print(f"  learning rate of {name} on {task.name}: {scores}", flush=True)
+        return best
+
+    def _slice_model(self, task: Task, learn: datasets.Dataset) -> PreTrainedModel:
+        path = self.args.work / f"{task.name}-slice-{self.args.train_rows or 'all'}"
+        if not path.exists():
+            model = self.fresh(task)
+            training.train(model, self.tokenizer, learn, self.settings(self.rate(task, "dense", None), 0, epochs=3))
+            model.save_pretrained(path)
+        return AutoModelForSequenceClassification.from_pretrained(path).to(self.fresh(task).device)
+
+    def run(self, cell: Cell) -> dict[str, Any]:
+        """Measure one cell."""
+        task = TASKS[cell.task]
+        train, test, labels = self.data(task)
+        model = self.dense(task, cell.seed)
+        original = block_bytes(model)
+        row: dict[str, Any] = {**cell.key(), "epochs": self.args.epochs, "train_rows": len(train)}
+        method = cell.method.removesuffix(DISTILLED)
+        started, cpu = time.perf_counter(), time.process_time()
+        if method == "dense":
+            row["learning_rate"] = self.rate(task, "dense", None)
+        else:
+            teacher = self.dense(task, cell.seed) if cell.method.endswith(DISTILLED) else None
+            chosen = task_data.sample(train, CALIBRATION, cell.seed)
+            model = reduce(model, method, cell.ratio, lambda: task_data.batches(self.tokenizer, chosen))
+            row["before_training"] = training.evaluate(model, self.tokenizer, test, labels)[task.metric]
+            if not method.startswith("torchao"):
+                row["learning_rate"] = self.rate(task, method, cell.ratio)
+                started, cpu = time.perf_counter(), time.process_time()
+                settings = self.settings(row["learning_rate"], cell.seed)
+                training.train(model, self.tokenizer, train, settings, teacher=teacher)
+        row["seconds"] = round(time.perf_counter() - started, 1)
+        row["cpu_seconds"] = round(time.process_time() - cpu, 1)
+        row["block_bytes"] = block_bytes(model)
+        row["measured_ratio"] = round(original / row["block_bytes"], 4)
+        row["metrics"] = training.evaluate(model, self.tokenizer, test, labels)
+        row["metric"] = row["metrics"][task.metric]
+        return {**row, "test_rows": len(test), "machine": machine()}
+
+
+def block_bytes(model: nn.Module) -> int:
+    """Bytes of all tensors inside the Transformer blocks, as they are stored, scales and indices included."""
+    total = 0
+    for name in find_blocks(model) or []:
+        for tensor in model.get_submodule(name).state_dict().values():
+            total += stored_bytes(tensor)
+    return total
+
+
+def stored_bytes(tensor: torch.Tensor) -> int:
+    """Bytes of a tensor; of a torchao tensor, those of its parts."""
+    if hasattr(tensor, "__tensor_flatten__"):
+        return sum(stored_bytes(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])
+    return tensor.numel() * tensor.element_size()
+
+
+def reduce(model: PreTrainedModel, method: str, ratio: float | None, calibration: Callable[[], Any]) -> PreTrainedModel:
+    """Compress a model by one of our methods, or by a peer."""
+    if method in recipes.RECIPES:
+        assert ratio is not None
+        needed = recipes.get(method).needs != "nothing"
+        factorformer.compress(model, factorformer.plan(model, method, ratio), calibration() if needed else None)
+        return model
+    return PEERS[method](model, ratio)
+
+
+def fasterai(model: PreTrainedModel, ratio: float | None) -> PreTrainedModel:
+    """Plain SVD at one fraction of the singular values, by fasterai's own decomposer (`pip install --no-deps fasterai`)."""
+    from fasterai.misc.fc_decomposer import FC_Decomposer
+
+    assert ratio is not None
+    matrices, rest = find_matrices(model, "blocks")
+    dense = sum(m.cost(None).bytes for m in matrices)
+    budget = (dense + rest.bytes) / ratio - rest.bytes
+
+    def spent(removed: float) -> int:
+        return sum(4 * int((1 - removed) * min(m.shape)) * sum(m.shape) for m in matrices)
+
+    removed = next(step / 1000 for step in range(1000) if spent(step / 1000) <= budget)
+    return FC_Decomposer().decompose(model, percent_removed=removed, layers=[m.name for m in matrices])
+
+
+def torchao_int8(model: PreTrainedModel, ratio: float | None) -> PreTrainedModel:
+    """Weight-only int8 of the block matrices, without further training."""
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+    names = {m.name for m in find_matrices(model, "blocks")[0]}
+    quantize_(model, Int8WeightOnlyConfig(), filter_fn=lambda module, name: name in names)
+    return model
+
+
+PEERS: dict[str, Callable[[PreTrainedModel, float | None], PreTrainedModel]] = {
+    "fasterai-svd": fasterai,
+    "torchao-int8": torchao_int8,
+}
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Results as Markdown, mean over seeds."""
+    lines = ["| task | method | block bytes ratio | before training | after | runs |", "|---|---|---|---|---|---|"]
+    keys = sorted({(r["task"], r["ratio"] or 0, r["method"]) for r in rows})
+    for task, ratio, method in keys:
+        same = [r for r in rows if (r["task"], r["ratio"] or 0, r["method"]) == (task, ratio, method)]
+        mean = sum(r["metric"] for r in same) / len(same)
+        before = [r["before_training"] for r in same if "before_training" in r]
+        shown = f"{100 * sum(before) / len(before):.1f}" if before else ""
+        lines.append(
+            f"| {task} | {method} | {same[0]['measured_ratio']:.2f}x | {shown} | {100 * mean:.1f} | {len(same)} |"
+        )
+    return "\n".join(lines)
+
+
+def plot(rows: list[dict[str, Any]], path: Path) -> None:
+    """Metric against the bytes of the Transformer blocks, one panel for each task."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    tasks = sorted({r["task"] for r in rows})
+    figure, axes = plt.subplots(1, len(tasks), figsize=(6 * len(tasks), 4), squeeze=False)
+    for axis, task in zip(axes[0], tasks, strict=True):
+        for method in sorted({r["method"] for r in rows}):
+            points = sorted(
+                (r["block_bytes"] / 1e6, 100 * r["metric"]) for r in rows if (r["task"], r["method"]) == (task, method)
+            )
+            if points:
+                axis.plot(
+                    *zip(*points, strict=True), marker="o", label=method, linestyle="-" if len(points) > 1 else ""
+                )
+        axis.set(
+            title=task, xlabel="bytes of the Transformer blocks (MB)", ylabel=f"{TASKS[task].metric} (%)", xscale="log"
+        )
+        axis.grid(alpha=0.3)
+    axes[0][0].legend()
+    figure.tight_layout()
+    figure.savefig(path, metadata={"Date": None})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, default=default_data(), help="folder with one folder for each task")
+    parser.add_argument("--tasks", nargs="+", default=["sst2", "banking77"], choices=TASKS)
+    default_methods = ["whitened", "fwsvd", "svd", "fasterai-svd", "torchao-int8", f"whitened{DISTILLED}"]
+    parser.add_argument("--methods", nargs="+", default=default_methods)
+    parser.add_argument("--ratios", nargs="+", type=float, default=[2.8, 5.0])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--epochs", type=float, default=3.0)
+    parser.add_argument("--train-rows", type=int, default=None, help="use only so many training rows, for every method")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="start no new cell after this time")
+    parser.add_argument("--model", default=None, help="a model directory; the embedded MiniLM if not given")
+    parser.add_argument("--output", type=Path, default=RESULTS / "accuracy.jsonl")
+    parser.add_argument("--work", type=Path, default=Path("runs/accuracy"), help="dense models are kept here")
+    args = parser.parse_args()
+    args.rates = args.output.with_name(args.output.stem + "_rates.jsonl")
+    logging.set_verbosity_error()
+    datasets.disable_progress_bars()
+    started = time.monotonic()
+    bench = Bench(args)
+    known = {"epochs": args.epochs, "train_rows": args.train_rows}
+    for cell in grid(args.tasks, args.methods, args.ratios, args.seeds):
+        if time.monotonic() - started > 60 * args.minutes:
+            print("time is up; run again to continue")
+            break
+        done = [r for r in read_lines(args.output) if all(r[k] == v for k, v in cell.key().items())]
+        if any(
+            r["epochs"] == known["epochs"] and (not known["train_rows"] or r["train_rows"] == known["train_rows"])
+            for r in done
+        ):
+            continue
+        row = bench.run(cell)
+        append_line(args.output, row)
+        print(
+            f"{cell.task:<10} {cell.method:<16} {row['measured_ratio']:.2f}x {row['metric']:.4f} ({row['seconds']:.0f} s)",
+            flush=True,
+        )
+    rows = read_lines(args.output)
+    if rows:
+        print(table(rows))
+        plot(rows, args.output.with_suffix(".svg"))
+
+
+if __name__ == "__main__":
+    main()
