@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -19,6 +21,9 @@ from factorformer.errors import DataError
 from factorformer.linalg import square_root
 
 Batch = Mapping[str, Tensor]
+
+_CROSSING = re.compile(r"(EncDecAttention|encoder_attn|cross_?attn|cross_?attention)\b.*\b(k|v|key|value|k_proj|v_proj)$")
+"""Layers of a decoder that read what the encoder wrote."""
 
 
 @dataclasses.dataclass
@@ -43,7 +48,9 @@ class InputMoment:
         """
         width = len(self.total)
         moment = self.total / max(self.count, 1)
-        scale = moment.diagonal().mean().clamp_min(torch.finfo(torch.float64).tiny)
+        scale = moment.diagonal().mean()
+        if scale == 0:  # an input of zeros only: no direction matters more than another
+            scale = scale + 1
         weight = max(1e-6, 1e-2 * width / (width + self.count)) if self.count >= width else width / (width + self.count)
         return (1 - weight) * moment + weight * scale * torch.eye(width, dtype=moment.dtype, device=moment.device)
 
@@ -95,7 +102,7 @@ def collect(
     """
     recorder = _Recorder(model, layers, moments, fisher)
     device = next(model.parameters()).device
-    training = model.training
+    modes = [(module, module.training) for module in model.modules()]
     model.eval()
     done = 0
     try:
@@ -106,7 +113,8 @@ def collect(
                 if progress is not None:
                     progress(done)
     finally:
-        model.train(training)
+        for module, training in modes:
+            module.training = training
     if done == 0:
         raise DataError("calibration data is empty: give at least one batch")
     return recorder.statistics()
@@ -121,17 +129,16 @@ class _Recorder:
         self.want_moments, self.want_fisher = moments, fisher
         self.moments: dict[str, InputMoment] = {}
         self.rows: dict[str, Tensor] = {}
+        self.reached: set[str] = set()
         self.examples = 0
         self._batch: Batch = {}
+        self._size = 0
         self._last: tuple[Tensor, InputMoment] | None = None
         self._calls: dict[str, list[tuple[Tensor, Tensor]]] = {}
 
     @contextlib.contextmanager
     def attached(self) -> Iterator[None]:
-        handles = [
-            module.register_forward_hook(lambda _, inputs, output, name=name: self._see(name, inputs[0], output))
-            for name, module in self.layers.items()
-        ]
+        handles = [module.register_forward_hook(self._hook(name)) for name, module in self.layers.items()]
         # Gradients with respect to outputs exist only downstream of something that requires them.
         frozen = [p for m in self.layers.values() for p in m.parameters() if self.want_fisher and not p.requires_grad]
         try:
@@ -144,32 +151,41 @@ class _Recorder:
             for handle in handles:
                 handle.remove()
 
+    def _hook(self, name: str) -> Callable[[nn.Module, Any, Any], Tensor]:
+        return lambda _, inputs, output: self._see(name, inputs[0], output)
+
     def run(self, batch: Batch) -> None:
         self._batch, self._last, self._calls = batch, None, {}
+        self._size = len(next(iter(batch.values())))
         output = self.model(**batch)
         self._last = None
         if self.want_fisher:
             self._add_fisher(output)
 
-    def _see(self, name: str, x: Tensor, output: Tensor) -> None:
+    def _see(self, name: str, x: Tensor, output: Tensor) -> Tensor:
+        layer = self.layers[name]
+        if isinstance(layer, nn.Embedding) and x.dim() == 2 and len(x) == 1 < self._size:
+            # Positions are looked up once for the whole batch; repeated, they have a gradient for every example.
+            x, output = x.expand(self._size, -1), output.expand(self._size, -1, -1)
         if self.want_fisher:
             self._calls.setdefault(name, []).append((x.detach(), output))
-        if self.want_moments and isinstance(self.layers[name], nn.Embedding):
+        elif isinstance(layer, nn.Embedding):
             rows = self._without_padding(name, x, x.shape)
-            self._add_rows(name, torch.bincount(rows, minlength=self.layers[name].num_embeddings).double())
-        elif self.want_moments:
-            self._add_moment(name, x.detach())
+            self._add_rows(name, torch.bincount(rows, minlength=layer.num_embeddings).double())
+        if self.want_moments and not isinstance(layer, nn.Embedding):
+            self._add_moment(name, x)
+        return output
 
     def _add_moment(self, name: str, x: Tensor) -> None:
         # Query, key and value are called in a row with one tensor object: its second moment is computed once.
-        if self._last is not None and self._last[0] is x:
-            if self.moments.setdefault(name, self._last[1]) is self._last[1]:
-                return
+        last = self._last
+        if last is not None and last[0] is x and self.moments.setdefault(name, last[1]) is last[1]:
+            return
         known = self.moments.get(name)
         if known is None:
             known = InputMoment(torch.zeros(x.shape[-1], x.shape[-1], dtype=torch.float64, device=x.device))
             self.moments[name] = known
-        rows = self._without_padding(name, x, x.shape[:-1]).float()
+        rows = self._without_padding(name, x.detach(), x.shape[:-1]).float()
         known.total += (rows.T @ rows).double()
         known.count += len(rows)
         self._last = (x, known)
@@ -178,10 +194,11 @@ class _Recorder:
         self.rows[name] = self.rows[name] + rows if name in self.rows else rows
 
     def _without_padding(self, name: str, x: Tensor, positions: torch.Size) -> Tensor:
-        masks = ("decoder_attention_mask", "attention_mask") if "decoder" in name else ("attention_mask",)
-        for mask in (self._batch.get(key) for key in masks):
-            if mask is not None and mask.shape == positions:
-                return x[mask.bool()]
+        config = getattr(self.model, "config", None)
+        decoding = getattr(config, "is_encoder_decoder", False) and "decoder" in name and not _CROSSING.search(name)
+        mask = self._batch.get("decoder_attention_mask" if decoding else "attention_mask")
+        if mask is not None and mask.shape == positions:
+            return x[mask.bool()]
         return x.flatten(0, len(positions) - 1)
 
     def _add_fisher(self, output: object) -> None:
@@ -191,20 +208,23 @@ class _Recorder:
                 f"Fisher rows need a loss, but {type(self.model).__name__} returned none: "
                 "give calibration batches with labels, to a model with a task head"
             )
-        size = len(next(iter(self._batch.values())))
+        size = self._size
         self.examples += size
         calls = [(name, x, y) for name, seen in self._calls.items() for x, y in seen]
         gradients = torch.autograd.grad(loss * size, [y for _, _, y in calls], allow_unused=True)
         joined: dict[str, list[tuple[Tensor, Tensor]]] = {}
         for (name, x, _), gradient in zip(calls, gradients, strict=True):
-            if gradient is not None:
+            self.reached.add(name)
+            # Positions that the whole batch shares have no gradient of one example: their rows all count the same.
+            if gradient is not None and (len(x) == size or not isinstance(self.layers[name], nn.Embedding)):
                 joined.setdefault(name, []).append((x, gradient))
         for name, pairs in joined.items():
             # All positions and calls of one example add up to its gradient, before the square is taken.
             delta = torch.cat([g.reshape(size, -1, g.shape[-1]) for _, g in pairs], dim=1).float()
-            if isinstance(self.layers[name], nn.Embedding):
+            layer = self.layers[name]
+            if isinstance(layer, nn.Embedding):
                 index = torch.cat([x.reshape(size, -1) for x, _ in pairs], dim=1)
-                self._add_rows(name, _embedding_rows(index, delta, self.layers[name].num_embeddings))
+                self._add_rows(name, _embedding_rows(index, delta, layer.num_embeddings))
             else:
                 x = torch.cat([x.reshape(size, -1, x.shape[-1]) for x, _ in pairs], dim=1).float()
                 self._add_rows(name, _linear_rows(x, delta))
@@ -214,7 +234,7 @@ class _Recorder:
         result = {}
         for name in self.layers:
             moment, rows = self.moments.get(name), self.rows.get(name)
-            if moment is None and rows is None:
+            if moment is None and rows is None and name not in self.reached:
                 raise DataError(f"layer '{name}' was never reached by the calibration data; exclude it from the plan")
             for values in (moment.total if moment else None, rows):
                 if values is not None and not torch.isfinite(values).all():

@@ -39,8 +39,11 @@ def leading_singular_vectors(
     """
     side: Literal["left", "right"] = "left" if matrix.shape[0] <= matrix.shape[1] else "right"
     work = matrix if side == "left" else matrix.T
-    if not torch.isfinite(work).all():
+    scale = work.abs().amax()
+    if not torch.isfinite(scale):
         raise ModelError("the matrix holds NaN or infinite values")
+    # Squares of very small or very large values would leave the range of float32.
+    work = work / scale.clamp_min(torch.finfo(scale.dtype).tiny)
     routes: tuple[tuple[Route, torch.dtype], ...] = (("gram32", torch.float32), ("gram64", torch.float64))
     for route, dtype in routes:
         wide = work.to(dtype)
@@ -48,9 +51,9 @@ def leading_singular_vectors(
         tail = values[rank:].sum()
         # The sum of n eigenvalue errors, each up to eps * lambda_1, has to stay below a thousandth of the tail.
         if tail >= 1e3 * torch.finfo(dtype).eps * len(values) ** 0.5 * values[0]:
-            return side, vectors, tail, route
+            return side, vectors, tail.double() * scale.double() ** 2, route
     left, values, _ = torch.linalg.svd(work.double(), full_matrices=False)
-    return side, left[:, :rank], values[rank:].square().sum(), "svd"
+    return side, left[:, :rank], values[rank:].square().sum() * scale.double() ** 2, "svd"
 
 
 def square_root(moment: Float[Tensor, "n n"]) -> Float[Tensor, "n n"]:

@@ -35,9 +35,10 @@ class Metric:
             return cls()
         rows = None
         if statistics.rows is not None:
-            # A row that calibration never touched still has to be reconstructed, if with little weight.
-            floor = 1e-3 * statistics.rows.mean().clamp_min(torch.finfo(torch.float64).tiny)
-            rows = (statistics.rows + floor).sqrt()
+            # Relative to their mean, rows stay in the range of float32, and if all are zero they count alike. A row that
+            # calibration never touched still has to be reconstructed, if with little weight.
+            rows = statistics.rows.double()
+            rows = (rows / rows.mean().clamp_min(torch.finfo(torch.float64).tiny) + 1e-3).sqrt()
         return cls(rows, None if statistics.inputs is None else statistics.inputs.root())
 
     def apply(self, weight: Float[Tensor, "out inner"]) -> Float[Tensor, "out inner"]:

@@ -43,5 +43,5 @@ def fit_low_rank(weight: Float[Tensor, "out inner"], spec: LowRank, metric: Metr
         "weight": (left * balance).to(weight.dtype).contiguous(),
         "right": (right / balance[:, None]).to(weight.dtype).contiguous(),
     }
-    energy = scaled.square().sum().double()
-    return factors, float((tail.double() / energy.clamp_min(tiny)).clamp(0, 1).sqrt())
+    energy = torch.linalg.vector_norm(scaled, dtype=torch.float64).square()
+    return factors, float((tail / energy.clamp_min(torch.finfo(torch.float64).tiny)).clamp(0, 1).sqrt())

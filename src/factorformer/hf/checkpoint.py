@@ -7,7 +7,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -35,7 +35,8 @@ def read_sizes(files: Sequence[str | os.PathLike[str]]) -> Sizes:
             raise CheckpointError(f"'{file}' is not a safetensors file: compressed models are never read from pickles")
         try:
             with safetensors.safe_open(file, framework="pt") as tensors:
-                sizes |= {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}
+                names = tensors.keys()  # not a dict: it cannot be iterated itself
+                sizes |= {name: tuple(tensors.get_slice(name).get_shape()) for name in names}
         except (OSError, safetensors.SafetensorError) as error:
             raise CheckpointError(f"cannot read '{file}': {error}") from error
     return sizes
@@ -108,7 +109,7 @@ def _common(sizes: Mapping[str, tuple[int, ...]], prefix: str) -> Sizes:
     return {name.removeprefix(prefix): size for name, size in sizes.items()}
 
 
-def _matches(name: str, patterns: Sequence[str]) -> bool:
+def _matches(name: str, patterns: Iterable[str]) -> bool:
     return any(re.search(pattern, name) for pattern in patterns)
 
 

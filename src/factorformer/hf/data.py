@@ -64,7 +64,7 @@ def _from_hub(source: str) -> datasets.Dataset:
     name, *rest = source.split(":")
     if len(rest) not in (1, 2):
         raise DataError(
-            f"'{source}' is neither a file ({', '.join(READERS)}) nor a data set on the Hub, written NAME[:CONFIG]:SPLIT"
+            f"'{source}' is neither a file ({', '.join(READERS)}) nor a data set on the Hub (NAME[:CONFIG]:SPLIT)"
         )
     try:
         rows = datasets.load_dataset(name, *rest[:-1], split=rest[-1])
@@ -137,7 +137,8 @@ class Labels:
                 raise DataError(f"column '{column}' holds NaN or infinite numbers")
             return numbers
         feature = rows.features[column]
-        names = [feature.int2str(v) if isinstance(feature, datasets.ClassLabel) else _name(v) for v in rows[column]]
+        known = feature.names if isinstance(feature, datasets.ClassLabel) else None
+        names = [_name(value) if known is None else known[value] for value in rows[column]]
         index = {name: i for i, name in enumerate(self.names)}
         unseen = sorted(set(names) - index.keys())
         if unseen:
@@ -177,7 +178,7 @@ def encode(
     """
     columns.check(rows)
     texts = [[str(text) for text in rows[column]] for column in columns.text]
-    encoded = tokenizer(*texts, truncation=True, max_length=max_length)
+    encoded = tokenizer(texts[0], texts[1] if len(texts) > 1 else None, truncation=True, max_length=max_length)
     content: dict[str, Any] = {key: encoded[key] for key in encoded if key in tokenizer.model_input_names}
     content["length"] = [len(ids) for ids in content["input_ids"]]
     if labels is not None and columns.label is not None:

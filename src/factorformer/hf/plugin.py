@@ -4,6 +4,8 @@ Importing this module registers the quantization method `factorformer` with tran
 `from_pretrained` builds the factorized layers that `config.json` describes, before it loads the weights into them.
 """
 
+# transformers declares these hooks without types, as what their defaults happen to return.
+# pyright: reportIncompatibleMethodOverride=false, reportIncompatibleVariableOverride=false
 from __future__ import annotations
 
 import re
@@ -14,12 +16,13 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
-from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from factorformer.errors import CheckpointError, FactorformerError
 from factorformer.hf.checkpoint import check_tensors
-from factorformer.nn import FactorizedEmbedding, FactorizedMatrix
+from factorformer.nn import FactorizedLinear, FactorizedMatrix
 from factorformer.structures import Shape, Structure, from_dict
 from factorformer.surgery import factorized_like, replace_module
 
@@ -27,7 +30,6 @@ METHOD = "factorformer"
 FORMAT = 1
 
 
-@register_quantization_config(METHOD)
 class FactorformerConfig(QuantizationConfigMixin):
     """The `quantization_config` of a compressed model.
 
@@ -59,7 +61,6 @@ class FactorformerConfig(QuantizationConfigMixin):
         return spec, shape
 
 
-@register_quantizer(METHOD)
 class FactorformerQuantizer(HfQuantizer):
     """The hooks through which transformers loads, saves and trains factorized models."""
 
@@ -113,6 +114,11 @@ class FactorformerQuantizer(HfQuantizer):
         return to_dense(model, dtype)
 
 
+# Called as functions, so that type checkers still see the classes.
+register_quantization_config(METHOD)(FactorformerConfig)
+register_quantizer(METHOD)(FactorformerQuantizer)
+
+
 def describe(model: nn.Module) -> FactorformerConfig:
     """The `quantization_config` of the factorized layers that a model has now."""
     layers: dict[str, dict[str, Any]] = {}
@@ -132,12 +138,17 @@ def attach(model: PreTrainedModel, quantizer: FactorformerQuantizer | None = Non
     """Make a model whose layers were just factorized save, load and train as a `factorformer` model."""
     config = describe(model)
     model.config.quantization_config = config
-    model.hf_quantizer = quantizer or FactorformerQuantizer(config, pre_quantized=True)
-    model.hf_quantizer.quantization_config = config
-    model.quantization_method = METHOD  # pyright: ignore[reportAttributeAccessIssue]
-    model.is_quantized = True
-    # Converters that fuse or split dense tensors on save know nothing of factors.
-    model._weight_conversions = []
+    quantizer = quantizer or FactorformerQuantizer(config, pre_quantized=True)
+    quantizer.quantization_config = config
+    state = {
+        "hf_quantizer": quantizer,
+        "quantization_method": METHOD,
+        "is_quantized": True,
+        # Converters that fuse or split dense tensors on save know nothing of factors.
+        "_weight_conversions": [],
+    }
+    for name, value in state.items():
+        setattr(model, name, value)
     rewrite_ties(model)
 
 
@@ -197,8 +208,8 @@ def to_dense(model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTra
             dense = module.to_dense().detach().to(dtype or module.factors["weight"].dtype)
             weights[key] = nn.Parameter((dense.T if isinstance(new, Conv1D) else dense).contiguous())
         new.weight = weights[key]
-        if not isinstance(module, FactorizedEmbedding):
-            new.bias = module.bias
+        if isinstance(module, FactorizedLinear):
+            new.register_parameter("bias", module.bias)
         replace_module(model, module, new.train(module.training))
     for module in model.modules():
         if isinstance(module, PreTrainedModel):

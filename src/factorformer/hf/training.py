@@ -12,7 +12,7 @@ from typing import Any
 import datasets
 import numpy as np
 import torch
-from scipy.stats import pearsonr, spearmanr
+from scipy.stats import rankdata
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 from torch import Tensor, nn
 from transformers import (
@@ -72,7 +72,8 @@ class DistillationTrainer(Trainer):
 
     def __init__(self, *args: Any, teacher: PreTrainedModel, weights: DistillationWeights, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.teacher = teacher.eval().requires_grad_(False).to(self.args.device)
+        self.teacher = teacher.eval().requires_grad_(False)
+        nn.Module.to(self.teacher, self.args.device)
         self.weights = weights
         # The loss is a mean over the batch: the Trainer is to divide it by the accumulation steps.
         self.model_accepts_loss_kwargs = False
@@ -239,8 +240,8 @@ def score(logits: np.ndarray, references: np.ndarray, labels: Labels) -> dict[st
     if labels.kind == "regression":
         predicted = logits[:, 0]
         return {
-            "pearson": float(pearsonr(predicted, references).statistic),
-            "spearman": float(spearmanr(predicted, references).statistic),
+            "pearson": float(np.corrcoef(predicted, references)[0, 1]),
+            "spearman": rank_correlation(predicted, references),
             "mse": float(np.mean((predicted - references) ** 2)),
         }
     predicted = logits.argmax(-1)
@@ -252,6 +253,11 @@ def score(logits: np.ndarray, references: np.ndarray, labels: Labels) -> dict[st
     if len(labels.names) == 2:
         metrics["f1"] = float(f1_score(references, predicted))
     return metrics
+
+
+def rank_correlation(a: np.ndarray, b: np.ndarray) -> float:
+    """Spearman's rank correlation of two vectors; ties share their mean rank."""
+    return float(np.corrcoef(rankdata(a), rankdata(b))[0, 1])
 
 
 def evaluate(
@@ -274,11 +280,12 @@ def embed(
 ) -> Tensor:
     """Mean-pooled last hidden states of every row, `(rows, width)`, in the order of the rows."""
     base = model.base_model.eval()
+    device = model.device
     result: list[Tensor] = []
     order: list[int] = []
     with torch.inference_mode():
         for rows, batch in indexed_batches(tokenizer, data, batch_size):
-            inputs = {key: value.to(base.device) for key, value in batch.items() if key != "labels"}
+            inputs = {key: value.to(device) for key, value in batch.items() if key != "labels"}
             hidden = base(**inputs).last_hidden_state
             result.append(mean_pool(hidden, inputs["attention_mask"].bool()).float().cpu())
             order += rows
@@ -300,5 +307,5 @@ def compare_embeddings(original: Tensor, compressed: Tensor) -> dict[str, float]
     ]
     return {
         "embedding_cosine": float(cosine),
-        "similarity_spearman": float(spearmanr(*similarities).statistic),
+        "similarity_spearman": rank_correlation(*similarities),
     }

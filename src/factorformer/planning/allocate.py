@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import math
 from collections.abc import Sequence
 from typing import Literal
 
@@ -50,25 +51,15 @@ def uniform(matrices: Sequence[Matrix], structure: type[Structure], ratio: float
         )
     steps = _fill(ladders, max(budget, smallest))
     reached = sum(ladder.bytes[steps[name]] for name, ladder in ladders.items())
-    over = min(
-        (
-            ladder.bytes[steps[n] + 1] - ladder.bytes[steps[n]]
-            for n, ladder in ladders.items()
-            if steps[n] + 1 < len(ladder.bytes)
-        ),
-        default=0,
-    )
-    if over and reached + over - budget < budget - reached:
-        name = next(
-            n
-            for n, ladder in ladders.items()
-            if steps[n] + 1 < len(ladder.bytes) and ladder.bytes[steps[n] + 1] - ladder.bytes[steps[n]] == over
-        )
+    # All steps fit below the budget; one more may come nearer to it.
+    upgrade, name = min(((ladder.next_step(steps[n]), n) for n, ladder in ladders.items()), default=(math.inf, ""))
+    if upgrade < 2 * (budget - reached):
         steps[name] += 1
-        reached += over
+        reached += int(upgrade)
     if abs(reached + fixed - original / ratio) > TOLERANCE * original / ratio:
+        nearest = original / (reached + fixed)
         raise BudgetError(
-            f"ratio {ratio:g} cannot be met within {TOLERANCE:.0%} in bytes; the nearest is {original / (reached + fixed):.4g}"
+            f"ratio {ratio:g} cannot be met within {TOLERANCE:.0%} in bytes; the nearest is {nearest:.4g}"
         )
     return tuple(_entry(m, ladders.get(m.name), steps.get(m.name, 0)) for m in matrices)
 
@@ -86,6 +77,10 @@ class _Ladder:
         """The largest step whose bytes stay within a fraction of the dense bytes; step 0 if none does."""
         return max(bisect.bisect_right(self.bytes, fraction * self.dense) - 1, 0)
 
+    def next_step(self, step: int) -> float:
+        """Bytes that the next size takes beyond this one; infinite at the last."""
+        return self.bytes[step + 1] - self.bytes[step] if step + 1 < len(self.bytes) else math.inf
+
 
 def _fill(ladders: dict[str, _Ladder], budget: float) -> dict[str, int]:
     """Steps of all ladders: the common fraction by bisection, then the remainder one step at a time."""
@@ -102,9 +97,8 @@ def _fill(ladders: dict[str, _Ladder], budget: float) -> dict[str, int]:
     steps = {name: ladder.below(low) for name, ladder in ladders.items()}
     left = budget - spent(low)
     for name, ladder in sorted(ladders.items(), key=lambda item: item[1].bytes[steps[item[0]]] / item[1].dense):
-        step = steps[name]
-        if step + 1 < len(ladder.bytes) and ladder.bytes[step + 1] - ladder.bytes[step] <= left:
-            left -= ladder.bytes[step + 1] - ladder.bytes[step]
+        if ladder.next_step(steps[name]) <= left:
+            left -= ladder.next_step(steps[name])
             steps[name] += 1
     return steps
 

@@ -53,7 +53,7 @@ class Plan:
     scope: Scope
     target: float
     entries: tuple[Entry, ...]
-    rest: Cost = Cost()
+    rest: Cost
 
     @property
     def original(self) -> Cost:

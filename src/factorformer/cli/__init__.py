@@ -1,0 +1,21 @@
+"""The command `factorformer`."""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+
+
+def main() -> None:
+    """Run the command line; the exit code is 0, 2 after an error, 130 after Ctrl-C."""
+    try:
+        # Other packages' warnings are for programmers; whatever a user has to know is an error or a note of ours.
+        warnings.simplefilter("ignore")
+        os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+        os.environ.setdefault("DATASETS_VERBOSITY", "error")
+        from factorformer.cli.app import app
+
+        app()
+    except KeyboardInterrupt:
+        sys.exit(130)

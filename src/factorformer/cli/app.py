@@ -1,0 +1,65 @@
+"""All subcommands in one application, and what happens to their errors."""
+
+from __future__ import annotations
+
+from inspect import cleandoc
+from typing import Any
+
+import typer
+from safetensors import SafetensorError
+from typer.core import TyperGroup
+
+from factorformer.cli.common import quiet
+from factorformer.cli.compress import compress
+from factorformer.cli.evaluate import evaluate
+from factorformer.cli.finetune import finetune
+from factorformer.cli.inspect import inspect
+from factorformer.cli.methods import methods
+from factorformer.cli.plan import plan
+from factorformer.cli.quickstart import quickstart
+from factorformer.errors import FactorformerError
+
+ERROR, INTERRUPTED = 2, 130
+"""Exit codes; usage errors have code 2 as well."""
+
+
+class Commands(TyperGroup):
+    """Subcommands whose expected errors are one line on standard error, without a traceback."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the chosen subcommand."""
+        try:
+            with quiet():
+                return super().invoke(ctx)
+        except (FactorformerError, OSError, SafetensorError) as error:
+            # A full disk is an OSError from Python, and a SafetensorError from the writer of weights.
+            typer.echo(f"error: {' '.join(str(error).split())}", err=True)
+            raise typer.Exit(ERROR) from error
+        except KeyboardInterrupt as error:
+            typer.echo("interrupted; nothing was written", err=True)
+            raise typer.Exit(INTERRUPTED) from error
+
+
+app = typer.Typer(
+    cls=Commands,
+    name="factorformer",
+    help="Make Transformers small and fast by storing every weight matrix in factorized form.\n\n"
+    "A compressed model is an ordinary Hugging Face model directory: after `import factorformer` plain "
+    "`AutoModel.from_pretrained`, `pipeline` and `SentenceTransformer` load it.",
+    epilog="Start with: factorformer quickstart",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _page(docstring: str) -> str:
+    """A docstring as a help text: lines of a paragraph are joined, but for those below a backspace character."""
+    paragraphs = cleandoc(docstring).split("\n\n")
+    return "\n\n".join(text if text.startswith("\b") else " ".join(text.split()) for text in paragraphs)
+
+
+for command in (compress, finetune, evaluate, inspect, plan, methods, quickstart):
+    app.command(help=_page(command.__doc__ or ""))(command)

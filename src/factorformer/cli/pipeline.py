@@ -1,0 +1,184 @@
+"""What `compress` does, step by step."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from pathlib import Path
+
+import datasets
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from factorformer import compression, recipes
+from factorformer.cli.setup import fit_plan, hold_out, load_teacher, plain_columns, read_table, save
+from factorformer.errors import DataError, ModelError
+from factorformer.hf.data import Columns, Labels, batches, encode, sample
+from factorformer.hf.source import find, labels_for, load_classifier, load_model, load_tokenizer
+from factorformer.hf.training import TrainingSettings, compare_embeddings, embed, evaluate, train
+from factorformer.planning import Plan, Scope
+from factorformer.progress import Progress, bars
+from factorformer.report import Result
+from factorformer.report.result import BEFORE
+
+COMPARED = 1000
+"""Embeddings are compared on at most so many rows: the similarities are those of all pairs."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """The options of `compress`, checked; their help texts say what they are."""
+
+    model: str
+    output: str
+    method: str | None
+    ratio: float
+    scope: Scope
+    include: list[str] | None
+    exclude: list[str] | None
+    plan: Plan | None
+    text: tuple[str, ...]
+    label: str | None
+    train: str | None
+    evaluation: str | None
+    calibration: str | None
+    calibration_rows: int
+    max_length: int
+    epochs: float
+    learning_rate: float
+    batch_size: int
+    seed: int
+    freeze_embeddings: bool
+    distill: str | None
+    overwrite: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """A model and its data, read and checked before any long work starts.
+
+    Args:
+        model: still dense.
+        tokenizer: None where there is no text at all.
+        labels: of the task, in the order of the model's head; None without one.
+        fresh: the head is new: its predictions mean nothing yet.
+        train, evaluation, calibration: encoded rows.
+        teacher: to learn from.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase | None
+    labels: Labels | None
+    fresh: bool
+    train: datasets.Dataset | None
+    evaluation: datasets.Dataset | None
+    calibration: datasets.Dataset | None
+    teacher: PreTrainedModel | None
+
+
+def run(job: Job) -> Result:
+    """Plan, fit, train, measure, save."""
+    started = time.perf_counter()
+    path = find(job.model)
+    ready = _prepare(job, path)
+    model = ready.model
+    if job.plan is None:
+        plan = compression.plan(model, job.method, job.ratio, job.scope, job.include, job.exclude)
+    else:
+        plan = fit_plan(job.plan, model)
+    with bars() as progress:
+        before = _measure(ready, progress, "evaluate original")
+        report = compression.compress(model, plan, _calibration_batches(job, ready), progress)
+        seconds = dict(report.seconds)
+        if ready.train is not None and ready.tokenizer is not None:
+            settings = TrainingSettings(
+                job.epochs, job.learning_rate, job.batch_size, job.seed, freeze_embeddings=job.freeze_embeddings
+            )
+            seconds["train"] = train(
+                model, ready.tokenizer, ready.train, settings, teacher=ready.teacher, progress=progress
+            )
+        after = _measure(ready, progress, "evaluate", trained=ready.train is not None)
+    seconds["total"] = time.perf_counter() - started
+    result = Result.of(
+        report,
+        method=report.method,
+        metrics=_metrics(before, after),
+        seconds=seconds,
+        seed=None if ready.tokenizer is None else job.seed,
+        output=job.output,
+    )
+    # Whatever lies beside the weights belongs to the model as it was; a new head makes it a model for something else.
+    if ready.fresh:
+        save(result, model, overwrite=job.overwrite, tokenizer=ready.tokenizer)
+    else:
+        save(result, model, overwrite=job.overwrite, companions=path)
+    return result
+
+
+def _prepare(job: Job, path: Path) -> Prepared:
+    columns = Columns(job.text, job.label)
+    needs_labels = recipes.get(job.method).needs == "labelled text" if job.method else False
+    rows: dict[str, datasets.Dataset] = {}
+    columns_of: dict[str, Columns] = {}
+    for name, source in (("train", job.train), ("evaluation", job.evaluation), ("calibration", job.calibration)):
+        if source is None:
+            continue
+        plain = job.label is None or (name == "calibration" and not needs_labels)
+        columns_of[name] = plain_columns(source, columns) if plain else columns
+        rows[name] = read_table(source, columns_of[name])
+    tokenizer = load_tokenizer(path) if rows else None
+    labels, fresh, precision = None, False, torch.float32 if job.train is not None else None
+    if job.label is not None and "train" in rows:
+        classifier = load_classifier(path, Labels.of(rows["train"], job.label), job.seed, precision)
+        model, labels, fresh = classifier.model, classifier.labels, not classifier.trained
+    else:
+        model = load_model(path, precision)
+        if job.label is not None:
+            labelled = next(name for name in ("evaluation", "calibration") if columns_of.get(name) == columns)
+            labels = labels_for(path, rows[labelled], job.label)
+    if fresh and needs_labels:
+        raise DataError(
+            f"method '{job.method}' measures the model on labels, but '{job.model}' has no head trained for them: "
+            "run `factorformer finetune` first and compress its output"
+        )
+    data = {
+        name: encode(tokenizer, table, columns_of[name], labels, job.max_length)
+        for name, table in rows.items()
+        if tokenizer is not None
+    }
+    if job.label is None and "train" in data and "evaluation" not in data:
+        data["train"], data["evaluation"] = hold_out(data["train"], job.seed)
+    if labels is None and "evaluation" in data:
+        data["evaluation"] = sample(data["evaluation"], COMPARED, job.seed)
+        if model.config.is_encoder_decoder:
+            raise ModelError(f"'{job.model}' is an encoder and a decoder: embeddings of texts are not defined for it")
+    teacher = None if job.distill is None else load_teacher(job.distill, model, labelled=labels is not None)
+    names = ("train", "evaluation", "calibration")
+    return Prepared(model, tokenizer, labels, fresh, *(data.get(name) for name in names), teacher=teacher)
+
+
+def _calibration_batches(job: Job, ready: Prepared) -> list[dict[str, Tensor]] | None:
+    if ready.calibration is None or ready.tokenizer is None:
+        return None
+    rows = sample(ready.calibration, job.calibration_rows, job.seed)
+    return list(batches(ready.tokenizer, rows, job.batch_size))
+
+
+def _measure(
+    ready: Prepared, progress: Progress, phase: str, *, trained: bool = False
+) -> dict[str, float] | Tensor | None:
+    """Metrics of a task, or embeddings of plain text; None without data, or where a new head knows nothing yet."""
+    if ready.evaluation is None or ready.tokenizer is None or (ready.fresh and not trained):
+        return None
+    if ready.labels is not None:
+        return evaluate(ready.model, ready.tokenizer, ready.evaluation, ready.labels, progress, phase)
+    return embed(ready.model, ready.tokenizer, ready.evaluation)
+
+
+def _metrics(before: dict[str, float] | Tensor | None, after: dict[str, float] | Tensor | None) -> dict[str, float]:
+    if isinstance(before, Tensor) and isinstance(after, Tensor):
+        return compare_embeddings(before, after)
+    earlier = before if isinstance(before, dict) else {}
+    later = after if isinstance(after, dict) else {}
+    return {**{BEFORE + name: value for name, value in earlier.items()}, **later}

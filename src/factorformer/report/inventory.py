@@ -1,0 +1,52 @@
+"""What is inside a model, dense or compressed: every weight matrix with its structure and its cost."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from transformers import PreTrainedModel
+
+from factorformer.nn import FactorizedMatrix
+from factorformer.planning import Entry, Matrix, Plan, Scope
+from factorformer.surgery import find_matrices
+
+
+def inventory(model: PreTrainedModel, scope: Scope = "blocks") -> Plan:
+    """The plan that a model is the result of, read off the model itself; tied matrices are counted once.
+
+    `original` is the cost of the same architecture with dense weights of the same type.
+
+    Args:
+        model: dense or compressed.
+        scope: what to count.
+
+    >>> from transformers import BertConfig, BertModel
+    >>> dense = BertModel(BertConfig(hidden_size=64, num_attention_heads=4, intermediate_size=128, vocab_size=50))
+    >>> inventory(dense).ratio
+    1.0
+    """
+    compressed = any(isinstance(module, FactorizedMatrix) for module in model.modules())
+    matrices, rest = find_matrices(_dense_skeleton(model) if compressed else model, scope)
+    entries = tuple(_entry(model, matrix) for matrix in matrices)
+    found = Plan(None, scope, 1.0, entries, rest)
+    return dataclasses.replace(found, target=found.ratio)
+
+
+def _dense_skeleton(model: PreTrainedModel) -> PreTrainedModel:
+    """The same architecture without factors and without memory: it knows blocks, ties, and calls of shared layers."""
+    with torch.device("meta"):
+        skeleton = type(model)(model.config)
+    skeleton.tie_weights()
+    return skeleton.to(model.dtype)  # pyright: ignore[reportArgumentType]
+
+
+def _entry(model: PreTrainedModel, matrix: Matrix) -> Entry:
+    try:
+        module = model.get_submodule(matrix.name)
+    except AttributeError:  # a bare parameter, such as fused experts
+        return Entry(matrix, None, matrix.dense or "")
+    if not isinstance(module, FactorizedMatrix):
+        return Entry(matrix, None, matrix.dense or "")
+    dtype = str(module.get_parameter("weight").dtype).removeprefix("torch.")
+    return Entry(dataclasses.replace(matrix, dtype=dtype), module.spec, "")

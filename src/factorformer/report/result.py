@@ -1,0 +1,124 @@
+"""The result of every command, under one schema.
+
+```
+{
+  "bytes":           {"original": int, "compressed": int, "ratio": float},
+  "parameters":      {"original": int, "compressed": int, "ratio": float},
+  "flops_per_token": {"original": int, "compressed": int, "ratio": float},
+  "scope":           "blocks" or "all": what these three count,
+  "method":          name of the method, or null for a model that was not compressed just now,
+  "metrics":         {name: number}; "original_..." is the same metric of the model before compression,
+  "seconds":         {phase: number},
+  "seed":            int or null,
+  "versions":        {"factorformer", "torch", "transformers", "python": str},
+  "output":          path of what was written, or null
+}
+```
+
+A number that is not finite is null. `plan` and `inspect` add `layers`, a list with one object for each weight matrix:
+`name`, `tied`, `shape` (out, in), `structure` (null if dense), `note`, and the same three costs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import platform
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import transformers
+
+from factorformer import __version__
+from factorformer.compression import Report
+from factorformer.planning import Cost, Entry, Plan, Scope
+
+BEFORE = "original_"
+"""Prefix of a metric of the model before compression."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """What a command found out; see the module's description for its JSON form.
+
+    Args:
+        original, compressed: cost of everything in scope; equal for a dense model.
+        scope: what they count.
+        method: how the model was compressed; None if it was not.
+        metrics: by name; `original_accuracy` stands beside `accuracy` where both models were measured.
+        seconds: wall time by phase.
+        seed: of training and sampling; None where nothing is random.
+        output: where the command wrote.
+        layers: one entry for each matrix, where the command is about them.
+
+    >>> Result(Cost(8, 32, 16), Cost(4, 16, 8), "blocks").to_dict()["bytes"]
+    {'original': 32, 'compressed': 16, 'ratio': 2.0}
+    """
+
+    original: Cost
+    compressed: Cost
+    scope: Scope
+    method: str | None = None
+    metrics: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    seconds: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    seed: int | None = None
+    output: str | None = None
+    layers: Sequence[Entry] | None = None
+
+    @classmethod
+    def of(cls, costs: Plan | Report, **others: Any) -> Result:
+        """A result with the costs of a plan, an inventory, or a report of `compress`."""
+        return cls(costs.original, costs.compressed, costs.scope, **others)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready content."""
+        content: dict[str, Any] = {
+            **_costs(self.original, self.compressed),
+            "scope": self.scope,
+            "method": self.method,
+            "metrics": {name: _finite(value) for name, value in self.metrics.items()},
+            "seconds": {name: round(value, 3) for name, value in self.seconds.items()},
+            "seed": self.seed,
+            "versions": versions(),
+            "output": self.output,
+        }
+        if self.layers is not None:
+            content["layers"] = [_layer(entry) for entry in self.layers]
+        return content
+
+
+def versions() -> dict[str, str]:
+    """Of what a result depends on."""
+    return {
+        "factorformer": __version__,
+        "torch": str(torch.__version__),
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def _costs(original: Cost, compressed: Cost) -> dict[str, dict[str, float | None]]:
+    return {
+        name: {"original": before, "compressed": after, "ratio": before / after if after else None}
+        for name, before, after in (
+            ("bytes", original.bytes, compressed.bytes),
+            ("parameters", original.parameters, compressed.parameters),
+            ("flops_per_token", original.flops, compressed.flops),
+        )
+    }
+
+
+def _layer(entry: Entry) -> dict[str, Any]:
+    return {
+        "name": entry.matrix.name,
+        "tied": list(entry.matrix.aliases),
+        "shape": list(entry.matrix.shape),
+        "structure": None if entry.spec is None else entry.spec.to_dict(),
+        "note": entry.reason,
+        **_costs(entry.original, entry.compressed),
+    }
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None

@@ -1,0 +1,79 @@
+"""Results as tables for a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from factorformer.planning import Entry, Scope
+from factorformer.report.result import BEFORE, Result
+
+SCOPES: dict[Scope, str] = {"blocks": "the Transformer blocks", "all": "the whole model, embeddings included"}
+AMOUNTS = ("latency", "file_bytes")
+"""How the names of metrics begin that are amounts, so that a ratio means something."""
+
+
+def show(result: Result, console: Console) -> None:
+    """Print everything that a result holds."""
+    if result.layers is not None:
+        console.print(_layers(result.layers))
+    console.print(_summary(result))
+    if result.seconds:
+        console.print("seconds: " + ", ".join(f"{name} {value:.1f}" for name, value in result.seconds.items()))
+    if result.output is not None:
+        console.print(f"result: [bold]{escape(result.output)}[/bold]", soft_wrap=True)
+
+
+def _summary(result: Result) -> Table:
+    before, after = result.original, result.compressed
+    dense = before == after
+    table = Table(box=box.SIMPLE_HEAD, title=f"Cost of {SCOPES[result.scope]}", title_justify="left")
+    table.add_column(f"method {result.method}" if result.method else "")
+    for column in ["dense"] if dense else ["original", "compressed", "ratio"]:
+        table.add_column(column, justify="right")
+    for name, old, new in (
+        ("bytes", before.bytes, after.bytes),
+        ("parameters", before.parameters, after.parameters),
+        ("FLOPs per token", before.flops, after.flops),
+    ):
+        table.add_row(name, *([f"{old:,}"] if dense else [f"{old:,}", f"{new:,}", _ratio(old, new)]))
+    table.add_section()
+    for name in dict.fromkeys(name.removeprefix(BEFORE) for name in result.metrics):
+        old, new = result.metrics.get(BEFORE + name), result.metrics.get(name)
+        ratio = _ratio(old, new) if old and new and name.startswith(AMOUNTS) else ""
+        label = name.replace("_", " ")
+        table.add_row(label, *([_number(new)] if dense else [_number(old), _number(new), ratio]))
+    return table
+
+
+def _layers(entries: Iterable[Entry]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, title="Weight matrices", title_justify="left")
+    table.add_column("matrix", overflow="fold")
+    for column in ("shape", "stored as", "bytes", "ratio"):
+        table.add_column(column, justify="right")
+    table.add_column("note", overflow="fold")
+    for entry in entries:
+        cost = entry.compressed
+        table.add_row(
+            escape(" = ".join([entry.matrix.name, *entry.matrix.aliases])),
+            "x".join(map(str, entry.matrix.shape)),
+            str(entry.spec or "dense"),
+            f"{cost.bytes:,}",
+            _ratio(entry.original.bytes, cost.bytes),
+            escape(entry.reason),
+        )
+    return table
+
+
+def _number(value: float | None) -> str:
+    if value is None:
+        return ""
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4f}" if abs(value) < 1 else f"{value:,.2f}"
+
+
+def _ratio(before: float, after: float) -> str:
+    return f"{before / after:.2f}x" if after else ""

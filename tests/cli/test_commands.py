@@ -1,0 +1,236 @@
+"""Every subcommand does what its help says, and prints one JSON document when asked to."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+import factorformer
+from factorformer import recipes
+from factorformer.hf.training import TrainingSettings
+
+SCHEMA = {
+    "bytes",
+    "parameters",
+    "flops_per_token",
+    "scope",
+    "method",
+    "metrics",
+    "seconds",
+    "seed",
+    "versions",
+    "output",
+}
+COMMANDS = ["compress", "finetune", "evaluate", "inspect", "plan", "methods", "quickstart"]
+
+
+def result_of(done: Any, layers: bool = False) -> dict[str, Any]:
+    assert done.exit_code == 0, done.stderr
+    content = json.loads(done.stdout)
+    assert set(content) == SCHEMA | ({"layers"} if layers else set())
+    for cost in ("bytes", "parameters", "flops_per_token"):
+        assert set(content[cost]) == {"original", "compressed", "ratio"}
+        assert content[cost]["ratio"] == pytest.approx(content[cost]["original"] / content[cost]["compressed"])
+    assert set(content["versions"]) == {"factorformer", "torch", "transformers", "python"}
+    assert all(isinstance(value, int | float) for value in [*content["metrics"].values(), *content["seconds"].values()])
+    return content
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help(run: Any, command: str) -> None:
+    done = run(command, "--help")
+    assert done.exit_code == 0
+    assert "Examples" in done.stdout or command in ("methods", "quickstart")
+
+
+def test_the_main_help_names_all_commands(run: Any) -> None:
+    help_text = run("--help").stdout
+    assert all(command in help_text for command in COMMANDS)
+
+
+def test_methods(run: Any) -> None:
+    assert [method["name"] for method in json.loads(run("methods", "--json").stdout)] == list(recipes.RECIPES)
+    assert all(name in run("methods").stdout for name in recipes.RECIPES)
+
+
+def test_compress_without_data(run: Any, base: Path, tmp_path: Path) -> None:
+    output = tmp_path / "new" / "small"
+    done = run("compress", base, output, "--ratio", 2, "--json")
+    content = result_of(done)
+    assert content["bytes"]["ratio"] == pytest.approx(2, rel=0.01)
+    assert (content["method"], content["scope"], content["seed"]) == ("svd", "blocks", None)
+    assert content["output"] == str(output)
+    assert "svd (the default without text)" in done.stderr
+    assert json.loads((output / "factorformer.json").read_text()) == content
+    assert type(factorformer.load(output)).__name__ == "BertModel"
+
+
+def test_everything_beside_the_weights_is_copied_unchanged(run: Any, base: Path, tmp_path: Path) -> None:
+    output = tmp_path / "small"
+    assert run("compress", base, output, "--ratio", 2).exit_code == 0
+    for name in ("modules.json", "sentence_bert_config.json", "1_Pooling/config.json", "tokenizer.json"):
+        assert (output / name).read_bytes() == (base / name).read_bytes()
+    left = {"README.md", "onnx", "modules.json"} & {file.name for file in output.iterdir()}
+    assert left == {"modules.json"}
+    assert (output / "model.safetensors").stat().st_mode == (output / "config.json").stat().st_mode
+
+
+def test_calibration_text_makes_the_fit_data_aware(run: Any, base: Path, tables: Path, tmp_path: Path) -> None:
+    options = ("--calibration", tables / "texts.txt", "--eval", tables / "texts.txt", "--json")
+    done = run("compress", base, tmp_path / "small", "--ratio", 2, *options)
+    content = result_of(done)
+    assert content["method"] == "whitened"
+    assert "whitened (the default with text)" in done.stderr
+    assert set(content["metrics"]) == {"embedding_cosine", "similarity_spearman"}
+    plain = result_of(run("compress", base, tmp_path / "plain", "--ratio", 2, "--method", "svd", *options))
+    assert content["metrics"]["embedding_cosine"] > plain["metrics"]["embedding_cosine"]
+
+
+def test_healing_without_labels(run: Any, base: Path, tables: Path, tmp_path: Path) -> None:
+    common = ("compress", base, "--ratio", 3, "--train", tables / "texts.txt", "--eval", tables / "texts.txt")
+    scores = [
+        result_of(run(*common[:2], tmp_path / name, *common[2:], "--distill", base, *rest, "--json"))["metrics"]
+        for name, *rest in (("short", "--lr", 0), ("long", "--lr", 3e-3, "--epochs", 20))
+    ]
+    assert scores[1]["embedding_cosine"] > scores[0]["embedding_cosine"]
+    assert (tmp_path / "long" / "modules.json").exists()
+
+
+def test_text_is_held_out_where_no_eval_file_is_given(run: Any, base: Path, tables: Path, tmp_path: Path) -> None:
+    arguments = ("--ratio", 2, "--train", tables / "texts.txt", "--distill", base, "--epochs", 1)
+    done = run("compress", base, tmp_path / "small", *arguments)
+    assert done.exit_code == 0, done.stderr
+    assert "embedding cosine" in done.stdout
+
+
+def test_finetune_compress_evaluate(run: Any, trained: Path, tables: Path, tmp_path: Path) -> None:
+    data, output = tables / "train.jsonl", tmp_path / "small"
+    training = ("--train", data, "--eval", data, "--label", "label", "--distill", trained, "--epochs", 2, "--lr", 3e-3)
+    content = result_of(run("compress", trained, output, "--ratio", 2, *training, "--seed", 3, "--json"))
+    assert content["seed"] == 3
+    assert {"accuracy", "macro_f1", "matthews", "f1", "original_accuracy"} <= set(content["metrics"])
+    assert content["metrics"]["original_accuracy"] > 0.9
+    assert {"calibrate", "fit", "train", "total"} <= set(content["seconds"])
+    again = result_of(run("evaluate", output, "--data", data, "--json"))
+    assert again["bytes"] == content["bytes"]
+    assert again["metrics"] == {k: v for k, v in content["metrics"].items() if not k.startswith("original_")}
+    model = AutoModelForSequenceClassification.from_pretrained(output)
+    assert model.config.id2label == {0: "minus", 1: "plus"}
+    assert AutoTokenizer.from_pretrained(output)("good film")["input_ids"]
+
+
+def test_a_base_model_gets_a_new_head(run: Any, base: Path, tables: Path, tmp_path: Path) -> None:
+    arguments = ("--ratio", 2, "--train", tables / "train.tsv", "--eval", tables / "train.tsv", "--label", "label")
+    content = result_of(run("compress", base, tmp_path / "small", *arguments, "--epochs", 1, "--json"))
+    assert not any(name.startswith("original_") for name in content["metrics"])
+    assert not (tmp_path / "small" / "modules.json").exists()
+    assert (tmp_path / "small" / "tokenizer.json").exists()
+
+
+def test_a_fitting_head_is_kept_and_its_order_of_labels_with_it(
+    run: Any, trained: Path, tables: Path, tmp_path: Path
+) -> None:
+    flipped = tmp_path / "flipped"
+    model = AutoModelForSequenceClassification.from_pretrained(trained)
+    model.config.id2label, model.config.label2id = {0: "plus", 1: "minus"}, {"plus": 0, "minus": 1}
+    with torch.no_grad():
+        model.classifier.weight.copy_(model.classifier.weight.flip(0))
+        model.classifier.bias.copy_(model.classifier.bias.flip(0))
+    model.save_pretrained(flipped)
+    AutoTokenizer.from_pretrained(trained).save_pretrained(flipped)
+    data = tables / "train.jsonl"
+    expected = result_of(run("evaluate", trained, "--data", data, "--json"))["metrics"]["accuracy"]
+    assert result_of(run("evaluate", flipped, "--data", data, "--json"))["metrics"]["accuracy"] == expected
+    training = ("--train", data, "--eval", data, "--label", "label", "--lr", 0, "--method", "fwsvd")
+    content = result_of(run("compress", flipped, tmp_path / "small", "--ratio", 2, *training, "--json"))
+    assert content["metrics"]["original_accuracy"] == expected
+    assert AutoModelForSequenceClassification.from_pretrained(tmp_path / "small").config.id2label[0] == "plus"
+
+
+def test_labels_may_be_given_by_number(run: Any, trained: Path, tables: Path) -> None:
+    by_name, by_number = (
+        result_of(run("evaluate", trained, "--data", tables / name, "--json"))["metrics"]
+        for name in ("train.jsonl", "numbered.jsonl")
+    )
+    assert by_name == by_number
+
+
+def test_regression_on_pairs(run: Any, base: Path, tables: Path, tmp_path: Path) -> None:
+    data = ("--text", "text", "--text2", "other", "--label", "score")
+    training = ("--train", tables / "train.jsonl", "--eval", tables / "train.jsonl", "--epochs", 30, "--lr", 1e-2)
+    content = result_of(run("finetune", base, tmp_path / "dense", *data, *training, "--json"))
+    assert set(content["metrics"]) == {"pearson", "spearman", "mse"}
+    assert content["metrics"]["pearson"] > 0.5
+    assert content["bytes"]["ratio"] == 1
+    again = result_of(run("evaluate", tmp_path / "dense", *data, "--data", tables / "train.jsonl", "--json"))
+    assert again["metrics"] == content["metrics"]
+
+
+def test_a_compressed_model_can_be_finetuned(run: Any, base: Path, tables: Path, tmp_path: Path) -> None:
+    assert run("compress", base, tmp_path / "small", "--ratio", 2).exit_code == 0
+    training = ("--train", tables / "train.jsonl", "--epochs", 1)
+    content = result_of(run("finetune", tmp_path / "small", tmp_path / "tuned", *training, "--json"))
+    assert content["bytes"]["ratio"] == pytest.approx(2, rel=0.01)
+
+
+def test_a_plan_is_carried_out_as_it_was_printed(run: Any, base: Path, trained: Path, tmp_path: Path) -> None:
+    file = tmp_path / "plan.json"
+    options = ("--ratio", 2, "--exclude", "*.query", "--output", file, "--json")
+    planned = result_of(run("plan", base, *options), layers=True)
+    assert planned["output"] == str(file)
+    assert {layer["note"] for layer in planned["layers"] if layer["name"].endswith(".query")} == {"excluded"}
+    content = result_of(run("compress", base, tmp_path / "small", "--plan", file, "--json"))
+    assert content["bytes"] == planned["bytes"]
+    found = result_of(run("inspect", tmp_path / "small", "--scope", "blocks", "--json"), layers=True)
+    assert found["bytes"] == planned["bytes"]
+    assert [(x["name"], x["structure"]) for x in found["layers"]] == [
+        (x["name"], x["structure"]) for x in planned["layers"]
+    ]
+    # The same blocks under a task head have other names.
+    assert result_of(run("compress", trained, tmp_path / "head", "--plan", file, "--json"))["bytes"] == planned["bytes"]
+
+
+def test_plans_and_models_print_as_tables(run: Any, base: Path, tmp_path: Path) -> None:
+    done = run("plan", base, "--ratio", 2, "--scope", "all")
+    assert "embeddings.word_embeddings" in done.stdout
+    assert "the whole model, embeddings included" in done.stdout
+    done = run("inspect", base)
+    assert "dense" in done.stdout
+    assert "encoder.layer.1.output.dense" in done.stdout
+
+
+def test_an_existing_output_is_replaced_only_on_demand(run: Any, base: Path, tmp_path: Path) -> None:
+    output = tmp_path / "small"
+    output.mkdir()
+    (output / "precious").touch()
+    done = run("compress", base, output)
+    assert done.exit_code == 2
+    assert "--overwrite" in done.stderr
+    assert [file.name for file in output.iterdir()] == ["precious"]
+    assert run("compress", base, output, "--ratio", 2, "--overwrite").exit_code == 0
+    assert not (output / "precious").exists()
+    assert [file.name for file in tmp_path.iterdir()] == ["small"]
+
+
+def test_default_settings_are_those_of_the_library(run: Any) -> None:
+    from factorformer.cli.compress import compress
+    from factorformer.cli.finetune import finetune
+
+    settings = dataclasses.asdict(TrainingSettings())
+    expected = {"epochs": "epochs", "lr": "learning_rate", "batch_size": "batch_size", "seed": "seed"}
+    for command in (compress, finetune):
+        defaults = command.__wrapped__.__kwdefaults__ if hasattr(command, "__wrapped__") else None
+        defaults = defaults or dict(
+            zip(
+                command.__code__.co_varnames[: command.__code__.co_argcount][::-1],
+                command.__defaults__[::-1],
+                strict=False,
+            )
+        )
+        assert {settings[name] == defaults[option] for option, name in expected.items()} == {True}

