@@ -30,8 +30,7 @@ from transformers.utils import logging
 import factorformer
 from factorformer import recipes
 from factorformer.hf import data as task_data
-from factorformer.hf import training
-from factorformer.hf.minilm import minilm_directory
+from factorformer.hf import minilm, training
 from factorformer.surgery import find_blocks, find_matrices
 
 RATES = (1e-4, 2e-4, 4e-4)
@@ -72,7 +71,7 @@ class Bench:
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
-        self.model = args.model or str(minilm_directory())
+        self.model = args.model or str(minilm.directory())
         self.tokenizer = AutoTokenizer.from_pretrained(self.model)
         self._data: dict[str, tuple[datasets.Dataset, datasets.Dataset, task_data.Labels]] = {}
         self._rates: dict[tuple[str, str], float] = {}

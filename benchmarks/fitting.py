@@ -23,19 +23,19 @@ from transformers import AutoModel, BertConfig, BertModel
 import factorformer
 from factorformer.calibration import InputMoment, LayerStatistics
 from factorformer.fitting import Metric, fit
-from factorformer.hf.minilm import minilm_directory
+from factorformer.hf import minilm
 from factorformer.surgery import dense_weight
 
 
 def weights() -> list[tuple[torch.Tensor, factorformer.LowRank]]:
     """One (weight, spec) for each matrix of one BERT-base block; all twelve blocks have the same shapes."""
     torch.manual_seed(0)
-    minilm = AutoModel.from_pretrained(minilm_directory())
+    source = AutoModel.from_pretrained(minilm.directory())
     base = BertModel(BertConfig(num_hidden_layers=1))
     result = []
     for entry in factorformer.plan(base, "svd", ratio=2.8).factorized:
         name, (out, inner) = entry.matrix.name, entry.matrix.shape
-        small = dense_weight(minilm.get_submodule(name.replace("layer.0", "layer.2")))
+        small = dense_weight(source.get_submodule(name.replace("layer.0", "layer.2")))
         tiled = small.repeat(-(-out // small.shape[0]), -(-inner // small.shape[1]))[:out, :inner]
         result.append((tiled + small.std() * torch.randn(out, inner) / 2, entry.spec))
     return result
@@ -43,7 +43,10 @@ def weights() -> list[tuple[torch.Tensor, factorformer.LowRank]]:
 
 def moment(width: int) -> InputMoment:
     """A second moment with a falling spectrum and a strong mean direction, as activations have."""
-    rows = torch.randn(4 * width, width) * torch.logspace(0, -1.5, width) @ torch.linalg.qr(torch.randn(width, width))[0] + 0.2
+    rows = (
+        torch.randn(4 * width, width) * torch.logspace(0, -1.5, width) @ torch.linalg.qr(torch.randn(width, width))[0]
+        + 0.2
+    )
     return InputMoment((rows.T @ rows).double(), len(rows))
 
 
@@ -90,7 +93,9 @@ def main() -> None:
     print(f"{'route':<10} {'s/block':>9} {'x 12':>8} {'of SVD':>8} {'excess error':>13}")
     for name in times:
         over = f"{excess[name]:.4%}" if name in excess else ""
-        print(f"{name:<10} {median[name]:>9.3f} {12 * median[name]:>8.2f} {median[name] / median['svd']:>8.2f} {over:>13}")
+        print(
+            f"{name:<10} {median[name]:>9.3f} {12 * median[name]:>8.2f} {median[name] / median['svd']:>8.2f} {over:>13}"
+        )
 
 
 if __name__ == "__main__":

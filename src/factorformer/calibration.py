@@ -22,7 +22,9 @@ from factorformer.linalg import square_root
 
 Batch = Mapping[str, Tensor]
 
-_CROSSING = re.compile(r"(EncDecAttention|encoder_attn|cross_?attn|cross_?attention)\b.*\b(k|v|key|value|k_proj|v_proj)$")
+_CROSSING = re.compile(
+    r"(EncDecAttention|encoder_attn|cross_?attn|cross_?attention)\b.*\b(k|v|key|value|k_proj|v_proj)$"
+)
 """Layers of a decoder that read what the encoder wrote."""
 
 
@@ -138,7 +140,13 @@ class _Recorder:
 
     @contextlib.contextmanager
     def attached(self) -> Iterator[None]:
-        handles = [module.register_forward_hook(self._hook(name)) for name, module in self.layers.items()]
+        # Tied layers of one kind are one: T5 never calls the `shared` embedding itself.
+        handles = [
+            module.register_forward_hook(self._hook(name, path))
+            for path, module in self.model.named_modules()
+            for name, layer in self.layers.items()
+            if type(module) is type(layer) and module.weight is layer.weight
+        ]
         # Gradients with respect to outputs exist only downstream of something that requires them.
         frozen = [p for m in self.layers.values() for p in m.parameters() if self.want_fisher and not p.requires_grad]
         try:
@@ -151,8 +159,8 @@ class _Recorder:
             for handle in handles:
                 handle.remove()
 
-    def _hook(self, name: str) -> Callable[[nn.Module, Any, Any], Tensor]:
-        return lambda _, inputs, output: self._see(name, inputs[0], output)
+    def _hook(self, name: str, path: str) -> Callable[[nn.Module, Any, Any], Tensor]:
+        return lambda _, inputs, output: self._see(name, path, inputs[0], output)
 
     def run(self, batch: Batch) -> None:
         self._batch, self._last, self._calls = batch, None, {}
@@ -162,7 +170,7 @@ class _Recorder:
         if self.want_fisher:
             self._add_fisher(output)
 
-    def _see(self, name: str, x: Tensor, output: Tensor) -> Tensor:
+    def _see(self, name: str, path: str, x: Tensor, output: Tensor) -> Tensor:
         layer = self.layers[name]
         if isinstance(layer, nn.Embedding) and x.dim() == 2 and len(x) == 1 < self._size:
             # Positions are looked up once for the whole batch; repeated, they have a gradient for every example.
@@ -170,13 +178,13 @@ class _Recorder:
         if self.want_fisher:
             self._calls.setdefault(name, []).append((x.detach(), output))
         elif isinstance(layer, nn.Embedding):
-            rows = self._without_padding(name, x, x.shape)
+            rows = self._without_padding(path, x, x.shape)
             self._add_rows(name, torch.bincount(rows, minlength=layer.num_embeddings).double())
         if self.want_moments and not isinstance(layer, nn.Embedding):
-            self._add_moment(name, x)
+            self._add_moment(name, path, x)
         return output
 
-    def _add_moment(self, name: str, x: Tensor) -> None:
+    def _add_moment(self, name: str, path: str, x: Tensor) -> None:
         # Query, key and value are called in a row with one tensor object: its second moment is computed once.
         last = self._last
         if last is not None and last[0] is x and self.moments.setdefault(name, last[1]) is last[1]:
@@ -185,7 +193,7 @@ class _Recorder:
         if known is None:
             known = InputMoment(torch.zeros(x.shape[-1], x.shape[-1], dtype=torch.float64, device=x.device))
             self.moments[name] = known
-        rows = self._without_padding(name, x.detach(), x.shape[:-1]).float()
+        rows = self._without_padding(path, x.detach(), x.shape[:-1]).float()
         known.total += (rows.T @ rows).double()
         known.count += len(rows)
         self._last = (x, known)
@@ -193,9 +201,9 @@ class _Recorder:
     def _add_rows(self, name: str, rows: Tensor) -> None:
         self.rows[name] = self.rows[name] + rows if name in self.rows else rows
 
-    def _without_padding(self, name: str, x: Tensor, positions: torch.Size) -> Tensor:
+    def _without_padding(self, path: str, x: Tensor, positions: torch.Size) -> Tensor:
         config = getattr(self.model, "config", None)
-        decoding = getattr(config, "is_encoder_decoder", False) and "decoder" in name and not _CROSSING.search(name)
+        decoding = getattr(config, "is_encoder_decoder", False) and "decoder" in path and not _CROSSING.search(path)
         mask = self._batch.get("decoder_attention_mask" if decoding else "attention_mask")
         if mask is not None and mask.shape == positions:
             return x[mask.bool()]

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import os
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +91,8 @@ def compress(
 ) -> Report:
     """Replace the planned matrices by fitted factors, in place. A Hugging Face model then saves as a compressed one.
 
+    A model around one, such as a `SentenceTransformer`, saves as one too.
+
     All factors are fitted before the first layer is replaced: an error leaves the model as it was.
 
     Args:
@@ -135,10 +137,19 @@ def compress(
         progress("fit", done + 1, len(names))
     for entry in plan.factorized:
         factorize(model, entry.matrix, entry.spec, fitted.pop(entry.matrix.name))  # pyright: ignore[reportArgumentType]
-    if isinstance(model, PreTrainedModel):
-        attach(model)
+    for pretrained in _pretrained_models(model):
+        attach(pretrained)
     seconds = {"calibrate": calibrated - started, "fit": time.perf_counter() - calibrated}
     return Report(method, plan.scope, plan.original, plan.compressed, errors, seconds)
+
+
+def _pretrained_models(module: nn.Module) -> Iterator[PreTrainedModel]:
+    """The model itself, or those inside of it: a `SentenceTransformer` wraps one."""
+    if isinstance(module, PreTrainedModel):
+        yield module
+        return
+    for child in module.children():
+        yield from _pretrained_models(child)
 
 
 def _check_fits(plan: Plan, model: nn.Module) -> None:
@@ -153,10 +164,14 @@ def _check_fits(plan: Plan, model: nn.Module) -> None:
                 f"the plan does not fit the model: it expects '{entry.matrix.name}' of shape {entry.matrix.shape} "
                 f"tied to {list(entry.matrix.aliases)}, and the model {has}"
             )
+        if found.dense is not None:
+            raise ModelError(f"the plan factorizes '{found.name}', which cannot be: {found.dense}")
 
 
 def load(directory: str | os.PathLike[str], **kwargs: Any) -> PreTrainedModel:
-    """Load a model directory as the class that it was saved from; nothing may be missing, extra or misshapen.
+    """Load a model directory as the class that it was saved from; nothing may be missing or misshapen.
+
+    Nor may a compressed model have extra tensors; dense ones of other origin often carry heads for other tasks.
 
     Args:
         directory: what `save_pretrained` or `factorformer compress` wrote.
@@ -170,19 +185,21 @@ def load(directory: str | os.PathLike[str], **kwargs: Any) -> PreTrainedModel:
         config = json.loads((path / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"'{path}' is not a model directory: {error}") from error
-    name = (config.get("architectures") or [None])[0]
+    name = (config.get("architectures") or [None])[0] if isinstance(config, dict) else None
     architecture = getattr(transformers, name, None) if name else None
-    if architecture is None:
+    if not (isinstance(architecture, type) and issubclass(architecture, PreTrainedModel)):
         raise CheckpointError(f"'{path}/config.json' names the model class {name!r}, which transformers does not have")
     try:
-        model, info = architecture.from_pretrained(path, output_loading_info=True, **kwargs)
+        loaded: Any = architecture.from_pretrained(path, output_loading_info=True, **kwargs)
+        model, info = loaded
     except FactorformerError:
         raise
     except (OSError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"cannot load '{path}': {error}") from error
-    problems = {
-        key: sorted(map(str, info.get(key) or ())) for key in ("missing_keys", "unexpected_keys", "mismatched_keys")
-    }
-    if any(problems.values()):
-        raise CheckpointError(f"'{path}' does not fit {name}: { ({k: v[:5] for k, v in problems.items() if v}) }")
+    kinds = {"missing_keys": "missing", "mismatched_keys": "misshapen"}
+    if "quantization_config" in config:
+        kinds["unexpected_keys"] = "unexpected"
+    problems = [f"{kind}: {sorted(map(str, info[key]))[:5]}" for key, kind in kinds.items() if info[key]]
+    if problems:
+        raise CheckpointError(f"'{path}' does not fit {name}: {'; '.join(problems)}")
     return model

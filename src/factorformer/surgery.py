@@ -7,6 +7,7 @@ import fnmatch
 from collections.abc import Sequence
 
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from factorformer.errors import ModelError, one_of
@@ -68,7 +69,7 @@ def find_matrices(
             rest += Cost(parameter.numel(), parameter.numel() * parameter.element_size(), 0)
             continue
         names = holders.get(id(parameter), [])
-        matrices.append(_describe(model, path, parameter, names, calls.get(block or "", 1), include, exclude))
+        matrices.append(_describe(model, path, parameter, names, block, calls.get(block or "", 1), include, exclude))
     return matrices, rest
 
 
@@ -84,7 +85,7 @@ def _holders(model: nn.Module) -> dict[int, list[str]]:
     """By identity of the weight: the modules that hold it and can be factorized; several where weights are tied."""
     holders: dict[int, list[str]] = {}
     for name, module in model.named_modules():
-        if type(module) in (nn.Linear, nn.Embedding, Conv1D):
+        if dense_shape(module) is not None:
             holders.setdefault(id(module.weight), []).append(name)
     return holders
 
@@ -92,7 +93,9 @@ def _holders(model: nn.Module) -> dict[int, list[str]]:
 def _check_patterns(patterns: Sequence[str], names: Sequence[str]) -> None:
     for pattern in patterns:
         if not fnmatch.filter(names, pattern):
-            near = difflib.get_close_matches(pattern, names, n=3, cutoff=0.3) or list(names[:3])
+            last = {name.rpartition(".")[2]: name for name in reversed(names)}
+            close = difflib.get_close_matches(pattern.rpartition(".")[2].strip("*"), last, n=3, cutoff=0.5)
+            near = [last[part] for part in close] or list(names[:3])
             raise ModelError(f"the pattern '{pattern}' matches no weight matrix; names look like {', '.join(near)}")
 
 
@@ -101,6 +104,7 @@ def _describe(
     path: str,
     parameter: nn.Parameter,
     names: list[str],
+    block: str | None,
     calls: int,
     include: Sequence[str] | None,
     exclude: Sequence[str] | None,
@@ -108,12 +112,11 @@ def _describe(
     dtype = str(parameter.dtype).removeprefix("torch.")
     if not names:
         shape = (parameter.numel() // parameter.shape[-1], parameter.shape[-1])
-        kind = "expert weights fused in a 3-D parameter" if parameter.dim() == 3 else "not a linear layer or embedding"
-        return Matrix(path, shape, dtype, products=calls, dense=f"{kind}, left dense")
+        kind, multiplies = _other_kind(model.get_submodule(path.rpartition(".")[0]), path, parameter)
+        return Matrix(path, shape, dtype, products=calls if multiplies else 0, dense=f"{kind}, left dense")
     modules = [model.get_submodule(name) for name in names]
-    lookups = sum(isinstance(module, nn.Embedding) for module in modules)
-    out, inner = parameter.shape
-    shape = (inner, out) if isinstance(modules[0], Conv1D) else (out, inner)
+    embeddings = sum(isinstance(module, nn.Embedding) for module in modules)
+    shape = dense_shape(modules[0]) or (0, 0)
 
     def named(patterns: Sequence[str]) -> bool:
         return any(fnmatch.fnmatch(name, pattern) for name in names for pattern in patterns)
@@ -123,11 +126,40 @@ def _describe(
         dense = "tied between layouts, left dense"
     elif min(shape) < SMALLEST_SIDE:
         dense = f"a side below {SMALLEST_SIDE}, too small to gain"
+    elif embeddings and block is not None:
+        dense = "a table inside a block (T5's position biases), left dense"
+    elif embeddings == len(names) and not parameter.requires_grad and modules[0] is not _word_embeddings(model):
+        # Whisper's sinusoids: the architecture writes such a table itself whenever it initializes a model.
+        dense = "a fixed table, left dense"
     elif include is not None and not named(include):
         dense = "not included"
     elif exclude is not None and named(exclude):
         dense = "excluded"
-    return Matrix(names[0], shape, dtype, (len(names) - lookups) * calls, lookups, tuple(names[1:]), dense)
+    # A token is looked up once, in one of the tied embeddings (the encoder's or the decoder's).
+    return Matrix(
+        names[0], shape, dtype, (len(names) - embeddings) * calls, min(embeddings, 1), tuple(names[1:]), dense
+    )
+
+
+def _other_kind(owner: nn.Module, path: str, parameter: nn.Parameter) -> tuple[str, bool]:
+    """What a tensor is that cannot be factorized, and whether tokens are multiplied by it."""
+    if parameter.dim() == 3 and "expert" in path:
+        return "expert weights fused in a 3-D parameter", True
+    if isinstance(owner, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+        return "a convolution", True
+    return "not a linear layer or embedding", parameter.dim() == 2 and not isinstance(owner, nn.Embedding)
+
+
+def _word_embeddings(model: nn.Module) -> nn.Module | None:
+    return model.get_input_embeddings() if isinstance(model, PreTrainedModel) else None
+
+
+def dense_shape(module: nn.Module) -> Shape | None:
+    """`(out, in)` of a layer that can be factorized; None for any other module."""
+    if type(module) not in (nn.Linear, nn.Embedding, Conv1D):
+        return None
+    rows, columns = module.get_parameter("weight").shape
+    return (columns, rows) if isinstance(module, Conv1D) else (rows, columns)
 
 
 def dense_weight(module: nn.Module) -> Tensor:

@@ -2,17 +2,30 @@
 
 from __future__ import annotations
 
-import dataclasses
+import inspect
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from tests.cli.conftest import BAD, GOOD, WORDS
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    GPT2Config,
+    GPT2LMHeadModel,
+    PreTrainedTokenizerFast,
+)
 
 import factorformer
 from factorformer import recipes
+from factorformer.cli.compress import compress
+from factorformer.cli.finetune import finetune
 from factorformer.hf.training import TrainingSettings
 
 SCHEMA = {
@@ -153,6 +166,28 @@ def test_a_fitting_head_is_kept_and_its_order_of_labels_with_it(
     assert AutoModelForSequenceClassification.from_pretrained(tmp_path / "small").config.id2label[0] == "plus"
 
 
+def test_a_head_for_other_labels_is_replaced(run: Any, trained: Path, tables: Path, tmp_path: Path) -> None:
+    data = ("--train", tables / "train.jsonl", "--eval", tables / "train.jsonl", "--epochs", 1)
+    for label, outputs in (("other", len(GOOD + BAD)), ("score", 1)):
+        output = tmp_path / label
+        result_of(run("compress", trained, output, "--ratio", 2, *data, "--label", label, "--json"))
+        assert AutoModelForSequenceClassification.from_pretrained(output).classifier.out_features == outputs
+
+
+def test_a_decoder_whose_tokenizer_knows_no_padding(run: Any, tables: Path, tmp_path: Path) -> None:
+    words = Tokenizer(WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="[UNK]"))
+    words.pre_tokenizer = Whitespace()
+    source = tmp_path / "gpt2"
+    PreTrainedTokenizerFast(tokenizer_object=words, eos_token="[SEP]", unk_token="[UNK]").save_pretrained(source)
+    sizes = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 24}
+    GPT2LMHeadModel(GPT2Config(vocab_size=len(WORDS), bos_token_id=3, eos_token_id=3, **sizes)).save_pretrained(source)
+    data = ("--train", tables / "train.jsonl", "--eval", tables / "train.jsonl", "--epochs", 1, "--ratio", 2, "--json")
+    result_of(run("compress", source, tmp_path / "task", *data, "--label", "label"))
+    healed = result_of(run("compress", source, tmp_path / "healed", *data, "--distill", source))
+    assert "embedding_cosine" in healed["metrics"]
+    assert (tmp_path / "healed" / "generation_config.json").exists()
+
+
 def test_labels_may_be_given_by_number(run: Any, trained: Path, tables: Path) -> None:
     by_name, by_number = (
         result_of(run("evaluate", trained, "--data", tables / name, "--json"))["metrics"]
@@ -162,7 +197,7 @@ def test_labels_may_be_given_by_number(run: Any, trained: Path, tables: Path) ->
 
 
 def test_regression_on_pairs(run: Any, base: Path, tables: Path, tmp_path: Path) -> None:
-    data = ("--text", "text", "--text2", "other", "--label", "score")
+    data = ("--text", "text", "--text", "other", "--label", "score")
     training = ("--train", tables / "train.jsonl", "--eval", tables / "train.jsonl", "--epochs", 30, "--lr", 1e-2)
     content = result_of(run("finetune", base, tmp_path / "dense", *data, *training, "--json"))
     assert set(content["metrics"]) == {"pearson", "spearman", "mse"}
@@ -218,19 +253,9 @@ def test_an_existing_output_is_replaced_only_on_demand(run: Any, base: Path, tmp
     assert [file.name for file in tmp_path.iterdir()] == ["small"]
 
 
-def test_default_settings_are_those_of_the_library(run: Any) -> None:
-    from factorformer.cli.compress import compress
-    from factorformer.cli.finetune import finetune
-
-    settings = dataclasses.asdict(TrainingSettings())
-    expected = {"epochs": "epochs", "lr": "learning_rate", "batch_size": "batch_size", "seed": "seed"}
-    for command in (compress, finetune):
-        defaults = command.__wrapped__.__kwdefaults__ if hasattr(command, "__wrapped__") else None
-        defaults = defaults or dict(
-            zip(
-                command.__code__.co_varnames[: command.__code__.co_argcount][::-1],
-                command.__defaults__[::-1],
-                strict=False,
-            )
-        )
-        assert {settings[name] == defaults[option] for option, name in expected.items()} == {True}
+@pytest.mark.parametrize("command", [compress, finetune])
+def test_default_settings_are_those_of_the_library(command: Callable[..., None]) -> None:
+    settings, options = TrainingSettings(), inspect.signature(command).parameters
+    for name, option in (("epochs", "epochs"), ("learning_rate", "lr"), ("batch_size", "batch_size"), ("seed", "seed")):
+        assert options[option].default == getattr(settings, name)
+    assert options["freeze_embeddings"].default is settings.freeze_embeddings

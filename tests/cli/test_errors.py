@@ -104,6 +104,9 @@ def test_missing_truncated_and_unknown_models(run: Any, base_copy: Path, tmp_pat
     key = "encoder.layer.0.output.dense.weight"
     save_file({k: v for k, v in content.items() if k != key}, weights, metadata={"format": "pt"})
     check(run("compress", base_copy, tmp_path / "small"), key)
+    data = tmp_path / "rows.tsv"
+    data.write_text("text\tlabel\na film\tx\na book\ty\n")
+    check(run("finetune", base_copy, tmp_path / "small", "--train", data), key)
     weights.write_bytes(weights.read_bytes()[:1000])
     check(run("compress", base_copy, tmp_path / "small"), "cannot load")
     config = json.loads((base_copy / "config.json").read_text())
@@ -120,8 +123,14 @@ def test_a_model_without_tokenizer_needs_no_text(run: Any, base_copy: Path, tabl
     assert run("compress", base_copy, tmp_path / "small", "--ratio", 2).exit_code == 0
     check(
         run("compress", base_copy, tmp_path / "other", "--ratio", 2, "--calibration", tables / "texts.txt"),
-        "cannot load a tokenizer",
+        "has no tokenizer",
     )
+
+
+def test_a_broken_list_of_modules(run: Any, base_copy: Path, tmp_path: Path) -> None:
+    (base_copy / "modules.json").write_text("[1")
+    check(run("compress", base_copy, tmp_path / "small", "--ratio", 2), "modules.json")
+    assert not (tmp_path / "small").exists()
 
 
 def test_compressing_twice(run: Any, base: Path, tmp_path: Path) -> None:

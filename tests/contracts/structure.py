@@ -8,7 +8,6 @@ import json
 import pickle
 from pathlib import Path
 
-import jaxtyping
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -280,7 +279,9 @@ class StructureContract:
         description = json.loads(json.dumps(case.spec.to_dict()))
         assert from_dict(description) == case.spec
         assert hash(from_dict(description)) == hash(case.spec)
-        assert description["structure"] == case.spec.kind == next(k for k, v in STRUCTURES.items() if v is type(case.spec))
+        assert (
+            description["structure"] == case.spec.kind == next(k for k, v in STRUCTURES.items() if v is type(case.spec))
+        )
 
     def test_description_with_other_fields_is_refused(self, case: Case) -> None:
         description = case.spec.to_dict()
@@ -367,18 +368,13 @@ class StructureContract:
 def check_graphs(case: Case) -> None:
     """Capture layers as one graph each. The wrappers that check annotations hide the code from `torch.compile`, so this
     runs in a process without them."""
-    for layer, x in ((case.linear(torch.float32), case.input(3, dtype=torch.float32)), (case.embedding(), case.index(3))):
+    for layer, x in (
+        (case.linear(torch.float32), case.input(3, dtype=torch.float32)),
+        (case.embedding(), case.index(3)),
+    ):
         compiled = torch.compile(layer, fullgraph=True, backend="eager")
         assert torch.equal(compiled(x), layer(x))
         exported = torch.export.export(layer.eval(), (x,), dynamic_shapes=({0: torch.export.Dim("rows")},))
         for rows in (3, 5):
             more = case.input(rows, dtype=torch.float32) if x.is_floating_point() else case.index(rows)
             torch.testing.assert_close(exported.module()(more), layer(more))
-
-
-@pytest.fixture
-def no_shape_checks():
-    """Annotations unchecked, to reach the errors that users without such checks meet."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)

@@ -10,7 +10,7 @@ import pytest
 
 from factorformer.errors import ModelError
 from factorformer.structures import STRUCTURES, LowRank, largest_rank
-from tests.contracts.structure import Case, StructureContract, never_dense, no_shape_checks  # noqa: F401
+from tests.contracts.structure import Case, StructureContract, never_dense  # noqa: F401
 
 CASES = [
     Case(LowRank(rank), shape, smaller=LowRank(max(rank // 2, 1)), refused=(LowRank(rank + 1),))

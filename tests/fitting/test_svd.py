@@ -71,7 +71,11 @@ def descend(weight: Tensor, rank: int, rows: Tensor, x: Tensor) -> float:
 
 
 @given(
-    rows=st.integers(3, 14), columns=st.integers(3, 14), share=st.floats(0, 1), name=st.sampled_from(METRICS), seed=st.integers(0, 9)
+    rows=st.integers(3, 14),
+    columns=st.integers(3, 14),
+    share=st.floats(0, 1),
+    name=st.sampled_from(METRICS),
+    seed=st.integers(0, 9),
 )
 def test_error_equals_the_tail_of_singular_values(rows: int, columns: int, share: float, name: str, seed: int) -> None:
     shape = (rows, columns)

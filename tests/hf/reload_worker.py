@@ -18,7 +18,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from tests.tiny import MODELS, Tiny, logits
+from tests.tiny import MODELS, Inputs, Tiny, logits
 
 Findings = dict[str, Any]
 
@@ -36,6 +36,10 @@ def ties_hold(model: PreTrainedModel) -> bool:
         model.get_parameter(target) is model.get_parameter(source)
         for target, source in model.all_tied_weights_keys.items()
     )
+
+
+def low_inputs(inputs: Inputs, dtype: torch.dtype) -> Inputs:
+    return {key: value.to(dtype) if value.is_floating_point() else value for key, value in inputs.items()}
 
 
 def with_factorformer(folder: Path, tiny: Tiny) -> Findings:
@@ -67,10 +71,13 @@ def with_factorformer(folder: Path, tiny: Tiny) -> Findings:
     }
     for dtype in (torch.float16, torch.bfloat16):
         low = tiny.auto.from_pretrained(folder / "model", dtype=dtype)
-        types = {p.dtype for m in low.modules() if isinstance(m, FactorizedMatrix) for p in m.parameters()}
-        exact = {k: v.to(dtype) for k, v in parameters.items()}
-        same = all(torch.equal(p, exact[name].to(p.dtype)) for name, p in low.named_parameters())
-        findings[str(dtype)] = types == {dtype} and same
+        # transformers itself keeps some layers of T5 in float32 when the others take float16.
+        kept = [name for name, p in low.named_parameters() if p.dtype != dtype]
+        findings[str(dtype)] = (
+            all(torch.equal(p, parameters[name].to(p.dtype)) for name, p in low.named_parameters())
+            and (not kept or (dtype == torch.float16 and all(".wo." in name for name in kept)))
+            and bool((logits(low, low_inputs(inputs, dtype)) - reference).abs().max() < 0.1 * reference.abs().max())
+        )
     dense = model.dequantize()
     close = (logits(dense, inputs) - reference).abs().max() <= 1e-4 * reference.abs().max()
     findings["dequantized"] = bool(close) and not any(isinstance(m, FactorizedMatrix) for m in dense.modules())

@@ -39,9 +39,7 @@ def fake_library(root: Path, files: dict[str, str]) -> Path:
     numerals = ["one", "two", "three", "four", "five", "six", "seven"]
     for position, modules in enumerate(GROUPS.values()):
         first, second = numerals[position % 7], numerals[position // 7]
-        lines = [
-            f'"""Some {first} {second} {part} words about nothing at all."""' for part in ("early", "late")
-        ]
+        lines = [f'"""Some {first} {second} {part} words about nothing at all."""' for part in ("early", "late")]
         files.setdefault(f"{modules[0]}.py", f"{lines[0]}\ndef f():\n    {lines[1]}\n")
     for name, source in files.items():
         path = root / name
@@ -63,9 +61,7 @@ def test_size_and_labels(task: Task) -> None:
 
 
 def test_no_text_is_in_both_parts_or_twice_in_one(task: Task) -> None:
-    repeated = [
-        text for text, n in Counter(map(letters, task.train_texts + task.test_texts)).items() if n > 1
-    ]
+    repeated = [text for text, n in Counter(map(letters, task.train_texts + task.test_texts)).items() if n > 1]
     assert repeated == []
 
 

@@ -64,7 +64,7 @@ def test_reload_in_a_new_process(case: str, findings: dict[str, Findings]) -> No
     model = MODELS[name].build()
     assert found.pop("class") == type(model).__name__
     ties, factorized = found.pop("ties"), found.pop("factorized")
-    if scope == "blocks":
+    if scope == "blocks" or name == "vit":  # without an embedding or a large head
         assert factorized == MODELS[name].matrices
     else:
         assert factorized > MODELS[name].matrices
@@ -80,7 +80,7 @@ def test_without_the_package_loading_fails_instead_of_guessing(
     found = findings_without[case]
     assert "error" not in found, found["error"]
     assert "raised" in found, "a partly random model was loaded"
-    assert "weight" in found["raised"]
+    assert "mismatched_sizes" in found["raised"]
 
 
 @pytest.mark.parametrize("case", CASES)

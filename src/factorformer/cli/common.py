@@ -86,12 +86,15 @@ Exclude = Annotated[
 ]
 
 _DATA = "Data: TSV, CSV, JSONL or TXT files, or NAME[:CONFIG]:SPLIT on the Hub"
-TextColumn = Annotated[
-    str, typer.Option("--text", metavar="COLUMN", rich_help_panel=_DATA, help="The column that holds the text.")
-]
-SecondTextColumn = Annotated[
-    str | None,
-    typer.Option("--text2", metavar="COLUMN", rich_help_panel=_DATA, help="The second text of sentence pairs."),
+TextColumns = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--text",
+        metavar="COLUMN",
+        show_default=False,
+        rich_help_panel=_DATA,
+        help="The column that holds the text, by default 'text'; given twice, the two texts of sentence pairs.",
+    ),
 ]
 LabelColumn = Annotated[
     str | None,

@@ -26,9 +26,8 @@ from factorformer.cli.common import (
     Overwrite,
     Ratio,
     Scope,
-    SecondTextColumn,
     Seed,
-    TextColumn,
+    TextColumns,
     TrainFile,
     emit,
     note,
@@ -79,8 +78,7 @@ def compress(
     calibration_rows: CalibrationRows = 512,
     train: TrainFile = None,
     evaluation: EvalFile = None,
-    text: TextColumn = "text",
-    text2: SecondTextColumn = None,
+    text: TextColumns = None,
     label: LabelColumn = None,
     max_length: MaxLength = 128,
     epochs: Epochs = 3.0,
@@ -138,6 +136,7 @@ def compress(
         note(f"method '{chosen}' measures nothing: --calibration is not used")
 
     from factorformer.cli.pipeline import Job, run
+    from factorformer.cli.setup import columns_of
 
     note(f"method: {chosen}" + ("" if method else f" (the default {'with' if measured else 'without'} text)"))
     job = Job(
@@ -149,8 +148,7 @@ def compress(
         include=include,
         exclude=exclude,
         plan=planned,
-        text=(text,) if text2 is None else (text, text2),
-        label=label,
+        columns=columns_of(text, label),
         train=train,
         evaluation=evaluation,
         calibration=(calibration or train) if needs != "nothing" else None,

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from factorformer.cli.common import MODELS, AsJson, MaxLength, SecondTextColumn, TextColumn, emit
+from factorformer.cli.common import MODELS, AsJson, MaxLength, TextColumns, emit
 
 Evaluated = Annotated[str, typer.Argument(metavar="DIR", show_default=False, help=MODELS)]
 DataFile = Annotated[
@@ -24,8 +24,7 @@ LabelColumn = Annotated[
 def evaluate(
     model: Evaluated,
     data: DataFile,
-    text: TextColumn = "text",
-    text2: SecondTextColumn = None,
+    text: TextColumns = None,
     label: LabelColumn = "label",
     max_length: MaxLength = 128,
     as_json: AsJson = False,
@@ -49,7 +48,7 @@ def evaluate(
     from factorformer.report import Result, inventory
 
     path = find(model)
-    columns = columns_of(text, text2, label)
+    columns = columns_of(text, label)
     rows = read_table(data, columns)
     labels = labels_for(path, rows, label)
     tokenizer = load_tokenizer(path)

@@ -19,9 +19,8 @@ from factorformer.cli.common import (
     Model,
     Output,
     Overwrite,
-    SecondTextColumn,
     Seed,
-    TextColumn,
+    TextColumns,
     emit,
 )
 from factorformer.hf.checkpoint import check_output
@@ -45,8 +44,7 @@ def finetune(
     train: TrainFile,
     label: LabelColumn = "label",
     evaluation: EvalFile = None,
-    text: TextColumn = "text",
-    text2: SecondTextColumn = None,
+    text: TextColumns = None,
     max_length: MaxLength = 128,
     epochs: Epochs = 3.0,
     lr: LearningRate = 1e-4,
@@ -70,7 +68,7 @@ def finetune(
     [bold]Examples[/bold]
       factorformer finetune minilm dense/ --train train.tsv --eval dev.tsv
       factorformer finetune minilm pairs/ --train mrpc.jsonl \\
-          --text sentence1 --text2 sentence2 --label same
+          --text sentence1 --text sentence2 --label same
     """
     check_output(output, overwrite=overwrite)
     from factorformer.cli.setup import columns_of, load_teacher, read_table, save
@@ -84,7 +82,7 @@ def finetune(
 
     started = time.perf_counter()
     path = find(model)
-    columns = columns_of(text, text2, label)
+    columns = columns_of(text, label)
     rows = read_table(train, columns)
     eval_rows = None if evaluation is None else read_table(evaluation, columns)
     tokenizer = load_tokenizer(path)

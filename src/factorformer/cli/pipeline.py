@@ -38,8 +38,7 @@ class Job:
     include: list[str] | None
     exclude: list[str] | None
     plan: Plan | None
-    text: tuple[str, ...]
-    label: str | None
+    columns: Columns
     train: str | None
     evaluation: str | None
     calibration: str | None
@@ -117,26 +116,26 @@ def run(job: Job) -> Result:
 
 
 def _prepare(job: Job, path: Path) -> Prepared:
-    columns = Columns(job.text, job.label)
+    columns, label = job.columns, job.columns.label
     needs_labels = recipes.get(job.method).needs == "labelled text" if job.method else False
     rows: dict[str, datasets.Dataset] = {}
     columns_of: dict[str, Columns] = {}
     for name, source in (("train", job.train), ("evaluation", job.evaluation), ("calibration", job.calibration)):
         if source is None:
             continue
-        plain = job.label is None or (name == "calibration" and not needs_labels)
+        plain = label is None or (name == "calibration" and not needs_labels)
         columns_of[name] = plain_columns(source, columns) if plain else columns
         rows[name] = read_table(source, columns_of[name])
     tokenizer = load_tokenizer(path) if rows else None
     labels, fresh, precision = None, False, torch.float32 if job.train is not None else None
-    if job.label is not None and "train" in rows:
-        classifier = load_classifier(path, Labels.of(rows["train"], job.label), job.seed, precision)
+    if label is not None and "train" in rows:
+        classifier = load_classifier(path, Labels.of(rows["train"], label), job.seed, precision)
         model, labels, fresh = classifier.model, classifier.labels, not classifier.trained
     else:
         model = load_model(path, precision)
-        if job.label is not None:
+        if label is not None:
             labelled = next(name for name in ("evaluation", "calibration") if columns_of.get(name) == columns)
-            labels = labels_for(path, rows[labelled], job.label)
+            labels = labels_for(path, rows[labelled], label)
     if fresh and needs_labels:
         raise DataError(
             f"method '{job.method}' measures the model on labels, but '{job.model}' has no head trained for them: "
@@ -147,7 +146,7 @@ def _prepare(job: Job, path: Path) -> Prepared:
         for name, table in rows.items()
         if tokenizer is not None
     }
-    if job.label is None and "train" in data and "evaluation" not in data:
+    if label is None and "train" in data and "evaluation" not in data:
         data["train"], data["evaluation"] = hold_out(data["train"], job.seed)
     if labels is None and "evaluation" in data:
         data["evaluation"] = sample(data["evaluation"], COMPARED, job.seed)

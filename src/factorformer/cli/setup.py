@@ -25,9 +25,9 @@ HELD_OUT = 500
 """At most so many rows, and at most a tenth of them, are held out of plain text to compare embeddings on."""
 
 
-def columns_of(text: str, text2: str | None, label: str | None) -> Columns:
+def columns_of(text: list[str] | None, label: str | None) -> Columns:
     """The columns that the options name."""
-    return Columns((text,) if text2 is None else (text, text2), label)
+    return Columns(tuple(text or ["text"]), label)
 
 
 def read_table(source: str, columns: Columns) -> datasets.Dataset:

@@ -148,10 +148,14 @@ def output_directory(path: str | os.PathLike[str], *, overwrite: bool = False) -
         yield partial
         partial.chmod(0o755)  # mkdtemp makes private directories
         old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old-", dir=target.parent)) / "content"
-        if target.exists():
-            target.rename(old)
-        partial.rename(target)
-        shutil.rmtree(old.parent, ignore_errors=True)
+        try:
+            if target.exists():
+                target.rename(old)
+            partial.rename(target)
+        finally:
+            if old.exists() and not target.exists():
+                old.rename(target)
+            shutil.rmtree(old.parent, ignore_errors=True)
     except OSError as error:
         raise OutputError(f"could not write '{target}': {error}; nothing was left behind") from error
     finally:

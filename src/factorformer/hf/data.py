@@ -18,9 +18,10 @@ from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
 from factorformer.errors import DataError, one_of
 
 READERS: dict[str, tuple[str, dict[str, Any]]] = {
-    # Without quoting: a quote in a sentence is a quote. Empty and "NA" fields are text, not missing numbers.
-    ".tsv": ("csv", {"sep": "\t", "quoting": csv.QUOTE_NONE, "keep_default_na": False}),
-    ".csv": ("csv", {"keep_default_na": False}),
+    # Without quoting: a quote in a sentence is a quote. Empty and "NA" fields are text, not missing numbers. Without an
+    # index: pandas would take surplus fields for one and shift all columns.
+    ".tsv": ("csv", {"sep": "\t", "quoting": csv.QUOTE_NONE, "keep_default_na": False, "index_col": False}),
+    ".csv": ("csv", {"keep_default_na": False, "index_col": False}),
     ".jsonl": ("json", {}),
     ".json": ("json", {}),
     ".txt": ("text", {}),

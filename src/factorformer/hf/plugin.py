@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
@@ -20,11 +20,11 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from factorformer.errors import CheckpointError, FactorformerError
+from factorformer.errors import CheckpointError, FactorformerError, ModelError
 from factorformer.hf.checkpoint import check_tensors
 from factorformer.nn import FactorizedLinear, FactorizedMatrix
 from factorformer.structures import Shape, Structure, from_dict
-from factorformer.surgery import factorized_like, replace_module
+from factorformer.surgery import dense_shape, factorized_like, replace_module
 
 METHOD = "factorformer"
 FORMAT = 1
@@ -73,8 +73,12 @@ class FactorformerQuantizer(HfQuantizer):
             spec, shape = config.structure(saved_name)
             for name in (saved_name, *config.layers[saved_name].get("tied", ())):
                 module = _resolve(model, name)
-                if module is not None:
-                    replace_module(model, module, factorized_like(module, spec, shape))
+                if module is None:
+                    continue
+                if dense_shape(module) != shape:
+                    kind = f"{type(module).__name__} of shape {dense_shape(module)}"
+                    raise CheckpointError(f"config.json gives '{name}' the shape {shape}, but the model has a {kind}")
+                replace_module(model, module, factorized_like(module, spec, shape))
         rewrite_ties(model)
         check_tensors(model, config, kwargs.get("checkpoint_files"))
 
@@ -110,8 +114,10 @@ class FactorformerQuantizer(HfQuantizer):
         """Factorized layers are plain tensor operations."""
         return True
 
-    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
-        return to_dense(model, dtype)
+    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> PreTrainedModel:
+        # Where no type is asked for, transformers gives that of config.json, which the model need not have by now.
+        dense = to_dense(model)
+        return dense if dtype in (None, model.config.dtype) else dense.to(dtype)  # pyright: ignore[reportArgumentType]
 
 
 # Called as functions, so that type checkers still see the classes.
@@ -147,9 +153,18 @@ def attach(model: PreTrainedModel, quantizer: FactorformerQuantizer | None = Non
         # Converters that fuse or split dense tensors on save know nothing of factors.
         "_weight_conversions": [],
     }
+    if isinstance(model.get_input_embeddings(), FactorizedMatrix):
+        state["resize_token_embeddings"] = _refuse_to_resize
     for name, value in state.items():
         setattr(model, name, value)
     rewrite_ties(model)
+
+
+def _refuse_to_resize(*_: Any, **__: Any) -> NoReturn:
+    raise ModelError(
+        "the token embeddings are factorized and cannot be resized: resize those of the dense model before it is "
+        "compressed, or call model.dequantize() first"
+    )
 
 
 def rewrite_ties(model: nn.Module) -> None:
@@ -194,7 +209,7 @@ def _resolve(model: PreTrainedModel, name: str) -> nn.Module | None:
     return None
 
 
-def to_dense(model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+def to_dense(model: PreTrainedModel) -> PreTrainedModel:
     """Multiply all factors out, in place, into the layer types that the architecture has by itself."""
     with torch.device("meta"):
         skeleton = type(model)(model.config)
@@ -205,12 +220,13 @@ def to_dense(model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTra
         new = skeleton.get_submodule(name)
         key = id(module.weight)
         if key not in weights:
-            dense = module.to_dense().detach().to(dtype or module.factors["weight"].dtype)
+            dense = module.to_dense().detach()
             weights[key] = nn.Parameter((dense.T if isinstance(new, Conv1D) else dense).contiguous())
         new.weight = weights[key]
         if isinstance(module, FactorizedLinear):
             new.register_parameter("bias", module.bias)
         replace_module(model, module, new.train(module.training))
+    model.__dict__.pop("resize_token_embeddings", None)
     for module in model.modules():
         if isinstance(module, PreTrainedModel):
             module.__dict__.pop("_tied_weights_keys", None)

@@ -12,7 +12,6 @@ from typing import Any
 
 import datasets
 import torch
-import transformers
 from huggingface_hub import snapshot_download
 from transformers import (
     AutoConfig,
@@ -29,7 +28,7 @@ from factorformer.errors import CheckpointError, DataError, FactorformerError, M
 from factorformer.hf import minilm
 from factorformer.hf.data import Labels
 
-WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".ot", ".gguf", ".index.json")
+WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".ot", ".tflite", ".gguf", ".index.json")
 """How names of weight files end."""
 
 
@@ -80,6 +79,9 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
         tokenizer = AutoTokenizer.from_pretrained(path)
     except Exception as error:  # tokenizers raise many types, all of which mean a directory without a usable one
         raise ModelError(f"cannot load a tokenizer from '{path}': {_short(error)}") from error
+    files = {"tokenizer.json", "tokenizer_config.json", *tokenizer.vocab_files_names.values()}
+    if not any((path / file).exists() for file in files):  # transformers then makes one with an empty vocabulary
+        raise ModelError(f"'{path}' has no tokenizer: none of {', '.join(sorted(files))}")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -98,17 +100,8 @@ def load_model(path: Path, dtype: torch.dtype | None = None) -> PreTrainedModel:
         CheckpointError: weights that are missing or misshapen.
         ModelError: a class that transformers does not have, or weights that are not finite.
     """
-    config = read_config(path)
-    options = {} if dtype is None else {"dtype": dtype}
-    if getattr(config, "quantization_config", None) is not None:
-        return _ready(load(path, **options))
-    name = (config.architectures or ["none"])[0]
-    architecture = getattr(transformers, name, None)
-    if architecture is None:
-        raise ModelError(f"'{path}/config.json' names the model class {name!r}, which transformers does not have")
-    model, info = _from_pretrained(architecture, path, **options)
-    _refuse(path, [*info["missing_keys"]], [*info["mismatched_keys"]])
-    return _ready(model)
+    read_config(path)
+    return _ready(load(path, **({} if dtype is None else {"dtype": dtype})))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -210,11 +203,20 @@ def copy_companions(source: Path, target: Path) -> None:
         left = file.name.startswith((".", "README", "factorformer.json")) or file.name.endswith(WEIGHTS)
         if file.is_file() and not left and not (target / file.name).exists():
             shutil.copyfile(file, target / file.name)
-    if (source / "modules.json").is_file():
-        for module in json.loads((source / "modules.json").read_text(encoding="utf-8")):
-            folder = str(module.get("path") or "")
-            if folder and (source / folder).is_dir():
-                shutil.copytree(source / folder, target / folder, dirs_exist_ok=True)
+    for folder in _module_folders(source):
+        shutil.copytree(source / folder, target / folder, dirs_exist_ok=True)
+
+
+def _module_folders(source: Path) -> list[str]:
+    description = source / "modules.json"
+    if not description.is_file():
+        return []
+    try:
+        folders = [module["path"] for module in json.loads(description.read_text(encoding="utf-8"))]
+        inside = [path for path in folders if path and ".." not in Path(path).parts and not Path(path).is_absolute()]
+    except (ValueError, TypeError, KeyError) as error:
+        raise CheckpointError(f"cannot read '{description}': {error}") from error
+    return [path for path in inside if (source / path).is_dir()]
 
 
 def read_config(path: Path) -> PretrainedConfig:

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import datasets
@@ -81,7 +81,7 @@ class DistillationTrainer(Trainer):
     def compute_loss(
         self,
         model: nn.Module,
-        inputs: dict[str, Any],
+        inputs: Mapping[str, Any],
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
@@ -156,6 +156,7 @@ def train(
             train_sampling_strategy="group_by_length",
             save_strategy="no",
             logging_strategy="epoch",
+            logging_nan_inf_filter=False,  # which would report a finite loss for a run that diverged
             report_to=[],
             disable_tqdm=True,
             dataloader_pin_memory=torch.cuda.is_available(),

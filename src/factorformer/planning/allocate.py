@@ -41,26 +41,30 @@ def uniform(matrices: Sequence[Matrix], structure: type[Structure], ratio: float
         raise BudgetError("no matrix in scope can be factorized; see the plan's reasons or widen include and scope")
     original = total(m.cost(None) for m in matrices).bytes + rest.bytes
     fixed = rest.bytes + total(m.cost(None) for m in matrices if m.dense is not None).bytes
-    budget = original / ratio - fixed
-    smallest = sum(ladder.bytes[0] for ladder in ladders.values())
-    if smallest > budget * (1 + TOLERANCE):
-        largest = original / (smallest + fixed)
+    smallest = fixed + sum(ladder.bytes[0] for ladder in ladders.values())
+    largest = original / smallest
+    if smallest > original / ratio * (1 + TOLERANCE):
         raise BudgetError(
             f"ratio {ratio:g} cannot be met: at the smallest size of every matrix the ratio is {largest:.4g}, and "
             f"{fixed:,} of {original:,} bytes in scope stay as they are; ask for at most {largest:.4g}"
         )
-    steps = _fill(ladders, max(budget, smallest))
-    reached = sum(ladder.bytes[steps[name]] for name, ladder in ladders.items())
-    # All steps fit below the budget; one more may come nearer to it.
-    upgrade, name = min(((ladder.next_step(steps[n]), n) for n, ladder in ladders.items()), default=(math.inf, ""))
-    if upgrade < 2 * (budget - reached):
-        steps[name] += 1
-        reached += int(upgrade)
-    if abs(reached + fixed - original / ratio) > TOLERANCE * original / ratio:
-        nearest = original / (reached + fixed)
-        raise BudgetError(
-            f"ratio {ratio:g} cannot be met within {TOLERANCE:.0%} in bytes; the nearest is {nearest:.4g}"
-        )
+
+    def meet(ratio: float) -> tuple[dict[str, int], float, bool]:
+        steps = _fill(ladders, max(original / ratio, smallest) - fixed)
+        reached = original / (fixed + sum(ladder.bytes[steps[name]] for name, ladder in ladders.items()))
+        return steps, reached, abs(ratio / reached - 1) <= TOLERANCE
+
+    steps, reached, met = meet(ratio)
+    if not met:
+        # What is reached here need not be reached again from there: the named ratio is one that was tried.
+        for _ in range(50):
+            near = float(f"{reached:.4g}")
+            _, reached, met = meet(near)
+            if met:
+                break
+        else:
+            near = largest
+        raise BudgetError(f"ratio {ratio:g} cannot be met within {TOLERANCE:.0%} in bytes; the nearest is {near:.4g}")
     return tuple(_entry(m, ladders.get(m.name), steps.get(m.name, 0)) for m in matrices)
 
 
@@ -83,7 +87,7 @@ class _Ladder:
 
 
 def _fill(ladders: dict[str, _Ladder], budget: float) -> dict[str, int]:
-    """Steps of all ladders: the common fraction by bisection, then the remainder one step at a time."""
+    """Steps of all ladders for a budget: the common fraction by bisection, then the remainder one step at a time."""
 
     def spent(fraction: float) -> int:
         return sum(ladder.bytes[ladder.below(fraction)] for ladder in ladders.values())
@@ -100,6 +104,12 @@ def _fill(ladders: dict[str, _Ladder], budget: float) -> dict[str, int]:
         if ladder.next_step(steps[name]) <= left:
             left -= ladder.next_step(steps[name])
             steps[name] += 1
+    # All steps fit below the budget; one more may come nearer to it.
+    step, _, name = min(
+        ((ladder.next_step(steps[n]), ladder.bytes[steps[n]] / ladder.dense, n) for n, ladder in ladders.items())
+    )
+    if step < 2 * left:
+        steps[name] += 1
     return steps
 
 

@@ -1,0 +1,57 @@
+"""The whole demonstration on a tiny model and a tiny task; the real one takes minutes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.cli.conftest import BAD, GOOD
+
+from factorformer.cli import demonstration
+from factorformer.hf.docstrings import Task
+
+TEXTS = [f"{word} {word} {thing}" for thing in ("film", "book") for word in (*GOOD, *BAD)] * 4
+LABELS = (["plus"] * 4 + ["minus"] * 4) * 8
+
+
+@pytest.fixture(autouse=True)
+def small(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(demonstration, "MODEL", str(base))
+    monkeypatch.setattr(demonstration, "RATIO", 2.0)
+    monkeypatch.setattr(demonstration, "stdlib_docstrings", lambda: Task(TEXTS, LABELS, TEXTS, LABELS))
+
+
+def test_quickstart(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    done = run("quickstart", "--json")
+    assert done.exit_code == 0, done.stderr
+    content = json.loads(done.stdout)
+    assert content["output"] == "factorformer-quickstart"
+    assert content["bytes"]["ratio"] == pytest.approx(2, rel=0.01)
+    measured = {"accuracy", "latency_ms_batch_1", "latency_ms_batch_32", "file_bytes"}
+    assert {*measured, *(f"original_{name}" for name in measured), "majority_accuracy"} <= set(content["metrics"])
+    assert content["metrics"]["original_file_bytes"] > content["metrics"]["file_bytes"]
+    assert "64 docstrings to train on, 64 to test on, 2 classes; always guessing the largest class" in done.stderr
+    assert "identical, bit for bit" in done.stderr
+    again = run(
+        "evaluate", "factorformer-quickstart/compressed", "--data", "factorformer-quickstart/test.jsonl", "--json"
+    )
+    assert json.loads(again.stdout)["metrics"]["accuracy"] == content["metrics"]["accuracy"]
+    assert run("quickstart").exit_code == 0
+    assert (tmp_path / "factorformer-quickstart-2").is_dir()
+
+
+def test_a_model_that_reloads_differently_is_not_left_behind(
+    run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(demonstration, "RELOAD", demonstration.RELOAD.replace("logits.clone()", "logits + 1"))
+    done = run("quickstart", "--output", tmp_path / "out")
+    assert done.exit_code == 2
+    assert "other logits" in done.stderr
+    monkeypatch.setattr(demonstration, "RELOAD", "raise SystemExit('no way')")
+    done = run("quickstart", "--output", tmp_path / "out")
+    assert done.exit_code == 2
+    assert "no way" in done.stderr
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,403 @@
+"""A damaged checkpoint is an error that names the damage, and an output directory is complete or absent."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers as tf
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import factorformer
+from factorformer.errors import CheckpointError, OutputError
+from factorformer.hf.checkpoint import check_output, output_directory, read_sizes
+from tests.tiny import MODELS, logits
+
+QUERY = "bert.encoder.layer.0.attention.self.query"
+LOADERS: dict[str, Callable[[Path], Any]] = {
+    "load": factorformer.load,
+    "auto": tf.AutoModelForMaskedLM.from_pretrained,
+    "class": tf.BertForMaskedLM.from_pretrained,
+    "without-head": tf.AutoModel.from_pretrained,
+    "other-head": tf.AutoModelForSequenceClassification.from_pretrained,
+}
+
+
+@pytest.fixture(scope="module", params=["blocks", "all"])
+def original(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("original") / "model"
+    model = MODELS["bert"].build()
+    factorformer.compress(model, factorformer.plan(model, "svd", ratio=2, scope=request.param))
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def folder(original: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(original, tmp_path / "model"))
+
+
+def edit_tensors(folder: Path, change: Callable[[dict[str, Tensor]], object]) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def edit_config(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    change(config)
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+# Tensors
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+def test_an_intact_checkpoint_loads(folder: Path, loader: str) -> None:
+    LOADERS[loader](folder)
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+@pytest.mark.parametrize(
+    "name", [f"{QUERY}.weight", f"{QUERY}.right", f"{QUERY}.bias", "bert.embeddings.LayerNorm.weight"]
+)
+def test_a_missing_tensor(folder: Path, loader: str, name: str) -> None:
+    edit_tensors(folder, lambda tensors: tensors.pop(name))
+    with pytest.raises(CheckpointError, match=f"missing: .*{name.removeprefix('bert.')}.*Nothing was loaded"):
+        LOADERS[loader](folder)
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+@pytest.mark.parametrize(
+    "name", [f"{QUERY}.extra", "bert.encoder.layer.2.output.dense.weight", "bert.embeddings.extra"]
+)
+def test_an_unexpected_tensor(folder: Path, loader: str, name: str) -> None:
+    edit_tensors(folder, lambda tensors: tensors.update({name: torch.zeros(3)}))
+    with pytest.raises(CheckpointError, match=f"unexpected: .*{name.removeprefix('bert.')}"):
+        LOADERS[loader](folder)
+
+
+@pytest.mark.parametrize("loader", ["load", "auto", "class"])
+def test_an_unexpected_part(folder: Path, loader: str) -> None:
+    edit_tensors(folder, lambda tensors: tensors.update({"stranger.weight": torch.zeros(3)}))
+    with pytest.raises(CheckpointError, match="unexpected: stranger.weight"):
+        LOADERS[loader](folder)
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+@pytest.mark.parametrize(
+    "name", [f"{QUERY}.weight", f"{QUERY}.right", f"{QUERY}.bias", "bert.embeddings.LayerNorm.weight"]
+)
+def test_a_misshapen_tensor(folder: Path, loader: str, name: str) -> None:
+    def cut(tensors: dict[str, Tensor]) -> None:
+        tensors[name] = tensors[name][:-1].clone()
+
+    size = tuple(load_file(folder / "model.safetensors")[name].shape)
+    edit_tensors(folder, cut)
+    with pytest.raises(CheckpointError) as caught:
+        LOADERS[loader](folder)
+    assert name.removeprefix("bert.") in str(caught.value)
+    assert f"{[size[0] - 1, *size[1:]]} in the file" in str(caught.value)
+    assert str(list(size)) in str(caught.value)
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+def test_a_renamed_tensor(folder: Path, loader: str) -> None:
+    edit_tensors(folder, lambda tensors: tensors.update({f"{QUERY}.left": tensors.pop(f"{QUERY}.weight")}))
+    with pytest.raises(CheckpointError) as caught:
+        LOADERS[loader](folder)
+    assert f"1 missing: {QUERY}.weight" in str(caught.value)
+    assert f"1 unexpected: {QUERY}.left" in str(caught.value)
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+def test_a_dense_weight_in_place_of_factors(folder: Path, loader: str) -> None:
+    def multiply(tensors: dict[str, Tensor]) -> None:
+        tensors[f"{QUERY}.weight"] = tensors[f"{QUERY}.weight"] @ tensors.pop(f"{QUERY}.right")
+
+    edit_tensors(folder, multiply)
+    with pytest.raises(CheckpointError, match=f"{QUERY}.right"):
+        LOADERS[loader](folder)
+
+
+def test_many_problems_are_counted_and_five_named(folder: Path) -> None:
+    def strip(tensors: dict[str, Tensor]) -> None:
+        for name in [name for name in tensors if name.endswith(".right")]:
+            del tensors[name]
+
+    edit_tensors(folder, strip)
+    with pytest.raises(CheckpointError, match=r"1\d missing: ") as caught:
+        factorformer.load(folder)
+    assert str(caught.value).count(".right") == 5
+    assert "; ..." in str(caught.value)
+
+
+def test_a_missing_head_is_an_error_in_the_class_that_was_saved(folder: Path) -> None:
+    edit_tensors(folder, lambda tensors: tensors.pop("cls.predictions.transform.dense.bias"))
+    for loader in ("load", "auto", "class"):
+        with pytest.raises(CheckpointError, match=r"cls\.predictions\.transform\.dense\.bias"):
+            LOADERS[loader](folder)
+
+
+def test_a_config_without_architectures_hides_nothing(folder: Path) -> None:
+    edit_config(folder, lambda config: config.pop("architectures"))
+    edit_tensors(folder, lambda tensors: tensors.pop("bert.embeddings.LayerNorm.weight"))
+    with pytest.raises(CheckpointError, match=r"embeddings\.LayerNorm\.weight"):
+        tf.AutoModelForMaskedLM.from_pretrained(folder)
+
+
+# Files
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+@pytest.mark.parametrize("size", [0, 5, 100, -1])
+def test_a_truncated_file(folder: Path, loader: str, size: int) -> None:
+    file = folder / "model.safetensors"
+    content = file.read_bytes()
+    file.write_bytes(content[: size if size >= 0 else len(content) + size])
+    with pytest.raises(CheckpointError, match="cannot read.*model.safetensors"):
+        LOADERS[loader](folder)
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+def test_a_pickle_is_refused(folder: Path, loader: str) -> None:
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="never read from pickles"):
+        LOADERS[loader](folder)
+
+
+def test_a_missing_shard(folder: Path) -> None:
+    sharded = folder / "sharded"
+    factorformer.load(folder).save_pretrained(sharded, max_shard_size="20KB")
+    factorformer.load(sharded)
+    shards = sorted(sharded.glob("model-*.safetensors"))
+    assert len(shards) > 1
+    shards[1].unlink()
+    with pytest.raises(CheckpointError, match=shards[1].name):
+        factorformer.load(sharded)
+
+
+def test_missing_weights(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="cannot load"):
+        factorformer.load(folder)
+
+
+@pytest.mark.parametrize("content", [None, "", "{", "[]"])
+def test_a_config_that_cannot_be_read(folder: Path, content: str | None) -> None:
+    (folder / "config.json").unlink()
+    if content is not None:
+        (folder / "config.json").write_text(content)
+    with pytest.raises(CheckpointError, match=r"not a model directory|names the model class None"):
+        factorformer.load(folder)
+
+
+def test_a_directory_that_does_not_exist(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="not a model directory"):
+        factorformer.load(tmp_path / "nowhere")
+
+
+def test_sizes_are_read_from_headers(folder: Path) -> None:
+    sizes = read_sizes([folder / "model.safetensors"])
+    assert sizes == {name: tuple(t.shape) for name, t in load_file(folder / "model.safetensors").items()}
+
+
+# config.json
+
+
+def layer(config: dict[str, Any]) -> dict[str, Any]:
+    return config["quantization_config"]["layers"][QUERY]
+
+
+WRONG_LAYERS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
+    "a larger rank": (lambda c: layer(c).update(rank=layer(c)["rank"] + 1), f"{QUERY}.*in the file"),
+    "a rank above break-even": (lambda c: layer(c).update(rank=100), f"'{QUERY}' wrongly: rank 100"),
+    "a rank of zero": (lambda c: layer(c).update(rank=0), f"'{QUERY}' wrongly: rank"),
+    "a rank that is text": (lambda c: layer(c).update(rank="8"), f"'{QUERY}' wrongly: rank"),
+    "no rank": (lambda c: layer(c).pop("rank"), f"'{QUERY}' wrongly: .*rank"),
+    "another field": (lambda c: layer(c).update(colour=1), f"'{QUERY}' wrongly: .*colour"),
+    "an unknown structure": (
+        lambda c: layer(c).update(structure="low_rnk"),
+        f"'{QUERY}' wrongly: unknown structure 'low_rnk'.*did you mean 'low_rank'",
+    ),
+    "no structure": (lambda c: layer(c).pop("structure"), f"'{QUERY}' wrongly: unknown structure"),
+    "no shape": (lambda c: layer(c).pop("shape"), f"'{QUERY}' wrongly: .*shape"),
+    "half a shape": (lambda c: layer(c).update(shape=[32]), f"'{QUERY}' wrongly"),
+    "another shape": (lambda c: layer(c).update(shape=[32, 64]), QUERY),
+    "a layer less": (lambda c: c["quantization_config"]["layers"].pop(QUERY), QUERY.removeprefix("bert.")),
+    "a layer more": (lambda c: c["quantization_config"]["layers"].update({"bert.other": layer(c)}), "bert.other"),
+    "no layers": (lambda c: c["quantization_config"].pop("layers"), "attention"),
+    "a newer format": (lambda c: c["quantization_config"].update(format=2), "format 2.*reads format 1"),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG_LAYERS)
+@pytest.mark.parametrize("loader", LOADERS)
+def test_a_config_that_does_not_fit(folder: Path, loader: str, wrong: str, no_shape_checks: None) -> None:
+    change, message = WRONG_LAYERS[wrong]
+    edit_config(folder, change)
+    with pytest.raises(CheckpointError, match=message):
+        LOADERS[loader](folder)
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+def test_a_config_without_a_description_never_loads_random_weights(folder: Path, loader: str) -> None:
+    edit_config(folder, lambda config: config.pop("quantization_config"))
+    with pytest.raises((CheckpointError, RuntimeError)):
+        LOADERS[loader](folder)
+
+
+@pytest.mark.parametrize("name", [None, "BertForNothing", "os"])
+def test_a_config_that_names_no_model_class(folder: Path, name: str | None) -> None:
+    edit_config(folder, lambda config: config.update(architectures=None if name is None else [name]))
+    with pytest.raises(CheckpointError, match=f"model class {name!r}"):
+        factorformer.load(folder)
+
+
+def test_an_architecture_that_is_no_model(folder: Path) -> None:
+    edit_config(folder, lambda config: config.update(architectures=["Trainer"]))
+    with pytest.raises(CheckpointError, match="model class 'Trainer'"):
+        factorformer.load(folder)
+
+
+# Other heads
+
+
+def test_a_compressed_encoder_takes_a_new_head(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    encoder = tf.BertModel(MODELS["bert"].build().config).eval()
+    factorformer.compress(encoder, factorformer.plan(encoder, "svd", ratio=2, scope="all"))
+    encoder.save_pretrained(tmp_path)
+    model, info = tf.AutoModelForSequenceClassification.from_pretrained(
+        tmp_path, num_labels=5, output_loading_info=True
+    )
+    assert set(info["missing_keys"]) == {"classifier.weight", "classifier.bias"}
+    assert logits(model, MODELS["bert"].inputs()).shape == (2, 5)
+    for name, tensor in encoder.state_dict().items():
+        assert torch.equal(model.bert.state_dict()[name], tensor)
+    model.save_pretrained(tmp_path / "again")
+    again = factorformer.load(tmp_path / "again")
+    assert torch.equal(logits(again, MODELS["bert"].inputs()), logits(model, MODELS["bert"].inputs()))
+
+
+@pytest.mark.parametrize("name", ["bert", "albert", "gpt2", "llama", "t5", "distilbert", "whisper"])
+def test_a_head_is_dropped(name: str, tmp_path: Path) -> None:
+    model = MODELS[name].build()
+    factorformer.compress(model, factorformer.plan(model, "svd", ratio=2, scope="all"))
+    model.save_pretrained(tmp_path)
+    base = tf.AutoModel.from_pretrained(tmp_path)
+    expected = {key: tensor for key, tensor in model.base_model.state_dict().items() if not key.startswith("lm_head.")}
+    loaded = base.state_dict()
+    assert set(expected) <= set(loaded)
+    assert all(torch.equal(loaded[key], tensor) for key, tensor in expected.items())
+
+
+def test_a_head_of_another_size_is_an_error(tmp_path: Path) -> None:
+    model = MODELS["roberta"].build()
+    factorformer.compress(model, factorformer.plan(model, "svd", ratio=2))
+    model.save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match=r"classifier\.out_proj\.weight: \[3, 32\] in the file, \[5, 32\]"):
+        tf.AutoModelForSequenceClassification.from_pretrained(tmp_path, num_labels=5)
+
+
+# Output directories
+
+
+def contents(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_an_output_directory_appears_when_it_is_complete(tmp_path: Path) -> None:
+    target = tmp_path / "new" / "model"
+    with output_directory(target) as partial:
+        (partial / "file").write_text("content")
+        assert not target.exists()
+        assert partial.parent == target.parent
+        assert partial.name.startswith(".")
+    assert contents(target.parent) == ["model"]
+    assert (target / "file").read_text() == "content"
+    assert target.stat().st_mode & 0o777 == 0o755
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, SystemExit])
+def test_a_failure_leaves_nothing(tmp_path: Path, error: type[BaseException]) -> None:
+    with pytest.raises(error), output_directory(tmp_path / "model") as partial:
+        (partial / "file").write_text("content")
+        raise error
+    assert contents(tmp_path) == []
+
+
+def test_a_full_disk_leaves_nothing(tmp_path: Path) -> None:
+    with (
+        pytest.raises(OutputError, match="could not write.*No space left.*nothing was left"),
+        output_directory(tmp_path / "m"),
+    ):
+        raise OSError(28, "No space left on device")
+    assert contents(tmp_path) == []
+
+
+def test_an_existing_directory_is_refused_before_any_work(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    with pytest.raises(OutputError, match="exists already.*--overwrite"), output_directory(tmp_path / "model"):
+        pytest.fail("the block ran")
+    with pytest.raises(OutputError, match="exists already"):
+        check_output(tmp_path / "model", overwrite=False)
+    check_output(tmp_path / "model", overwrite=True)
+    check_output(tmp_path / "free", overwrite=False)
+
+
+def test_overwriting_replaces_everything(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "old").write_text("old")
+    with output_directory(tmp_path / "model", overwrite=True) as partial:
+        (partial / "new").write_text("new")
+        assert contents(tmp_path / "model") == ["old"]
+    assert contents(tmp_path) == ["model"]
+    assert contents(tmp_path / "model") == ["new"]
+
+
+def test_a_failure_while_overwriting_keeps_the_old(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "old").write_text("old")
+    with pytest.raises(RuntimeError), output_directory(tmp_path / "model", overwrite=True):
+        raise RuntimeError
+    assert contents(tmp_path) == ["model"]
+    assert contents(tmp_path / "model") == ["old"]
+
+
+def test_a_rename_that_fails_keeps_the_old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "old").write_text("old")
+    rename = Path.rename
+
+    def fail(self: Path, target: Path) -> Path:
+        if ".partial-" in self.name:
+            raise OSError(5, "Input/output error")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", fail)
+    with pytest.raises(OutputError), output_directory(tmp_path / "model", overwrite=True):
+        pass
+    assert contents(tmp_path / "model") == ["old"]
+    assert contents(tmp_path) == ["model"]
+
+
+@pytest.mark.parametrize("overwrite", [True, False])
+def test_a_file_in_the_way(tmp_path: Path, overwrite: bool) -> None:
+    (tmp_path / "model").write_text("a file")
+    with pytest.raises(OutputError, match="is a file"), output_directory(tmp_path / "model", overwrite=overwrite):
+        pytest.fail("the block ran")
+    assert (tmp_path / "model").read_text() == "a file"
+
+
+def test_a_file_among_the_parents(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("a file")
+    with pytest.raises(OutputError, match="cannot write"), output_directory(tmp_path / "file" / "model"):
+        pytest.fail("the block ran")

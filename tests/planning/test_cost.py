@@ -1,0 +1,36 @@
+"""What a matrix costs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from factorformer.planning import Cost, Matrix, total
+from factorformer.structures import LowRank
+
+
+def test_costs_add_up() -> None:
+    assert total([]) == Cost()
+    assert total([Cost(1, 2, 3), Cost(10, 20, 30)]) == Cost(11, 22, 33)
+
+
+@pytest.mark.parametrize(("dtype", "size"), [("float32", 4), ("float16", 2), ("bfloat16", 2), ("float64", 8)])
+def test_bytes_follow_the_type(dtype: str, size: int) -> None:
+    matrix = Matrix("m", (64, 32), dtype)
+    assert matrix.cost(None) == Cost(64 * 32, 64 * 32 * size, 2 * 64 * 32)
+    assert matrix.cost(LowRank(4)) == Cost(4 * 96, 4 * 96 * size, 2 * 4 * 96)
+    assert matrix.cost(LowRank(4)).bytes == LowRank(4).bytes((64, 32), getattr(torch, dtype))
+
+
+def test_flops_count_every_use() -> None:
+    assert Matrix("shared", (64, 32), products=3).cost(None).flops == 3 * 2 * 64 * 32
+    assert Matrix("shared", (64, 32), products=3).cost(LowRank(4)).flops == 3 * 2 * 4 * 96
+    embedding = Matrix("words", (64, 32), products=0, lookups=1)
+    assert embedding.cost(None).flops == 0
+    assert embedding.cost(LowRank(4)).flops == 2 * 4 * 32
+    tied = Matrix("words", (64, 32), products=1, lookups=1)
+    assert tied.cost(LowRank(4)).flops == 2 * 4 * 96 + 2 * 4 * 32
+
+
+def test_stored_once_however_often_it_is_used() -> None:
+    assert Matrix("m", (64, 32), products=12, aliases=("other",)).cost(None).bytes == 64 * 32 * 4

@@ -1,0 +1,288 @@
+"""Plans: frozen, readable, and the same after JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+import torch
+
+import factorformer
+from factorformer import Plan
+from factorformer.errors import BudgetError, MethodError, ModelError
+from factorformer.planning import Cost, Entry, Matrix, Scope
+from factorformer.recipes import RECIPES
+from factorformer.structures import LowRank
+from tests.tiny import MODELS
+
+
+def a_plan(name: str = "bert", ratio: float = 2, scope: Scope = "blocks", **options: Any) -> Plan:
+    return factorformer.plan(MODELS[name].build(), "svd", ratio=ratio, scope=scope, **options)
+
+
+@pytest.mark.parametrize("scope", get_args(Scope))
+@pytest.mark.parametrize("ratio", [1.5, 2, 2.5, 4])
+@pytest.mark.parametrize("name", [name for name in MODELS if name != "mixtral"])
+def test_the_budget_is_met(name: str, ratio: float, scope: Scope) -> None:
+    try:
+        plan = a_plan(name, ratio, scope)
+    except BudgetError as error:
+        (near,) = re.findall(r"(?:ask for at most|the nearest is) ([0-9.]+)$", str(error))
+        ratio = float(near)
+        plan = a_plan(name, ratio, scope)
+    assert plan.original.bytes == pytest.approx(ratio * plan.compressed.bytes, rel=0.01)
+    assert plan.ratio == plan.original.bytes / plan.compressed.bytes
+    assert all(entry.compressed.bytes <= entry.original.bytes for entry in plan.entries)
+    assert plan.factorized == tuple(entry for entry in plan.entries if entry.spec is not None)
+    assert plan.factorized
+
+
+@pytest.mark.parametrize("scope", get_args(Scope))
+@pytest.mark.parametrize("name", MODELS)
+def test_everything_in_scope_is_counted_once(name: str, scope: Scope) -> None:
+    model = MODELS[name].build()
+    plan = factorformer.plan(model, "svd", ratio=MODELS[name].ratio, scope=scope)
+    if scope == "all":
+        assert plan.original.bytes == sum(p.numel() * p.element_size() for p in model.parameters())
+        assert plan.original.parameters == model.num_parameters()
+    factorformer.compress(model, plan)
+    if scope == "all":
+        assert plan.compressed.bytes == sum(p.numel() * p.element_size() for p in model.parameters())
+        assert plan.compressed.parameters == model.num_parameters()
+
+
+def test_flops_count_repeated_calls_of_shared_layers() -> None:
+    plan = a_plan("albert")
+    assert {entry.matrix.products for entry in plan.entries} == {2}
+    values = sum(entry.matrix.shape[0] * entry.matrix.shape[1] for entry in plan.entries)
+    assert plan.original.flops == 2 * 2 * values
+    assert plan.original.parameters - plan.rest.parameters == values
+    assert {entry.matrix.products for entry in a_plan("bert").entries} == {1}
+
+
+def test_flops_are_those_that_torch_counts() -> None:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    for name in ("bert", "albert", "gpt2", "llama", "t5"):
+        model = MODELS[name].build()
+        plan = factorformer.plan(model, "svd", ratio=2)
+        tokens = 6
+        inputs = {"input_ids": torch.arange(3, 3 + tokens)[None]}
+        if name == "t5":
+            inputs["decoder_input_ids"] = inputs["input_ids"]
+        counted = []
+        for _ in range(2):
+            with FlopCounterMode(display=False) as counter, torch.inference_mode():
+                model(**inputs)
+            counted.append(counter.get_total_flops())
+            if len(counted) == 1:
+                factorformer.compress(model, plan)
+        # Attention scores and heads cost the same before and after; matrices account for the difference.
+        assert counted[0] - counted[1] == tokens * (plan.original.flops - plan.compressed.flops)
+
+
+def test_ties_are_counted_once_over_the_whole_model() -> None:
+    for name in ("llama-tied", "t5", "bert"):
+        plan = a_plan(name, 2, "all")
+        tied = [entry for entry in plan.entries if entry.matrix.aliases]
+        assert len(tied) == 1
+        assert tied[0].matrix.lookups == tied[0].matrix.products == 1
+        names = [n for entry in plan.entries for n in (entry.matrix.name, *entry.matrix.aliases)]
+        assert len(names) == len(set(names))
+
+
+@pytest.mark.parametrize("scope", get_args(Scope))
+@pytest.mark.parametrize("name", ["bert", "albert", "t5", "mixtral"])
+def test_json_round_trip(name: str, scope: Scope, tmp_path: Path) -> None:
+    plan = a_plan(name, MODELS[name].ratio, scope)
+    assert Plan.from_dict(json.loads(json.dumps(plan.to_dict()))) == plan
+    plan.save(tmp_path / "plan.json")
+    assert Plan.load(tmp_path / "plan.json") == plan
+    assert [path.name for path in tmp_path.iterdir()] == ["plan.json"]
+    plan.save(str(tmp_path / "plan.json"))
+    assert Plan.load(str(tmp_path / "plan.json")) == plan
+
+
+def test_a_loaded_plan_gives_the_same_model(tmp_path: Path) -> None:
+    one, other = MODELS["bert"].build(), MODELS["bert"].build()
+    plan = factorformer.plan(one, "svd", ratio=2, scope="all")
+    plan.save(tmp_path / "plan.json")
+    factorformer.compress(one, plan)
+    factorformer.compress(other, Plan.load(tmp_path / "plan.json"))
+    assert all(torch.equal(tensor, other.state_dict()[name]) for name, tensor in one.state_dict().items())
+
+
+def test_plans_are_frozen() -> None:
+    plan = a_plan()
+    for owner, field in (
+        (plan, "target"),
+        (plan.entries[0], "spec"),
+        (plan.entries[0].matrix, "name"),
+        (plan.rest, "bytes"),
+    ):
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            setattr(owner, field, None)
+    assert isinstance(plan.entries, tuple)
+    assert hash(plan) == hash(Plan.from_dict(plan.to_dict()))
+
+
+def test_a_plan_reads_as_a_table() -> None:
+    plan = a_plan("mixtral", 1.05)
+    text = str(plan)
+    for entry in plan.entries:
+        (line,) = [line for line in text.splitlines() if line.startswith(f"{entry.matrix.name} ")]
+        assert "x".join(map(str, entry.matrix.shape)) in line
+        assert (str(entry.spec) if entry.spec else "dense") in line
+        assert f"{entry.compressed.bytes:,}" in line
+        assert entry.reason in line
+    assert "expert weights fused in a 3-D parameter, left dense" in text
+    assert f"scope blocks: {plan.original.bytes:,} -> {plan.compressed.bytes:,} bytes ({plan.ratio:.2f}x)" in text
+
+
+def test_planning_changes_nothing() -> None:
+    model = MODELS["bert"].build()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    types = [type(module) for module in model.modules()]
+    factorformer.plan(model, "svd", ratio=2, scope="all")
+    assert [type(module) for module in model.modules()] == types
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_planning_needs_no_weights() -> None:
+    with torch.device("meta"):
+        model = MODELS["llama"].make()
+    assert factorformer.plan(model, "svd", ratio=2) == a_plan("llama")
+
+
+# Choices
+
+
+def test_include() -> None:
+    plan = a_plan(ratio=1.2, include=["*.intermediate.dense", "*.layer.1.output.dense"])
+    assert [entry.matrix.name for entry in plan.factorized] == [
+        "bert.encoder.layer.0.intermediate.dense",
+        "bert.encoder.layer.1.intermediate.dense",
+        "bert.encoder.layer.1.output.dense",
+    ]
+    assert {entry.reason for entry in plan.entries if entry.spec is None} == {"not included"}
+    assert plan.original == a_plan().original  # what stays dense still counts
+
+
+def test_exclude() -> None:
+    plan = a_plan(ratio=1.3, exclude=["*.attention.*"])
+    assert {entry.matrix.name.split(".")[-2] for entry in plan.factorized} == {"intermediate", "output"}
+    assert not [entry for entry in plan.factorized if ".attention." in entry.matrix.name]
+    assert {entry.reason for entry in plan.entries if entry.spec is None} == {"excluded"}
+
+
+def test_include_and_exclude_together() -> None:
+    plan = a_plan(ratio=1.1, include=["*.layer.0.*"], exclude=["*.query", "*.output.dense"])
+    assert [entry.matrix.name.removeprefix("bert.encoder.layer.0.") for entry in plan.factorized] == [
+        "attention.self.key",
+        "attention.self.value",
+        "intermediate.dense",
+    ]
+
+
+def test_a_tied_matrix_is_excluded_by_any_of_its_names() -> None:
+    plan = a_plan("llama-tied", 1.5, "all", exclude=["lm_head"])
+    (entry,) = [entry for entry in plan.entries if entry.matrix.aliases]
+    assert (entry.matrix.name, entry.spec, entry.reason) == ("model.embed_tokens", None, "excluded")
+
+
+@pytest.mark.parametrize("option", ["include", "exclude"])
+def test_a_pattern_that_matches_nothing(option: str) -> None:
+    with pytest.raises(ModelError, match=r"'\*\.quary' matches no weight matrix; names look like .*query"):
+        a_plan(**{option: ["*.quary"]})
+
+
+def test_nothing_left_to_factorize() -> None:
+    with pytest.raises(BudgetError, match="no matrix in scope can be factorized"):
+        a_plan(exclude=["*"])
+
+
+# Errors
+
+
+def test_an_impossible_ratio() -> None:
+    with pytest.raises(BudgetError, match="ratio 1000 cannot be met") as caught:
+        a_plan(ratio=1000)
+    (largest,) = re.findall(r"ask for at most ([0-9.]+)", str(caught.value))
+    plan = a_plan(ratio=float(largest))
+    assert plan.ratio == pytest.approx(float(largest), rel=0.01)
+    assert {entry.spec for entry in plan.entries} == {LowRank(1)}
+
+
+def test_an_unknown_method() -> None:
+    with pytest.raises(
+        MethodError, match=r"unknown method 'whitend' \(did you mean 'whitened'\?\); allowed: svd, fwsvd"
+    ):
+        factorformer.plan(MODELS["bert"].build(), "whitend")
+
+
+def test_an_unknown_scope(no_shape_checks: None) -> None:
+    with pytest.raises(factorformer.FactorformerError, match=r"unknown scope 'block' \(did you mean 'blocks'\?\)"):
+        a_plan(scope="block")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("method", [None, *RECIPES])
+def test_every_method_plans(method: str | None) -> None:
+    plan = factorformer.plan(MODELS["bert"].build(), method, ratio=2)
+    assert plan.method == method
+    assert (plan.scope, plan.target) == ("blocks", 2)
+
+
+BROKEN: dict[str, Any] = {
+    "another format": {"format": 2},
+    "no format": {"format": None},
+    "no entries": {"entries": None},
+    "an entry of nothing": {"entries": [{}]},
+    "a number": {"entries": 3},
+    "no cost": {"rest": {"weight": 1}},
+}
+
+
+@pytest.mark.parametrize("broken", BROKEN)
+def test_content_that_is_no_plan(broken: str) -> None:
+    with pytest.raises(MethodError, match="plan"):
+        Plan.from_dict({**a_plan().to_dict(), **BROKEN[broken]})
+
+
+def test_a_plan_with_an_impossible_entry_names_it() -> None:
+    content = a_plan().to_dict()
+    entry = content["entries"][0]
+    for spec, message in (
+        ({"structure": "low_rank", "rank": 100}, "rank 100 .*keep the matrix dense"),
+        ({"structure": "low_rank", "rank": 0}, "at least 1"),
+        ({"structure": "nonsense"}, "unknown structure"),
+    ):
+        entry["spec"] = spec
+        with pytest.raises(MethodError, match=f"plan entry '{re.escape(entry['name'])}': .*{message}"):
+            Plan.from_dict(content)
+
+
+@pytest.mark.parametrize("content", [None, "", "{", "[]", '"text"', "3"])
+def test_files_that_are_no_plan(content: str | None, tmp_path: Path) -> None:
+    if content is not None:
+        (tmp_path / "plan.json").write_text(content)
+    with pytest.raises(MethodError, match=re.escape(str(tmp_path / "plan.json"))):
+        Plan.load(tmp_path / "plan.json")
+
+
+def test_a_directory_is_no_plan(tmp_path: Path) -> None:
+    with pytest.raises(MethodError, match="cannot read"):
+        Plan.load(tmp_path)
+
+
+def test_entries_price_themselves() -> None:
+    entry = Entry(Matrix("m", (64, 32)), LowRank(4), "because")
+    assert entry.original == Cost(2048, 8192, 4096)
+    assert entry.compressed == Cost(384, 1536, 768)
+    plan = Plan("svd", "blocks", 5, (entry,), Cost(10, 40, 0))
+    assert plan.original.bytes == 8232
+    assert plan.compressed.bytes == 1576
+    assert plan.ratio == 8232 / 1576

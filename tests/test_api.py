@@ -1,0 +1,194 @@
+"""The public surface is small and documented, and modules import only what stands above them."""
+
+from __future__ import annotations
+
+import ast
+import importlib.metadata
+import inspect
+import subprocess
+import sys
+from collections.abc import Iterator
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+import factorformer
+from factorformer import errors, recipes
+from factorformer.fitting import FITTERS
+from factorformer.planning import ALLOCATIONS
+from factorformer.structures import STRUCTURES, Structure
+
+SOURCE = Path(factorformer.__file__).parent
+FILES = {
+    ".".join(("factorformer", *file.relative_to(SOURCE).with_suffix("").parts)).removesuffix(".__init__"): file
+    for file in sorted(SOURCE.rglob("*.py"))
+}
+
+# A module imports only what stands above it. The longest matching name decides.
+ORDER = [
+    "errors",
+    "progress",
+    "linalg",
+    "structures",
+    "calibration",
+    "fitting",
+    "planning",
+    "nn",
+    "surgery",
+    "recipes",
+    "training",
+    "hf",
+    "compression",
+    "hf.source",  # which loads models for the command line, with the verb `load`
+    "report",
+    "cli",
+]
+
+
+def imports(name: str) -> Iterator[tuple[str, bool]]:
+    """The package's modules that a module imports, and whether only for types."""
+    tree = ast.parse(FILES[name].read_text(encoding="utf-8"))
+    for_types = {
+        id(node)
+        for block in ast.walk(tree)
+        if isinstance(block, ast.If) and "TYPE_CHECKING" in ast.unparse(block.test)
+        for node in ast.walk(block)
+    }
+    for node in ast.walk(tree):
+        found: list[str] = []
+        if isinstance(node, ast.Import):
+            found = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{name}: imports are absolute"
+            found = [
+                f"{node.module}.{a.name}" if f"{node.module}.{a.name}" in FILES else node.module or ""
+                for a in node.names
+            ]
+        for module in found:
+            if module in FILES:
+                yield module, id(node) in for_types
+
+
+def place(module: str) -> int:
+    path = module.removeprefix("factorformer.")
+    places = [(len(part), i) for i, part in enumerate(ORDER) if path == part or path.startswith(f"{part}.")]
+    assert places, f"{module} has no place in the order of imports"
+    return max(places)[1]
+
+
+def package(module: str) -> str:
+    return module.split(".")[1]
+
+
+@pytest.mark.parametrize("module", [name for name in FILES if name != "factorformer"])
+def test_a_module_imports_only_what_stands_above_it(module: str) -> None:
+    for imported, for_types in imports(module):
+        if imported == "factorformer":  # for the version number
+            assert place(module) >= ORDER.index("report"), f"{module} imports the package's front door"
+        elif package(imported) != package(module) or ORDER[place(imported)] != ORDER[place(module)]:
+            assert place(imported) < place(module), f"{module} imports {imported}, which stands below it"
+        else:
+            assert not for_types or package(imported) == package(module)
+
+
+def test_imports_have_no_cycle() -> None:
+    graph = {
+        name: {imported for imported, for_types in imports(name) if not for_types and imported != "factorformer"}
+        for name in FILES
+        if name != "factorformer"
+    }
+    tuple(TopologicalSorter(graph).static_order())
+
+
+@pytest.mark.parametrize("module", FILES)
+def test_everything_public_is_documented(module: str) -> None:
+    tree = ast.parse(FILES[module].read_text(encoding="utf-8"))
+    assert ast.get_docstring(tree), f"{module} says nothing about itself"
+    abstract = {
+        m.name
+        for c in ast.walk(ast.parse((SOURCE / "structures/base.py").read_text()))
+        if isinstance(c, ast.ClassDef)
+        for m in c.body
+        if isinstance(m, ast.FunctionDef)
+    }
+
+    def check(body: list[ast.stmt], owner: str) -> None:
+        for node in body:
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_"):
+                overrides = module.startswith("factorformer.structures.") and node.name in abstract
+                assert ast.get_docstring(node) or overrides, f"{owner}.{node.name} has no docstring"
+                if isinstance(node, ast.ClassDef):
+                    check(node.body, f"{owner}.{node.name}")
+
+    check(tree.body, module)
+
+
+def test_the_front_door_is_small_and_sorted() -> None:
+    names = factorformer.__all__
+    assert names == sorted(names)
+    assert len(names) <= 15
+    for name in names:
+        value = getattr(factorformer, name)
+        if name != "__version__":
+            assert inspect.getdoc(value), name
+    public = {n for n, v in vars(factorformer).items() if not n.startswith("_") and not inspect.ismodule(v)}
+    assert public | {"__version__"} == set(names)
+
+
+@pytest.mark.parametrize("name", ["plan", "compress", "load"])
+def test_every_argument_of_a_verb_is_explained(name: str) -> None:
+    verb = getattr(factorformer, name)
+    text = inspect.getdoc(verb) or ""
+    for argument in inspect.signature(verb).parameters:
+        assert argument in text, f"{name}({argument})"
+    assert "Raises:" in text
+
+
+def test_errors_have_one_base() -> None:
+    classes = [v for v in vars(errors).values() if inspect.isclass(v) and issubclass(v, Exception)]
+    assert len(classes) > 3
+    assert all(issubclass(c, factorformer.FactorformerError) and c.__doc__ for c in classes)
+    assert issubclass(factorformer.FactorformerError, ValueError)
+
+
+def test_a_wrong_name_is_answered_with_the_nearest() -> None:
+    assert errors.one_of("svdd", ["svd", "fwsvd"]) == "'svdd' (did you mean 'svd'?); allowed: svd, fwsvd"
+    assert errors.one_of("zzz", ["svd", "fwsvd"]) == "'zzz'; allowed: svd, fwsvd"
+
+
+def test_recipes_name_parts_that_exist() -> None:
+    assert {"svd", "fwsvd", "whitened"} <= set(recipes.RECIPES)
+    for name, recipe in recipes.RECIPES.items():
+        assert recipe.structure in STRUCTURES.values()
+        assert recipe.structure in FITTERS
+        assert recipe.allocation in ALLOCATIONS
+        assert recipe.summary
+        assert "\n" not in recipe.summary
+        assert recipe.paper
+        assert recipe.needs in ("nothing", "text", "labelled text")
+        assert recipes.get(name) is recipe
+    assert recipes.default_method(calibrated=True) == "whitened"
+    assert recipes.default_method(calibrated=False) == "svd"
+
+
+def test_every_structure_has_a_name_and_a_fitter() -> None:
+    for kind, structure in STRUCTURES.items():
+        assert issubclass(structure, Structure)
+        assert structure.kind == kind
+        assert structure in FITTERS
+
+
+def test_the_package_is_typed_and_has_one_version() -> None:
+    assert (SOURCE / "py.typed").is_file()
+    assert importlib.metadata.version("factorformer") == factorformer.__version__
+
+
+def test_importing_neither_prints_nor_needs_the_test_tools() -> None:
+    code = (
+        "import sys; sys.modules.update(dict.fromkeys(['beartype', 'hypothesis', 'pytest', 'sentence_transformers']))\n"
+        "import factorformer"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == ""
