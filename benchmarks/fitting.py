@@ -69,7 +69,7 @@ def main() -> None:
             for name, metric in metrics.items():
                 started = time.perf_counter()
                 chosen = metric(weight)
-                factors, error = fit(weight, spec, chosen)
+                factors, _ = fit(weight, spec, chosen)
                 seconds[name] += time.perf_counter() - started
                 if repetition == 0:
                     chosen = chosen or Metric()

@@ -12,10 +12,13 @@ from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
+import torch
+from jaxtyping import TypeCheckError
 
 import factorformer
 from factorformer import errors, recipes
 from factorformer.fitting import FITTERS
+from factorformer.linalg import leading_eigenvectors
 from factorformer.planning import ALLOCATIONS
 from factorformer.structures import STRUCTURES, Structure
 
@@ -40,7 +43,6 @@ ORDER = [
     "training",
     "hf",
     "compression",
-    "hf.source",  # which loads models for the command line, with the verb `load`
     "report",
     "cli",
 ]
@@ -192,3 +194,10 @@ def test_importing_neither_prints_nor_needs_the_test_tools() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout == ""
+
+
+def test_shapes_are_checked_while_tests_run() -> None:
+    with pytest.raises(TypeCheckError, match="n n"):
+        leading_eigenvectors(torch.zeros(3, 4), 1)
+    with pytest.raises(TypeCheckError, match="rank"):
+        leading_eigenvectors(torch.zeros(3, 3), 1.5)  # type: ignore[arg-type]

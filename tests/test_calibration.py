@@ -7,12 +7,12 @@ from collections.abc import Iterable, Iterator
 import pytest
 import torch
 import transformers as tf
+from tests import tiny
 from torch import Tensor, nn
 
 from factorformer.calibration import InputMoment, LayerStatistics, collect
 from factorformer.errors import DataError
 from factorformer.surgery import find_matrices
-from tests import tiny
 
 ROWS = 6
 CLASSIFIERS = {
@@ -345,7 +345,7 @@ def test_no_labels() -> None:
     model = classifier("bert")
     batch = examples(model)
     del batch["labels"]
-    with pytest.raises(DataError, match="BertForSequenceClassification returned none.*labels"):
+    with pytest.raises(DataError, match=r"BertForSequenceClassification returned none.*labels"):
         collect(model, names(model), [batch], fisher=True)
 
 
@@ -362,7 +362,7 @@ class Two(nn.Module):
 
 @pytest.mark.parametrize("kind", ["moments", "fisher"])
 def test_a_layer_that_is_never_reached(kind: str) -> None:
-    with pytest.raises(DataError, match="'unused' was never reached.*exclude it"):
+    with pytest.raises(DataError, match=r"'unused' was never reached.*exclude it"):
         collect(Two(), ["used", "unused"], [{"x": torch.ones(2, 4)}], **{kind: True})
 
 

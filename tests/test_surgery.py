@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import transformers as tf
+from tests.tiny import BLOCKS, MODELS, logits, text
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -21,7 +22,6 @@ from factorformer.surgery import (
     find_matrices,
     replace_module,
 )
-from tests.tiny import BLOCKS, MODELS, logits, text
 
 BERT = [f"attention.self.{part}" for part in ("query", "key", "value")] + [
     "attention.output.dense",
@@ -263,7 +263,7 @@ def test_a_model_that_is_compressed_already() -> None:
     model = MODELS["bert"].build()
     plan = factorformer.plan(model, "svd", ratio=2)
     factorformer.compress(model, plan)
-    with pytest.raises(ModelError, match="compressed already .*query.* start from the dense model"):
+    with pytest.raises(ModelError, match=r"compressed already .*query.* start from the dense model"):
         factorformer.plan(model, "svd", ratio=2)
     with pytest.raises(ModelError, match="compressed already"):
         factorformer.compress(model, plan)
@@ -307,7 +307,7 @@ def test_an_entry_that_must_stay_dense() -> None:
     model = MODELS["mixtral"].build()
     experts = Matrix("model.layers.0.mlp.experts.down_proj", (128, 64))
     plan = Plan("svd", "blocks", 2, (Entry(experts, LowRank(4), ""),), Cost())
-    with pytest.raises(ModelError, match="experts.down_proj', which cannot be: expert weights fused"):
+    with pytest.raises(ModelError, match=r"experts.down_proj', which cannot be: expert weights fused"):
         factorformer.compress(model, plan)
 
 

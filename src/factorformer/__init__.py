@@ -2,8 +2,9 @@
 
 __version__ = "0.1.0"
 
-from factorformer.compression import Report, compress, load, plan
+from factorformer.compression import Report, compress, plan
 from factorformer.errors import FactorformerError
+from factorformer.hf.checkpoint import load
 from factorformer.nn import FactorizedEmbedding, FactorizedLinear
 from factorformer.planning import Plan
 from factorformer.structures import LowRank, Structure

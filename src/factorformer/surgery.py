@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from factorformer.errors import ModelError, one_of
+from factorformer.errors import MethodError, ModelError, one_of
 from factorformer.nn import FactorizedEmbedding, FactorizedLinear, FactorizedMatrix
 from factorformer.planning import Cost, Matrix, Scope
 from factorformer.structures import Factors, Shape, Structure
@@ -47,10 +47,11 @@ def find_matrices(
         exclude: shell patterns of module names that stay dense.
 
     Raises:
-        ModelError: an unknown scope, no blocks, a pattern that matches nothing, or layers factorized already.
+        MethodError: an unknown scope.
+        ModelError: no blocks, a pattern that matches nothing, or layers factorized already.
     """
     if scope not in ("blocks", "all"):
-        raise ModelError(f"unknown scope {one_of(str(scope), ['blocks', 'all'])}")
+        raise MethodError(f"unknown scope {one_of(str(scope), ['blocks', 'all'])}")
     done = [name for name, module in model.named_modules() if isinstance(module, FactorizedMatrix)]
     if done:
         raise ModelError(f"the model is compressed already ('{done[0]}' is factorized): start from the dense model")

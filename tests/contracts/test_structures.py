@@ -7,10 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from tests.contracts.structure import Case, StructureContract, never_dense  # noqa: F401
 
 from factorformer.errors import ModelError
 from factorformer.structures import STRUCTURES, LowRank, largest_rank
-from tests.contracts.structure import Case, StructureContract, never_dense  # noqa: F401
 
 CASES = [
     Case(LowRank(rank), shape, smaller=LowRank(max(rank // 2, 1)), refused=(LowRank(rank + 1),))

@@ -14,11 +14,10 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
+from tests.tiny import MODELS, Inputs, Tiny, logits
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
-
-from tests.tiny import MODELS, Inputs, Tiny, logits
 
 Findings = dict[str, Any]
 

@@ -12,12 +12,12 @@ import pytest
 import torch
 import transformers as tf
 from safetensors.torch import load_file, save_file
+from tests.tiny import MODELS, logits
 from torch import Tensor
 
 import factorformer
 from factorformer.errors import CheckpointError, OutputError
 from factorformer.hf.checkpoint import check_output, output_directory, read_sizes
-from tests.tiny import MODELS, logits
 
 QUERY = "bert.encoder.layer.0.attention.self.query"
 LOADERS: dict[str, Callable[[Path], Any]] = {
@@ -86,7 +86,7 @@ def test_an_unexpected_tensor(folder: Path, loader: str, name: str) -> None:
 @pytest.mark.parametrize("loader", ["load", "auto", "class"])
 def test_an_unexpected_part(folder: Path, loader: str) -> None:
     edit_tensors(folder, lambda tensors: tensors.update({"stranger.weight": torch.zeros(3)}))
-    with pytest.raises(CheckpointError, match="unexpected: stranger.weight"):
+    with pytest.raises(CheckpointError, match=r"unexpected: stranger.weight"):
         LOADERS[loader](folder)
 
 
@@ -161,7 +161,7 @@ def test_a_truncated_file(folder: Path, loader: str, size: int) -> None:
     file = folder / "model.safetensors"
     content = file.read_bytes()
     file.write_bytes(content[: size if size >= 0 else len(content) + size])
-    with pytest.raises(CheckpointError, match="cannot read.*model.safetensors"):
+    with pytest.raises(CheckpointError, match=r"cannot read.*model.safetensors"):
         LOADERS[loader](folder)
 
 
@@ -328,15 +328,18 @@ def test_an_output_directory_appears_when_it_is_complete(tmp_path: Path) -> None
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, SystemExit])
 def test_a_failure_leaves_nothing(tmp_path: Path, error: type[BaseException]) -> None:
-    with pytest.raises(error), output_directory(tmp_path / "model") as partial:
+    def fail(partial: Path) -> None:
         (partial / "file").write_text("content")
         raise error
+
+    with pytest.raises(error), output_directory(tmp_path / "model") as partial:
+        fail(partial)
     assert contents(tmp_path) == []
 
 
 def test_a_full_disk_leaves_nothing(tmp_path: Path) -> None:
     with (
-        pytest.raises(OutputError, match="could not write.*No space left.*nothing was left"),
+        pytest.raises(OutputError, match=r"could not write.*No space left.*nothing was left"),
         output_directory(tmp_path / "m"),
     ):
         raise OSError(28, "No space left on device")
@@ -345,7 +348,7 @@ def test_a_full_disk_leaves_nothing(tmp_path: Path) -> None:
 
 def test_an_existing_directory_is_refused_before_any_work(tmp_path: Path) -> None:
     (tmp_path / "model").mkdir()
-    with pytest.raises(OutputError, match="exists already.*--overwrite"), output_directory(tmp_path / "model"):
+    with pytest.raises(OutputError, match=r"exists already.*--overwrite"), output_directory(tmp_path / "model"):
         pytest.fail("the block ran")
     with pytest.raises(OutputError, match="exists already"):
         check_output(tmp_path / "model", overwrite=False)

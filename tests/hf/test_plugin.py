@@ -13,6 +13,7 @@ import pytest
 import torch
 import transformers as tf
 from safetensors.torch import load_file
+from tests.tiny import MODELS, logits
 
 import factorformer
 from factorformer.errors import CheckpointError, ModelError
@@ -20,7 +21,6 @@ from factorformer.hf.plugin import FORMAT, FactorformerConfig, describe
 from factorformer.nn import FactorizedEmbedding, FactorizedLinear, FactorizedMatrix
 from factorformer.planning import Scope
 from factorformer.structures import LowRank
-from tests.tiny import MODELS, logits
 
 
 def compressed(name: str, scope: Scope = "all") -> tf.PreTrainedModel:
@@ -52,7 +52,7 @@ def test_description_survives_json() -> None:
 def test_description_of_a_layer() -> None:
     config = FactorformerConfig({"layer": {"shape": [12, 18], "structure": "low_rank", "rank": 3}})
     assert config.structure("layer") == (LowRank(3), (12, 18))
-    with pytest.raises(CheckpointError, match="'layer' wrongly.*keep the matrix dense"):
+    with pytest.raises(CheckpointError, match=r"'layer' wrongly.*keep the matrix dense"):
         FactorformerConfig({"layer": {"shape": [2, 2], "structure": "low_rank", "rank": 3}}).structure("layer")
 
 
@@ -322,7 +322,7 @@ def test_resizing_a_factorized_embedding_is_refused(tmp_path: Path) -> None:
     model = compressed("bert")
     model.save_pretrained(tmp_path)
     for refusing in (model, factorformer.load(tmp_path), copy.deepcopy(model)):
-        with pytest.raises(ModelError, match="cannot be resized.*dequantize"):
+        with pytest.raises(ModelError, match=r"cannot be resized.*dequantize"):
             refusing.resize_token_embeddings(120)
     dense = model.dequantize()
     dense.resize_token_embeddings(120)

@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
+from tests.hf.reload_worker import Findings
+from tests.tiny import MODELS, logits
 
 import factorformer
 from factorformer.nn import FactorizedMatrix
-from tests.hf.reload_worker import Findings
-from tests.tiny import MODELS, logits
 
 ROOT = Path(__file__).resolve().parents[2]
 CASES = [f"{name}@{scope}" for name in MODELS for scope in ("blocks", "all")]

@@ -10,6 +10,7 @@ from typing import Any, get_args
 
 import pytest
 import torch
+from tests.tiny import MODELS
 
 import factorformer
 from factorformer import Plan
@@ -17,7 +18,6 @@ from factorformer.errors import BudgetError, MethodError, ModelError
 from factorformer.planning import Cost, Entry, Matrix, Scope
 from factorformer.recipes import RECIPES
 from factorformer.structures import LowRank
-from tests.tiny import MODELS
 
 
 def a_plan(name: str = "bert", ratio: float = 2, scope: Scope = "blocks", **options: Any) -> Plan:

@@ -35,8 +35,8 @@ class Metric:
             return cls()
         rows = None
         if statistics.rows is not None:
-            # Relative to their mean, rows stay in the range of float32, and if all are zero they count alike. A row that
-            # calibration never touched still has to be reconstructed, if with little weight.
+            # Relative to their mean, rows stay in the range of float32, and if all are zero they count alike. A row
+            # that calibration never touched still has to be reconstructed, if with little weight.
             rows = statistics.rows.double()
             rows = (rows / rows.mean().clamp_min(torch.finfo(torch.float64).tiny) + 1e-3).sqrt()
         return cls(rows, None if statistics.inputs is None else statistics.inputs.root())

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import safetensors
+import transformers
 from transformers import PreTrainedModel
 
-from factorformer.errors import CheckpointError, OutputError
+from factorformer.errors import CheckpointError, FactorformerError, OutputError
 from factorformer.structures import Shape, Structure
 
 if TYPE_CHECKING:
@@ -121,6 +123,43 @@ def _report(missing: list[str], extra: list[str], wrong: list[str]) -> None:
     ]
     if parts:
         raise CheckpointError(f"the checkpoint does not fit the model: {'. '.join(parts)}. Nothing was loaded")
+
+
+def load(directory: str | os.PathLike[str], **kwargs: Any) -> PreTrainedModel:
+    """Load a model directory as the class that it was saved from; nothing may be missing or misshapen.
+
+    Nor may a compressed model have extra tensors; dense ones of other origin often carry heads for other tasks.
+
+    Args:
+        directory: what `save_pretrained` or `factorformer compress` wrote.
+        kwargs: passed on to `from_pretrained` (`dtype`, `device_map`, ...).
+
+    Raises:
+        CheckpointError: not a model directory, an unknown class, or tensors that do not fit; the message names them.
+    """
+    path = Path(directory)
+    try:
+        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"'{path}' is not a model directory: {error}") from error
+    name = (config.get("architectures") or [None])[0] if isinstance(config, dict) else None
+    architecture = getattr(transformers, name, None) if name else None
+    if not (isinstance(architecture, type) and issubclass(architecture, PreTrainedModel)):
+        raise CheckpointError(f"'{path}/config.json' names the model class {name!r}, which transformers does not have")
+    try:
+        loaded: Any = architecture.from_pretrained(path, output_loading_info=True, **kwargs)
+        model, info = loaded
+    except FactorformerError:
+        raise
+    except (OSError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"cannot load '{path}': {error}") from error
+    kinds = {"missing_keys": "missing", "mismatched_keys": "misshapen"}
+    if "quantization_config" in config:
+        kinds["unexpected_keys"] = "unexpected"
+    problems = [f"{kind}: {sorted(map(str, info[key]))[:5]}" for key, kind in kinds.items() if info[key]]
+    if problems:
+        raise CheckpointError(f"'{path}' does not fit {name}: {'; '.join(problems)}")
+    return model
 
 
 @contextlib.contextmanager

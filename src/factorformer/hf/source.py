@@ -23,9 +23,9 @@ from transformers import (
     set_seed,
 )
 
-from factorformer.compression import load
 from factorformer.errors import CheckpointError, DataError, FactorformerError, ModelError
 from factorformer.hf import minilm
+from factorformer.hf.checkpoint import load
 from factorformer.hf.data import Labels
 
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".ot", ".tflite", ".gguf", ".index.json")

@@ -241,7 +241,7 @@ def score(logits: np.ndarray, references: np.ndarray, labels: Labels) -> dict[st
     if labels.kind == "regression":
         predicted = logits[:, 0]
         return {
-            "pearson": float(np.corrcoef(predicted, references)[0, 1]),
+            "pearson": correlation(predicted, references),
             "spearman": rank_correlation(predicted, references),
             "mse": float(np.mean((predicted - references) ** 2)),
         }
@@ -256,9 +256,14 @@ def score(logits: np.ndarray, references: np.ndarray, labels: Labels) -> dict[st
     return metrics
 
 
+def correlation(a: np.ndarray, b: np.ndarray) -> float:
+    """Pearson's correlation of two vectors; 0 where one of them is constant and it is not defined."""
+    return float(np.corrcoef(a, b)[0, 1]) if np.ptp(a) > 0 and np.ptp(b) > 0 else 0.0
+
+
 def rank_correlation(a: np.ndarray, b: np.ndarray) -> float:
     """Spearman's rank correlation of two vectors; ties share their mean rank."""
-    return float(np.corrcoef(rankdata(a), rankdata(b))[0, 1])
+    return correlation(rankdata(a), rankdata(b))
 
 
 def evaluate(
