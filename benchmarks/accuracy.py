@@ -74,7 +74,6 @@ class Bench:
         self.model = args.model or str(minilm.directory())
         self.tokenizer = AutoTokenizer.from_pretrained(self.model)
         self._data: dict[str, tuple[datasets.Dataset, datasets.Dataset, task_data.Labels]] = {}
-        self._rates: dict[tuple[str, str], float] = {}
 
     def data(self, task: Task) -> tuple[datasets.Dataset, datasets.Dataset, task_data.Labels]:
         """Encoded training rows, test rows, and the labels."""
@@ -114,9 +113,10 @@ class Bench:
     def rate(self, task: Task, method: str, ratio: float | None) -> float:
         """The best learning rate of a method on a task, searched on a slice of train once."""
         name = method.removesuffix(DISTILLED)
-        cached = [r for r in read_lines(self.args.rates) if r["task"] == task.name and r["method"] == name]
-        if cached:
-            return cached[0]["rate"]
+        key = {"task": task.name, "method": name, "train_rows": self.args.train_rows}
+        for row in read_lines(self.args.rates):
+            if row | key == row:
+                return row["rate"]
         train, _, labels = self.data(task)
         shuffled = train.shuffle(seed=1234)
         learn = shuffled.select(range(min(SLICE, len(train) * 2 // 3)))
@@ -132,8 +132,7 @@ class Bench:
             training.train(model, self.tokenizer, learn, self.settings(rate, 0, epochs=2))
             scores[rate] = training.evaluate(model, self.tokenizer, check, labels)[task.metric]
         best = max(scores, key=scores.__getitem__)
-        row = {"task": task.name, "method": name, "ratio": ratio, "rate": best, "scores": scores}
-        append_line(self.args.rates, row)
+        append_line(self.args.rates, {**key, "ratio": ratio, "rate": best, "scores": scores})
         print(f"  learning rate of {name} on {task.name}: {scores}", flush=True)
         return best
 
@@ -151,7 +150,7 @@ class Bench:
         train, test, labels = self.data(task)
         model = self.dense(task, cell.seed)
         original = block_bytes(model)
-        row: dict[str, Any] = {**cell.key(), "epochs": self.args.epochs, "train_rows": len(train)}
+        row: dict[str, Any] = {**cell.key(), "epochs": self.args.epochs, "train_rows": self.args.train_rows}
         method = cell.method.removesuffix(DISTILLED)
         started, cpu = time.perf_counter(), time.process_time()
         if method == "dense":
@@ -202,7 +201,7 @@ def reduce(model: PreTrainedModel, method: str, ratio: float | None, calibration
 
 
 def fasterai(model: PreTrainedModel, ratio: float | None) -> PreTrainedModel:
-    """Plain SVD at one fraction of the singular values, by fasterai's own decomposer (`pip install --no-deps fasterai`)."""
+    """Plain SVD at one fraction of singular values, by fasterai's own code (`pip install --no-deps fasterai`)."""
     from fasterai.misc.fc_decomposer import FC_Decomposer
 
     assert ratio is not None
@@ -299,18 +298,12 @@ def main() -> None:
         if time.monotonic() - started > 60 * args.minutes:
             print("time is up; run again to continue")
             break
-        done = [r for r in read_lines(args.output) if all(r[k] == v for k, v in cell.key().items())]
-        if any(
-            r["epochs"] == known["epochs"] and (not known["train_rows"] or r["train_rows"] == known["train_rows"])
-            for r in done
-        ):
+        if any(row | cell.key() | known == row for row in read_lines(args.output)):
             continue
         row = bench.run(cell)
         append_line(args.output, row)
-        print(
-            f"{cell.task:<10} {cell.method:<16} {row['measured_ratio']:.2f}x {row['metric']:.4f} ({row['seconds']:.0f} s)",
-            flush=True,
-        )
+        ratio, metric, seconds = row["measured_ratio"], row["metric"], row["seconds"]
+        print(f"{cell.task:<10} {cell.method:<16} {ratio:.2f}x {metric:.4f} ({seconds:.0f} s)", flush=True)
     rows = read_lines(args.output)
     if rows:
         print(table(rows))

@@ -60,15 +60,14 @@ def main() -> None:
     excess = {"plain": 0.0, "whitened": 0.0}
     for repetition in range(args.repetitions):
         moments = {width: moment(width) for width in {w.shape[1] for w, _ in block}}
-        metrics = {"plain": lambda w: None, "whitened": lambda w: Metric.of(LayerStatistics(moments[w.shape[1]]))}
         seconds = dict.fromkeys(times, 0.0)
         for weight, spec in block:
             started = time.perf_counter()
             torch.linalg.svd(weight, full_matrices=False)
             seconds["svd"] += time.perf_counter() - started
-            for name, metric in metrics.items():
+            for name in excess:
                 started = time.perf_counter()
-                chosen = metric(weight)
+                chosen = Metric.of(LayerStatistics(moments[weight.shape[1]])) if name == "whitened" else None
                 factors, _ = fit(weight, spec, chosen)
                 seconds[name] += time.perf_counter() - started
                 if repetition == 0:
