@@ -371,3 +371,27 @@ def test_a_layer_that_is_never_reached(kind: str) -> None:
 def test_values_that_are_not_finite(kind: str, value: float) -> None:
     with pytest.raises(DataError, match="'used' sees NaN or infinite"):
         collect(Two(), ["used"], [{"x": torch.full((2, 4), value)}], **{kind: True})
+
+
+def test_padding_does_not_count_where_positions_are_folded_into_the_batch() -> None:
+    model = tiny.MODELS["opt"].build()
+    ids = torch.randint(3, 90, (2, 7))
+    mask = torch.ones_like(ids)
+    mask[1, 5:] = 0
+    names = [m.name for m in find_matrices(model)[0]]
+    measured = collect(model, names, [{"input_ids": ids, "attention_mask": mask}], moments=True)
+    counts = {name: statistics.inputs.count for name, statistics in measured.items() if statistics.inputs}
+    assert set(counts.values()) == {12}
+
+
+def test_fisher_rows_of_a_language_model_are_those_of_single_examples() -> None:
+    model = tiny.MODELS["gpt2"].build()
+    ids = torch.randint(3, 90, (3, 7))
+    labels = ids.clone()
+    labels[0, 2:] = -100  # the mean over tokens weighs this example's few tokens otherwise in a batch than alone
+    names = [m.name for m in find_matrices(model)[0] if m.dense is None]
+    together = collect(model, names, [{"input_ids": ids, "labels": labels}], fisher=True)
+    alone = [{"input_ids": ids[i : i + 1], "labels": labels[i : i + 1]} for i in range(3)]
+    single = collect(model, names, alone, fisher=True)
+    for name in names:
+        torch.testing.assert_close(together[name].rows, single[name].rows)

@@ -367,3 +367,32 @@ def test_whitened_keeps_more_of_the_output_than_svd() -> None:
         factorformer.compress(model, factorformer.plan(model, method, ratio=2), [text(64, 12, seed=9)])
         outputs[method] = (logits(model, text(8, 12)) - expected).norm() / expected.norm()
     assert outputs["whitened"] < 0.8 * outputs["svd"]
+
+
+def test_a_head_tied_to_an_embedding_of_another_kind_stays_dense_with_it() -> None:
+    config = tf.BartConfig(
+        d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2, decoder_attention_heads=2,
+        encoder_ffn_dim=64, decoder_ffn_dim=64, vocab_size=99, max_position_embeddings=40, scale_embedding=True,
+    )  # fmt: skip
+    model = tf.BartForConditionalGeneration(config)
+    report = factorformer.compress(model, factorformer.plan(model, "svd", 1.3, "all"))
+    head = model.lm_head
+    assert type(head) is torch.nn.Linear
+    assert head.weight is model.get_input_embeddings().weight
+    stored = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    assert stored == report.compressed.bytes
+
+
+def test_calls_of_albert_layers_when_groups_do_not_divide_them() -> None:
+    config = tf.AlbertConfig(
+        hidden_size=32, num_hidden_layers=5, num_hidden_groups=2, num_attention_heads=2, intermediate_size=64,
+        vocab_size=99, embedding_size=16,
+    )  # fmt: skip
+    model = tf.AlbertModel(config)
+    calls: dict[str, int] = {}
+    for name, module in model.named_modules():
+        if type(module) is torch.nn.Linear:
+            module.register_forward_hook(lambda *_, name=name: calls.update({name: calls.get(name, 0) + 1}))
+    model(torch.zeros(1, 3, dtype=torch.long))
+    matrices, _ = find_matrices(model, "blocks")
+    assert {m.name: m.products for m in matrices} == {m.name: calls[m.name] for m in matrices}

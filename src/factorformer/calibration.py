@@ -28,6 +28,14 @@ _CROSSING = re.compile(
 """Layers of a decoder that read what the encoder wrote."""
 
 
+UNSEEN = 0.1
+"""Look-ups granted to every row of an embedding, relative to the mean of those counted.
+
+Ours: on MiniLM's word embeddings at rank 77, calibrated on banking questions, 0.1 keeps a mean embedding cosine of
+0.947 on other questions and 0.712 on film reviews; 0.001 keeps 0.945 and 0.667, and 1 keeps 0.929 and 0.784.
+"""
+
+
 @dataclasses.dataclass
 class InputMoment:
     """Second moment `C = X^T X / n` of a layer's input `X: (n, width)`; layers that read the same tensor share it.
@@ -94,7 +102,8 @@ def collect(
         batches: keyword arguments of the model; for `fisher` they contain labels, so that the model returns a loss.
         moments: measure the second moment of every layer's input (DRONE, NeurIPS 2021; SVD-LLM, ICLR 2025).
         fisher: measure Fisher rows (FWSVD, ICLR 2022): for each row the sum over its weights of the mean squared
-            gradient of one example. The model's loss is taken to be a mean over the examples of a batch.
+            gradient of one example. The model's loss is taken to be a mean over the examples of a batch; where labels
+            are of tokens, examples run one by one.
         progress: called with the number of batches done.
 
     Returns:
@@ -164,9 +173,21 @@ class _Recorder:
         return lambda _, inputs, output: self._see(name, path, inputs[0], output)
 
     def run(self, batch: Batch) -> None:
-        self._batch, self._last, self._calls = batch, None, {}
         self._size = len(next(iter(batch.values())))
-        output = self.model(**batch)
+        labels = batch.get("labels")
+        if self.want_fisher and self._size > 1 and labels is not None and labels.dim() > 1:
+            # A loss over tokens is a mean over those of the whole batch: only alone has an example its own.
+            for row in range(self._size):
+                self.run({key: value[row : row + 1] for key, value in batch.items()})
+            return
+        self._batch, self._last, self._calls = batch, None, {}
+        try:
+            output = self.model(**batch)
+        except (IndexError, RuntimeError, TypeError, ValueError) as error:
+            given = ", ".join(f"{key} {tuple(value.shape)}" for key, value in batch.items())
+            raise DataError(
+                f"{type(self.model).__name__} cannot run on a calibration batch of {given}: {error}"
+            ) from error
         self._last = None
         if self.want_fisher:
             self._add_fisher(output)
@@ -208,6 +229,8 @@ class _Recorder:
         mask = self._batch.get("decoder_attention_mask" if decoding else "attention_mask")
         if mask is not None and mask.shape == positions:
             return x[mask.bool()]
+        if mask is not None and positions == (mask.numel(),):  # OPT folds batch and positions into one dimension
+            return x[mask.flatten().bool()]
         return x.flatten(0, len(positions) - 1)
 
     def _add_fisher(self, output: object) -> None:
@@ -248,8 +271,11 @@ class _Recorder:
             for values in (moment.total if moment else None, rows):
                 if values is not None and not torch.isfinite(values).all():
                     raise DataError(f"layer '{name}' sees NaN or infinite values on the calibration data")
-            if rows is not None:
-                rows = rows.clamp_min(0) / max(self.examples, 1)
+            if rows is not None and self.want_fisher:
+                rows = rows.clamp_min(0) / self.examples
+            elif rows is not None:
+                # Words that calibration never saw will be met: each counts as a tenth of the mean word.
+                rows = rows + UNSEEN * rows.mean()
             result[name] = LayerStatistics(moment, rows)
         return result
 

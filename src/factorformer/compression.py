@@ -86,7 +86,8 @@ def compress(
 ) -> Report:
     """Replace the planned matrices by fitted factors, in place. A Hugging Face model then saves as a compressed one.
 
-    A model around one, such as a `SentenceTransformer`, saves as one too.
+    A model around one, such as a `SentenceTransformer`, saves as one too. Pass the model that is going to be saved: one
+    that is compressed from inside, through its `base_model`, does not know of it.
 
     All factors are fitted before the first layer is replaced: an error leaves the model as it was.
 

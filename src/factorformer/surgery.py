@@ -55,11 +55,14 @@ def find_matrices(
     done = [name for name, module in model.named_modules() if isinstance(module, FactorizedMatrix)]
     if done:
         raise ModelError(f"the model is compressed already ('{done[0]}' is factorized): start from the dense model")
+    if getattr(model, "is_quantized", False) is True:
+        raise ModelError("the model is quantized: its weights are codes, so start from the model in full precision")
     calls = _calls_of_blocks(model)
     if scope == "blocks" and not calls:
         raise ModelError(f"no Transformer blocks found in {type(model).__name__}: use scope='all'")
     holders = _holders(model)
-    _check_patterns([*(include or []), *(exclude or [])], [name for names in holders.values() for name in names])
+    names = [name for name, module in model.named_modules() if dense_shape(module) is not None]
+    _check_patterns([*(include or []), *(exclude or [])], names)
     matrices: list[Matrix] = []
     rest = Cost()
     for path, parameter in model.named_parameters():
@@ -69,25 +72,31 @@ def find_matrices(
         if parameter.dim() < 2:
             rest += Cost(parameter.numel(), parameter.numel() * parameter.element_size(), 0)
             continue
-        names = holders.get(id(parameter), [])
-        matrices.append(_describe(model, path, parameter, names, block, calls.get(block or "", 1), include, exclude))
+        holding = holders[id(parameter)]
+        matrices.append(_describe(model, path, parameter, holding, block, calls.get(block or "", 1), include, exclude))
     return matrices, rest
 
 
 def _calls_of_blocks(model: nn.Module) -> dict[str, int]:
     """How often each block is called in one forward pass: once, but for ALBERT, whose groups share their layers."""
     config = getattr(model, "config", None)
-    groups = getattr(config, "num_hidden_groups", None)
-    calls = 1 if config is None or not groups else config.num_hidden_layers // groups
-    return dict.fromkeys(find_blocks(model), calls)
+    blocks = find_blocks(model)
+    if config is None or not hasattr(config, "num_hidden_groups"):
+        return dict.fromkeys(blocks, 1)
+    layers, groups = config.num_hidden_layers, config.num_hidden_groups
+    used = [int(layer / (layers / groups)) for layer in range(layers)]  # as AlbertTransformer chooses the group
+    return {block: used.count(group) for group, block in enumerate(blocks)}
 
 
 def _holders(model: nn.Module) -> dict[int, list[str]]:
-    """By identity of the weight: the modules that hold it and can be factorized; several where weights are tied."""
+    """By identity of a parameter: the modules that hold it; several where weights are tied."""
     holders: dict[int, list[str]] = {}
-    for name, module in model.named_modules():
-        if dense_shape(module) is not None:
-            holders.setdefault(id(module.weight), []).append(name)
+    for path, parameter in model.named_parameters(remove_duplicate=False):
+        names = holders.setdefault(id(parameter), [])
+        name = path.rpartition(".")[0]
+        # A module that stands in two places holds its weight once.
+        if not any(model.get_submodule(other) is model.get_submodule(name) for other in names):
+            names.append(name)
     return holders
 
 
@@ -111,19 +120,22 @@ def _describe(
     exclude: Sequence[str] | None,
 ) -> Matrix:
     dtype = str(parameter.dtype).removeprefix("torch.")
-    if not names:
-        shape = (parameter.numel() // parameter.shape[-1], parameter.shape[-1])
-        kind, multiplies = _other_kind(model.get_submodule(path.rpartition(".")[0]), path, parameter)
-        return Matrix(path, shape, dtype, products=calls if multiplies else 0, dense=f"{kind}, left dense")
     modules = [model.get_submodule(name) for name in names]
+    if all(dense_shape(module) is None for module in modules):
+        shape = (parameter.numel() // parameter.shape[-1], parameter.shape[-1])
+        kind, products = _other_kind(model, modules[0], path, parameter)
+        return Matrix(path, shape, dtype, products=calls * products, dense=f"{kind}, left dense")
     embeddings = sum(isinstance(module, nn.Embedding) for module in modules)
-    shape = dense_shape(modules[0]) or (0, 0)
+    others = [type(module).__name__ for module in modules if dense_shape(module) is None]
+    shape = next(shape for shape in map(dense_shape, modules) if shape is not None)
 
     def named(patterns: Sequence[str]) -> bool:
         return any(fnmatch.fnmatch(name, pattern) for name in names for pattern in patterns)
 
     dense = None
-    if len({isinstance(module, Conv1D) for module in modules}) > 1:
+    if others:
+        dense = f"tied to a {others[0]}, left dense"
+    elif len({isinstance(module, Conv1D) for module in modules}) > 1:
         dense = "tied between layouts, left dense"
     elif min(shape) < SMALLEST_SIDE:
         dense = f"a side below {SMALLEST_SIDE}, too small to gain"
@@ -142,13 +154,14 @@ def _describe(
     )
 
 
-def _other_kind(owner: nn.Module, path: str, parameter: nn.Parameter) -> tuple[str, bool]:
-    """What a tensor is that cannot be factorized, and whether tokens are multiplied by it."""
+def _other_kind(model: nn.Module, owner: nn.Module, path: str, parameter: nn.Parameter) -> tuple[str, float]:
+    """What a tensor is that cannot be factorized, and what part of it each token is multiplied by."""
     if parameter.dim() == 3 and "expert" in path:
-        return "expert weights fused in a 3-D parameter", True
+        chosen = getattr(getattr(model, "config", None), "num_experts_per_tok", None) or len(parameter)
+        return "expert weights fused in a 3-D parameter", chosen / len(parameter)
     if isinstance(owner, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
-        return "a convolution", True
-    return "not a linear layer or embedding", parameter.dim() == 2 and not isinstance(owner, nn.Embedding)
+        return "a convolution", 1
+    return "not a linear layer or embedding", int(parameter.dim() == 2 and not isinstance(owner, nn.Embedding))
 
 
 def _word_embeddings(model: nn.Module) -> nn.Module | None:

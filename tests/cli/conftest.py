@@ -79,6 +79,8 @@ def tables(tmp_path_factory: pytest.TempPathFactory) -> Path:
     }
     for name, content in write.items():
         (path / name).write_text("".join(json.dumps(row) + "\n" for row in content))
+    (path / "nulls.jsonl").write_text('{"text": "a film"}\n{"text": null}\n{"text": null}\n')
+    (path / "long.txt").write_text("a film\n" + "the book " * 20 + "\n")
     lines = ["text\tlabel"] + [f"{row['text']}\t{row['label']}" for row in rows]
     (path / "train.tsv").write_text("\n".join(lines) + "\n")
     (path / "texts.txt").write_text("".join(f"{row['text']}\n" for row in rows * 2))

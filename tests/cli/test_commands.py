@@ -170,7 +170,9 @@ def test_a_head_for_other_labels_is_replaced(run: Any, trained: Path, tables: Pa
     data = ("--train", tables / "train.jsonl", "--eval", tables / "train.jsonl", "--epochs", 1)
     for label, outputs in (("other", len(GOOD + BAD)), ("score", 1)):
         output = tmp_path / label
-        result_of(run("compress", trained, output, "--ratio", 2, *data, "--label", label, "--json"))
+        done = run("compress", trained, output, "--ratio", 2, *data, "--label", label, "--json")
+        assert "new head: the model's labels (minus, plus) differ from the data's (" in done.stderr
+        result_of(done)
         assert AutoModelForSequenceClassification.from_pretrained(output).classifier.out_features == outputs
 
 
@@ -235,7 +237,10 @@ def test_plans_and_models_print_as_tables(run: Any, base: Path, tmp_path: Path) 
     done = run("plan", base, "--ratio", 2, "--scope", "all")
     assert "embeddings.word_embeddings" in done.stdout
     assert "the whole model, embeddings included" in done.stdout
+    assert "FLOPs per token" in done.stdout.split("Cost of")[0]
     done = run("inspect", base)
+    row = next(line.split() for line in done.stdout.splitlines() if "encoder.layer.1.output.dense" in line)
+    assert row == ["encoder.layer.1.output.dense", "32x64", "dense", "2,048", "8,192", "1.00x", "4,096"]
     assert "dense" in done.stdout
     assert "encoder.layer.1.output.dense" in done.stdout
 

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedModel, T5Config, T5ForSequenceClassification
 
 from factorformer.cli import compress as compress_command
 
@@ -41,6 +41,12 @@ COMMAND = [sys.executable, "-W", "ignore", "-c", "from factorformer.cli import m
         (["--train", "train.jsonl"], "labels or a teacher"),
         (["--distill", "minilm"], "--train"),
         (["--label", "label"], "give --train, --eval or --calibration"),
+        (["--regression"], "--label"),
+        (["--calibration", "nulls.jsonl"], "column 'text' has no text in row 2 of 3"),
+        (
+            ["--calibration", "long.txt"],
+            "the calibration data holds a text of 42 tokens, and the model has 24 positions",
+        ),
         (["--eval", "train.jsonl", "--label", "label"], "no sequence-classification head"),
         (["--train", "texts.txt", "--distill", "nowhere/else"], "nowhere/else"),
         (["--plan", "nothing.json"], "cannot read a plan"),
@@ -155,7 +161,8 @@ def test_a_plan_file_is_not_replaced(run: Any, base: Path, tmp_path: Path) -> No
     file = tmp_path / "plan.json"
     file.write_text("{}")
     check(run("plan", base, "--ratio", 2, "--output", file), "exists already")
-    check(run("plan", base, "--ratio", 2, "--output", tmp_path / "no" / "plan.json"), "plan.json")
+    missing = tmp_path / "no" / "plan.json"
+    check(run("plan", base, "--ratio", 2, "--output", missing), f"cannot write the plan to '{missing}': No such file")
     assert run("plan", base, "--ratio", 2, "--output", file, "--overwrite").exit_code == 0
 
 
@@ -170,6 +177,45 @@ def test_a_plan_for_another_model(run: Any, base: Path, tmp_path: Path) -> None:
     plan["entries"][0]["spec"]["rank"] = 2
     file.write_text(json.dumps(plan))
     check(run("compress", base, tmp_path / "small", "--plan", file), "does not fit the model")
+
+
+def test_a_plan_with_a_value_of_another_type(run: Any, base: Path, tmp_path: Path) -> None:
+    file = tmp_path / "plan.json"
+    assert run("plan", base, "--ratio", 2, "--output", file).exit_code == 0
+    plan = json.loads(file.read_text())
+    plan["entries"][0]["spec"] = "low_rank"
+    file.write_text(json.dumps(plan))
+    check(run("compress", base, tmp_path / "small", "--plan", file), "'spec' cannot be 'low_rank'")
+
+
+def test_a_seed_that_is_too_large(run: Any, base: Path, tmp_path: Path) -> None:
+    done = run("compress", base, tmp_path / "small", "--seed", 99999999999)
+    assert done.exit_code == 2
+    assert "--seed" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_texts_longer_than_the_model_reads(run: Any, base: Path, trained: Path, tables: Path, tmp_path: Path) -> None:
+    long = tmp_path / "long.jsonl"
+    rows = [{"text": "a film " * 20, "label": label} for label in ("plus", "minus")]
+    long.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    message = "--max-length of at most 24"
+    check(run("finetune", base, tmp_path / "out", "--train", long), message)
+    check(run("finetune", base, tmp_path / "out", "--train", tables / "train.jsonl", "--eval", long), message)
+    check(run("evaluate", trained, "--data", long), message)
+    assert run("evaluate", trained, "--data", long, "--max-length", 24).exit_code == 0
+
+
+def test_encoder_decoders_do_not_follow_a_teacher(run: Any, base: Path, tables: Path, tmp_path: Path) -> None:
+    source = tmp_path / "t5"
+    sizes = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4, "vocab_size": 18}
+    labels = {"num_labels": 2, "id2label": {0: "minus", 1: "plus"}, "label2id": {"minus": 0, "plus": 1}}
+    config = T5Config(**sizes, **labels, decoder_start_token_id=0, eos_token_id=3)
+    T5ForSequenceClassification(config).save_pretrained(source)
+    AutoTokenizer.from_pretrained(base).save_pretrained(source)
+    training = ("--train", tables / "train.jsonl", "--label", "label", "--distill", source)
+    for command in ("compress", "finetune"):
+        check(run(command, source, tmp_path / "small", *training), "an encoder and a decoder")
 
 
 def test_ctrl_c(run: Any, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -39,7 +39,10 @@ def test_quickstart(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         "evaluate", "factorformer-quickstart/compressed", "--data", "factorformer-quickstart/test.jsonl", "--json"
     )
     assert json.loads(again.stdout)["metrics"]["accuracy"] == content["metrics"]["accuracy"]
-    assert run("quickstart").exit_code == 0
+    shown = run("quickstart")
+    assert shown.exit_code == 0
+    (row,) = (line.split() for line in shown.stdout.splitlines() if "majority" in line)
+    assert row == ["majority", "accuracy", "0.5000", "0.5000"]
     assert (tmp_path / "factorformer-quickstart-2").is_dir()
 
 

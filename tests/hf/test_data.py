@@ -324,3 +324,18 @@ def test_real_files(data: Path, name: str, columns: Columns | None, rows: int, c
     assert label is not None
     assert len(Labels.of(found, label).names) == classes
     assert len((data / name).read_text(encoding="utf-8").splitlines()) == rows + 1
+
+
+@pytest.mark.parametrize("columns", [("a",), ("b", "a")])
+def test_a_row_without_text(columns: tuple[str, ...], tokenizer: tf.PreTrainedTokenizerBase) -> None:
+    rows = table(a=["w1", None, None], b=["w1", "w2", "w3"])
+    with pytest.raises(DataError, match="column 'a' has no text in row 2 of 3"):
+        encode(tokenizer, rows, Columns(columns))
+
+
+def test_whole_numbers_are_scores_on_demand() -> None:
+    rows = table(label=[0, 5, 3])
+    assert Labels.of(rows, "label").names == ("0", "3", "5")
+    labels = Labels.of(rows, "label", regression=True)
+    assert labels == Labels("regression")
+    assert labels.ids(rows, "label") == [0.0, 5.0, 3.0]

@@ -15,7 +15,7 @@ from tests.tiny import MODELS
 import factorformer
 from factorformer import Plan
 from factorformer.errors import BudgetError, MethodError, ModelError
-from factorformer.planning import Cost, Entry, Matrix, Scope
+from factorformer.planning import Cost, Entry, Matrix, Scope, left_dense
 from factorformer.recipes import RECIPES
 from factorformer.structures import LowRank
 
@@ -286,3 +286,47 @@ def test_entries_price_themselves() -> None:
     assert plan.original.bytes == 8232
     assert plan.compressed.bytes == 1576
     assert plan.ratio == 8232 / 1576
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("spec", "low_rank"),
+        ("spec", ["low_rank", 4]),
+        ("spec", {"structure": ["low_rank"], "rank": 4}),
+        ("shape", [32]),
+        ("shape", [32, "32"]),
+        ("shape", 32),
+        ("aliases", [1]),
+        ("dtype", "float31"),
+        ("dtype", 32),
+        ("products", "1"),
+        ("lookups", None),
+        ("reason", 1),
+    ],
+)
+def test_entries_with_values_of_another_type(field: str, value: Any) -> None:
+    content = json.loads(json.dumps(a_plan().to_dict()))
+    name = content["entries"][1]["name"]
+    content["entries"][1][field] = value
+    with pytest.raises(MethodError, match=f"plan entry '{name}'"):
+        Plan.from_dict(content)
+
+
+@pytest.mark.parametrize(
+    "change", [{"method": 3}, {"scope": "block"}, {"target": "2"}, {"entries": ["x"]}, {"rest": {"bytes": True}}]
+)
+def test_plans_with_values_of_another_type(change: dict[str, Any]) -> None:
+    with pytest.raises(MethodError, match="the plan is malformed"):
+        Plan.from_dict({**a_plan().to_dict(), **change})
+
+
+def test_what_stays_dense_is_told_by_reason() -> None:
+    model = MODELS["mixtral"].build()
+    plan = factorformer.plan(model, "svd", ratio=1.05, exclude=["*.q_proj"])
+    (line,) = left_dense(plan.entries, plan.original.bytes)
+    experts = sum(p.numel() for name, p in model.named_parameters() if "experts." in name and p.dim() == 3) * 4
+    assert line == (
+        f"expert weights fused in a 3-D parameter: 4 matrices, {experts:,} of {plan.original.bytes:,} bytes in scope"
+    )
+    assert left_dense(a_plan().entries, a_plan().original.bytes) == []

@@ -105,6 +105,10 @@ LabelColumn = Annotated[
         help="The column that holds the label: names or whole numbers are classes, fractions are a regression.",
     ),
 ]
+Regression = Annotated[
+    bool,
+    typer.Option("--regression", rich_help_panel=_DATA, help="Read labels that are whole numbers as scores as well."),
+]
 TrainFile = Annotated[
     str | None,
     typer.Option("--train", metavar="FILE", rich_help_panel=_DATA, help="What the model is trained on."),
@@ -126,7 +130,10 @@ LearningRate = Annotated[
 ]
 BatchSize = Annotated[int, typer.Option("--batch-size", min=1, rich_help_panel=_TRAINING, help="Rows in a step.")]
 Seed = Annotated[
-    int, typer.Option("--seed", min=0, rich_help_panel=_TRAINING, help="Of everything that is drawn at random.")
+    int,
+    typer.Option(
+        "--seed", min=0, max=2**32 - 1, rich_help_panel=_TRAINING, help="Of everything that is drawn at random."
+    ),
 ]
 Distill = Annotated[
     str | None,
@@ -142,7 +149,8 @@ FreezeEmbeddings = Annotated[
     typer.Option(
         "--freeze-embeddings/--train-embeddings",
         rich_help_panel=_TRAINING,
-        help="Leave the word embeddings as they are, which saves memory and, in small models, half of the time.",
+        help="Leave the word embeddings as they are, which saves memory and, in small models, half of the time. "
+        "Factorized ones are trained in any case.",
     ),
 ]
 
@@ -183,7 +191,7 @@ def emit(result: Result, *, as_json: bool) -> None:
 def console() -> Console:
     """Standard output for tables; wide enough to keep one matrix on one line where no terminal limits it."""
     wide = not sys.stdout.isatty() and "COLUMNS" not in os.environ
-    return Console(width=140 if wide else None)
+    return Console(width=160 if wide else None)
 
 
 def emit_json(content: Any) -> None:

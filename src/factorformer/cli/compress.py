@@ -25,6 +25,7 @@ from factorformer.cli.common import (
     Output,
     Overwrite,
     Ratio,
+    Regression,
     Scope,
     Seed,
     TextColumns,
@@ -80,6 +81,7 @@ def compress(
     evaluation: EvalFile = None,
     text: TextColumns = None,
     label: LabelColumn = None,
+    regression: Regression = False,
     max_length: MaxLength = 128,
     epochs: Epochs = 3.0,
     lr: LearningRate = 1e-4,
@@ -122,6 +124,8 @@ def compress(
         raise DataError("training needs labels or a teacher: give --label, or --distill with the original model")
     if label is not None and train is None and evaluation is None and calibration is None:
         raise DataError("--label is the name of a column: give --train, --eval or --calibration")
+    if regression and label is None:
+        raise DataError("--regression is about labels: name their column with --label")
     planned = None if plan is None else Plan.load(plan)
     method = planned.method if planned is not None else method
     measured = calibration is not None or train is not None
@@ -131,9 +135,11 @@ def compress(
         raise DataError(f"method '{chosen}' needs {needs} to measure on: give --calibration or --train, or use 'svd'")
     if needs == "labelled text" and label is None:
         raise DataError(f"method '{chosen}' needs labelled text: name the column of the labels with --label")
-
     if needs == "nothing" and calibration is not None and train is None and evaluation is None:
         note(f"method '{chosen}' measures nothing: --calibration is not used")
+    if label is not None and train is None and evaluation is None and needs != "labelled text":
+        note(f"method '{chosen}' reads no labels: --label is not used without --train or --eval")
+        label = None
 
     from factorformer.cli.pipeline import Job, run
     from factorformer.cli.setup import columns_of
@@ -149,6 +155,7 @@ def compress(
         exclude=exclude,
         plan=planned,
         columns=columns_of(text, label),
+        regression=regression,
         train=train,
         evaluation=evaluation,
         calibration=(calibration or train) if needs != "nothing" else None,

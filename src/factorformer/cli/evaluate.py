@@ -42,7 +42,7 @@ def evaluate(
     """
     from factorformer.cli.setup import columns_of, read_table
     from factorformer.hf.data import encode
-    from factorformer.hf.source import find, labels_for, load_model, load_tokenizer
+    from factorformer.hf.source import check_lengths, find, labels_for, load_model, load_tokenizer
     from factorformer.hf.training import evaluate as evaluate_model
     from factorformer.progress import bars
     from factorformer.report import Result, inventory
@@ -54,6 +54,7 @@ def evaluate(
     tokenizer = load_tokenizer(path)
     encoded = encode(tokenizer, rows, columns, labels, max_length)
     loaded = load_model(path)
+    check_lengths(loaded, encoded)
     started = time.perf_counter()
     with bars() as progress:
         metrics = evaluate_model(loaded, tokenizer, encoded, labels, progress)

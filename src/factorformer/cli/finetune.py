@@ -19,6 +19,7 @@ from factorformer.cli.common import (
     Model,
     Output,
     Overwrite,
+    Regression,
     Seed,
     TextColumns,
     emit,
@@ -45,6 +46,7 @@ def finetune(
     label: LabelColumn = "label",
     evaluation: EvalFile = None,
     text: TextColumns = None,
+    regression: Regression = False,
     max_length: MaxLength = 128,
     epochs: Epochs = 3.0,
     lr: LearningRate = 1e-4,
@@ -57,7 +59,7 @@ def finetune(
 ) -> None:
     """Train a model on labelled text: the dense baseline, and the teacher for `compress --distill`.
 
-    The model gets a head for the labels that the training file holds, or keeps its own if that is for the same labels.
+    The model gets a head for the labels that the training file holds, or keeps its own if that knows them all.
     MODEL may be compressed: then its factors are trained. The output is an ordinary Hugging Face model directory with
     the tokenizer, and the result as factorformer.json.
 
@@ -71,9 +73,9 @@ def finetune(
           --text sentence1 --text sentence2 --label same
     """
     check_output(output, overwrite=overwrite)
-    from factorformer.cli.setup import columns_of, load_teacher, read_table, save
+    from factorformer.cli.setup import columns_of, load_teacher, note_new_head, read_table, save
     from factorformer.hf.data import Labels, encode
-    from factorformer.hf.source import find, load_classifier, load_tokenizer
+    from factorformer.hf.source import check_lengths, find, load_classifier, load_tokenizer
     from factorformer.hf.training import TrainingSettings
     from factorformer.hf.training import evaluate as evaluate_model
     from factorformer.hf.training import train as train_model
@@ -86,9 +88,13 @@ def finetune(
     rows = read_table(train, columns)
     eval_rows = None if evaluation is None else read_table(evaluation, columns)
     tokenizer = load_tokenizer(path)
-    classifier = load_classifier(path, Labels.of(rows, label), seed)
+    classifier = load_classifier(path, Labels.of(rows, label, regression), seed)
+    note_new_head(classifier)
     data = encode(tokenizer, rows, columns, classifier.labels, max_length)
     eval_data = None if eval_rows is None else encode(tokenizer, eval_rows, columns, classifier.labels, max_length)
+    for encoded in (data, eval_data):
+        if encoded is not None:
+            check_lengths(classifier.model, encoded)
     teacher = None if distill is None else load_teacher(distill, classifier.model, labelled=True)
     settings = TrainingSettings(epochs, lr, batch_size, seed, freeze_embeddings=freeze_embeddings)
     metrics: dict[str, float] = {}

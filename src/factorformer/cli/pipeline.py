@@ -12,12 +12,13 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from factorformer import compression, recipes
-from factorformer.cli.setup import fit_plan, hold_out, load_teacher, plain_columns, read_table, save
+from factorformer.cli.common import note
+from factorformer.cli.setup import fit_plan, hold_out, load_teacher, note_new_head, plain_columns, read_table, save
 from factorformer.errors import DataError, ModelError
 from factorformer.hf.data import Columns, Labels, batches, encode, sample
-from factorformer.hf.source import find, labels_for, load_classifier, load_model, load_tokenizer
+from factorformer.hf.source import check_lengths, find, labels_for, load_classifier, load_model, load_tokenizer
 from factorformer.hf.training import TrainingSettings, compare_embeddings, embed, evaluate, train
-from factorformer.planning import Plan, Scope
+from factorformer.planning import Plan, Scope, left_dense
 from factorformer.progress import Progress, bars
 from factorformer.report import Result
 from factorformer.report.result import BEFORE
@@ -39,6 +40,7 @@ class Job:
     exclude: list[str] | None
     plan: Plan | None
     columns: Columns
+    regression: bool
     train: str | None
     evaluation: str | None
     calibration: str | None
@@ -86,6 +88,8 @@ def run(job: Job) -> Result:
         plan = compression.plan(model, job.method, job.ratio, job.scope, job.include, job.exclude)
     else:
         plan = fit_plan(job.plan, model)
+    for line in left_dense(plan.entries, plan.original.bytes):
+        note(f"left dense: {line}")
     with bars() as progress:
         before = _measure(ready, progress, "evaluate original")
         report = compression.compress(model, plan, _calibration_batches(job, ready), progress)
@@ -129,13 +133,14 @@ def _prepare(job: Job, path: Path) -> Prepared:
     tokenizer = load_tokenizer(path) if rows else None
     labels, fresh, precision = None, False, torch.float32 if job.train is not None else None
     if label is not None and "train" in rows:
-        classifier = load_classifier(path, Labels.of(rows["train"], label), job.seed, precision)
+        classifier = load_classifier(path, Labels.of(rows["train"], label, job.regression), job.seed, precision)
+        note_new_head(classifier)
         model, labels, fresh = classifier.model, classifier.labels, not classifier.trained
     else:
         model = load_model(path, precision)
         if label is not None:
-            labelled = next(name for name in ("evaluation", "calibration") if columns_of.get(name) == columns)
-            labels = labels_for(path, rows[labelled], label)
+            # `compress` drops a label that nothing reads: without training, one of these two is labelled.
+            labels = labels_for(path, rows["evaluation" if "evaluation" in rows else "calibration"], label)
     if fresh and needs_labels:
         raise DataError(
             f"method '{job.method}' measures the model on labels, but '{job.model}' has no head trained for them: "
@@ -146,8 +151,12 @@ def _prepare(job: Job, path: Path) -> Prepared:
         for name, table in rows.items()
         if tokenizer is not None
     }
+    for name, encoded in data.items():
+        check_lengths(model, encoded, f"the {name} data")
     if label is None and "train" in data and "evaluation" not in data:
         data["train"], data["evaluation"] = hold_out(data["train"], job.seed)
+        if job.calibration == job.train:  # what is measured on is not calibrated on
+            data["calibration"] = data["train"]
     if labels is None and "evaluation" in data:
         data["evaluation"] = sample(data["evaluation"], COMPARED, job.seed)
         if model.config.is_encoder_decoder:

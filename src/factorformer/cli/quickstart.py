@@ -34,18 +34,20 @@ def quickstart(output: Destination = None, overwrite: Overwrite = False, as_json
     fine-tunes the compressed one with the original as its teacher, saves both, loads the compressed one in a new
     process, checks that it gives the very same logits, and prints one table. 'bytes', 'parameters' and 'FLOPs per
     token' count the Transformer blocks; 'file bytes' is the whole file with its embeddings, which stay as they are.
+    'majority accuracy' is what always guessing the largest class scores.
     Latencies are the median of repeated forward passes, in milliseconds, of 1 and of 32 texts.
     """
     target = _free_name() if output is None else output
     check_output(target, overwrite=overwrite)
     from factorformer.cli.demonstration import demonstrate
+    from factorformer.report.result import BEFORE
 
     result = demonstrate(target, overwrite=overwrite)
     if as_json:
         emit(result, as_json=True)
         return
-    scores = {name: value for name, value in result.metrics.items() if name != "majority_accuracy"}
-    emit(dataclasses.replace(result, metrics=scores), as_json=False)
+    guessing = {BEFORE + "majority_accuracy": result.metrics["majority_accuracy"]}  # the same for both models
+    emit(dataclasses.replace(result, metrics={**result.metrics, **guessing}), as_json=False)
     note(f"try: factorformer evaluate {target / 'compressed'} --data {target / 'test.jsonl'}")
 
 

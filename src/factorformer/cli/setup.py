@@ -10,10 +10,12 @@ import datasets
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from factorformer.cli.common import note
 from factorformer.errors import DataError, ModelError
 from factorformer.hf.checkpoint import output_directory
 from factorformer.hf.data import Columns, read
-from factorformer.hf.source import copy_companions, find, head_labels, load_model
+from factorformer.hf.source import Classifier, copy_companions, find, head_labels, load_model
+from factorformer.hf.training import check_can_follow
 from factorformer.planning import Entry, Plan
 from factorformer.report import Result
 from factorformer.surgery import find_matrices
@@ -63,8 +65,9 @@ def load_teacher(name: str, student: PreTrainedModel, *, labelled: bool) -> PreT
     """A model that a student can follow: same inputs, same hidden states, and with labels the same outputs.
 
     Raises:
-        ModelError: the two do not fit together; the message says where.
+        ModelError: the two do not fit together, or are encoder-decoders; the message says where.
     """
+    check_can_follow(student)
     teacher = load_model(find(name), student.dtype)
     for field in ("vocab_size", "hidden_size", "num_hidden_layers"):
         theirs, ours = getattr(teacher.config, field, None), getattr(student.config, field, None)
@@ -78,6 +81,15 @@ def load_teacher(name: str, student: PreTrainedModel, *, labelled: bool) -> PreT
     if teacher.config.num_labels != student.config.num_labels or teacher.config.id2label != ours:
         raise ModelError(f"the teacher '{name}' predicts other labels: {teacher.config.id2label}, not {ours}")
     return teacher
+
+
+def note_new_head(classifier: Classifier) -> None:
+    """Tell that a head of the model was for other labels and is gone."""
+    if classifier.replaced is not None:
+        note(
+            f"new head: the model's labels ({classifier.replaced}) differ from the data's ({classifier.labels}), "
+            "what its head has learned is lost"
+        )
 
 
 def fit_plan(plan: Plan, model: PreTrainedModel) -> Plan:

@@ -8,7 +8,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -47,8 +47,9 @@ def read_sizes(files: Sequence[str | os.PathLike[str]]) -> Sizes:
 def check_tensors(model: PreTrainedModel, config: FactorformerConfig, files: Sequence[str] | None) -> None:
     """Compare a checkpoint with the model that is about to take it, so that nothing loads as random numbers.
 
-    A model class other than the saved one (a new task head on a compressed encoder, an encoder without its head) may
-    lack or add whole submodules, which transformers reports itself. Everything else has to fit.
+    The saved class has to fit in every tensor. Another class (a new task head on a compressed encoder, an encoder
+    without its head) has to fit in everything inside the base model but a pooler; transformers itself reports what is
+    new outside of it, and refuses or re-initializes heads of another size as it is told to.
 
     Args:
         model: the skeleton, with its factorized layers in place.
@@ -63,25 +64,41 @@ def check_tensors(model: PreTrainedModel, config: FactorformerConfig, files: Seq
     stored = read_sizes(files)
     _check_factors(config, stored)
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    prefix = f"{model.base_model_prefix}."
+    base, present = _base_part(model, expected), _base_part(model, stored)
+    wrong = [
+        f"{name}: {list(present[name])} in the file, {list(size)} in the model"
+        for name, size in base.items()
+        if name in present and present[name] != size
+    ]
+    ties = _tie_groups(model)
     if type(model).__name__ not in (model.config.architectures or []):
-        expected, stored = _common(expected, prefix), _common(stored, prefix)
-        children = {name.split(".")[0] for name in expected} & {name.split(".")[0] for name in stored}
-        expected = {name: size for name, size in expected.items() if name.split(".")[0] in children}
-        stored = {name: size for name, size in stored.items() if name.split(".")[0] in children}
-        ties = set(_common(dict.fromkeys(model.all_tied_weights_keys, ()), prefix))
-    else:
-        ties = set(model.all_tied_weights_keys) | set(model.all_tied_weights_keys.values())
+        expected, stored = base, present
+        ties = [set(_base_part(model, dict.fromkeys(group, ()))) for group in ties]
+    loaded = stored.keys() | {name for group in ties if group & stored.keys() for name in group}
     may_miss = [*(model._keys_to_ignore_on_load_missing or []), *(model._keys_to_ignore_on_save or [])]
     may_extra = model._keys_to_ignore_on_load_unexpected or []
-    missing = [n for n in expected.keys() - stored.keys() - ties if not _matches(n, may_miss)]
+    missing = [n for n in expected.keys() - loaded if not _matches(n, may_miss)]
     extra = [n for n in stored.keys() - expected.keys() if not _matches(n, may_extra)]
-    wrong = [
-        f"{n}: {list(stored[n])} in the file, {list(expected[n])} in the model"
-        for n in stored.keys() & expected.keys()
-        if stored[n] != expected[n]
-    ]
     _report(missing, extra, wrong)
+
+
+def _base_part(model: PreTrainedModel, sizes: Sizes) -> Sizes:
+    """What of a model or checkpoint belongs to the base model, a pooler aside, under the names of the base model.
+
+    Names saved with a head carry the prefix of the base model, and those outside of it do not belong to it.
+    """
+    prefix = f"{model.base_model_prefix}."
+    if any(name.startswith(prefix) for name in sizes):
+        sizes = {name.removeprefix(prefix): size for name, size in sizes.items() if name.startswith(prefix)}
+    return {name: size for name, size in sizes.items() if not name.startswith("pooler.")}
+
+
+def _tie_groups(model: PreTrainedModel) -> list[set[str]]:
+    """Sets of tensor names that hold the same values: one stored name of each is enough."""
+    groups: dict[str, set[str]] = {}
+    for target, source in model.all_tied_weights_keys.items():
+        groups.setdefault(source, {source}).add(target)
+    return list(groups.values())
 
 
 def _check_factors(config: FactorformerConfig, stored: Sizes) -> None:
@@ -104,11 +121,6 @@ def _check_factors(config: FactorformerConfig, stored: Sizes) -> None:
 
 def _factor_sizes(spec: Structure, shape: Shape) -> Sizes:
     return {factor: tensor.size for factor, tensor in spec.tensors(shape).items()}
-
-
-def _common(sizes: Mapping[str, tuple[int, ...]], prefix: str) -> Sizes:
-    """Names as the model without a head has them."""
-    return {name.removeprefix(prefix): size for name, size in sizes.items()}
 
 
 def _matches(name: str, patterns: Iterable[str]) -> bool:
@@ -151,7 +163,7 @@ def load(directory: str | os.PathLike[str], **kwargs: Any) -> PreTrainedModel:
         model, info = loaded
     except FactorformerError:
         raise
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, safetensors.SafetensorError) as error:
         raise CheckpointError(f"cannot load '{path}': {error}") from error
     kinds = {"missing_keys": "missing", "mismatched_keys": "misshapen"}
     if "quantization_config" in config:
@@ -166,8 +178,8 @@ def load(directory: str | os.PathLike[str], **kwargs: Any) -> PreTrainedModel:
 def output_directory(path: str | os.PathLike[str], *, overwrite: bool = False) -> Iterator[Path]:
     """A directory that appears under its name only when the block ends without an error.
 
-    Everything is written to a hidden neighbour first and then renamed, so an interruption at any moment leaves either
-    the old state or the new one.
+    Everything is written to a hidden neighbour first, then renamed: an interruption at any moment leaves no directory
+    or a complete one. What is overwritten stays in a hidden neighbour until the new content is in place.
 
     Args:
         path: the directory to make.

@@ -104,19 +104,24 @@ class Labels:
     names: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, rows: datasets.Dataset, column: str) -> Labels:
+    def of(cls, rows: datasets.Dataset, column: str, regression: bool = False) -> Labels:
         """Read the labels of training data: fractional numbers mean regression, everything else classes.
+
+        Args:
+            rows: a table.
+            column: where its labels are.
+            regression: whole numbers are scores as well.
 
         Raises:
             DataError: fewer than two classes, or a label that is missing.
         """
         feature = rows.features[column]
         values = rows[column]
-        if isinstance(feature, datasets.ClassLabel):
+        if isinstance(feature, datasets.ClassLabel) and not regression:
             return cls("classification", tuple(feature.names))
         if any(value is None for value in values):
             raise DataError(f"column '{column}' has rows without a label")
-        if any(isinstance(value, float) and not value.is_integer() for value in values):
+        if regression or any(isinstance(value, float) and not value.is_integer() for value in values):
             return cls("regression")
         names = sorted({_name(value) for value in values}, key=_natural)
         if len(names) < 2:
@@ -148,6 +153,10 @@ class Labels:
             )
         return [index[name] for name in names]
 
+    def __str__(self) -> str:
+        shown = ", ".join(self.names[:10]) + (", ..." if len(self.names) > 10 else "")
+        return shown or "a score"
+
 
 def _name(value: object) -> str:
     return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
@@ -175,16 +184,24 @@ def encode(
         max_length: longer inputs are cut.
 
     Raises:
-        DataError: a missing column, or labels that do not fit.
+        DataError: a missing column or text, or labels that do not fit.
     """
     columns.check(rows)
-    texts = [[str(text) for text in rows[column]] for column in columns.text]
+    texts = [_texts(rows, column) for column in columns.text]
     encoded = tokenizer(texts[0], texts[1] if len(texts) > 1 else None, truncation=True, max_length=max_length)
     content: dict[str, Any] = {key: encoded[key] for key in encoded if key in tokenizer.model_input_names}
     content["length"] = [len(ids) for ids in content["input_ids"]]
     if labels is not None and columns.label is not None:
         content["labels"] = labels.ids(rows, columns.label)
     return datasets.Dataset.from_dict(content)
+
+
+def _texts(rows: datasets.Dataset, column: str) -> list[str]:
+    values = rows[column]
+    missing = next((row for row, value in enumerate(values) if value is None), None)
+    if missing is not None:
+        raise DataError(f"column '{column}' has no text in row {missing + 1} of {len(rows)}")
+    return [str(value) for value in values]
 
 
 def batches(

@@ -47,7 +47,10 @@ class FactorformerConfig(QuantizationConfigMixin):
             raise CheckpointError(f"the model was saved in format {format}, this version reads format {FORMAT}")
         self.quant_method = METHOD  # pyright: ignore[reportAttributeAccessIssue]  # a name, as for every plug-in
         self.format = format
-        self.layers = {name: dict(layer) for name, layer in (layers or {}).items()}
+        try:
+            self.layers = {name: dict(layer) for name, layer in (layers or {}).items()}
+        except (AttributeError, TypeError, ValueError) as error:
+            raise CheckpointError(f"config.json describes no layers but {layers!r}") from error
 
     def structure(self, name: str) -> tuple[Structure, Shape]:
         """Spec and shape of a layer."""
@@ -69,6 +72,8 @@ class FactorformerQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         config = self.quantization_config
+        ties = model.get_expanded_tied_weights_keys(all_submodels=True)
+        found = 0
         for saved_name in config.layers:
             spec, shape = config.structure(saved_name)
             for name in (saved_name, *config.layers[saved_name].get("tied", ())):
@@ -79,6 +84,13 @@ class FactorformerQuantizer(HfQuantizer):
                     kind = f"{type(module).__name__} of shape {dense_shape(module)}"
                     raise CheckpointError(f"config.json gives '{name}' the shape {shape}, but the model has a {kind}")
                 replace_module(model, module, factorized_like(module, spec, shape))
+                found += 1
+        if config.layers and not found:
+            raise CheckpointError(
+                f"none of the {len(config.layers)} compressed layers exists in {type(model).__name__}: "
+                f"the checkpoint is of {', '.join(model.config.architectures or ['another class'])}"
+            )
+        _follow_ties(model, ties)
         rewrite_ties(model)
         check_tensors(model, config, kwargs.get("checkpoint_files"))
 
@@ -158,6 +170,17 @@ def attach(model: PreTrainedModel, quantizer: FactorformerQuantizer | None = Non
     for name, value in state.items():
         setattr(model, name, value)
     rewrite_ties(model)
+
+
+def _follow_ties(model: nn.Module, ties: Mapping[str, str]) -> None:
+    """Factorize a head that this class ties to factorized embeddings, where the saved class had no such head."""
+    for target, source in ties.items():
+        holder = _holder(model, source)
+        if holder is None or not target.endswith(".weight"):
+            continue
+        module = model.get_submodule(target.removesuffix(".weight"))
+        if dense_shape(module) == holder.shape:
+            replace_module(model, module, factorized_like(module, holder.spec, holder.shape))
 
 
 def _refuse_to_resize(*_: Any, **__: Any) -> NoReturn:

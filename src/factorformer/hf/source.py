@@ -112,15 +112,17 @@ class Classifier:
         model: any `...ForSequenceClassification`.
         labels: of the task, in the order of the head's outputs.
         trained: the head came with the model; a new one has random weights.
+        replaced: what the head predicted that a new one took the place of; None if there was none.
     """
 
     model: PreTrainedModel
     labels: Labels
     trained: bool
+    replaced: Labels | None = None
 
 
 def load_classifier(path: Path, labels: Labels, seed: int = 0, dtype: torch.dtype | None = torch.float32) -> Classifier:
-    """A model with a sequence-classification head: its own if that is for the same labels, else a new one.
+    """A model with a sequence-classification head: its own if that knows the task's labels, else a new one.
 
     Args:
         path: the model directory, dense or compressed.
@@ -154,7 +156,7 @@ def load_classifier(path: Path, labels: Labels, seed: int = 0, dtype: torch.dtyp
     wrong = [[str(k) for k in info[kind]] for kind in ("missing_keys", "mismatched_keys")]
     # A checkpoint from masked-language modelling has no pooler: it belongs to the head and is new as well.
     _refuse(path, *[[key for key in keys if inside in key and ".pooler." not in key] for keys in wrong])
-    return Classifier(_ready(model), labels, trained=False)
+    return Classifier(_ready(model), labels, trained=False, replaced=head)
 
 
 def head_labels(config: PretrainedConfig) -> Labels | None:
@@ -183,14 +185,44 @@ def labels_for(path: Path, rows: datasets.Dataset, column: str) -> Labels:
 
 
 def _agree(head: Labels, data: Labels) -> Labels | None:
-    """The data's labels in the head's order, by name or by number; None if the head is for other labels."""
+    """The head's labels as the data writes them, by name or by number; None if the head does not know all of them.
+
+    Numbers may mean anything: unless the head has no names but numbers, the data has to hold all of them.
+    """
     if head.kind == "regression" or data.kind == "regression":
         return head if head.kind == data.kind else None
-    return next((known for known in (head, _numbered(head)) if set(known.names) == set(data.names)), None)
+    if set(data.names) <= set(head.names):
+        return head
+    numbered, unnamed = _numbered(head), head.names == tuple(f"LABEL_{i}" for i in range(len(head.names)))
+    numbers = set(numbered.names)
+    return numbered if set(data.names) == numbers or (unnamed and set(data.names) <= numbers) else None
 
 
 def _numbered(head: Labels) -> Labels:
     return Labels(head.kind, tuple(str(i) for i in range(len(head.names))))
+
+
+def check_lengths(model: PreTrainedModel, data: datasets.Dataset, source: str = "the data") -> None:
+    """Raise `DataError` if a row is longer than a model with a table of positions can read.
+
+    Args:
+        model: dense or compressed; models with rotary or relative positions read anything.
+        data: from `data.encode`.
+        source: the data's name in the message.
+    """
+    tables = ("position_embeddings", "embed_positions", "wpe")
+    table = next((m for name, m in model.named_modules() if name.rpartition(".")[2] in tables), None)
+    positions = getattr(model.config, "max_position_embeddings", None)
+    if table is None or positions is None:
+        return
+    padding = getattr(table, "padding_idx", None)  # RoBERTa counts from behind this one
+    positions -= 0 if padding is None else padding + 1
+    longest = max(data["length"])
+    if longest > positions:
+        raise DataError(
+            f"{source} holds a text of {longest} tokens, and the model has {positions} positions: "
+            f"cut texts with a --max-length of at most {positions}"
+        )
 
 
 def copy_companions(source: Path, target: Path) -> None:

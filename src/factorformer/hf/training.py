@@ -28,6 +28,7 @@ from transformers.trainer_callback import PrinterCallback
 
 from factorformer.errors import DataError, ModelError
 from factorformer.hf.data import Labels, indexed_batches
+from factorformer.nn import FactorizedMatrix
 from factorformer.progress import Progress, silent
 from factorformer.training.distillation import (
     WITHOUT_LABELS,
@@ -51,6 +52,7 @@ class TrainingSettings:
         warmup: fraction of all steps.
         weight_decay: of AdamW.
         freeze_embeddings: leave word embeddings as they are, which saves memory and half of the time on small models.
+            Factorized ones are trained in any case: they have lost something that they can learn again.
     """
 
     epochs: float = 3.0
@@ -107,6 +109,15 @@ class DistillationTrainer(Trainer):
         return (loss, outputs) if return_outputs else loss
 
 
+def check_can_follow(student: PreTrainedModel) -> None:
+    """Raise `ModelError` for a model that cannot learn from a teacher."""
+    if student.config.is_encoder_decoder:
+        raise ModelError(
+            f"{type(student).__name__} is an encoder and a decoder: distillation is not defined for it, train without "
+            "a teacher"
+        )
+
+
 def train(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -137,11 +148,13 @@ def train(
 
     Raises:
         DataError: neither labels nor a teacher.
-        ModelError: the loss became NaN or infinite.
+        ModelError: the loss became NaN or infinite, or a teacher for an encoder-decoder.
     """
     labelled = "labels" in data.column_names
     if not labelled and teacher is None:
         raise DataError("training needs labels or a teacher: give a label column or --distill")
+    if teacher is not None:
+        check_can_follow(model)
     with tempfile.TemporaryDirectory() as scratch, _frozen_embeddings(model, settings.freeze_embeddings):
         arguments = TrainingArguments(
             output_dir=scratch,
@@ -196,8 +209,13 @@ class _Steps(TrainerCallback):
 
 @contextlib.contextmanager
 def _frozen_embeddings(model: PreTrainedModel, frozen: bool) -> Iterator[None]:
-    """Word embeddings without gradients, for as long as training lasts; tied output heads stay frozen with them."""
-    parameters = [p for p in model.get_input_embeddings().parameters() if p.requires_grad] if frozen else []
+    """Word embeddings without gradients, for as long as training lasts; tied output heads stay frozen with them.
+
+    Factorized embeddings are trained even so: the fit has just damaged them, and they have to heal.
+    """
+    embeddings = model.get_input_embeddings()
+    frozen = frozen and not isinstance(embeddings, FactorizedMatrix)
+    parameters = [p for p in embeddings.parameters() if p.requires_grad] if frozen else []
     try:
         for parameter in parameters:
             parameter.requires_grad_(False)

@@ -2,6 +2,6 @@
 
 from factorformer.planning.allocate import ALLOCATIONS, AllocationName
 from factorformer.planning.cost import Cost, Matrix, total
-from factorformer.planning.plan import Entry, Plan, Scope
+from factorformer.planning.plan import Entry, Plan, Scope, left_dense
 
-__all__ = ["ALLOCATIONS", "AllocationName", "Cost", "Entry", "Matrix", "Plan", "Scope", "total"]
+__all__ = ["ALLOCATIONS", "AllocationName", "Cost", "Entry", "Matrix", "Plan", "Scope", "left_dense", "total"]

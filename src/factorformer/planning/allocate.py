@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import collections
 import math
 from collections.abc import Sequence
 from typing import Literal
@@ -46,7 +47,8 @@ def uniform(matrices: Sequence[Matrix], structure: type[Structure], ratio: float
     if smallest > original / ratio * (1 + TOLERANCE):
         raise BudgetError(
             f"ratio {ratio:g} cannot be met: at the smallest size of every matrix the ratio is {largest:.4g}, and "
-            f"{fixed:,} of {original:,} bytes in scope stay as they are; ask for at most {largest:.4g}"
+            f"{fixed:,} of {original:,} bytes in scope stay as they are{_why_dense(matrices)}; "
+            f"ask for at most {largest:.4g}"
         )
 
     def meet(ratio: float) -> tuple[dict[str, int], float, bool]:
@@ -66,6 +68,15 @@ def uniform(matrices: Sequence[Matrix], structure: type[Structure], ratio: float
             near = largest
         raise BudgetError(f"ratio {ratio:g} cannot be met within {TOLERANCE:.0%} in bytes; the nearest is {near:.4g}")
     return tuple(_entry(m, ladders.get(m.name), steps.get(m.name, 0)) for m in matrices)
+
+
+def _why_dense(matrices: Sequence[Matrix]) -> str:
+    """The reason that keeps most bytes dense, in parentheses."""
+    reasons: collections.Counter[str] = collections.Counter()
+    for matrix in matrices:
+        if matrix.dense is not None:
+            reasons[matrix.dense] += matrix.cost(None).bytes
+    return f" (most of them: {reasons.most_common(1)[0][0]})" if reasons else ""
 
 
 class _Ladder:

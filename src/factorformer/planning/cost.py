@@ -39,7 +39,8 @@ class Matrix:
         name: the module that owns it.
         shape: `(out, in)`; an embedding is `(rows, width)`.
         dtype: the floating type of its values, e.g. `float32`.
-        products: how often a token is multiplied by it in one forward pass (more than once in shared layers).
+        products: how often a token is multiplied by it in one forward pass: more than once in shared layers, by a part
+            of it where experts are chosen.
         lookups: how often a token looks up one of its rows.
         aliases: other modules tied to the same values.
         dense: why it has to stay dense; None if it can be factorized.
@@ -48,7 +49,7 @@ class Matrix:
     name: str
     shape: Shape
     dtype: str = "float32"
-    products: int = 1
+    products: float = 1
     lookups: int = 0
     aliases: tuple[str, ...] = ()
     dense: str | None = None
@@ -58,6 +59,6 @@ class Matrix:
         dtype = getattr(torch, self.dtype)
         if spec is None:
             values = self.shape[0] * self.shape[1]
-            return Cost(values, values * dtype.itemsize, 2 * values * self.products)
+            return Cost(values, values * dtype.itemsize, round(2 * values * self.products))
         flops = self.products * spec.flops(self.shape) + self.lookups * spec.row_flops(self.shape)
-        return Cost(spec.parameters(self.shape), spec.bytes(self.shape, dtype), flops)
+        return Cost(spec.parameters(self.shape), spec.bytes(self.shape, dtype), round(flops))

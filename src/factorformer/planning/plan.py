@@ -5,16 +5,20 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
-from factorformer.errors import FactorformerError, MethodError
+import torch
+
+from factorformer.errors import FactorformerError, MethodError, OutputError, one_of
 from factorformer.planning.cost import Cost, Matrix, total
 from factorformer.structures import Structure, from_dict
 
 Scope = Literal["blocks", "all"]
 FORMAT = 1
+CHOSEN = ("not included", "excluded")
+"""Reasons to stay dense that the caller gave."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,23 +106,33 @@ class Plan:
         """
         if content.get("format") != FORMAT:
             raise MethodError(f"not a plan of format {FORMAT}: 'format' is {content.get('format')!r}")
-        try:
-            return cls(
-                method=content["method"],
-                scope=content["scope"],
-                target=content["target"],
-                entries=tuple(_entry(item) for item in content["entries"]),
-                rest=Cost(**content["rest"]),
-            )
-        except (KeyError, TypeError) as error:
-            raise MethodError(f"the plan is malformed: {error}") from error
+        scope, rest = _field(content, "scope", str), _field(content, "rest", dict)
+        if scope not in get_args(Scope):
+            raise MethodError(f"the plan is malformed: unknown scope {one_of(scope, get_args(Scope))}")
+        return cls(
+            method=_field(content, "method", str, type(None)),
+            scope=scope,
+            target=_field(content, "target", int, float),
+            entries=tuple(_entry(item) for item in _field(content, "entries", list, tuple)),
+            rest=Cost(*(_field(rest, name, int) for name in ("parameters", "bytes", "flops"))),
+        )
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the plan as JSON; the file appears whole or not at all."""
+        """Write the plan as JSON; the file appears whole or not at all.
+
+        Raises:
+            OutputError: it cannot be written there.
+        """
         target = Path(path)
         partial = target.with_name(f".{target.name}.partial")
-        partial.write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
-        partial.replace(target)
+        try:
+            try:
+                partial.write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
+                partial.replace(target)
+            finally:
+                partial.unlink(missing_ok=True)
+        except OSError as error:
+            raise OutputError(f"cannot write the plan to '{path}': {error.strerror}") from error
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Plan:
@@ -153,13 +167,57 @@ class Plan:
         return "\n".join(lines)
 
 
-def _entry(item: Mapping[str, Any]) -> Entry:
-    fields = {field.name: item[field.name] for field in dataclasses.fields(Matrix)}
-    fields |= {"shape": tuple(fields["shape"]), "aliases": tuple(fields["aliases"])}
+def left_dense(entries: Iterable[Entry], total_bytes: int, least: float = 0.01) -> list[str]:
+    """What stays dense although nobody excluded it: a line for each reason that holds more than a share of the bytes.
+
+    >>> left_dense([Entry(Matrix("experts", (64, 32)), None, "a reason, left dense")], 9000)
+    ['a reason: 1 matrix, 8,192 of 9,000 bytes in scope']
+    """
+    found: dict[str, list[int]] = {}
+    for entry in entries:
+        if entry.spec is None and entry.reason not in CHOSEN:
+            found.setdefault(entry.reason.removesuffix(", left dense"), []).append(entry.original.bytes)
+    return [
+        f"{reason}: {len(sizes)} {'matrix' if len(sizes) == 1 else 'matrices'}, "
+        f"{sum(sizes):,} of {total_bytes:,} bytes in scope"
+        for reason, sizes in found.items()
+        if sum(sizes) > least * total_bytes
+    ]
+
+
+def _entry(item: object) -> Entry:
+    if not isinstance(item, dict):
+        raise MethodError(f"the plan is malformed: an entry is {item!r}")
+    name = _field(item, "name", str)
+    where = f"plan entry '{name}'"
+    shape, aliases = _field(item, "shape", list, tuple, where=where), _field(item, "aliases", list, tuple, where=where)
+    dtype = getattr(torch, _field(item, "dtype", str, where=where), None)
+    sizes = len(shape) == 2 and all(type(side) is int and side > 0 for side in shape)
+    names = all(isinstance(alias, str) for alias in aliases)
+    if not sizes or not names or not isinstance(dtype, torch.dtype):
+        raise MethodError(f"{where} is malformed: 'shape' is {shape}, 'aliases' {aliases}, 'dtype' '{item['dtype']}'")
+    matrix = Matrix(
+        name,
+        (shape[0], shape[1]),
+        item["dtype"],
+        _field(item, "products", int, float, where=where),
+        _field(item, "lookups", int, where=where),
+        tuple(aliases),
+        _field(item, "dense", str, type(None), where=where),
+    )
+    description = _field(item, "spec", dict, type(None), where=where)
     try:
-        spec = None if item["spec"] is None else from_dict(item["spec"])
+        spec = None if description is None else from_dict(description)
         if spec is not None:
-            spec.check(fields["shape"])
-    except FactorformerError as error:
-        raise MethodError(f"plan entry '{item['name']}': {error}") from error
-    return Entry(Matrix(**fields), spec, item["reason"])
+            spec.check(matrix.shape)
+    except (FactorformerError, TypeError) as error:
+        raise MethodError(f"{where}: {error}") from error
+    return Entry(matrix, spec, _field(item, "reason", str, where=where))
+
+
+def _field(content: Mapping[str, Any], name: str, *types: type, where: str = "the plan") -> Any:
+    if name not in content:
+        raise MethodError(f"{where} is malformed: it has no '{name}'")
+    if not isinstance(content[name], types) or isinstance(content[name], bool):
+        raise MethodError(f"{where} is malformed: '{name}' cannot be {content[name]!r}")
+    return content[name]

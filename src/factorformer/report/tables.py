@@ -53,7 +53,7 @@ def _summary(result: Result) -> Table:
 def _layers(entries: Iterable[Entry]) -> Table:
     table = Table(box=box.SIMPLE_HEAD, title="Weight matrices", title_justify="left")
     table.add_column("matrix", overflow="fold")
-    for column in ("shape", "stored as", "bytes", "ratio"):
+    for column in ("shape", "stored as", "parameters", "bytes", "ratio", "FLOPs per token"):
         table.add_column(column, justify="right")
     table.add_column("note", overflow="fold")
     for entry in entries:
@@ -62,8 +62,10 @@ def _layers(entries: Iterable[Entry]) -> Table:
             escape(" = ".join([entry.matrix.name, *entry.matrix.aliases])),
             "x".join(map(str, entry.matrix.shape)),
             str(entry.spec or "dense"),
+            f"{cost.parameters:,}",
             f"{cost.bytes:,}",
             _ratio(entry.original.bytes, cost.bytes),
+            f"{cost.flops:,}",
             escape(entry.reason),
         )
     return table
