@@ -42,10 +42,8 @@ class Metric:
         return cls(rows, None if statistics.inputs is None else statistics.inputs.root())
 
     def apply(self, weight: Float[Tensor, "out inner"]) -> Float[Tensor, "out inner"]:
-        """`R W L`, in the metric's precision where it has one and otherwise in the weight's (at least float32)."""
-        result = (
-            weight.double() if self.columns is not None else weight.to(torch.promote_types(weight.dtype, torch.float32))
-        )
+        """`R W L`, in the weight's precision, but at least float32."""
+        result = weight.to(torch.promote_types(weight.dtype, torch.float32))
         if self.rows is not None:
             result = self.rows[:, None].to(result.dtype) * result
-        return result if self.columns is None else result @ self.columns
+        return result if self.columns is None else result @ self.columns.to(result.dtype)

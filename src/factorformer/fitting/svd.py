@@ -25,9 +25,10 @@ def fit_low_rank(weight: Float[Tensor, "out inner"], spec: LowRank, metric: Metr
     """
     scaled = metric.apply(weight)
     side, vectors, tail, _ = leading_singular_vectors(scaled, spec.rank)
-    vectors = vectors.to(scaled.dtype)
-    rows = None if metric.rows is None else metric.rows.to(scaled.dtype)[:, None]
-    plain = weight.to(scaled.dtype)
+    # Inverting `L` costs digits, as many as the inputs are unequally spread: that side is solved in float64.
+    dtype = scaled.dtype if metric.columns is None else torch.float64
+    vectors, plain = vectors.to(dtype), weight.to(dtype)
+    rows = None if metric.rows is None else metric.rows.to(dtype)[:, None]
     if side == "left":
         left, right = vectors, vectors.T @ (plain if rows is None else rows * plain)
         left = left if rows is None else left / rows
