@@ -36,6 +36,7 @@ from factorformer.surgery import find_blocks, find_matrices
 RATES = (1e-4, 2e-4, 4e-4)
 SLICE, HELD_OUT, CALIBRATION = 1600, 800, 512
 DISTILLED = "+distill"
+WITHOUT_RATIO = ("torchao-int8", "dense-longer")
 SETTINGS = training.TrainingSettings()
 
 
@@ -58,11 +59,11 @@ def grid(tasks: list[str], methods: list[str], ratios: list[float], seeds: list[
     for seed in seeds:
         cells += [Cell(task, "dense", None, seed) for task in tasks]
         for method in methods:
-            if method.startswith("torchao"):
+            if method in WITHOUT_RATIO:
                 cells += [Cell(task, method, None, seed) for task in tasks]
         for ratio in ratios:
             for task in tasks:
-                cells += [Cell(task, m, ratio, seed) for m in methods if not m.startswith("torchao")]
+                cells += [Cell(task, m, ratio, seed) for m in methods if m not in WITHOUT_RATIO]
     return cells
 
 
@@ -160,7 +161,7 @@ class Bench:
             chosen = task_data.sample(train, CALIBRATION, cell.seed)
             model = reduce(model, method, cell.ratio, lambda: task_data.batches(self.tokenizer, chosen))
             row["before_training"] = training.evaluate(model, self.tokenizer, test, labels)[task.metric]
-            if not method.startswith("torchao"):
+            if method != "torchao-int8":
                 row["learning_rate"] = self.rate(task, method, cell.ratio)
                 started, cpu = time.perf_counter(), time.process_time()
                 settings = self.settings(row["learning_rate"], cell.seed)
@@ -225,7 +226,13 @@ def torchao_int8(model: PreTrainedModel, ratio: float | None) -> PreTrainedModel
     return model
 
 
+def dense_longer(model: PreTrainedModel, ratio: float | None) -> PreTrainedModel:
+    """The dense model as it is: with the second round of fine-tuning it has trained as long as the compressed ones."""
+    return model
+
+
 PEERS: dict[str, Callable[[PreTrainedModel, float | None], PreTrainedModel]] = {
+    "dense-longer": dense_longer,
     "fasterai-svd": fasterai,
     "torchao-int8": torchao_int8,
 }
@@ -277,7 +284,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=default_data(), help="folder with one folder for each task")
     parser.add_argument("--tasks", nargs="+", default=["sst2", "banking77"], choices=TASKS)
-    default_methods = ["whitened", "fwsvd", "svd", "fasterai-svd", "torchao-int8", f"whitened{DISTILLED}"]
+    default_methods = ["whitened", "fwsvd", "svd", "dense-longer", "torchao-int8", "fasterai-svd"]
+    default_methods.append(f"whitened{DISTILLED}")
     parser.add_argument("--methods", nargs="+", default=default_methods)
     parser.add_argument("--ratios", nargs="+", type=float, default=[2.8, 5.0])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])

@@ -233,7 +233,8 @@ def test_a_plan_is_carried_out_as_it_was_printed(run: Any, base: Path, trained: 
     assert result_of(run("compress", trained, tmp_path / "head", "--plan", file, "--json"))["bytes"] == planned["bytes"]
 
 
-def test_plans_and_models_print_as_tables(run: Any, base: Path, tmp_path: Path) -> None:
+def test_plans_and_models_print_as_tables(run: Any, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("COLUMNS", raising=False)  # pytest-xdist and some terminals set it
     done = run("plan", base, "--ratio", 2, "--scope", "all")
     assert "embeddings.word_embeddings" in done.stdout
     assert "the whole model, embeddings included" in done.stdout
