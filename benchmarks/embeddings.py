@@ -1,0 +1,61 @@
+"""What post-training compression leaves of a sentence encoder: nothing is trained.
+
+    python benchmarks/embeddings.py --data ../shared/data
+
+MiniLM's blocks are compressed at several ratios, plain and with more or fewer calibration texts from banking77's
+training questions; 500 other training questions are embedded by the original and the compressed model. The table shows
+the mean cosine between the two embeddings, and the rank correlation of the similarities between questions.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import datasets
+from common import RESULTS, default_data, machine
+from transformers import AutoModel, AutoTokenizer
+from transformers.utils import logging
+
+import factorformer
+from factorformer.hf import data, minilm
+from factorformer.hf.training import compare_embeddings, embed
+
+QUESTIONS = 500
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, default=default_data(), help="folder with one folder for each task")
+    parser.add_argument("--ratios", nargs="+", type=float, default=[1.5, 2.0, 2.8])
+    parser.add_argument("--texts", nargs="+", type=int, default=[0, 30, 200, 1500], help="calibration texts; 0 is svd")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", type=Path, default=RESULTS / "embeddings.json")
+    args = parser.parse_args()
+    logging.set_verbosity_error()
+    datasets.disable_progress_bars()
+    directory = minilm.directory()
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    rows = data.read(args.data / "banking77" / "train.tsv").shuffle(seed=args.seed)
+    texts = data.encode(tokenizer, rows, data.Columns(("text",)))
+    questions = texts.select(range(QUESTIONS))
+    original = embed(AutoModel.from_pretrained(directory), tokenizer, questions)
+    cells = []
+    for ratio in args.ratios:
+        for count in args.texts:
+            model = AutoModel.from_pretrained(directory)
+            chosen = texts.select(range(QUESTIONS, QUESTIONS + count))
+            plan = factorformer.plan(model, "whitened" if count else "svd", ratio)
+            factorformer.compress(model, plan, data.batches(tokenizer, chosen) if count else None)
+            found = compare_embeddings(original, embed(model, tokenizer, questions))
+            cells.append({"ratio": ratio, "method": plan.method, "calibration_texts": count, **found})
+            print(
+                f"{ratio:>5}x {plan.method:<9} {count:>5} texts  " + "  ".join(f"{k} {v:.3f}" for k, v in found.items())
+            )
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    args.output.write_text(json.dumps({"seed": args.seed, "cells": cells, "machine": machine()}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
