@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import bisect
-import collections
 import math
 from collections.abc import Sequence
 from typing import Literal
@@ -12,7 +11,7 @@ import torch
 
 from factorformer.errors import BudgetError
 from factorformer.planning.cost import Cost, Matrix, total
-from factorformer.planning.plan import Entry
+from factorformer.planning.plan import Entry, left_dense
 from factorformer.structures import Structure
 
 AllocationName = Literal["uniform"]
@@ -45,9 +44,10 @@ def uniform(matrices: Sequence[Matrix], structure: type[Structure], ratio: float
     smallest = fixed + sum(ladder.bytes[0] for ladder in ladders.values())
     largest = original / smallest
     if smallest > original / ratio * (1 + TOLERANCE):
+        reasons = "; ".join(left_dense([Entry(m, None, m.dense) for m in matrices if m.dense is not None], original))
         raise BudgetError(
             f"ratio {ratio:g} cannot be met: at the smallest size of every matrix the ratio is {largest:.4g}, and "
-            f"{fixed:,} of {original:,} bytes in scope stay as they are{_why_dense(matrices)}; "
+            f"{fixed:,} of {original:,} bytes in scope stay as they are{f' ({reasons})' if reasons else ''}; "
             f"ask for at most {largest:.4g}"
         )
 
@@ -68,15 +68,6 @@ def uniform(matrices: Sequence[Matrix], structure: type[Structure], ratio: float
             near = largest
         raise BudgetError(f"ratio {ratio:g} cannot be met within {TOLERANCE:.0%} in bytes; the nearest is {near:.4g}")
     return tuple(_entry(m, ladders.get(m.name), steps.get(m.name, 0)) for m in matrices)
-
-
-def _why_dense(matrices: Sequence[Matrix]) -> str:
-    """The reason that keeps most bytes dense, in parentheses."""
-    reasons: collections.Counter[str] = collections.Counter()
-    for matrix in matrices:
-        if matrix.dense is not None:
-            reasons[matrix.dense] += matrix.cost(None).bytes
-    return f" (most of them: {reasons.most_common(1)[0][0]})" if reasons else ""
 
 
 class _Ladder:
