@@ -2,23 +2,25 @@
 
 __version__ = "0.1.0"
 
-from factorformer.compression import Report, compress, plan
+from factorformer.compression import Report, compress, initialize, plan
 from factorformer.errors import FactorformerError
 from factorformer.hf.checkpoint import load
 from factorformer.nn import FactorizedEmbedding, FactorizedLinear
 from factorformer.planning import Plan
-from factorformer.structures import LowRank, Structure
+from factorformer.structures import KroneckerSum, LowRank, Structure
 
 __all__ = [
     "FactorformerError",
     "FactorizedEmbedding",
     "FactorizedLinear",
+    "KroneckerSum",
     "LowRank",
     "Plan",
     "Report",
     "Structure",
     "__version__",
     "compress",
+    "initialize",
     "load",
     "plan",
 ]

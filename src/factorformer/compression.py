@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from collections.abc import Iterable, Iterator, Sequence
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from factorformer import calibration as calibrate
@@ -21,14 +22,14 @@ from factorformer.surgery import dense_weight, factorize, find_matrices
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """What `compress` did.
+    """What `compress` or `initialize` did.
 
     Args:
         method: the method that was carried out.
         scope: what `original` and `compressed` count.
         original, compressed: cost of everything in scope, before and after.
-        errors: relative error of each factorized matrix, under the metric of the fit.
-        seconds: wall time of calibration and fit.
+        errors: relative error of each factorized matrix, under the metric of the fit; empty where nothing was fitted.
+        seconds: wall time of calibration and fit, or of initialization.
     """
 
     method: str
@@ -48,7 +49,7 @@ def plan(
     model: nn.Module,
     method: str | None = None,
     ratio: float = 3.0,
-    scope: Scope = "blocks",
+    scope: Scope | None = None,
     include: Sequence[str] | None = None,
     exclude: Sequence[str] | None = None,
 ) -> Plan:
@@ -59,7 +60,8 @@ def plan(
         method: a name that `factorformer methods` lists; None leaves the choice to `compress`: data-aware with
             calibration data, plain without.
         ratio: bytes of the original tensors in scope over the bytes of what replaces them.
-        scope: `blocks` for the linear layers of the Transformer blocks, `all` for the whole model with embeddings.
+        scope: `blocks` for the linear layers of the Transformer blocks, `all` for the whole model with embeddings; None
+            for what the method is made for, which is `all` for `shapeshifter` and `blocks` for the others.
         include, exclude: shell patterns of module names, e.g. `*.attention.*`.
 
     Raises:
@@ -73,6 +75,7 @@ def plan(
     '2.50'
     """
     recipe = recipes.get(method or recipes.default_method(calibrated=True))
+    scope = scope or recipe.scope
     matrices, rest = find_matrices(model, scope, include, exclude)
     entries = planning.ALLOCATIONS[recipe.allocation](matrices, recipe.structure, ratio, rest)
     return Plan(method, scope, ratio, entries, rest)
@@ -137,6 +140,45 @@ def compress(
         attach(pretrained)
     seconds = {"calibrate": calibrated - started, "fit": time.perf_counter() - calibrated}
     return Report(method, plan.scope, plan.original, plan.compressed, errors, seconds)
+
+
+def initialize(model: nn.Module, plan: Plan) -> Report:
+    """Replace the planned matrices by new factors to train from scratch, in place; the weights they had are dropped.
+
+    Every matrix keeps the mean square that the model gave it at its birth, so signals and gradients start as large as
+    in the dense model.
+
+    Args:
+        model: a new model, such as `AutoModel.from_config(config)`.
+        plan: from `plan` or `Plan.load`.
+
+    Raises:
+        ModelError: the plan does not fit the model, or a weight has no values yet, or none but zeros.
+
+    >>> from transformers import BertConfig, BertModel
+    >>> model = BertModel(BertConfig(num_hidden_layers=2, hidden_size=128, intermediate_size=512))
+    >>> round(initialize(model, plan(model, "shapeshifter", ratio=10)).ratio, 1)
+    10.0
+    """
+    _check_fits(plan, model)
+    started = time.perf_counter()
+    fresh: dict[str, dict[str, Tensor]] = {}
+    for entry in plan.factorized:
+        name, shape, spec = entry.matrix.name, entry.matrix.shape, entry.spec
+        weight = dense_weight(model.get_submodule(name))
+        std = 0.0 if weight.is_meta else float(weight.float().square().mean().sqrt())
+        if not 0 < std < math.inf:
+            raise ModelError(f"layer '{name}': its weight has no initial values to match; build it with from_config")
+        assert spec is not None
+        fresh[name] = {key: weight.new_empty(tensor.size) for key, tensor in spec.tensors(shape).items()}
+        spec.initialize(fresh[name], std)
+    for entry in plan.factorized:
+        factorize(model, entry.matrix, entry.spec, fresh[entry.matrix.name])  # pyright: ignore[reportArgumentType]
+    for pretrained in _pretrained_models(model):
+        attach(pretrained)
+    method = plan.method or recipes.default_method(calibrated=False)
+    seconds = {"initialize": time.perf_counter() - started}
+    return Report(method, plan.scope, plan.original, plan.compressed, {}, seconds)
 
 
 def _pretrained_models(module: nn.Module) -> Iterator[PreTrainedModel]:

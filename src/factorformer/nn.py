@@ -76,15 +76,15 @@ class FactorizedMatrix(nn.Module):
 
     def matmul(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """`x @ W.T + bias`, `(..., in)` to `(..., out)`."""
-        return self.spec.matmul(self.factors, x, bias)
+        return self.spec.matmul(self.shape, self.factors, x, bias)
 
     def rows(self, index: Tensor) -> Tensor:
         """`W[index]`, integers `(...)` to `(..., in)`."""
-        return self.spec.rows(self.factors, index)
+        return self.spec.rows(self.shape, self.factors, index)
 
     def to_dense(self) -> Tensor:
         """`W`, `(out, in)`; nothing else builds it."""
-        return self.spec.to_dense(self.factors)
+        return self.spec.to_dense(self.shape, self.factors)
 
     def resize(self, smaller: Structure) -> None:
         """Shrink the factors to a smaller spec of the same kind, keeping the leading units bit for bit."""

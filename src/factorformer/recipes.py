@@ -6,8 +6,8 @@ import dataclasses
 
 from factorformer.errors import MethodError, one_of
 from factorformer.fitting import MetricName
-from factorformer.planning import AllocationName
-from factorformer.structures import LowRank, Structure
+from factorformer.planning import AllocationName, Scope
+from factorformer.structures import KroneckerSum, LowRank, Structure
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,9 +18,10 @@ class Recipe:
         structure: what a weight matrix becomes.
         metric: what error the fit minimizes.
         allocation: who gets how much of the budget.
-        training: how the factors learn after the fit.
+        training: how the factors learn after the fit, or instead of it.
         summary: one line for people.
         paper: where the method comes from.
+        scope: what it changes and counts unless told otherwise.
     """
 
     structure: type[Structure]
@@ -29,6 +30,7 @@ class Recipe:
     training: str
     summary: str
     paper: str
+    scope: Scope = "blocks"
 
     @property
     def needs(self) -> str:
@@ -60,6 +62,31 @@ RECIPES: dict[str, Recipe] = {
         training="fine-tune",
         summary="SVD that minimizes the error of each layer's output on calibration text: the default with text",
         paper="DRONE: Chen et al., NeurIPS 2021; SVD-LLM: Wang et al., ICLR 2025",
+    ),
+    "kronecker": Recipe(
+        structure=KroneckerSum,
+        metric="plain",
+        allocation="uniform",
+        training="fine-tune",
+        summary="Every matrix a sum of Kronecker products: the plain fit, in closed form",
+        paper="Van Loan and Pitsianis, 1993",
+    ),
+    "kronecker_whitened": Recipe(
+        structure=KroneckerSum,
+        metric="input_moment",
+        allocation="uniform",
+        training="fine-tune",
+        summary="A sum of Kronecker products that minimizes the error of each layer's output on calibration text",
+        paper="this project: the input metric of DRONE and SVD-LLM, by alternating least squares",
+    ),
+    "shapeshifter": Recipe(
+        structure=KroneckerSum,
+        metric="plain",
+        allocation="by_role",
+        training="from scratch",
+        summary="The whole model as sums of Kronecker products, small in attention and larger in embeddings",
+        paper="Shapeshifter: Panahi, Saeedi and Arodz, NeurIPS 2021",
+        scope="all",
     ),
 }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
+import re
 from collections.abc import Sequence
 
 from torch import Tensor, nn
@@ -12,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from factorformer.errors import MethodError, ModelError, one_of
 from factorformer.nn import FactorizedEmbedding, FactorizedLinear, FactorizedMatrix
-from factorformer.planning import Cost, Matrix, Scope
+from factorformer.planning import Cost, Matrix, Role, Scope
 from factorformer.structures import Factors, Shape, Structure
 
 SMALLEST_SIDE = 16
@@ -148,10 +149,24 @@ def _describe(
         dense = "not included"
     elif exclude is not None and named(exclude):
         dense = "excluded"
-    # A token is looked up once, in one of the tied embeddings (the encoder's or the decoder's).
     return Matrix(
-        names[0], shape, dtype, (len(names) - embeddings) * calls, min(embeddings, 1), tuple(names[1:]), dense
+        names[0],
+        shape,
+        dtype,
+        products=(len(names) - embeddings) * calls,
+        lookups=min(embeddings, 1),  # a token is looked up once, in the encoder's or in the decoder's embeddings
+        aliases=tuple(names[1:]),
+        dense=dense,
+        role=_role(model, names[0], modules[0]),
     )
+
+
+def _role(model: nn.Module, name: str, module: nn.Module) -> Role:
+    head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
+    if isinstance(module, nn.Embedding) or module is head:
+        return "embedding"
+    # All architectures of transformers name these modules `attn`, `attention` or the like.
+    return "attention" if re.search("attn|attention", name, re.IGNORECASE) else "feed_forward"
 
 
 def _other_kind(model: nn.Module, owner: nn.Module, path: str, parameter: nn.Parameter) -> tuple[str, float]:

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
 
 from factorformer.errors import CheckpointError, FactorformerError, ModelError
 from factorformer.nn import FactorizedEmbedding, FactorizedLinear, FactorizedMatrix
@@ -33,12 +34,14 @@ class Case:
         shape: `(out, in)`.
         smaller: a spec that `resize` can shrink to.
         refused: specs that it cannot.
+        listed: whether it is among the candidates for its shape; sizes that only a caller would choose are not.
     """
 
     spec: Structure
     shape: Shape
     smaller: Structure
     refused: tuple[Structure, ...]
+    listed: bool = True
 
     def __str__(self) -> str:
         return f"{self.spec}-{self.shape[0]}x{self.shape[1]}"
@@ -176,15 +179,21 @@ class StructureContract:
 
     def test_has_a_weight_that_no_dense_layer_would_take(self, case: Case) -> None:
         size = case.spec.tensors(case.shape)["weight"].size
-        assert size[0] == case.shape[0]
-        assert size != case.shape
+        assert size not in (case.shape, case.shape[::-1])
         assert case.spec.tensors(case.shape)["weight"].dtype is None
 
     def test_names_survive_the_renaming_of_old_checkpoints(self, case: Case) -> None:
         assert not {"weight_g", "weight_v", "gamma", "beta", "bias"} & set(case.spec.tensors(case.shape))
 
-    def test_flops_are_below_the_dense_ones(self, case: Case) -> None:
-        assert 0 < case.spec.flops(case.shape) < 2 * case.shape[0] * case.shape[1]
+    def test_flops_are_those_of_the_products(self, case: Case) -> None:
+        for layer, x, flops in (
+            (case.linear(bias=False), case.input(8), case.spec.flops(case.shape)),
+            (case.embedding(), case.index(8), case.spec.row_flops(case.shape)),
+        ):
+            with FlopCounterMode(display=False) as counter, torch.no_grad():
+                layer(x)
+            assert counter.get_total_flops() == 8 * flops
+        assert case.smaller.flops(case.shape) < 2 * case.shape[0] * case.shape[1]
         assert 0 < case.spec.row_flops(case.shape) <= case.spec.flops(case.shape)
 
     def test_state_survives_a_file_bit_for_bit(self, case: Case, tmp_path: Path) -> None:
@@ -263,7 +272,7 @@ class StructureContract:
     @pytest.mark.parametrize("dtype", TYPES[1:], ids=str)
     def test_candidates_grow_and_stay_below_the_dense_matrix(self, case: Case, dtype: torch.dtype) -> None:
         candidates = list(type(case.spec).candidates(case.shape, dtype))
-        assert case.spec in candidates
+        assert (case.spec in candidates) == case.listed
         sizes = [candidate.bytes(case.shape, dtype) for candidate in candidates]
         assert sizes == sorted(sizes)
         assert sizes[-1] < case.shape[0] * case.shape[1] * dtype.itemsize
@@ -294,9 +303,9 @@ class StructureContract:
     def test_sizes_that_are_none_are_refused(self, case: Case, no_shape_checks: None) -> None:
         for value in (0, -1, 1.5, True, "3"):
             for field in dataclasses.fields(case.spec):
-                if field.type in ("int", int):
-                    with pytest.raises(FactorformerError, match=field.name):
-                        dataclasses.replace(case.spec, **{field.name: value})
+                whole = field.type in ("int", int)
+                with pytest.raises(FactorformerError, match=field.name):
+                    dataclasses.replace(case.spec, **{field.name: value if whole else (value, 4)})
 
     def test_is_frozen_and_readable(self, case: Case) -> None:
         field = dataclasses.fields(case.spec)[0].name
@@ -372,6 +381,7 @@ def check_graphs(case: Case) -> None:
         (case.linear(torch.float32), case.input(3, dtype=torch.float32)),
         (case.embedding(), case.index(3)),
     ):
+        torch._dynamo.reset()  # one function compiled for many specs is recompiled only so often
         compiled = torch.compile(layer, fullgraph=True, backend="eager")
         assert torch.equal(compiled(x), layer(x))
         exported = torch.export.export(layer.eval(), (x,), dynamic_shapes=({0: torch.export.Dim("rows")},))

@@ -10,7 +10,7 @@ import pytest
 from tests.contracts.structure import Case, StructureContract, never_dense  # noqa: F401
 
 from factorformer.errors import ModelError
-from factorformer.structures import STRUCTURES, LowRank, largest_rank
+from factorformer.structures import STRUCTURES, KroneckerSum, LowRank, factor_shapes, largest_rank
 
 CASES = [
     Case(LowRank(rank), shape, smaller=LowRank(max(rank // 2, 1)), refused=(LowRank(rank + 1),))
@@ -21,6 +21,29 @@ CASES = [
         (9, (20, 20)),  # the largest rank below break-even
     ]
 ]
+for shape, rank, sides in [
+    ((24, 16), 3, None),  # tall
+    ((16, 24), 5, None),  # wide
+    ((5, 7), 1, None),  # nothing to take apart
+    ((17, 19), 2, None),  # padded on both sides
+    ((20, 20), 9, None),  # the largest rank below break-even
+    ((20, 24), 2, ((5, 6), (4, 4))),  # right factors first
+    ((20, 24), 3, ((2, 2), (10, 12))),  # left factors first
+    ((23, 22), 1, ((3, 3), (8, 8))),  # left factors first, padded
+    ((90, 100), 1, ((9, 10), (10, 10))),  # rows by gathering
+    ((89, 97), 2, ((9, 10), (10, 10))),  # rows by gathering, padded
+    ((32, 24), 2, ((1, 24), (32, 1))),  # outer products the other way round
+]:
+    left, right = sides or factor_shapes(shape)
+    CASES.append(
+        Case(
+            KroneckerSum(rank, left, right),
+            shape,
+            smaller=KroneckerSum(1, left, right),
+            refused=(KroneckerSum(rank + 1, left, right), KroneckerSum(1, (left[0] + 1, left[1]), right), LowRank(1)),
+            listed=sides is None,
+        )
+    )
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import bisect
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
 import torch
 
 from factorformer.errors import BudgetError
-from factorformer.planning.cost import Cost, Matrix, total
+from factorformer.planning.cost import Cost, Matrix, Role, total
 from factorformer.planning.plan import Entry, left_dense
 from factorformer.structures import Structure
 
-AllocationName = Literal["uniform"]
+AllocationName = Literal["uniform", "by_role"]
 TOLERANCE = 0.01
 """How far the bytes of a plan may be from the budget, relative to it."""
+
+RANKS: Mapping[Role, int] = {"attention": 1, "feed_forward": 2, "embedding": 6}
+"""Ranks of the roles in relation to each other, where ranks go by role."""
 
 
 def uniform(matrices: Sequence[Matrix], structure: type[Structure], ratio: float, rest: Cost) -> tuple[Entry, ...]:
@@ -34,6 +37,37 @@ def uniform(matrices: Sequence[Matrix], structure: type[Structure], ratio: float
     Raises:
         BudgetError: the ratio cannot be met within `TOLERANCE`; the message names the nearest that can.
     """
+    return _allocate(matrices, structure, ratio, rest, _same_fraction)
+
+
+def by_role(matrices: Sequence[Matrix], structure: type[Structure], ratio: float, rest: Cost) -> tuple[Entry, ...]:
+    """Small ranks for attention, higher ranks for embeddings, feed-forward matrices in between.
+
+    Ranks stand in the relation of `RANKS`, but all embeddings together stay smaller than the rest of the model, as in
+    Shapeshifter (Panahi, Saeedi and Arodz, NeurIPS 2021). The numbers of that relation are our choice.
+
+    Args:
+        matrices, structure, ratio, rest: as for `uniform`.
+
+    Raises:
+        BudgetError: as for `uniform`.
+    """
+
+    def fill(ladders: dict[str, _Ladder], budget: float) -> dict[str, int]:
+        dense = rest.bytes + sum(m.cost(None).bytes for m in matrices if m.dense is not None)
+        return _ranks_by_role(ladders, budget, dense)
+
+    return _allocate(matrices, structure, ratio, rest, fill)
+
+
+def _allocate(
+    matrices: Sequence[Matrix],
+    structure: type[Structure],
+    ratio: float,
+    rest: Cost,
+    fill: Callable[[dict[str, _Ladder], float], dict[str, int]],
+) -> tuple[Entry, ...]:
+    """The entries that `fill` chooses for the bytes that are left for the matrices that can be factorized."""
     if not ratio >= 1:
         raise BudgetError(f"ratio must be at least 1 (original bytes / compressed bytes), got {ratio}")
     ladders = {m.name: _Ladder(m, structure) for m in matrices if m.dense is None}
@@ -52,7 +86,7 @@ def uniform(matrices: Sequence[Matrix], structure: type[Structure], ratio: float
         )
 
     def meet(ratio: float) -> tuple[dict[str, int], float, bool]:
-        steps = _fill(ladders, max(original / ratio, smallest) - fixed)
+        steps = fill(ladders, max(original / ratio, smallest) - fixed)
         reached = original / (fixed + sum(ladder.bytes[steps[name]] for name, ladder in ladders.items()))
         return steps, reached, abs(ratio / reached - 1) <= TOLERANCE
 
@@ -76,6 +110,7 @@ class _Ladder:
     def __init__(self, matrix: Matrix, structure: type[Structure]) -> None:
         dtype = getattr(torch, matrix.dtype)
         self.specs: list[Structure] = list(structure.candidates(matrix.shape, dtype))
+        self.role: Role = matrix.role
         self.dense = matrix.cost(None).bytes
         self.bytes = [spec.bytes(matrix.shape, dtype) for spec in self.specs] + [self.dense]
 
@@ -88,20 +123,62 @@ class _Ladder:
         return self.bytes[step + 1] - self.bytes[step] if step + 1 < len(self.bytes) else math.inf
 
 
-def _fill(ladders: dict[str, _Ladder], budget: float) -> dict[str, int]:
-    """Steps of all ladders for a budget: the common fraction by bisection, then the remainder one step at a time."""
+def _same_fraction(ladders: dict[str, _Ladder], budget: float) -> dict[str, int]:
+    """Steps of all ladders for a budget: the largest common fraction of dense bytes, and what that leaves over."""
 
-    def spent(fraction: float) -> int:
-        return sum(ladder.bytes[ladder.below(fraction)] for ladder in ladders.values())
+    def steps_of(fraction: float) -> dict[str, int]:
+        return {name: ladder.below(fraction) for name, ladder in ladders.items()}
 
-    low, high = 0.0, 1.0
-    if spent(high) <= budget:
-        low = high
+    fraction = _largest(lambda fraction: _bytes(ladders, steps_of(fraction)) <= budget, 1.0)
+    return _spend_rest(ladders, steps_of(fraction), budget)
+
+
+def _ranks_by_role(ladders: dict[str, _Ladder], budget: float, dense: int) -> dict[str, int]:
+    """Steps of all ladders for a budget: the largest common multiple of `RANKS`, and what that leaves over.
+
+    Args:
+        ladders: of all matrices that can be factorized.
+        budget: bytes they may take.
+        dense: bytes of everything else in scope.
+    """
+    embeddings = {name: ladder for name, ladder in ladders.items() if ladder.role == "embedding"}
+    others = {name: ladder for name, ladder in ladders.items() if ladder.role != "embedding"}
+    most = float(max(len(ladder.bytes) for ladder in ladders.values()))
+
+    def at(multiple: float, group: dict[str, _Ladder]) -> dict[str, int]:
+        ranks = {name: int(multiple * RANKS[ladder.role]) for name, ladder in group.items()}
+        return {name: min(max(rank - 1, 0), len(group[name].bytes) - 1) for name, rank in ranks.items()}
+
+    def steps_of(multiple: float) -> dict[str, int]:
+        steps = at(multiple, others)
+        most_embeddings = _bytes(others, steps) + dense
+        lower = _largest(lambda lower: _bytes(embeddings, at(lower, embeddings)) < most_embeddings, multiple)
+        return steps | at(lower, embeddings)
+
+    multiple = _largest(lambda multiple: _bytes(ladders, steps_of(multiple)) <= budget, most)
+    steps = steps_of(multiple)
+    return steps | _spend_rest(others or embeddings, steps, budget - _bytes(embeddings if others else {}, steps))
+
+
+def _largest(fits: Callable[[float], bool], high: float) -> float:
+    """The largest number from 0 to `high` that fits, if smaller ones fit as well; 0 if none does."""
+    if fits(high):
+        return high
+    low = 0.0
     for _ in range(60):
         middle = (low + high) / 2
-        low, high = (middle, high) if spent(middle) <= budget else (low, middle)
-    steps = {name: ladder.below(low) for name, ladder in ladders.items()}
-    left = budget - spent(low)
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
+def _bytes(ladders: dict[str, _Ladder], steps: dict[str, int]) -> int:
+    return sum(ladder.bytes[steps[name]] for name, ladder in ladders.items())
+
+
+def _spend_rest(ladders: dict[str, _Ladder], steps: dict[str, int], budget: float) -> dict[str, int]:
+    """Give what is left of a budget away one step at a time, first to those with the smallest part of their bytes."""
+    steps = {name: steps[name] for name in ladders}
+    left = budget - _bytes(ladders, steps)
     for name, ladder in sorted(ladders.items(), key=lambda item: item[1].bytes[steps[item[0]]] / item[1].dense):
         if ladder.next_step(steps[name]) <= left:
             left -= ladder.next_step(steps[name])
@@ -121,7 +198,7 @@ def _entry(matrix: Matrix, ladder: _Ladder | None, step: int) -> Entry:
     if step == len(ladder.specs):
         reason = "no smaller size fits the structure" if not ladder.specs else "the budget allows the dense matrix"
         return Entry(matrix, None, reason)
-    return Entry(matrix, ladder.specs[step], f"uniform: {ladder.bytes[step] / ladder.dense:.1%} of its bytes")
+    return Entry(matrix, ladder.specs[step], f"{matrix.role}: {ladder.bytes[step] / ladder.dense:.1%} of its bytes")
 
 
-ALLOCATIONS = {"uniform": uniform}
+ALLOCATIONS = {"uniform": uniform, "by_role": by_role}

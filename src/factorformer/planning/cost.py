@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable
+from typing import Literal
 
 import torch
 
@@ -31,6 +32,9 @@ def total(costs: Iterable[Cost]) -> Cost:
     return sum(costs, Cost())
 
 
+Role = Literal["attention", "feed_forward", "embedding"]
+
+
 @dataclasses.dataclass(frozen=True)
 class Matrix:
     """A weight matrix of a model, stored once, whatever the number of places that use it.
@@ -44,6 +48,8 @@ class Matrix:
         lookups: how often a token looks up one of its rows.
         aliases: other modules tied to the same values.
         dense: why it has to stay dense; None if it can be factorized.
+        role: what it does in the model; an output head counts as an embedding, whatever else is not part of attention
+            as feed-forward.
     """
 
     name: str
@@ -53,6 +59,7 @@ class Matrix:
     lookups: int = 0
     aliases: tuple[str, ...] = ()
     dense: str | None = None
+    role: Role = "feed_forward"
 
     def cost(self, spec: Structure | None) -> Cost:
         """Cost under a structure, or dense for None."""

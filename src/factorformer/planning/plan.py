@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args
 import torch
 
 from factorformer.errors import FactorformerError, MethodError, OutputError, one_of
-from factorformer.planning.cost import Cost, Matrix, total
+from factorformer.planning.cost import Cost, Matrix, Role, total
 from factorformer.structures import Structure, from_dict
 
 Scope = Literal["blocks", "all"]
@@ -196,6 +196,9 @@ def _entry(item: object) -> Entry:
     names = all(isinstance(alias, str) for alias in aliases)
     if not sizes or not names or not isinstance(dtype, torch.dtype):
         raise MethodError(f"{where} is malformed: 'shape' is {shape}, 'aliases' {aliases}, 'dtype' '{item['dtype']}'")
+    role = _field(item, "role", str, where=where)
+    if role not in get_args(Role):
+        raise MethodError(f"{where} is malformed: unknown role {one_of(role, get_args(Role))}")
     matrix = Matrix(
         name,
         (shape[0], shape[1]),
@@ -204,6 +207,7 @@ def _entry(item: object) -> Entry:
         _field(item, "lookups", int, where=where),
         tuple(aliases),
         _field(item, "dense", str, type(None), where=where),
+        role,
     )
     description = _field(item, "spec", dict, type(None), where=where)
     try:

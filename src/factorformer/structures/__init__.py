@@ -8,9 +8,10 @@ from typing import Any
 
 from factorformer.errors import CheckpointError, one_of
 from factorformer.structures.base import Factors, Shape, Structure, TensorSpec
+from factorformer.structures.kronecker_sum import KroneckerSum, factor_shapes
 from factorformer.structures.low_rank import LowRank, largest_rank
 
-STRUCTURES: dict[str, type[Structure]] = {LowRank.kind: LowRank}
+STRUCTURES: dict[str, type[Structure]] = {LowRank.kind: LowRank, KroneckerSum.kind: KroneckerSum}
 
 
 def from_dict(description: Mapping[str, Any]) -> Structure:
@@ -25,7 +26,8 @@ def from_dict(description: Mapping[str, Any]) -> Structure:
     kind = description.get("structure")
     if kind not in STRUCTURES:
         raise CheckpointError(f"unknown structure {one_of(str(kind), STRUCTURES)}; is this package up to date?")
-    fields = {key: value for key, value in description.items() if key != "structure"}
+    # JSON knows no tuples.
+    fields = {k: tuple(v) if isinstance(v, list) else v for k, v in description.items() if k != "structure"}
     expected = {field.name for field in dataclasses.fields(STRUCTURES[kind])}
     if set(fields) != expected:
         raise CheckpointError(f"structure '{kind}' has the fields {sorted(expected)}, got {sorted(fields)}")
@@ -35,10 +37,12 @@ def from_dict(description: Mapping[str, Any]) -> Structure:
 __all__ = [
     "STRUCTURES",
     "Factors",
+    "KroneckerSum",
     "LowRank",
     "Shape",
     "Structure",
     "TensorSpec",
+    "factor_shapes",
     "from_dict",
     "largest_rank",
 ]

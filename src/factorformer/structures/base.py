@@ -45,7 +45,7 @@ class TensorSpec:
 class Structure(ABC):
     """A matrix in factorized form, described before any of its numbers exist.
 
-    One of the factors is named `weight`, has `out` rows, and never the shape `(out, in)`: a program that loads the
+    One of the factors is named `weight` and never has the shape `(out, in)` or `(in, out)`: a program that loads the
     checkpoint without this package then stops at a shape mismatch, instead of running on random weights.
     """
 
@@ -69,15 +69,15 @@ class Structure(ABC):
         """Raise `ModelError` if a matrix of this shape cannot have this structure."""
 
     @abstractmethod
-    def matmul(self, factors: Factors, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    def matmul(self, shape: Shape, factors: Factors, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """`x @ W.T + bias`: `(..., in)` to `(..., out)`, without building `W`."""
 
     @abstractmethod
-    def rows(self, factors: Factors, index: Tensor) -> Tensor:
+    def rows(self, shape: Shape, factors: Factors, index: Tensor) -> Tensor:
         """`W[index]`: integers `(...)` to `(..., in)`, without building `W`."""
 
     @abstractmethod
-    def to_dense(self, factors: Factors) -> Tensor:
+    def to_dense(self, shape: Shape, factors: Factors) -> Tensor:
         """The matrix `W`, `(out, in)`: the only function that builds it."""
 
     @abstractmethod

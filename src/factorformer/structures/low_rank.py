@@ -52,13 +52,13 @@ class LowRank(Structure):
                 f"allowed: 1 to {largest}; keep the matrix dense instead"
             )
 
-    def matmul(self, factors: Factors, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    def matmul(self, shape: Shape, factors: Factors, x: Tensor, bias: Tensor | None = None) -> Tensor:
         return F.linear(F.linear(x, factors["right"]), factors["weight"], bias)
 
-    def rows(self, factors: Factors, index: Tensor) -> Tensor:
+    def rows(self, shape: Shape, factors: Factors, index: Tensor) -> Tensor:
         return F.embedding(index, factors["weight"]) @ factors["right"]
 
-    def to_dense(self, factors: Factors) -> Tensor:
+    def to_dense(self, shape: Shape, factors: Factors) -> Tensor:
         return factors["weight"] @ factors["right"]
 
     def resize(self, factors: Factors, smaller: Structure) -> dict[str, Tensor]:
