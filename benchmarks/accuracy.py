@@ -284,8 +284,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=default_data(), help="folder with one folder for each task")
     parser.add_argument("--tasks", nargs="+", default=["sst2", "banking77"], choices=TASKS)
-    default_methods = ["whitened", "fwsvd", "svd", "dense-longer", "torchao-int8", "fasterai-svd"]
-    default_methods.append(f"whitened{DISTILLED}")
+    default_methods = ["whitened", "fwsvd", "svd", "kronecker_whitened", "kronecker"]
+    default_methods += ["dense-longer", "torchao-int8", "fasterai-svd", f"whitened{DISTILLED}"]
     parser.add_argument("--methods", nargs="+", default=default_methods)
     parser.add_argument("--ratios", nargs="+", type=float, default=[2.8, 5.0])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])

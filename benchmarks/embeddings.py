@@ -19,17 +19,24 @@ from transformers import AutoModel, AutoTokenizer
 from transformers.utils import logging
 
 import factorformer
+from factorformer import recipes
 from factorformer.hf import data, minilm
 from factorformer.hf.training import compare_embeddings, embed
 
 QUESTIONS = 500
 
 
+def needs_text(method: str) -> bool:
+    return recipes.get(method).needs != "nothing"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=default_data(), help="folder with one folder for each task")
     parser.add_argument("--ratios", nargs="+", type=float, default=[1.5, 2.0, 2.8])
-    parser.add_argument("--texts", nargs="+", type=int, default=[0, 30, 200, 1500], help="calibration texts; 0 is svd")
+    parser.add_argument("--texts", nargs="+", type=int, default=[30, 200, 1500], help="calibration texts")
+    methods = ["svd", "whitened", "kronecker", "kronecker_whitened"]
+    parser.add_argument("--methods", nargs="+", default=methods, help="methods of factorformer")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=RESULTS / "embeddings.json")
     args = parser.parse_args()
@@ -42,17 +49,18 @@ def main() -> None:
     questions = texts.select(range(QUESTIONS))
     original = embed(AutoModel.from_pretrained(directory), tokenizer, questions)
     cells = []
+    fits = [(method, count) for method in args.methods for count in (args.texts if needs_text(method) else [0])]
     for ratio in args.ratios:
-        for count in args.texts:
+        for method, count in fits:
             model = AutoModel.from_pretrained(directory)
             chosen = texts.select(range(QUESTIONS, QUESTIONS + count))
-            plan = factorformer.plan(model, "whitened" if count else "svd", ratio)
-            factorformer.compress(model, plan, data.batches(tokenizer, chosen) if count else None)
+            plan = factorformer.plan(model, method, ratio)
+            report = factorformer.compress(model, plan, data.batches(tokenizer, chosen) if count else None)
             found = compare_embeddings(original, embed(model, tokenizer, questions))
-            cells.append({"ratio": ratio, "method": plan.method, "calibration_texts": count, **found})
-            print(
-                f"{ratio:>5}x {plan.method:<9} {count:>5} texts  " + "  ".join(f"{k} {v:.3f}" for k, v in found.items())
-            )
+            seconds = {f"{name}_seconds": value for name, value in report.seconds.items()}
+            cells.append({"ratio": ratio, "method": method, "calibration_texts": count, **found, **seconds})
+            shown = "  ".join(f"{name} {value:.3f}" for name, value in (found | seconds).items())
+            print(f"{ratio:>5}x {method:<18} {count:>5} texts  {shown}", flush=True)
     args.output.parent.mkdir(parents=True, exist_ok=True)
     args.output.write_text(json.dumps({"seed": args.seed, "cells": cells, "machine": machine()}, indent=1) + "\n")
 

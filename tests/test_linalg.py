@@ -9,7 +9,16 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from factorformer.errors import ModelError
-from factorformer.linalg import Route, leading_eigenvectors, leading_singular_vectors, square_root
+from factorformer.linalg import (
+    Route,
+    arrange_back,
+    leading_eigenvectors,
+    leading_singular_vectors,
+    rearrange,
+    separable_moment,
+    separable_weights,
+    square_root,
+)
 
 SHAPES = {"wide": (40, 64), "tall": (64, 40), "square": (48, 48)}
 RANK = 8
@@ -136,3 +145,67 @@ def test_square_root(width: int, seed: int) -> None:
 def test_a_metric_that_is_not_positive_definite_is_refused(moment: Tensor) -> None:
     with pytest.raises(ModelError, match=r"not positive definite.*regularize"):
         square_root(moment)
+
+
+# Rearrangement
+
+SIDES = st.tuples(st.integers(1, 6), st.integers(1, 6))
+
+
+@given(left=SIDES, right=SIDES)
+def test_a_kronecker_product_becomes_an_outer_product(left: tuple[int, int], right: tuple[int, int]) -> None:
+    first, second = torch.randn(left), torch.randn(right)
+    rearranged = rearrange(torch.kron(first, second), left, right)
+    torch.testing.assert_close(rearranged, torch.outer(first.flatten(), second.flatten()))
+
+
+@given(left=SIDES, right=SIDES, rows=st.integers(0, 3), columns=st.integers(0, 3))
+def test_arranging_back_gives_the_matrix_padded_with_zeros(
+    left: tuple[int, int], right: tuple[int, int], rows: int, columns: int
+) -> None:
+    out, inner = left[0] * right[0], left[1] * right[1]
+    matrix = torch.randn(max(1, out - rows), max(1, inner - columns))
+    rearranged = rearrange(matrix, left, right)
+    assert rearranged.shape == (left[0] * left[1], right[0] * right[1])
+    back = arrange_back(rearranged, left, right)
+    assert torch.equal(back[: matrix.shape[0], : matrix.shape[1]], matrix)
+    assert back.count_nonzero() == matrix.count_nonzero()
+
+
+def a_moment(width: int, seed: int) -> Tensor:
+    factor = torch.randn(width, 2 * width, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return factor @ factor.T
+
+
+@given(sides=SIDES, seed=st.integers(0, 5))
+def test_a_separable_moment_is_found_exactly(sides: tuple[int, int], seed: int) -> None:
+    moment = torch.kron(a_moment(sides[0], seed), a_moment(sides[1], seed + 1))
+    torch.testing.assert_close(torch.kron(*separable_moment(moment, sides)), moment)
+
+
+@given(sides=SIDES, seed=st.integers(0, 5))
+def test_the_separable_part_of_any_moment_is_the_most_likely(sides: tuple[int, int], seed: int) -> None:
+    moment = a_moment(sides[0] * sides[1], seed)
+    first, second = separable_moment(moment, sides, rounds=50)
+    for factor in (first, second):
+        torch.testing.assert_close(factor, factor.T)
+        square_root(factor)  # raises unless positive definite
+
+    def surprise(first: Tensor, second: Tensor) -> Tensor:
+        separable = torch.kron(first, second)
+        return torch.linalg.solve(separable, moment).trace() + torch.linalg.slogdet(separable)[1]
+
+    best = surprise(first, second)
+    for step in (1e-2, 1e-1):
+        assert surprise(first + step * first.diagonal().diag(), second) >= best - 1e-6
+        assert surprise(first, second + step * second.diagonal().diag()) >= best - 1e-6
+
+
+@given(sides=SIDES, seed=st.integers(0, 5))
+def test_separable_weights_are_the_separable_moment_of_a_diagonal(sides: tuple[int, int], seed: int) -> None:
+    weights = torch.randn(sides, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).exp()
+    first, second = separable_weights(weights, rounds=50)
+    expected = torch.kron(*separable_moment(weights.flatten().diag(), sides, rounds=50))
+    torch.testing.assert_close(torch.outer(first, second).flatten().diag(), expected, rtol=1e-6, atol=1e-9)
+    exact = torch.outer(first, second)
+    torch.testing.assert_close(torch.outer(*separable_weights(exact)), exact)

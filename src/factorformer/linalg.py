@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
@@ -70,3 +71,69 @@ def square_root(moment: Float[Tensor, "n n"]) -> Float[Tensor, "n n"]:
             f"the metric is not positive definite (leading minor {int(info)}): regularize it, or calibrate on more data"
         )
     return root
+
+
+def rearrange(
+    matrix: Float[Tensor, "out inner"], left: tuple[int, int], right: tuple[int, int]
+) -> Float[Tensor, "left_size right_size"]:
+    """The rearrangement that turns a Kronecker product into an outer product (Van Loan and Pitsianis, 1993).
+
+    With `left = (m1, n1)` and `right = (m2, n2)`, entry `[i1 * m2 + i2, j1 * n2 + j2]` goes to
+    `[i1 * n1 + j1, i2 * n2 + j2]`, so that `A (x) B` becomes `vec(A) vec(B)^T`, a sum of `k` such products a matrix of
+    rank `k`, and Frobenius norms stay what they are.
+
+    Args:
+        matrix: `(out, in)`, padded with zeros to `(m1 * m2, n1 * n2)`.
+        left: shape of the first factor.
+        right: shape of the second factor.
+
+    Returns:
+        `(m1 * n1, m2 * n2)`.
+    """
+    (m1, n1), (m2, n2) = left, right
+    padded = F.pad(matrix, (0, n1 * n2 - matrix.shape[1], 0, m1 * m2 - matrix.shape[0]))
+    return padded.reshape(m1, m2, n1, n2).transpose(1, 2).reshape(m1 * n1, m2 * n2)
+
+
+def arrange_back(
+    rearranged: Float[Tensor, "left_size right_size"], left: tuple[int, int], right: tuple[int, int]
+) -> Float[Tensor, "padded_out padded_inner"]:
+    """The matrix `(m1 * m2, n1 * n2)` whose `rearrange` is the given one, padding included."""
+    (m1, n1), (m2, n2) = left, right
+    return rearranged.reshape(m1, n1, m2, n2).transpose(1, 2).reshape(m1 * m2, n1 * n2)
+
+
+def separable_moment(
+    moment: Float[Tensor, "n n"], sides: tuple[int, int], rounds: int = 10
+) -> tuple[Float[Tensor, "n1 n1"], Float[Tensor, "n2 n2"]]:
+    """Positive definite `C1`, `C2` with `C1 (x) C2 ~ C`: the most likely ones if `C` is the moment of Gaussian inputs.
+
+    Each minimizes `tr(C (C1 (x) C2)^-1) + log det(C1 (x) C2)` in turn ("flip-flop", Dutilleul, 1999). This weighs
+    relative deviations: the nearest Kronecker product in the Frobenius norm serves a few outlier channels only, and a
+    fit that starts from it takes several times longer. A moment that is a Kronecker product is found exactly.
+
+    Args:
+        moment: `C`, positive definite, `(n1 * n2, n1 * n2)`.
+        sides: `n1` and `n2`.
+        rounds: updates of each factor.
+    """
+    n1, n2 = sides
+    blocks = rearrange(moment, (n1, n1), (n2, n2))
+    first = torch.eye(n1, dtype=moment.dtype, device=moment.device)
+    second = first
+    for _ in range(rounds):
+        second = (torch.linalg.inv(first).flatten() @ blocks).view(n2, n2) / n1
+        first = (blocks @ torch.linalg.inv(second).flatten()).view(n1, n1) / n2
+    return first, second
+
+
+def separable_weights(
+    weights: Float[Tensor, "m1 m2"], rounds: int = 10
+) -> tuple[Float[Tensor, " m1"], Float[Tensor, " m2"]]:
+    """`separable_moment` of a diagonal matrix: positive `a`, `b` with `a b^T` near the weights, exact for rank one."""
+    second = torch.ones_like(weights[0])
+    first = weights.mean(1)
+    for _ in range(rounds):
+        second = (weights / first[:, None]).mean(0)
+        first = (weights / second).mean(1)
+    return first, second

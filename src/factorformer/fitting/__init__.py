@@ -8,9 +8,13 @@ from torch import Tensor
 
 from factorformer.fitting.metric import Metric, MetricName
 from factorformer.fitting.svd import fit_low_rank
-from factorformer.structures import LowRank, Structure
+from factorformer.fitting.van_loan import fit_kronecker_sum
+from factorformer.structures import KroneckerSum, LowRank, Structure
 
-FITTERS: dict[type[Structure], Callable[..., tuple[dict[str, Tensor], float]]] = {LowRank: fit_low_rank}
+FITTERS: dict[type[Structure], Callable[..., tuple[dict[str, Tensor], float]]] = {
+    LowRank: fit_low_rank,
+    KroneckerSum: fit_kronecker_sum,
+}
 
 
 def fit(weight: Tensor, spec: Structure, metric: Metric | None = None) -> tuple[dict[str, Tensor], float]:

@@ -208,7 +208,8 @@ def factor_shapes(shape: Shape) -> tuple[Shape, Shape]:
         )
 
     powers = [2**power for power in range(11)]
-    pairs = [pair for pair in itertools.product(powers, powers) if pair[0] <= inner and pair[1] <= out]
+    columns = [n1 for n1 in powers if (n1 - 1) * -(-inner // n1) < inner]  # others would store padding only
+    pairs = [pair for pair in itertools.product(columns, powers) if pair[1] <= out]
     return _complete(shape, min(pairs, key=distance))
 
 
