@@ -1,0 +1,103 @@
+"""A subword tokenizer trained on one's own text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
+
+from factorformer.errors import DataError
+from factorformer.progress import Progress, silent
+
+PAD, EOS, BOS = "<pad>", "</s>", "<s>"
+SPECIAL = (PAD, EOS, BOS)
+"""Special tokens in the order of their ids, as in T5 and fairseq the padding first."""
+
+SMALLEST = len(SPECIAL) + 256
+"""Tokens of a vocabulary without a single merge: every byte is a token."""
+
+
+def train_tokenizer(
+    texts: Iterable[str], vocabulary: int, progress: Progress = silent, phase: str = "tokenizer"
+) -> PreTrainedTokenizerFast:
+    r"""Byte-level BPE (Radford et al. 2019; Sennrich et al. 2016): merges of bytes that the text itself suggests.
+
+    Words and punctuation are split before merging, so that "door" and "door," share a token. Every byte is a token:
+    no text is unknown, and decoding gives back exactly what was encoded, case and spaces included. Encoding a text
+    appends `</s>`. What looks like a special token in a text is read as the characters it is made of.
+
+    Args:
+        texts: raw text, e.g. the lines of both languages of a translation for a joint vocabulary.
+        vocabulary: number of tokens, the 256 bytes and the special tokens `<pad>` (0), `</s>` (1), `<s>` (2) included.
+        progress: told how many texts have been read.
+        phase: the name under which progress is told.
+
+    Raises:
+        DataError: no text, or a vocabulary that is too small for the bytes or too large for the text.
+
+    Example:
+        >>> tokenizer = train_tokenizer(["to be, or not to be"] * 2, 268)
+        >>> tokenizer.convert_ids_to_tokens(tokenizer("to be")["input_ids"])
+        ['to', 'Ġbe', '</s>']
+        >>> tokenizer.decode(tokenizer("Übung </s>")["input_ids"], skip_special_tokens=True)
+        'Übung </s>'
+    """
+    if vocabulary < SMALLEST:
+        raise DataError(
+            f"a vocabulary of {vocabulary} tokens is too small: {SMALLEST} are taken by the bytes and special tokens"
+        )
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary,
+        special_tokens=list(SPECIAL),
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    counted = _Counted(texts, progress, phase)
+    tokenizer.train_from_iterator(counted, trainer)
+    if not counted.characters:
+        raise DataError("there is no text to train a tokenizer on")
+    if tokenizer.get_vocab_size() < vocabulary:
+        raise DataError(
+            f"the text gives a vocabulary of {tokenizer.get_vocab_size()} tokens, all its words merged, and not of "
+            f"{vocabulary}: ask for fewer tokens or give more text"
+        )
+    tokenizer.post_processor = processors.Sequence(
+        [
+            processors.ByteLevel(trim_offsets=False),
+            processors.TemplateProcessing(
+                single=f"$A {EOS}", pair=f"$A {EOS} $B:1 {EOS}:1", special_tokens=[(EOS, SPECIAL.index(EOS))]
+            ),
+        ]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token=PAD,
+        eos_token=EOS,
+        bos_token=BOS,
+        padding_side="right",
+        model_input_names=["input_ids", "attention_mask"],
+        clean_up_tokenization_spaces=False,
+        split_special_tokens=True,
+    )
+
+
+class _Counted:
+    """Texts on their way to the trainer, with their number told as they pass."""
+
+    def __init__(self, texts: Iterable[str], progress: Progress, phase: str) -> None:
+        self.texts, self.progress, self.phase = texts, progress, phase
+        self.characters = 0
+
+    def __iter__(self) -> Iterator[str]:
+        total = len(self.texts) if hasattr(self.texts, "__len__") else None  # pyright: ignore[reportArgumentType]
+        done = 0
+        for done, text in enumerate(self.texts, 1):
+            self.characters += len(text)
+            yield text
+            if done % 1000 == 0:
+                self.progress(self.phase, done, total)
+        self.progress(self.phase, done, done)
