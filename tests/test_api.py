@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator
 from graphlib import TopologicalSorter
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ import factorformer
 from factorformer import errors, recipes
 from factorformer.fitting import FITTERS
 from factorformer.linalg import leading_eigenvectors
-from factorformer.planning import ALLOCATIONS
+from factorformer.planning import ALLOCATIONS, Scope
 from factorformer.structures import STRUCTURES, Structure
 
 SOURCE = Path(factorformer.__file__).parent
@@ -138,7 +139,7 @@ def test_the_front_door_is_small_and_sorted() -> None:
     assert public | {"__version__"} == set(names)
 
 
-@pytest.mark.parametrize("name", ["plan", "compress", "load"])
+@pytest.mark.parametrize("name", ["plan", "compress", "initialize", "load"])
 def test_every_argument_of_a_verb_is_explained(name: str) -> None:
     verb = getattr(factorformer, name)
     text = inspect.getdoc(verb) or ""
@@ -160,7 +161,7 @@ def test_a_wrong_name_is_answered_with_the_nearest() -> None:
 
 
 def test_recipes_name_parts_that_exist() -> None:
-    assert {"svd", "fwsvd", "whitened"} <= set(recipes.RECIPES)
+    assert {"svd", "fwsvd", "whitened", "kronecker", "kronecker_whitened", "shapeshifter"} <= set(recipes.RECIPES)
     for name, recipe in recipes.RECIPES.items():
         assert recipe.structure in STRUCTURES.values()
         assert recipe.structure in FITTERS
@@ -169,6 +170,7 @@ def test_recipes_name_parts_that_exist() -> None:
         assert "\n" not in recipe.summary
         assert recipe.paper
         assert recipe.needs in ("nothing", "text", "labelled text")
+        assert recipe.scope in get_args(Scope)
         assert recipes.get(name) is recipe
     assert recipes.default_method(calibrated=True) == "whitened"
     assert recipes.default_method(calibrated=False) == "svd"

@@ -116,6 +116,42 @@ def test_matrices_outside_the_blocks(name: str) -> None:
     assert {m.name: m.aliases for m in found if m.name not in inside} == OUTSIDE[name]
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_roles(name: str) -> None:
+    """Of matrices in blocks, by the table above; embeddings and heads, tied or not, are embeddings."""
+    model = MODELS[name].build()
+    found = {matrix.name: matrix for matrix in find_matrices(model, "all")[0] if matrix.dense is None}
+    for block, parts in BLOCKS_OF[name].items():
+        for part in parts:
+            attention = part in BERT[:4] or any(part.startswith(prefix) for prefix in ATTENTION)
+            role = "attention" if attention else "feed_forward"
+            assert {found[f"{block.format(i)}.{part}"].role for i in range(1 if name == "albert" else BLOCKS)} == {role}
+    heads = {"lm_head", "proj_out"}
+    for matrix in found.values():
+        if isinstance(model.get_submodule(matrix.name), nn.Embedding) or matrix.name in heads:
+            assert matrix.role == "embedding"
+    outside = {n: found[n].role for n in OUTSIDE.get(name, {})}
+    assert outside.pop("cls.predictions.transform.dense", "feed_forward") == "feed_forward"
+    assert set(outside.values()) <= {"embedding"}
+
+
+ATTENTION = (
+    "attention.",
+    "attn.",
+    "self_attn.",
+    "encoder_attn.",
+    "layer.0.Self",
+    "layer.1.EncDec",
+    "albert_layers.0.a",
+)
+
+
+def test_the_head_of_an_untied_model_is_an_embedding() -> None:
+    found = {matrix.name: matrix for matrix in find_matrices(MODELS["llama"].build(), "all")[0]}
+    for name in ("model.embed_tokens", "lm_head"):
+        assert (found[name].role, found[name].aliases) == ("embedding", ())
+
+
 STAYS_DENSE = {
     "mixtral": {
         "model.layers.0.mlp.experts.gate_up_proj": "expert weights fused in a 3-D parameter, left dense",

@@ -3,17 +3,29 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from typing import get_args
 
+import jaxtyping
 import pytest
-from hypothesis import given, settings
+import torch
+from hypothesis import Phase, assume, given, settings
 from hypothesis import strategies as st
 
 from factorformer.errors import BudgetError
-from factorformer.planning import Cost, Entry, Matrix, total
-from factorformer.planning.allocate import TOLERANCE, uniform
-from factorformer.structures import LowRank
+from factorformer.planning import Cost, Entry, Matrix, Role, total
+from factorformer.planning.allocate import ALLOCATIONS, RANKS, TOLERANCE, by_role, uniform
+from factorformer.structures import KroneckerSum, LowRank, Structure
 
 SIDES = st.integers(16, 90)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _without_shape_checks() -> Iterator[None]:
+    """Annotations unchecked: planning looks at thousands of sizes, which takes ten times as long with checks."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 # A handful of matrices; some have to stay dense.
@@ -22,6 +34,7 @@ MODELS = st.lists(
         st.tuples(SIDES, SIDES),
         st.sampled_from(["float32", "float16"]),
         st.sampled_from([None, None, None, "excluded"]),
+        st.sampled_from(get_args(Role)),
     ),
     min_size=1,
     max_size=6,
@@ -30,6 +43,11 @@ MODELS = st.lists(
 
 def bytes_of(matrices: list[Matrix], rest: Cost) -> int:
     return total(m.cost(None) for m in matrices).bytes + rest.bytes
+
+
+def rank_of(entry: Entry) -> int:
+    assert isinstance(entry.spec, (LowRank, KroneckerSum)), entry
+    return entry.spec.rank
 
 
 def check(entries: tuple[Entry, ...], matrices: list[Matrix], ratio: float, rest: Cost) -> None:
@@ -42,34 +60,46 @@ def check(entries: tuple[Entry, ...], matrices: list[Matrix], ratio: float, rest
         if entry.spec is not None:
             assert entry.matrix.dense is None
             assert entry.compressed.bytes < entry.original.bytes
-            assert entry.compressed.flops < entry.original.flops
+            if isinstance(entry.spec, LowRank):  # sums of Kronecker products can be slower than they are small
+                assert entry.compressed.flops < entry.original.flops
 
 
-@settings(max_examples=100)
+@pytest.mark.parametrize("structure", [LowRank, KroneckerSum])
+@pytest.mark.parametrize("allocation", ALLOCATIONS)
+@settings(max_examples=50)
 @given(model=MODELS, ratio=st.floats(1, 12), rest=st.integers(0, 2000))
 def test_budgets_are_met_or_the_nearest_is_named(
-    model: list[tuple[tuple[int, int], str, str | None]], ratio: float, rest: int
+    allocation: str,
+    structure: type[Structure],
+    model: list[tuple[tuple[int, int], str, str | None, Role]],
+    ratio: float,
+    rest: int,
 ) -> None:
-    matrices = [Matrix(f"layer.{i}", shape, dtype, dense=dense) for i, (shape, dtype, dense) in enumerate(model)]
+    allocate = ALLOCATIONS[allocation]
+    matrices = [
+        Matrix(f"layer.{i}", shape, dtype, dense=dense, role=role)
+        for i, (shape, dtype, dense, role) in enumerate(model)
+    ]
     others = Cost(rest, 4 * rest, 0)
     try:
-        entries = uniform(matrices, LowRank, ratio, others)
+        entries = allocate(matrices, structure, ratio, others)
     except BudgetError as error:
         if "can be factorized" in str(error):
             assert all(matrix.dense is not None for matrix in matrices)
             return
         (near,) = re.findall(r"(?:ask for at most|the nearest is) ([0-9.]+)$", str(error))
-        check(uniform(matrices, LowRank, float(near), others), matrices, float(near), others)
+        check(allocate(matrices, structure, float(near), others), matrices, float(near), others)
     else:
         check(entries, matrices, ratio, others)
 
 
-@pytest.mark.parametrize("ratio", [1.2, 1.5, 2, 2.8, 3, 5, 8])
-def test_a_transformer_meets_every_usual_ratio(ratio: float) -> None:
+@pytest.mark.parametrize("structure", [LowRank, KroneckerSum])
+@pytest.mark.parametrize("ratio", [1.2, 1.5, 2, 2.8, 3, 5, 8, 10, 20])
+def test_a_transformer_meets_every_usual_ratio(ratio: float, structure: type[Structure]) -> None:
     shapes = [(768, 768)] * 4 + [(3072, 768), (768, 3072)]
     matrices = [Matrix(f"{i}.{j}", shape) for i in range(12) for j, shape in enumerate(shapes)]
     rest = Cost(100_000, 400_000, 0)
-    entries = uniform(matrices, LowRank, ratio, rest)
+    entries = uniform(matrices, structure, ratio, rest)
     reached = total(entry.compressed for entry in entries).bytes + rest.bytes
     assert reached * ratio == pytest.approx(bytes_of(matrices, rest), rel=1e-3)
     # Uniform: every matrix keeps about the same fraction of its bytes.
@@ -77,9 +107,11 @@ def test_a_transformer_meets_every_usual_ratio(ratio: float) -> None:
     assert max(fractions) - min(fractions) < 0.01
 
 
-def test_equal_matrices_differ_by_one_rank_at_most() -> None:
+@pytest.mark.parametrize("allocation", ALLOCATIONS)
+@pytest.mark.parametrize("structure", [LowRank, KroneckerSum])
+def test_equal_matrices_differ_by_one_rank_at_most(structure: type[Structure], allocation: str) -> None:
     matrices = [Matrix(f"{i}", (64, 64)) for i in range(7)]
-    ranks = [entry.spec.rank for entry in uniform(matrices, LowRank, 3, Cost()) if isinstance(entry.spec, LowRank)]
+    ranks = [rank_of(entry) for entry in ALLOCATIONS[allocation](matrices, structure, 3, Cost())]
     assert len(ranks) == 7
     assert max(ranks) - min(ranks) <= 1
 
@@ -118,3 +150,91 @@ def test_nothing_to_factorize() -> None:
     for matrices in ([], [Matrix("a", (64, 64), dense="excluded")]):
         with pytest.raises(BudgetError, match="no matrix in scope can be factorized"):
             uniform(matrices, LowRank, 2, Cost())
+
+
+# Ranks by role
+
+
+def transformer(width: int, blocks: int, vocabulary: int, positions: int) -> list[Matrix]:
+    """The matrices of an encoder."""
+    sizes = {"words": vocabulary, "positions": positions}
+    matrices = [Matrix(name, (size, width), role="embedding") for name, size in sizes.items()]
+    for i in range(blocks):
+        matrices += [Matrix(f"{i}.attention.{name}", (width, width), role="attention") for name in "qkvo"]
+        matrices += [Matrix(f"{i}.up", (4 * width, width)), Matrix(f"{i}.down", (width, 4 * width))]
+    return matrices
+
+
+def parts(entries: tuple[Entry, ...], rest: Cost) -> tuple[int, int]:
+    """Bytes of the embeddings, and of everything else."""
+    embeddings = sum(entry.compressed.bytes for entry in entries if entry.matrix.role == "embedding")
+    others = sum(entry.compressed.bytes for entry in entries if entry.matrix.role != "embedding")
+    return embeddings, others + rest.bytes
+
+
+@pytest.mark.parametrize("structure", [LowRank, KroneckerSum])
+@settings(max_examples=60, phases=set(Phase) - {Phase.shrink})
+@given(
+    width=st.sampled_from([64, 96, 128]),
+    blocks=st.integers(1, 4),
+    vocabulary=st.integers(40, 3000),
+    ratio=st.floats(3, 15),
+    rest=st.integers(0, 2000),
+)
+def test_small_ranks_for_attention_and_larger_ones_for_embeddings(
+    structure: type[Structure], width: int, blocks: int, vocabulary: int, ratio: float, rest: int
+) -> None:
+    matrices, others = transformer(width, blocks, vocabulary, positions=32), Cost(rest, 4 * rest, 0)
+    try:
+        entries = by_role(matrices, structure, ratio, others)
+    except BudgetError:
+        assume(False)
+    check(entries, matrices, ratio, others)
+    sizes = {m.name: list(structure.candidates(m.shape, torch.float32)) for m in matrices}
+    ranks: dict[Role, list[int]] = {"attention": [], "feed_forward": [], "embedding": []}
+    for entry in entries:
+        if entry.spec is not None and entry.spec != sizes[entry.matrix.name][-1]:  # others cannot grow with their role
+            ranks[entry.matrix.role].append(rank_of(entry))
+    for of_role in ranks.values():
+        assert max(of_role, default=0) - min(of_role, default=0) <= 1
+    attention, feed_forward, embedding = (ranks[role] for role in ("attention", "feed_forward", "embedding"))
+    # What rounding leaves over is one step at most.
+    if attention and feed_forward:
+        assert max(attention) <= min(feed_forward) + 1
+        assert max(feed_forward) <= RANKS["feed_forward"] / RANKS["attention"] * (min(attention) + 1) + 1
+    embeddings, remainder = parts(entries, others)
+    if max(embedding, default=1) > 1:
+        assert embeddings < remainder
+    if embedding and feed_forward and min(embedding) < max(feed_forward) - 1:
+        # One step more for each embedding, and together they would not be smaller than the rest, which may have got a
+        # step for each matrix after that was decided.
+        steps = {True: 0, False: 0}
+        for entry in entries:
+            if entry.spec is not None:
+                larger = [*sizes[entry.matrix.name][rank_of(entry) :], None][0]
+                step = entry.matrix.cost(larger).bytes - entry.compressed.bytes
+                steps[entry.matrix.role == "embedding"] += step
+        assert embeddings + steps[True] >= remainder - steps[False]
+
+
+@pytest.mark.parametrize("structure", [LowRank, KroneckerSum])
+def test_ranks_stand_in_the_relation_of_their_roles(structure: type[Structure]) -> None:
+    matrices = transformer(512, blocks=6, vocabulary=2000, positions=512)
+    entries = by_role(matrices, structure, 10, Cost())
+    ranks = {entry.matrix.name: rank_of(entry) for entry in entries}
+    smallest = ranks["0.attention.q"]
+    assert smallest > 3
+    for entry in entries:
+        expected = RANKS[entry.matrix.role] / RANKS["attention"] * smallest
+        assert ranks[entry.matrix.name] == pytest.approx(expected, abs=RANKS[entry.matrix.role] + 1)
+        assert entry.reason.startswith(f"{entry.matrix.role}: ")
+
+
+@pytest.mark.parametrize("structure", [LowRank, KroneckerSum])
+def test_large_embeddings_stay_smaller_than_the_rest(structure: type[Structure]) -> None:
+    matrices, rest = transformer(256, blocks=6, vocabulary=30_000, positions=512), Cost(1000, 4000, 0)
+    entries = by_role(matrices, structure, 12, rest)
+    embeddings, others = parts(entries, rest)
+    assert 0.9 * others < embeddings < others  # as large as they may be
+    equal = uniform(matrices, structure, 12, rest)
+    assert parts(equal, rest)[0] > parts(equal, rest)[1]  # which takes a rule

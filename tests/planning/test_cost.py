@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from factorformer.planning import Cost, Matrix, total
-from factorformer.structures import LowRank
+from factorformer.structures import KroneckerSum, LowRank
 
 
 def test_costs_add_up() -> None:
@@ -34,3 +34,12 @@ def test_flops_count_every_use() -> None:
 
 def test_stored_once_however_often_it_is_used() -> None:
     assert Matrix("m", (64, 32), products=12, aliases=("other",)).cost(None).bytes == 64 * 32 * 4
+
+
+def test_a_sum_of_kronecker_products() -> None:
+    spec = KroneckerSum(3, (16, 4), (4, 8))
+    # Right factors first: 4 rows of 8 become 4 rows of 3 x 4, and 4 columns of 3 x 4 become 4 columns of 16.
+    product, row = 2 * (4 * 8 * 12 + 4 * 12 * 16), 2 * 3 * 4 * 8 * 4
+    assert Matrix("m", (64, 32)).cost(spec) == Cost(3 * (64 + 32), 3 * (64 + 32) * 4, product)
+    assert Matrix("words", (64, 32), "float16", 0, 1).cost(spec) == Cost(3 * 96, 3 * 96 * 2, row)
+    assert Matrix("words", (64, 32), products=1, lookups=1).cost(spec).flops == product + row

@@ -17,7 +17,7 @@ from factorformer import Plan
 from factorformer.errors import BudgetError, MethodError, ModelError
 from factorformer.planning import Cost, Entry, Matrix, Scope, left_dense
 from factorformer.recipes import RECIPES
-from factorformer.structures import LowRank
+from factorformer.structures import KroneckerSum, LowRank
 
 
 def a_plan(name: str = "bert", ratio: float = 2, scope: Scope = "blocks", **options: Any) -> Plan:
@@ -231,9 +231,33 @@ def test_an_unknown_scope(no_shape_checks: None) -> None:
 
 @pytest.mark.parametrize("method", [None, *RECIPES])
 def test_every_method_plans(method: str | None) -> None:
-    plan = factorformer.plan(MODELS["bert"].build(), method, ratio=2)
+    model = MODELS["bert"].build()
+    plan = factorformer.plan(model, method, ratio=2)
     assert plan.method == method
-    assert (plan.scope, plan.target) == ("blocks", 2)
+    assert (plan.scope, plan.target) == ("all" if method == "shapeshifter" else "blocks", 2)
+    for scope in get_args(Scope):
+        assert factorformer.plan(model, method, ratio=2, scope=scope).scope == scope
+
+
+@pytest.mark.parametrize("scope", get_args(Scope))
+@pytest.mark.parametrize("name", [name for name in MODELS if name != "mixtral"])
+def test_ranks_go_by_role(name: str, scope: Scope) -> None:
+    model = MODELS[name].build()
+    try:
+        plan = factorformer.plan(model, "shapeshifter", 2.5, scope)
+    except BudgetError as error:
+        (near,) = re.findall(r"(?:ask for at most|the nearest is) ([0-9.]+)$", str(error))
+        plan = factorformer.plan(model, "shapeshifter", float(near), scope)
+    assert plan.ratio == pytest.approx(plan.target, rel=0.01)
+    ranks: dict[str, list[int]] = {}
+    for entry in plan.factorized:
+        assert isinstance(entry.spec, KroneckerSum)
+        ranks.setdefault(entry.matrix.role, []).append(entry.spec.rank)
+    assert max(ranks["attention"]) <= min(ranks["feed_forward"]) + 1
+    embeddings = sum(entry.compressed.bytes for entry in plan.factorized if entry.matrix.role == "embedding")
+    assert embeddings < plan.compressed.bytes / 2
+    roles = {entry.matrix.role for entry in plan.entries if entry.matrix.dense is None}
+    assert ("embedding" in roles) == (scope == "all" and name != "vit")
 
 
 BROKEN: dict[str, Any] = {
@@ -303,6 +327,9 @@ def test_entries_price_themselves() -> None:
         ("products", "1"),
         ("lookups", None),
         ("reason", 1),
+        ("role", None),
+        ("role", "embeddings"),
+        ("role", ["attention"]),
     ],
 )
 def test_entries_with_values_of_another_type(field: str, value: Any) -> None:
@@ -310,6 +337,23 @@ def test_entries_with_values_of_another_type(field: str, value: Any) -> None:
     name = content["entries"][1]["name"]
     content["entries"][1][field] = value
     with pytest.raises(MethodError, match=f"plan entry '{name}'"):
+        Plan.from_dict(content)
+
+
+def test_an_unknown_role_is_answered_with_the_nearest() -> None:
+    content = a_plan().to_dict()
+    content["entries"][0]["role"] = "attn"
+    name = content["entries"][0]["name"]
+    message = r"unknown role 'attn' \(did you mean 'attention'\?\); allowed: attention, feed_forward, embedding"
+    with pytest.raises(MethodError, match=f"plan entry '{name}' is malformed: {message}"):
+        Plan.from_dict(content)
+
+
+@pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(Matrix)] + ["spec", "reason"])
+def test_entries_lack_nothing(field: str) -> None:
+    content = json.loads(json.dumps(a_plan().to_dict()))
+    del content["entries"][1][field]
+    with pytest.raises(MethodError, match=f"malformed: it has no '{field}'"):
         Plan.from_dict(content)
 
 

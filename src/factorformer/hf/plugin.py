@@ -209,8 +209,13 @@ def rewrite_ties(model: nn.Module) -> None:
                 ties[target] = source
         if any(_holder(module, source) is not None for source in ties.values()):
             module._tied_weights_keys = {f"{re.escape(t)}$": f"{re.escape(s)}$" for t, s in ties.items()}
+            module._adjust_bias = _leave_bias
     if isinstance(model, PreTrainedModel):
         model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
+
+
+def _leave_bias(output_embeddings: Any, input_embeddings: Any) -> None:
+    """In the place of what cuts the bias of a tied head to the rows of its weight, which a factor need not have."""
 
 
 def _holder(model: nn.Module, tensor_name: str) -> FactorizedMatrix | None:
@@ -253,5 +258,6 @@ def to_dense(model: PreTrainedModel) -> PreTrainedModel:
     for module in model.modules():
         if isinstance(module, PreTrainedModel):
             module.__dict__.pop("_tied_weights_keys", None)
+            module.__dict__.pop("_adjust_bias", None)
     model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
     return model

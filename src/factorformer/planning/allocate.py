@@ -44,7 +44,8 @@ def by_role(matrices: Sequence[Matrix], structure: type[Structure], ratio: float
     """Small ranks for attention, higher ranks for embeddings, feed-forward matrices in between.
 
     Ranks stand in the relation of `RANKS`, but all embeddings together stay smaller than the rest of the model, as in
-    Shapeshifter (Panahi, Saeedi and Arodz, NeurIPS 2021). The numbers of that relation are our choice.
+    Shapeshifter (Panahi, Saeedi and Arodz, NeurIPS 2021), unless the rest is dense already and the budget not spent.
+    The numbers of that relation are our choice.
 
     Args:
         matrices, structure, ratio, rest: as for `uniform`.
@@ -118,6 +119,10 @@ class _Ladder:
         """The largest step whose bytes stay within a fraction of the dense bytes; step 0 if none does."""
         return max(bisect.bisect_right(self.bytes, fraction * self.dense) - 1, 0)
 
+    def full(self, step: int) -> bool:
+        """Whether this is the last step: the dense matrix."""
+        return step + 1 == len(self.bytes)
+
     def next_step(self, step: int) -> float:
         """Bytes that the next size takes beyond this one; infinite at the last."""
         return self.bytes[step + 1] - self.bytes[step] if step + 1 < len(self.bytes) else math.inf
@@ -155,9 +160,12 @@ def _ranks_by_role(ladders: dict[str, _Ladder], budget: float, dense: int) -> di
         lower = _largest(lambda lower: _bytes(embeddings, at(lower, embeddings)) < most_embeddings, multiple)
         return steps | at(lower, embeddings)
 
-    multiple = _largest(lambda multiple: _bytes(ladders, steps_of(multiple)) <= budget, most)
-    steps = steps_of(multiple)
-    return steps | _spend_rest(others or embeddings, steps, budget - _bytes(embeddings if others else {}, steps))
+    steps = steps_of(_largest(lambda multiple: _bytes(ladders, steps_of(multiple)) <= budget, most))
+    if all(ladder.full(steps[name]) for name, ladder in others.items()):
+        left = budget - _bytes(others, steps)
+        steps |= at(_largest(lambda multiple: _bytes(embeddings, at(multiple, embeddings)) <= left, most), embeddings)
+        return steps | _spend_rest(embeddings, steps, left) if embeddings else steps
+    return steps | _spend_rest(others, steps, budget - _bytes(embeddings, steps))
 
 
 def _largest(fits: Callable[[float], bool], high: float) -> float:
