@@ -113,6 +113,8 @@ class Bench:
 
     def rate(self, task: Task, method: str, ratio: float | None) -> float:
         """The best learning rate of a method on a task, searched on a slice of train once."""
+        if self.args.rate is not None and method != "dense":
+            return self.args.rate
         name = method.removesuffix(DISTILLED)
         key = {"task": task.name, "method": name, "train_rows": self.args.train_rows}
         for row in read_lines(self.args.rates):
@@ -290,6 +292,7 @@ def main() -> None:
     parser.add_argument("--ratios", nargs="+", type=float, default=[2.8, 5.0])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--epochs", type=float, default=3.0)
+    parser.add_argument("--rate", type=float, help="learning rate of all methods, in place of the search")
     parser.add_argument("--train-rows", type=int, default=None, help="use only so many training rows, for every method")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="start no new cell after this time")
     parser.add_argument("--model", default=None, help="a model directory; the embedded MiniLM if not given")

@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from factorformer.errors import ModelError
 from factorformer.nn import FactorizedEmbedding, FactorizedLinear
 from factorformer.structures import KroneckerSum, LowRank, Shape, factor_shapes
+from factorformer.structures.kronecker_sum import ROWS_AT_ONCE
 
 MULTIPLES = st.integers(2, 64).map(lambda count: 64 * count)
 
@@ -348,3 +349,13 @@ def test_low_rank_layers_gain_nothing_from_stacking() -> None:
     """The contrast: two plain low-rank layers amount to one."""
     layers = [FactorizedLinear(LowRank(3), (24, 24), dtype=torch.float64).to_dense() for _ in range(2)]
     assert torch.linalg.matrix_rank(layers[1] @ layers[0]) == 3
+
+
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
+def test_inference_in_blocks_of_rows_changes_nothing(bias: bool) -> None:
+    layer = FactorizedLinear(KroneckerSum(3, (13, 2), (8, 20)), (100, 37), bias=bias, dtype=torch.float64)
+    x = torch.randn(3, ROWS_AT_ONCE // 2 + 1, 37, dtype=torch.float64)
+    with torch.no_grad():
+        product = layer(x)
+    assert product.shape == (3, ROWS_AT_ONCE // 2 + 1, 100)
+    torch.testing.assert_close(product, layer(x).detach(), rtol=0, atol=1e-12)

@@ -18,6 +18,9 @@ from factorformer.structures.base import Factors, Shape, Structure, TensorSpec, 
 AMPLIFICATION = 4
 """Multiply-adds for each parameter and input row that the default shapes aim at; plain low-rank has 1."""
 
+ROWS_AT_ONCE = 1024
+"""Rows that inference on a CPU multiplies at once: beyond, intermediate results leave the cache and fault new pages."""
+
 LARGEST_SELECTION = 64
 """Up to this many multiply-adds for each gathered value, rows are cheaper by one GEMM than by gathering factors."""
 
@@ -113,6 +116,11 @@ class KroneckerSum(Structure):
     def matmul(self, shape: Shape, factors: Factors, x: Tensor, bias: Tensor | None = None) -> Tensor:
         (m1, n1), (m2, n2) = self.left, self.right
         leading, padding = x.shape[:-1], n1 * n2 - shape[1]
+        if x.device.type == "cpu" and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            blocks = x.reshape(-1, shape[1]).split(ROWS_AT_ONCE)
+            if len(blocks) > 1:
+                products = [self.matmul(shape, factors, block, bias) for block in blocks]
+                return torch.cat(products).view(*leading, shape[0])
         x = F.pad(x, (0, padding)) if padding else x
         if self._right_first:
             inner = F.linear(x.reshape(-1, n2), factors["right"].flatten(0, 1))
