@@ -150,4 +150,5 @@ class FactorizedEmbedding(FactorizedMatrix):
 
     def forward(self, index: Tensor) -> Tensor:
         """`(...)` to `(..., width)`."""
-        return self.rows(index)
+        # As from `nn.Embedding`, the type is that of the parameters also where products are made in a smaller one.
+        return self.rows(index).to(self.get_parameter("weight").dtype)

@@ -165,7 +165,7 @@ def _role(model: nn.Module, name: str, module: nn.Module) -> Role:
     head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
     if isinstance(module, nn.Embedding) or module is head:
         return "embedding"
-    # All architectures of transformers name these modules `attn`, `attention` or the like.
+    # So architectures of transformers name these modules, or `self_attn`, `SelfAttention`, `multi_head_attention`.
     return "attention" if re.search("attn|attention", name, re.IGNORECASE) else "feed_forward"
 
 

@@ -198,7 +198,7 @@ def test_rows_that_do_not_exist(spec: KroneckerSum) -> None:
     layer = FactorizedEmbedding(spec, shape)
     assert layer(torch.tensor([0, 88])).shape == (2, 92)
     assert layer(torch.tensor([], dtype=torch.long)).shape == (0, 92)
-    with pytest.raises(IndexError, match="row 89 of a matrix with 89 rows"):
+    with pytest.raises(IndexError):
         layer(torch.tensor([[3], [89]]))
     for missing in (-1, -200, 10_000):
         with pytest.raises(IndexError):

@@ -17,6 +17,7 @@ from factorformer.cli.inspect import inspect
 from factorformer.cli.methods import methods
 from factorformer.cli.plan import plan
 from factorformer.cli.quickstart import quickstart
+from factorformer.cli.train import train
 from factorformer.errors import FactorformerError
 
 ERROR, INTERRUPTED = 2, 130
@@ -61,5 +62,5 @@ def _page(docstring: str) -> str:
     return "\n\n".join(text if text.startswith("\b") else " ".join(text.split()) for text in paragraphs)
 
 
-for command in (compress, finetune, evaluate, inspect, plan, methods, quickstart):
+for command in (compress, train, finetune, evaluate, inspect, plan, methods, quickstart):
     app.command(help=_page(command.__doc__ or ""))(command)

@@ -301,9 +301,40 @@ def train(
         raise ModelError("the model's configuration has no decoder_start_token_id to start a translation with")
     check_lengths(model, train, "the training data")
     check_lengths(model, validation, "the validation data")
+    # With the model, which shifts the labels to the decoder's inputs: the loss is not the model's own.
+    collate = DataCollatorForSeq2Seq(tokenizer, model, label_pad_token_id=IGNORED)
+    return optimize(model, collate, train, validation, settings, output, progress, phase)
+
+
+def optimize(
+    model: PreTrainedModel,
+    collate: Any,
+    train: datasets.Dataset,
+    validation: datasets.Dataset,
+    settings: TranslationSettings,
+    output: Path,
+    progress: Progress = silent,
+    phase: str = "train",
+    *,
+    keep_columns: bool = False,
+) -> list[dict[str, float]]:
+    """The training that translation and language modelling share: any model, any collator that makes `labels`.
+
+    Args:
+        model, train, validation, settings, output, progress, phase: as for `train`.
+        collate: rows to a batch, with padding labelled -100.
+        keep_columns: whether the collator sees columns that the model's `forward` does not name.
+
+    Returns:
+        The learning curve, as from `train`.
+
+    Raises:
+        ModelError: the loss became NaN or infinite.
+        OutputError: `output` holds checkpoints of a run with other settings.
+    """
     steps = settings.total_steps(len(train))
     every = math.ceil(steps / settings.points)
-    _same_run(output, {**dataclasses.asdict(settings), "pairs": len(train), "parameters": model.num_parameters()})
+    _same_run(output, {**dataclasses.asdict(settings), "rows": len(train), "parameters": model.num_parameters()})
     arguments = Seq2SeqTrainingArguments(
         output_dir=str(output),
         max_steps=steps,
@@ -327,6 +358,7 @@ def train(
         save_strategy="steps",
         save_steps=every,
         save_total_limit=2,
+        remove_unused_columns=not keep_columns,
         report_to=[],
         disable_tqdm=True,
         dataloader_pin_memory=torch.cuda.is_available() and not settings.use_cpu,
@@ -337,14 +369,20 @@ def train(
         args=arguments,
         train_dataset=train,
         eval_dataset=validation,
-        # With the model, which shifts the labels to the decoder's inputs: the loss is not the model's own.
-        data_collator=DataCollatorForSeq2Seq(tokenizer, model, label_pad_token_id=IGNORED),
+        data_collator=collate,
         callbacks=[_Watch(progress, phase)],
         label_smoothing=settings.label_smoothing,
     )
     trainer.remove_callback(PrinterCallback)
+    checkpoint = last_checkpoint(output)
+    if checkpoint is not None:
+        state = json.loads((Path(checkpoint) / "trainer_state.json").read_text())
+        if state["global_step"] >= steps:  # the Trainer would make one step more
+            trainer._load_from_checkpoint(checkpoint)
+            model.eval()
+            return _curve(state["log_history"])
     try:
-        trainer.train(resume_from_checkpoint=last_checkpoint(output))
+        trainer.train(resume_from_checkpoint=checkpoint)
     finally:
         # What accelerate wraps around `forward` for autocasting must not outlive the training.
         for name in ("forward", "_original_forward"):

@@ -43,9 +43,9 @@ def uniform(matrices: Sequence[Matrix], structure: type[Structure], ratio: float
 def by_role(matrices: Sequence[Matrix], structure: type[Structure], ratio: float, rest: Cost) -> tuple[Entry, ...]:
     """Small ranks for attention, higher ranks for embeddings, feed-forward matrices in between.
 
-    Ranks stand in the relation of `RANKS`, but all embeddings together stay smaller than the rest of the model, as in
-    Shapeshifter (Panahi, Saeedi and Arodz, NeurIPS 2021), unless the rest is dense already and the budget not spent.
-    The numbers of that relation are our choice.
+    Ranks stand in the relation of `RANKS`, but factorized embeddings together stay smaller than the rest of the model,
+    as in Shapeshifter (Panahi, Saeedi and Arodz, NeurIPS 2021), unless the rest is dense already and the budget not
+    spent. The numbers of that relation are our choice.
 
     Args:
         matrices, structure, ratio, rest: as for `uniform`.

@@ -136,13 +136,10 @@ class KroneckerSum(Structure):
 
     def rows(self, shape: Shape, factors: Factors, index: Tensor) -> Tensor:
         (m1, n1), (m2, n2) = self.left, self.right
-        padded = m1 * m2 > shape[0]
-        if padded and index.numel() and index.device.type == "cpu" and not torch.compiler.is_compiling():
-            last = int(index.max())
-            if last >= shape[0]:  # the padding beyond the last row would pass for one
-                raise IndexError(f"row {last} of a matrix with {shape[0]} rows")
         first = torch.div(index, m2, rounding_mode="floor").flatten()
         second = (index - first.view_as(index) * m2).flatten()
+        if m1 * m2 > shape[0]:  # an index of padding, which would pass for a row, becomes one that look-ups refuse
+            first = torch.where(index.flatten() < shape[0], first, m1)
         left = F.embedding(first, factors["weight"].flatten(1)).view(-1, n1, self.rank)
         if self._selects:
             # Each row's left factors, placed where the right factors of its `i2` stand, so that one GEMM finds both.

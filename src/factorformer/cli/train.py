@@ -1,0 +1,332 @@
+"""`factorformer train`."""
+
+from __future__ import annotations
+
+from enum import Enum
+from typing import Annotated
+
+import typer
+
+from factorformer import recipes
+from factorformer.cli.common import (
+    AsJson,
+    Exclude,
+    Include,
+    Output,
+    Overwrite,
+    ScopeChoice,
+    Seed,
+    emit,
+    note,
+)
+from factorformer.errors import DataError, MethodError
+
+
+class PrecisionChoice(str, Enum):
+    """How numbers are computed while training."""
+
+    fp32 = "fp32"
+    bf16 = "bf16"
+    fp16 = "fp16"
+
+
+class DeviceChoice(str, Enum):
+    """Where training runs."""
+
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+_PAIRS = "Data of a translation: two files, line by line"
+SourceFile = Annotated[
+    str | None,
+    typer.Option("--source", metavar="FILE", rich_help_panel=_PAIRS, help="What is translated, a text on each line."),
+]
+TargetFile = Annotated[
+    str | None, typer.Option("--target", metavar="FILE", rich_help_panel=_PAIRS, help="Its translations.")
+]
+EvalSourceFile = Annotated[
+    str | None,
+    typer.Option(
+        "--eval-source",
+        metavar="FILE",
+        rich_help_panel=_PAIRS,
+        help="What BLEU is measured on. By default a part of the training pairs is held out.",
+    ),
+]
+EvalTargetFile = Annotated[
+    str | None, typer.Option("--eval-target", metavar="FILE", rich_help_panel=_PAIRS, help="Its translations.")
+]
+
+_TEXT = "Data of a language model: TXT, TSV, CSV or JSONL files, or NAME[:CONFIG]:SPLIT on the Hub"
+TrainFile = Annotated[
+    str | None, typer.Option("--train", metavar="FILE", rich_help_panel=_TEXT, help="Plain text to learn.")
+]
+EvalFile = Annotated[
+    str | None,
+    typer.Option(
+        "--eval",
+        metavar="FILE",
+        rich_help_panel=_TEXT,
+        help="What perplexity is measured on. By default a part of the training text is held out.",
+    ),
+]
+
+TextColumn = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--text",
+        metavar="COLUMN",
+        show_default=False,
+        rich_help_panel=_TEXT,
+        help="The column of a table that holds the text, by default 'text'.",
+    ),
+]
+
+_MODEL = "The model"
+ConfigName = Annotated[
+    str | None,
+    typer.Option(
+        "--config",
+        metavar="NAME",
+        show_default=False,
+        rich_help_panel=_MODEL,
+        help="An architecture of transformers, such as marian, t5, gpt2, llama or bert, which is made small; or a "
+        "config.json, a model directory, or a model on the Hub, whose sizes are taken over. By default marian for "
+        "translations and gpt2 for text.",
+    ),
+]
+Set = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="FIELD=VALUE",
+        rich_help_panel=_MODEL,
+        help="A field of the configuration, e.g. d_model=512. Can be given several times.",
+    ),
+]
+MaxLength = Annotated[
+    int,
+    typer.Option(
+        "--max-length",
+        min=2,
+        rich_help_panel=_MODEL,
+        help="Tokens after which a text of a translation is cut, and in a block of text of a language model.",
+    ),
+]
+Vocabulary = Annotated[
+    int, typer.Option("--vocabulary", min=1, rich_help_panel=_MODEL, help="Tokens of the tokenizer that is trained.")
+]
+
+_BUDGET = "What becomes of the weights"
+Method = Annotated[
+    str,
+    typer.Option(
+        "--method",
+        metavar="NAME",
+        rich_help_panel=_BUDGET,
+        help="'shapeshifter', another of `factorformer methods` that needs no data (svd: low-rank factors), or 'dense' "
+        "for the model without factors, to compare with.",
+    ),
+]
+Ratio = Annotated[
+    float | None,
+    typer.Option(
+        "--ratio",
+        show_default=False,
+        rich_help_panel=_BUDGET,
+        help="Bytes of the dense tensors in scope over the bytes of what takes their place; met within 1 %. By "
+        "default 10.",
+    ),
+]
+
+Scope = Annotated[
+    ScopeChoice,
+    typer.Option(
+        "--scope",
+        rich_help_panel=_BUDGET,
+        help="What the ratio is about: the whole model with its embeddings, or the Transformer blocks alone.",
+    ),
+]
+
+_TRAINING = "Training"
+Epochs = Annotated[
+    float, typer.Option("--epochs", min=1e-3, rich_help_panel=_TRAINING, help="Passes over the training data.")
+]
+Steps = Annotated[
+    int | None,
+    typer.Option("--steps", min=1, rich_help_panel=_TRAINING, help="Train for so many steps, whatever --epochs says."),
+]
+BatchSize = Annotated[
+    int, typer.Option("--batch-size", min=1, rich_help_panel=_TRAINING, help="Pairs or blocks of text in a step.")
+]
+LearningRate = Annotated[
+    float | None,
+    typer.Option(
+        "--lr",
+        min=1e-9,
+        show_default=False,
+        rich_help_panel=_TRAINING,
+        help="Peak of the learning rate. By default 2e-3, and 1e-3 for the dense model.",
+    ),
+]
+Device = Annotated[
+    DeviceChoice, typer.Option("--device", rich_help_panel=_TRAINING, help="Where to train; 'auto' takes a GPU if any.")
+]
+Precision = Annotated[
+    PrecisionChoice,
+    typer.Option(
+        "--precision",
+        rich_help_panel=_TRAINING,
+        help="Of the computation; weights are trained and saved in fp32. fp16 needs a GPU.",
+    ),
+]
+
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Read the data, train the tokenizer, show the plan, and write nothing.")
+]
+Resume = Annotated[
+    bool, typer.Option("--resume", help="Go on with an interrupted run of the same command, from its last checkpoint.")
+]
+
+
+def train(
+    output: Output,
+    source: SourceFile = None,
+    target: TargetFile = None,
+    eval_source: EvalSourceFile = None,
+    eval_target: EvalTargetFile = None,
+    text_file: TrainFile = None,
+    eval_file: EvalFile = None,
+    text: TextColumn = None,
+    max_length: MaxLength = 128,
+    config: ConfigName = None,
+    overrides: Set = None,
+    vocabulary: Vocabulary = 8000,
+    method: Method = "shapeshifter",
+    ratio: Ratio = None,
+    scope: Scope = ScopeChoice.all,
+    include: Include = None,
+    exclude: Exclude = None,
+    epochs: Epochs = 20.0,
+    steps: Steps = None,
+    batch_size: BatchSize = 128,
+    lr: LearningRate = None,
+    seed: Seed = 0,
+    device: Device = DeviceChoice.auto,
+    precision: Precision = PrecisionChoice.fp32,
+    dry_run: DryRun = False,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
+) -> None:
+    """Train a model from scratch on your own text, with factors in the place of weight matrices from the first step on.
+
+    A tokenizer is trained on the text, then the model that --config names: an encoder-decoder learns to translate
+    (--source and --target), a decoder to continue text, an encoder to fill in hidden words (--train). By default it is
+    a Shapeshifter: every matrix is a sum of few Kronecker products, and the whole model, embeddings included, takes a
+    tenth of its bytes.
+
+    The output is an ordinary Hugging Face model directory with its tokenizer, the result as factorformer.json, and the
+    learning curve as training.json. 'bleu' and 'chrf' are those of sacreBLEU, by beam search; 'perplexity' is that of
+    a token of this tokenizer. All are measured on held-out text: --eval, --eval-source and --eval-target, or else at
+    most a tenth of the training text, drawn at random.
+
+    A checkpoint is written twenty times on the way. After an interruption the same command goes on with --resume.
+
+    \b
+    [bold]Examples[/bold]
+      factorformer train de-en/ --source train.de --target train.en
+      factorformer train writer/ --train book.txt --config llama --set num_hidden_layers=6
+      factorformer train reader/ --train texts.txt --config bert --method svd --ratio 5
+      factorformer train de-en/ --source train.de --target train.en --dry-run
+    """
+    if resume and dry_run:
+        raise MethodError("--dry-run trains nothing: leave --resume out")
+    pairs = _checked_files(source, target, eval_source, eval_target, text_file, eval_file, text)
+    import torch
+
+    from factorformer.cli.from_scratch import DENSE, Job, preview, run
+    from factorformer.hf.translation import TranslationSettings, last_checkpoint
+
+    if method != DENSE and recipes.get(method).metric != "plain":
+        usable = [name for name, recipe in recipes.RECIPES.items() if recipe.metric == "plain"]
+        raise MethodError(
+            f"method '{method}' fits factors to a trained model's weights, and a new model has none: "
+            f"choose one of {', '.join([*usable, DENSE])}"
+        )
+    if method == DENSE and (ratio is not None or include is not None or exclude is not None):
+        raise MethodError("--method dense changes no weights: leave --ratio, --include and --exclude out")
+    if not torch.cuda.is_available() or device == DeviceChoice.cpu:
+        if device == DeviceChoice.cuda:
+            raise MethodError("--device cuda: torch finds no CUDA GPU here; choose cpu or auto")
+        if precision == PrecisionChoice.fp16:
+            raise MethodError("--precision fp16 needs a GPU: choose bf16 or fp32")
+
+    settings = TranslationSettings(
+        epochs=epochs,
+        steps=steps,
+        learning_rate=lr or (1e-3 if method == DENSE else 2e-3),
+        batch_size=batch_size,
+        label_smoothing=0.1 if pairs else 0.0,
+        precision=precision.value,
+        seed=seed,
+        use_cpu=device == DeviceChoice.cpu,
+    )
+    job = Job(
+        output=output,
+        source=source,
+        target=target,
+        eval_source=eval_source,
+        eval_target=eval_target,
+        train=text_file,
+        evaluation=eval_file,
+        text=text,
+        max_length=max_length,
+        config=config or ("marian" if pairs else "gpt2"),
+        overrides=overrides or [],
+        vocabulary=vocabulary,
+        method=method,
+        ratio=10.0 if ratio is None else ratio,
+        scope=scope.value,
+        include=include,
+        exclude=exclude,
+        settings=settings,
+    )
+    if dry_run:
+        emit(preview(job), as_json=as_json)
+        return
+    try:
+        emit(run(job, resume=resume, overwrite=overwrite), as_json=as_json)
+    except KeyboardInterrupt as error:
+        if last_checkpoint(job.checkpoints) is None:
+            raise
+        note("interrupted; to go on from the last checkpoint, add --resume to the same command")
+        raise typer.Exit(130) from error
+
+
+def _checked_files(
+    source: str | None,
+    target: str | None,
+    eval_source: str | None,
+    eval_target: str | None,
+    text_file: str | None,
+    eval_file: str | None,
+    text: list[str] | None,
+) -> bool:
+    """Whether the options name pairs of texts; else they name plain text."""
+    if (source is None) != (target is None):
+        given, lacking = ("--source", "--target") if target is None else ("--target", "--source")
+        raise DataError(f"{given} alone is no translation: give the same lines in the other language with {lacking}")
+    if (eval_source is None) != (eval_target is None):
+        raise DataError("--eval-source and --eval-target are measured on together: give both or none")
+    pairs, plain = source is not None, text_file is not None
+    if pairs and (plain or eval_file is not None or text is not None):
+        raise DataError("--train, --eval and --text are for language models: leave them out beside --source, --target")
+    if eval_source is not None and not pairs:
+        raise DataError("--eval-source and --eval-target are for translations: give --source and --target")
+    if not pairs and not plain:
+        hint = "; --text names a column of it" if text is not None else ""
+        raise DataError(f"there is nothing to learn: give --source and --target to translate, or --train{hint}")
+    return pairs

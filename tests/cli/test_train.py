@@ -1,0 +1,286 @@
+"""`factorformer train`: translations and language models from scratch, resumed runs, and everything it refuses."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tests.cli.test_commands import result_of
+from tests.cli.test_errors import COMMAND, check
+from transformers import AutoTokenizer, PreTrainedModel
+
+import factorformer
+from factorformer.cli.train import train
+from factorformer.hf import translation
+from factorformer.hf.translation import TranslationSettings
+
+NUMBERS = {"eins": "one", "zwei": "two", "drei": "three", "vier": "four", "fünf": "five", "sechs": "six"}
+TINY = {
+    "marian": ["d_model=32", "encoder_layers=1", "decoder_layers=1", "encoder_ffn_dim=64", "decoder_ffn_dim=64"],
+    "t5": ["d_model=32", "num_layers=1", "num_decoder_layers=1", "d_ff=64", "d_kv=8"],
+    "gpt2": ["n_embd=32", "n_layer=2", "n_positions=40"],
+    "llama": ["hidden_size=32", "num_hidden_layers=2", "intermediate_size=64"],
+    "bert": ["hidden_size=32", "num_hidden_layers=2", "intermediate_size=64", "max_position_embeddings=40"],
+}
+PAIRS = ("--source", "train.de", "--target", "train.en")
+
+
+def options(config: str, *others: object) -> list[object]:
+    """A tiny model, trained for a moment."""
+    fields = [part for field in TINY[config] for part in ("--set", field)]
+    common = ("--vocabulary", 275, "--max-length", 16, "--ratio", 1.5, "--batch-size", 16, "--steps", 6)
+    return ["--config", config, *fields, *common, *others]
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a small parallel text, and plain text as lines and as a table."""
+    folder = tmp_path_factory.mktemp("corpus")
+    draw = random.Random(0)
+    rows = [draw.choices(list(NUMBERS), k=draw.randint(2, 6)) for _ in range(80)]
+    for name, part in (("train", rows), ("dev", rows[:12]), ("short", rows[:20])):
+        (folder / f"{name}.de").write_text("".join(" ".join(row) + "\n" for row in part), encoding="utf-8")
+        english = [" ".join(NUMBERS[word] for word in row) for row in part]
+        (folder / f"{name}.en").write_text("".join(f"{text}\n" for text in english), encoding="utf-8")
+    lines = (folder / "train.en").read_text().splitlines()
+    (folder / "text.txt").write_text("\n\n".join(lines) + "\n")
+    (folder / "rows.jsonl").write_text("".join(json.dumps({"body": line, "text": None}) + "\n" for line in lines))
+    (folder / "blank.txt").write_text("\n \n\n")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _in_the_corpus(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(corpus)
+
+
+def saved(result: dict[str, Any]) -> tuple[PreTrainedModel, Any]:
+    path = Path(result["output"])
+    assert json.loads((path / "factorformer.json").read_text()) == result
+    assert sorted(file.name for file in path.parent.iterdir()) == [path.name]
+    return factorformer.load(path).eval(), AutoTokenizer.from_pretrained(path)
+
+
+@pytest.mark.parametrize(("config", "method"), [("marian", "shapeshifter"), ("t5", "svd"), ("marian", "dense")])
+def test_a_translation(run: Any, tmp_path: Path, config: str, method: str) -> None:
+    chosen = options(config, "--method", method)
+    if method == "dense":
+        del chosen[chosen.index("--ratio") : chosen.index("--ratio") + 2]
+    done = run(
+        "train", tmp_path / "new", *PAIRS, "--eval-source", "dev.de", "--eval-target", "dev.en", *chosen, "--json"
+    )
+    content = result_of(done)
+    assert content["bytes"]["ratio"] == pytest.approx(1 if method == "dense" else 1.5, rel=0.01)
+    assert (content["scope"], content["method"]) == ("all", None if method == "dense" else method)
+    assert {"loss", "perplexity", "bleu", "chrf", "vocabulary", "texts"} == set(content["metrics"])
+    assert content["metrics"]["texts"] == 80
+    model, tokenizer = saved(content)
+    assert model.config.model_type == config
+    assert model.generation_config.max_length == 16
+    sources, references = (Path(name).read_text(encoding="utf-8").splitlines() for name in ("dev.de", "dev.en"))
+    again = translation.bleu(translation.translate(model, tokenizer, sources, max_length=16), references)
+    assert again["bleu"] == content["metrics"]["bleu"]
+    curve = json.loads((tmp_path / "new" / "training.json").read_text())["curve"]
+    assert [row["step"] for row in curve] == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize("config", ["gpt2", "llama", "bert"])
+def test_a_language_model(run: Any, tmp_path: Path, config: str) -> None:
+    content = result_of(run("train", tmp_path / "new", "--train", "text.txt", *options(config), "--json"))
+    assert content["bytes"]["ratio"] == pytest.approx(1.5, rel=0.01)
+    assert {"loss", "perplexity", "token_accuracy", "vocabulary", "texts"} == set(content["metrics"])
+    assert (content["metrics"]["vocabulary"], content["metrics"]["texts"]) == (275, 72)  # a tenth is held out
+    model, tokenizer = saved(content)
+    assert len(tokenizer) == model.get_input_embeddings().num_embeddings == 275
+    assert (tokenizer.mask_token is None) == (config != "bert")
+    with torch.inference_mode():
+        assert model(**tokenizer("one two", return_tensors="pt")).logits.isfinite().all()
+
+
+def test_the_table_and_a_column_of_a_table(run: Any, tmp_path: Path) -> None:
+    data = ("--train", "rows.jsonl", "--eval", "rows.jsonl", "--text", "body")
+    done = run("train", tmp_path / "new", *data, *options("gpt2", "--precision", "bf16", "--device", "cpu"))
+    assert done.exit_code == 0, done.stderr
+    assert "method shapeshifter" in done.stdout
+    assert "perplexity" in done.stdout
+    assert next(factorformer.load(tmp_path / "new").parameters()).dtype == torch.float32
+
+
+def test_a_dry_run_shows_the_plan_and_writes_nothing(run: Any, tmp_path: Path) -> None:
+    content = result_of(run("train", tmp_path / "new", *PAIRS, *options("marian"), "--dry-run", "--json"), layers=True)
+    assert content["bytes"]["ratio"] == pytest.approx(1.5, rel=0.01)
+    assert content["output"] is None
+    structures = [layer["structure"] for layer in content["layers"]]
+    assert any("kronecker_sum" in (structure or {}).values() for structure in structures)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_training_is_reproducible(run: Any, tmp_path: Path) -> None:
+    for name, seed in (("a", 3), ("b", 3), ("c", 4)):
+        result_of(run("train", tmp_path / name, "--train", "text.txt", *options("gpt2", "--seed", seed), "--json"))
+    first, same, other = ((tmp_path / name / "model.safetensors").read_bytes() for name in "abc")
+    assert first == same != other
+
+
+def test_default_settings_are_those_of_the_library() -> None:
+    settings, parameters = TranslationSettings(), inspect.signature(train).parameters
+    names = {"epochs": "epochs", "learning_rate": "lr", "batch_size": "batch_size", "seed": "seed", "steps": "steps"}
+    for name, option in names.items():
+        assert parameters[option].default == getattr(settings, name)
+    assert parameters["precision"].default.value == settings.precision
+
+
+# Interruptions
+
+
+def test_a_run_without_a_checkpoint_leaves_nothing_to_resume(run: Any, tmp_path: Path) -> None:
+    output = tmp_path / "new"
+    command = ["train", str(output), "--train", "text.txt", *map(str, options("gpt2"))]
+    command[command.index("--steps") + 1] = "100000"
+    check(run(*command, "--resume"), "has a checkpoint to resume: leave --resume out")
+    process = subprocess.Popen([*COMMAND, *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        # 5,000 steps lie before its first checkpoint.
+        while not (tmp_path / ".new.training").exists() and process.poll() is None:
+            time.sleep(0.1)
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 130
+    assert errors.splitlines()[-1] == "interrupted; nothing was written"
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture
+def interrupted(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    """A command that was interrupted after its fourth step, which has a checkpoint."""
+    command = ["train", tmp_path / "new", *PAIRS, *options("marian")]
+    assert run("train", tmp_path / "whole", *PAIRS, *options("marian")).exit_code == 0
+    watch = translation._Watch.on_step_end
+
+    def stop(self: Any, args: Any, state: Any, control: Any, **others: Any) -> None:
+        watch(self, args, state, control, **others)
+        if state.global_step == 5:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(translation._Watch, "on_step_end", stop)
+    done = run(*command)
+    assert done.exit_code == 130
+    assert done.stderr.splitlines()[-1] == (
+        "interrupted; to go on from the last checkpoint, add --resume to the same command"
+    )
+    monkeypatch.undo()
+    monkeypatch.chdir(Path.cwd())
+    assert not (tmp_path / "new").exists()
+    return command
+
+
+def test_a_resumed_run_ends_as_if_it_had_not_been_interrupted(
+    run: Any, tmp_path: Path, corpus: Path, interrupted: list[object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(corpus)
+    check(run(*interrupted), "an interrupted run for")
+    check(run(*interrupted, "--lr", 0.5), "add --resume, or start anew with --overwrite")
+    check(run(*interrupted, "--lr", 0.5, "--resume"), "other options: learning_rate was 0.001, not 0.5; repeat its")
+    done = run(*interrupted, "--resume")
+    assert done.exit_code == 0, done.stderr
+    assert "resumed from step 4" in done.stderr
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "new")]
+    assert weights[0] == weights[1]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["new", "whole"]
+
+
+def test_an_interrupted_run_can_be_started_anew(
+    run: Any, tmp_path: Path, corpus: Path, interrupted: list[object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(corpus)
+    (tmp_path / ".new.training" / "options.json").write_text("{")
+    check(run(*interrupted, "--resume"), "cannot read what the interrupted run was")
+    done = run(*interrupted, "--overwrite")
+    assert done.exit_code == 0, done.stderr
+    assert "resumed" not in done.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["new", "whole"]
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "there is nothing to learn: give --source and --target to translate, or --train"),
+        (["--text", "text.txt"], "or --train; --text names a column of it"),
+        (["--source", "train.de"], "--source alone is no translation"),
+        (["--target", "train.en"], "--target alone is no translation"),
+        ([*PAIRS, "--eval-source", "dev.de"], "--eval-source and --eval-target are measured on together"),
+        (["--train", "text.txt", "--eval-source", "dev.de", "--eval-target", "dev.en"], "are for translations"),
+        ([*PAIRS, "--train", "text.txt"], "--train, --eval and --text are for language models"),
+        ([*PAIRS, "--config", "bert"], "'bert' reads a single text: give --train"),
+        (["--train", "text.txt", "--config", "t5"], "'t5' is an encoder-decoder, which learns from pairs of texts"),
+        ([*PAIRS, "--config", "marain"], "'marain' is no architecture (did you mean 'marian'"),
+        ([*PAIRS, "--set", "dmodel=3"], "MarianConfig has no field 'dmodel' (did you mean 'd_model'"),
+        ([*PAIRS, "--method", "whitened"], "choose one of svd, kronecker, shapeshifter, dense"),
+        ([*PAIRS, "--method", "shapeshift"], "did you mean 'shapeshifter'"),
+        ([*PAIRS, "--method", "dense", "--ratio", "3"], "--method dense changes no weights"),
+        ([*PAIRS, "--vocabulary", "20"], "a vocabulary of 20 tokens is too small"),
+        ([*PAIRS, "--vocabulary", "5000"], "ask for fewer tokens or give more text"),
+        ([*PAIRS, "--vocabulary", "300", "--ratio", "1000"], "ask for at most"),
+        ([*PAIRS, "--vocabulary", "300", "--include", "*.nothing"], "matches no weight matrix"),
+        (["--source", "train.de", "--target", "dev.en"], "has 80 lines and 'dev.en' has 12"),
+        (
+            ["--source", "short.de", "--target", "short.en"],
+            "too few to hold some out and measure on them: give --eval-s",
+        ),
+        (["--source", "nothing.de", "--target", "dev.en"], "no such data file: 'nothing.de'"),
+        (["--train", "rows.jsonl", "--text", "bdy"], "has no column 'bdy' (did you mean 'body'?)"),
+        (["--train", "rows.jsonl"], "'rows.jsonl' holds no text: every row is empty"),
+        (["--train", "blank.txt"], "'blank.txt' holds no text: every row is empty"),
+        (["--train", "rows.jsonl", "--text", "text", "--text", "body"], "a language model reads a single text"),
+        ([*PAIRS, "--dry-run", "--resume"], "--dry-run trains nothing: leave --resume out"),
+        (["--train", "text.txt", *map(str, options("gpt2")), "--max-length", "60"], "and the model has 40 positions"),
+    ],
+)
+def test_what_is_refused(run: Any, tmp_path: Path, arguments: list[str], message: str) -> None:
+    check(run("train", tmp_path / "new", *arguments), message)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="about machines without a GPU")
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--device", "cuda"], "torch finds no CUDA GPU here; choose cpu or auto"),
+        (["--precision", "fp16"], "--precision fp16 needs a GPU: choose bf16 or fp32"),
+    ],
+)
+def test_what_needs_a_gpu(run: Any, tmp_path: Path, arguments: list[str], message: str) -> None:
+    check(run("train", tmp_path / "new", *PAIRS, *arguments), message)
+
+
+def test_an_output_that_is_there(run: Any, tmp_path: Path) -> None:
+    (tmp_path / "new").mkdir()
+    check(run("train", tmp_path / "new", *PAIRS, *options("marian")), "exists already")
+    assert run("train", tmp_path / "new", *PAIRS, *options("marian"), "--overwrite").exit_code == 0
+
+
+def test_a_run_that_diverges_leaves_nothing(run: Any, tmp_path: Path) -> None:
+    check(
+        run("train", tmp_path / "new", "--train", "text.txt", *options("gpt2", "--lr", 1e30)), "lower the learning rate"
+    )
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_translation_needs_sacrebleu(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "sacrebleu", None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    check(run("train", tmp_path / "new", *PAIRS, *options("marian")), "pip install 'factorformer[translation]'")
