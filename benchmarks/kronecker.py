@@ -222,8 +222,10 @@ def linear_cells(args: argparse.Namespace, clock: Clock, peak: float) -> Iterato
                     way
                     for way in all_ways
                     if way.name in ("kron", "dense")
-                    or (per_row.get((way.name, mode), 0) * rows <= args.patience
-                    and 3 * rows * way.elements_per_row * args.dtype.itemsize <= args.memory * 2**30)
+                    or (
+                        per_row.get((way.name, mode), 0) * rows <= args.patience
+                        and 3 * rows * way.elements_per_row * args.dtype.itemsize <= args.memory * 2**30
+                    )
                 ]
                 errors = {way.name: way.error(x, gradient) for way in ways}
                 wrong = {name: error for name, error in errors.items() if not error <= TOLERANCE[args.dtype]}
