@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import inspect
 import json
 import random
@@ -19,6 +20,7 @@ from tests.cli.test_errors import COMMAND, check
 from transformers import AutoTokenizer, PreTrainedModel
 
 import factorformer
+from factorformer.cli import from_scratch
 from factorformer.cli.train import train
 from factorformer.hf import translation
 from factorformer.hf.translation import TranslationSettings
@@ -133,7 +135,7 @@ def test_training_is_reproducible(run: Any, tmp_path: Path) -> None:
 
 def test_default_settings_are_those_of_the_library() -> None:
     settings, parameters = TranslationSettings(), inspect.signature(train).parameters
-    names = {"epochs": "epochs", "learning_rate": "lr", "batch_size": "batch_size", "seed": "seed", "steps": "steps"}
+    names = {"epochs": "epochs", "batch_size": "batch_size", "seed": "seed", "steps": "steps"}
     for name, option in names.items():
         assert parameters[option].default == getattr(settings, name)
     assert parameters["precision"].default.value == settings.precision
@@ -191,7 +193,7 @@ def test_a_resumed_run_ends_as_if_it_had_not_been_interrupted(
     monkeypatch.chdir(corpus)
     check(run(*interrupted), "an interrupted run for")
     check(run(*interrupted, "--lr", 0.5), "add --resume, or start anew with --overwrite")
-    check(run(*interrupted, "--lr", 0.5, "--resume"), "other options: learning_rate was 0.001, not 0.5; repeat its")
+    check(run(*interrupted, "--lr", 0.5, "--resume"), "other options: learning_rate was 0.002, not 0.5; repeat its")
     done = run(*interrupted, "--resume")
     assert done.exit_code == 0, done.stderr
     assert "resumed from step 4" in done.stderr
@@ -271,6 +273,34 @@ def test_an_output_that_is_there(run: Any, tmp_path: Path) -> None:
     (tmp_path / "new").mkdir()
     check(run("train", tmp_path / "new", *PAIRS, *options("marian")), "exists already")
     assert run("train", tmp_path / "new", *PAIRS, *options("marian"), "--overwrite").exit_code == 0
+
+
+def test_a_full_disk_at_the_end_costs_no_training(
+    run: Any, tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = ["train", tmp_path / "new", *PAIRS, *options("marian")]
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(from_scratch, "write", full)
+    done = run(*command)
+    assert done.exit_code == 2
+    assert "No space left" in done.stderr
+    assert "with --resume to go on from there" in done.stderr
+    monkeypatch.undo()
+    monkeypatch.chdir(corpus)
+    assert not (tmp_path / "new").exists()
+    assert run(*command, "--resume").exit_code == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["new"]
+
+
+def test_a_dry_run_beside_an_interrupted_run_trains_its_own_tokenizer(
+    run: Any, corpus: Path, interrupted: list[object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(corpus)
+    done = run(*interrupted, "--dry-run", "--vocabulary", 265, "--json")
+    assert json.loads(done.stdout)["metrics"]["vocabulary"] == 265
 
 
 def test_a_run_that_diverges_leaves_nothing(run: Any, tmp_path: Path) -> None:

@@ -230,6 +230,11 @@ class StructureContract:
         assert mixed.dtype == torch.bfloat16
         assert_close(mixed.float(), layer(x), TOLERANCE[torch.bfloat16])
 
+    def test_rows_under_autocast_are_of_the_type_of_the_factors(self, case: Case) -> None:
+        layer, index = case.embedding(torch.float32), case.index(4)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert layer(index).dtype == torch.float32  # as from `nn.Embedding`
+
     # Sizes
 
     def test_resize_keeps_the_leading_units(self, case: Case) -> None:

@@ -200,7 +200,10 @@ def test_an_interrupted_run_ends_as_if_it_had_not_been(
     assert untimed[0] == untimed[1]
     assert again[2]["seconds"] > again[1]["seconds"] > again[0]["seconds"] > 0
     # A finished run returns at once.
-    assert train(make(kind), words, encoded, encoded, FAST, tmp_path / "cut")[-1]["step"] == 12
+    finished = make(kind)
+    assert train(finished, words, encoded, encoded, FAST, tmp_path / "cut") == again
+    for name, tensor in whole.state_dict().items():
+        assert torch.equal(tensor, finished.state_dict()[name]), name
 
 
 @pytest.mark.parametrize("kind", ["dense", "svd", "shapeshifter"])

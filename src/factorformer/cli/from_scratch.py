@@ -19,7 +19,7 @@ from transformers import DataCollatorForSeq2Seq, PreTrainedModel, PreTrainedToke
 from factorformer import compression
 from factorformer.cli.common import note
 from factorformer.cli.setup import columns_of, hold_out, plain_columns, read_table, write
-from factorformer.errors import DataError, OutputError
+from factorformer.errors import DataError, FactorformerError, ModelError, OutputError
 from factorformer.hf import language_modelling, translation
 from factorformer.hf.checkpoint import check_output, output_directory
 from factorformer.hf.configuration import Architecture, Task, new_model
@@ -188,10 +188,11 @@ def _workplace(job: Job, *, resume: bool, overwrite: bool) -> Iterator[None]:
             raise OutputError(f"cannot write to '{job.work.parent}': {error.strerror}") from error
     try:
         yield
-    except BaseException:
-        if last_checkpoint(job.checkpoints) is None:
+    except BaseException as error:
+        # A model that diverged would do so again: other options make it another run.
+        if last_checkpoint(job.checkpoints) is None or isinstance(error, ModelError):
             shutil.rmtree(job.work, ignore_errors=True)
-        else:
+        elif isinstance(error, FactorformerError):
             note(f"checkpoints are kept in '{job.work}': repeat the command with --resume to go on from there")
         raise
     shutil.rmtree(job.work, ignore_errors=True)
