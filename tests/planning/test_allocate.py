@@ -203,18 +203,18 @@ def test_small_ranks_for_attention_and_larger_ones_for_embeddings(
         assert max(attention) <= min(feed_forward) + 1
         assert max(feed_forward) <= RANKS["feed_forward"] / RANKS["attention"] * (min(attention) + 1) + 1
     embeddings, remainder = parts(entries, others)
-    if max(embedding, default=1) > 1:
+    if max(embedding, default=1) > 1 and any(e.spec for e in entries if e.matrix.role != "embedding"):
         assert embeddings < remainder
     if embedding and feed_forward and min(embedding) < max(feed_forward) - 1:
-        # One step more for each embedding, and together they would not be smaller than the rest, which may have got a
-        # step for each matrix after that was decided.
+        # One step more for each embedding, and together they would not be smaller than the rest, which may have got two
+        # steps for each matrix after that was decided.
         steps = {True: 0, False: 0}
         for entry in entries:
             if entry.spec is not None:
                 larger = [*sizes[entry.matrix.name][rank_of(entry) :], None][0]
                 step = entry.matrix.cost(larger).bytes - entry.compressed.bytes
                 steps[entry.matrix.role == "embedding"] += step
-        assert embeddings + steps[True] >= remainder - steps[False]
+        assert embeddings + steps[True] >= remainder - 2 * steps[False]
 
 
 @pytest.mark.parametrize("structure", [LowRank, KroneckerSum])
