@@ -40,7 +40,7 @@ SCHEMA = {
     "versions",
     "output",
 }
-COMMANDS = ["compress", "finetune", "evaluate", "inspect", "plan", "methods", "quickstart"]
+COMMANDS = ["compress", "finetune", "evaluate", "inspect", "plan", "methods", "quickstart", "train"]
 
 
 def result_of(done: Any, layers: bool = False) -> dict[str, Any]:
