@@ -201,7 +201,8 @@ def test_an_interrupted_run_ends_as_if_it_had_not_been(
     assert again[2]["seconds"] > again[1]["seconds"] > again[0]["seconds"] > 0
     # A finished run returns at once.
     finished = make(kind)
-    assert train(finished, words, encoded, encoded, FAST, tmp_path / "cut") == again
+    at_once = train(finished, words, encoded, encoded, FAST, tmp_path / "cut")
+    assert [{k: v for k, v in row.items() if k != "seconds"} for row in at_once] == untimed[0]
     for name, tensor in whole.state_dict().items():
         assert torch.equal(tensor, finished.state_dict()[name]), name
 
