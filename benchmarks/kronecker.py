@@ -245,10 +245,7 @@ def linear_cells(args: argparse.Namespace, clock: Clock, peak: float) -> Iterato
                     "rows": rows,
                     "mode": mode,
                     "spec": spec.to_dict(),
-                    "parameters": {way.name: sum(p.numel() for p in way.learned) for way in ways},
-                    "rounds": len(times["kron"]),
-                    "seconds": median,
-                    "slower_than_kron": {name: seconds / median["kron"] for name, seconds in median.items()},
+                    **measured(ways, times, median),
                     "flops_ratio": dense_flops / flops,
                     "share_of_ideal": median["dense"] / median["kron"] * flops / dense_flops,
                     "gflops": flops / median["kron"] / 1e9,
@@ -256,6 +253,16 @@ def linear_cells(args: argparse.Namespace, clock: Clock, peak: float) -> Iterato
                     "errors": errors,
                 }
                 yield {**cell, "missed": missed(cell)}
+
+
+def measured(ways: list[Competitor], times: dict[str, list[float]], median: dict[str, float]) -> dict[str, Any]:
+    """What the timing of a cell gave, and the sizes of what was timed."""
+    return {
+        "parameters": {way.name: sum(p.numel() for p in way.learned) for way in ways},
+        "rounds": len(times["kron"]),
+        "seconds": median,
+        "slower_than_kron": {name: seconds / median["kron"] for name, seconds in median.items()},
+    }
 
 
 def missed(cell: dict[str, Any]) -> list[str]:
@@ -301,10 +308,7 @@ def table_cells(args: argparse.Namespace, clock: Clock) -> Iterator[dict[str, An
                         "rows": rows,
                         "mode": mode,
                         "spec": spec.to_dict(),
-                        "parameters": {way.name: sum(p.numel() for p in way.learned) for way in ways},
-                        "rounds": len(times["kron"]),
-                        "seconds": median,
-                        "slower_than_kron": {"dense": median["dense"] / median["kron"]},
+                        **measured(ways, times, median),
                         "error": error,
                     }
 

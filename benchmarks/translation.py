@@ -42,11 +42,12 @@ from transformers import (
 from transformers.utils import logging
 
 import factorformer
-from factorformer.hf import translation
+from factorformer.hf import from_scratch, translation
 from factorformer.hf.tokenization import train_tokenizer
 
 RATES = {"dense": 1e-3, "shapeshifter": 2e-3, "low_rank": 2e-3, "narrow": 4e-3}
-"""Peak of the learning rate of each system: the best of 200-step trials, each a factor of two from its neighbours."""
+"""Peak of the learning rate of each system: the best of 200-step trials, a factor of two apart,
+by a script that was not kept."""
 
 LABELS = {
     "dense": "dense",
@@ -159,9 +160,9 @@ class Bench:
             train_tokenizer(texts, self.size.vocabulary).save_pretrained(path)
         return AutoTokenizer.from_pretrained(path)
 
-    def settings(self, system: str, seed: int) -> translation.TranslationSettings:
+    def settings(self, system: str, seed: int) -> from_scratch.ScratchSettings:
         args = self.args
-        return translation.TranslationSettings(
+        return from_scratch.ScratchSettings(
             epochs=args.epochs,
             steps=args.steps or None,
             learning_rate=args.rates[system],

@@ -15,6 +15,7 @@ from factorformer import planning, recipes
 from factorformer.errors import DataError, FactorformerError, ModelError
 from factorformer.fitting import Metric, fit
 from factorformer.hf.plugin import attach
+from factorformer.nn import new_factors
 from factorformer.planning import Cost, Plan, Scope
 from factorformer.progress import Progress, silent
 from factorformer.surgery import dense_weight, factorize, find_matrices
@@ -134,10 +135,7 @@ def compress(
         except FactorformerError as error:
             raise type(error)(f"layer '{name}': {error}") from error
         progress("fit", done + 1, len(names))
-    for entry in plan.factorized:
-        factorize(model, entry.matrix, entry.spec, fitted.pop(entry.matrix.name))  # pyright: ignore[reportArgumentType]
-    for pretrained in _pretrained_models(model):
-        attach(pretrained)
+    _replace(model, plan, fitted)
     seconds = {"calibrate": calibrated - started, "fit": time.perf_counter() - calibrated}
     return Report(method, plan.scope, plan.original, plan.compressed, errors, seconds)
 
@@ -171,15 +169,20 @@ def initialize(model: nn.Module, plan: Plan) -> Report:
         if not 0 < std < math.inf:
             raise ModelError(f"layer '{name}': its weight has no initial values to match; build it with from_config")
         assert spec is not None
-        fresh[name] = {key: weight.new_empty(tensor.size) for key, tensor in spec.tensors(shape).items()}
+        fresh[name] = new_factors(spec, shape, weight.device, weight.dtype)
         spec.initialize(fresh[name], std)
-    for entry in plan.factorized:
-        factorize(model, entry.matrix, entry.spec, fresh[entry.matrix.name])  # pyright: ignore[reportArgumentType]
-    for pretrained in _pretrained_models(model):
-        attach(pretrained)
+    _replace(model, plan, fresh)
     method = plan.method or recipes.default_method(calibrated=False)
     seconds = {"initialize": time.perf_counter() - started}
     return Report(method, plan.scope, plan.original, plan.compressed, {}, seconds)
+
+
+def _replace(model: nn.Module, plan: Plan, factors: dict[str, dict[str, Tensor]]) -> None:
+    """Put the factors in the place of their matrices; the dictionary is emptied, so that each copy is freed at once."""
+    for entry in plan.factorized:
+        factorize(model, entry.matrix, entry.spec, factors.pop(entry.matrix.name))  # pyright: ignore[reportArgumentType]
+    for pretrained in _pretrained_models(model):
+        attach(pretrained)
 
 
 def _pretrained_models(module: nn.Module) -> Iterator[PreTrainedModel]:

@@ -11,6 +11,16 @@ from factorformer.errors import ModelError
 from factorformer.structures import Factors, Shape, Structure
 
 
+def new_factors(
+    spec: Structure, shape: Shape, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+) -> dict[str, Tensor]:
+    """Factors of a structure, all zero: `spec.initialize` fills them."""
+    return {
+        name: torch.zeros(tensor.size, device=device, dtype=tensor.dtype or dtype)
+        for name, tensor in spec.tensors(shape).items()
+    }
+
+
 class FactorizedMatrix(nn.Module):
     """A matrix `W` of shape `(out, in)` that is only ever stored as the factors of `spec`.
 
@@ -40,19 +50,10 @@ class FactorizedMatrix(nn.Module):
         super().__init__()
         spec.check(shape)
         self.shape = shape
-        self._adopt(spec, self._new_factors(spec, shape, device, dtype) if factors is None else factors)
+        self._adopt(spec, new_factors(spec, shape, device, dtype) if factors is None else factors)
         if factors is None and self.get_parameter("weight").device.type != "meta":
             with torch.no_grad():
                 spec.initialize(self.factors, std=(3 * shape[1]) ** -0.5)
-
-    @staticmethod
-    def _new_factors(
-        spec: Structure, shape: Shape, device: torch.device | str | None, dtype: torch.dtype | None
-    ) -> dict[str, Tensor]:
-        return {
-            name: torch.zeros(tensor.size, device=device, dtype=tensor.dtype or dtype)
-            for name, tensor in spec.tensors(shape).items()
-        }
 
     def _adopt(self, spec: Structure, factors: Mapping[str, Tensor]) -> None:
         expected = spec.tensors(self.shape)

@@ -23,7 +23,7 @@ import factorformer
 from factorformer.cli import from_scratch
 from factorformer.cli.train import train
 from factorformer.hf import translation
-from factorformer.hf.translation import TranslationSettings
+from factorformer.hf.from_scratch import ScratchSettings, _Watch
 
 NUMBERS = {"eins": "one", "zwei": "two", "drei": "three", "vier": "four", "fünf": "five", "sechs": "six"}
 TINY = {
@@ -134,7 +134,7 @@ def test_training_is_reproducible(run: Any, tmp_path: Path) -> None:
 
 
 def test_default_settings_are_those_of_the_library() -> None:
-    settings, parameters = TranslationSettings(), inspect.signature(train).parameters
+    settings, parameters = ScratchSettings(), inspect.signature(train).parameters
     names = {"epochs": "epochs", "batch_size": "batch_size", "seed": "seed", "steps": "steps"}
     for name, option in names.items():
         assert parameters[option].default == getattr(settings, name)
@@ -168,14 +168,14 @@ def interrupted(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> li
     """A command that was interrupted after its fourth step, which has a checkpoint."""
     command = ["train", tmp_path / "new", *PAIRS, *options("marian")]
     assert run("train", tmp_path / "whole", *PAIRS, *options("marian")).exit_code == 0
-    watch = translation._Watch.on_step_end
+    watch = _Watch.on_step_end
 
     def stop(self: Any, args: Any, state: Any, control: Any, **others: Any) -> None:
         watch(self, args, state, control, **others)
         if state.global_step == 5:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(translation._Watch, "on_step_end", stop)
+    monkeypatch.setattr(_Watch, "on_step_end", stop)
     done = run(*command)
     assert done.exit_code == 130
     assert done.stderr.splitlines()[-1] == (

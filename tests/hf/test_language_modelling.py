@@ -16,6 +16,7 @@ from torch.nn import functional as F
 import factorformer
 from factorformer.errors import DataError, ModelError, OutputError
 from factorformer.hf.configuration import Architecture, new_model
+from factorformer.hf.from_scratch import ScratchSettings
 from factorformer.hf.language_modelling import (
     MASKED,
     BlockCollator,
@@ -27,9 +28,8 @@ from factorformer.hf.language_modelling import (
     train,
 )
 from factorformer.hf.tokenization import train_tokenizer
-from factorformer.hf.translation import TranslationSettings
 
-FAST = TranslationSettings(steps=12, batch_size=8, learning_rate=5e-3, points=3, label_smoothing=0.0)
+FAST = ScratchSettings(steps=12, batch_size=8, learning_rate=5e-3, points=3, label_smoothing=0.0)
 SIZES = {
     "bert": ["hidden_size=32", "num_hidden_layers=2", "intermediate_size=64", "max_position_embeddings=24"],
     "gpt2": ["n_embd=32", "n_layer=2", "n_positions=24"],

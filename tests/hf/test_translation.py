@@ -18,21 +18,12 @@ from torch.nn import functional as F
 
 import factorformer
 from factorformer.errors import DataError, ModelError, OutputError
+from factorformer.hf.from_scratch import LengthGroupedSampler, ScratchSettings, last_checkpoint, token_loss
 from factorformer.hf.tokenization import train_tokenizer
-from factorformer.hf.translation import (
-    LengthGroupedSampler,
-    TranslationSettings,
-    bleu,
-    encode,
-    last_checkpoint,
-    read_parallel,
-    token_loss,
-    train,
-    translate,
-)
+from factorformer.hf.translation import bleu, encode, read_parallel, train, translate
 
 NUMBERS = {"eins": "one", "zwei": "two", "drei": "three", "vier": "four", "fünf": "five", "sechs": "six"}
-FAST = TranslationSettings(steps=12, batch_size=8, learning_rate=5e-3, points=3)
+FAST = ScratchSettings(steps=12, batch_size=8, learning_rate=5e-3, points=3)
 
 
 def pairs(rows: int = 44) -> list[tuple[str, str]]:

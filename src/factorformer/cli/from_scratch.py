@@ -23,9 +23,9 @@ from factorformer.errors import DataError, FactorformerError, ModelError, Output
 from factorformer.hf import language_modelling, translation
 from factorformer.hf.checkpoint import check_output, output_directory
 from factorformer.hf.configuration import Architecture, Task, new_model
+from factorformer.hf.from_scratch import IGNORED, ScratchSettings, last_checkpoint, token_loss
 from factorformer.hf.source import load_tokenizer
 from factorformer.hf.tokenization import train_tokenizer
-from factorformer.hf.translation import TranslationSettings, last_checkpoint
 from factorformer.planning import Plan, Scope, left_dense
 from factorformer.progress import Progress, bars
 from factorformer.report import Result, inventory
@@ -58,7 +58,7 @@ class Job:
     scope: Scope
     include: list[str] | None
     exclude: list[str] | None
-    settings: TranslationSettings
+    settings: ScratchSettings
 
     @property
     def work(self) -> Path:
@@ -323,8 +323,8 @@ def _measure(job: Job, ready: Prepared, held: datasets.Dataset, progress: Progre
     if ready.task != "translation":
         return language_modelling.evaluate(ready.model, ready.tokenizer, held, ready.task, progress=progress)
     sources, references = zip(*ready.text.evaluation, strict=True)
-    collate = DataCollatorForSeq2Seq(ready.tokenizer, ready.model, label_pad_token_id=translation.IGNORED)
-    loss = translation.token_loss(ready.model, collate, held)
+    collate = DataCollatorForSeq2Seq(ready.tokenizer, ready.model, label_pad_token_id=IGNORED)
+    loss = token_loss(ready.model, collate, held)
     texts = translation.translate(ready.model, ready.tokenizer, sources, max_length=job.max_length, progress=progress)
     scores = translation.bleu(texts, references)
     numbers = {name: score for name, score in scores.items() if not isinstance(score, str)}

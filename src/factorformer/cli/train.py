@@ -248,7 +248,7 @@ def train(
     import torch
 
     from factorformer.cli.from_scratch import DENSE, Job, preview, run
-    from factorformer.hf.translation import TranslationSettings, last_checkpoint
+    from factorformer.hf.from_scratch import ScratchSettings, last_checkpoint
 
     if method != DENSE and recipes.get(method).metric != "plain":
         usable = [name for name, recipe in recipes.RECIPES.items() if recipe.metric == "plain"]
@@ -264,7 +264,7 @@ def train(
         if precision == PrecisionChoice.fp16:
             raise MethodError("--precision fp16 needs a GPU: choose bf16 or fp32")
 
-    settings = TranslationSettings(
+    settings = ScratchSettings(
         epochs=epochs,
         steps=steps,
         learning_rate=lr or (1e-3 if method == DENSE else 2e-3),

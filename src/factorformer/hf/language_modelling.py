@@ -21,8 +21,8 @@ from transformers import (
 )
 
 from factorformer.errors import DataError, ModelError
+from factorformer.hf.from_scratch import IGNORED, ScratchSettings, optimize
 from factorformer.hf.source import check_lengths
-from factorformer.hf.translation import IGNORED, TranslationSettings, optimize
 from factorformer.progress import Progress, silent
 
 Task = Literal["causal", "masked"]
@@ -176,12 +176,12 @@ def train(
     train: datasets.Dataset,
     validation: datasets.Dataset,
     task: Task,
-    settings: TranslationSettings,
+    settings: ScratchSettings,
     output: Path,
     progress: Progress = silent,
     phase: str = "train",
 ) -> list[dict[str, float]]:
-    """Train a language model in place, with the schedule, checkpoints and learning curve of `translation.train`.
+    """Train a language model in place, with the schedule, checkpoints and learning curve of `from_scratch.optimize`.
 
     A run that was interrupted goes on from the last checkpoint in `output`.
 
@@ -197,7 +197,7 @@ def train(
         phase: the name under which progress is told.
 
     Returns:
-        The learning curve, see `translation.train`.
+        The learning curve, see `from_scratch.optimize`.
 
     Raises:
         DataError: blocks longer than the model can read.

@@ -1,90 +1,29 @@
-"""Translation with an encoder-decoder: parallel text, training from scratch that can be resumed, beam search, BLEU."""
+"""Translation with an encoder-decoder: parallel text, training from scratch, beam search, BLEU."""
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
-import json
-import math
-import shutil
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import datasets
-import numpy as np
 import torch
-from torch import Tensor
-from torch.nn import functional as F
-from torch.utils.data import Sampler
 from transformers import (
     DataCollatorForSeq2Seq,
     DataCollatorWithPadding,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    Seq2SeqTrainer,
-    Seq2SeqTrainingArguments,
-    TrainerCallback,
-    set_seed,
 )
-from transformers.trainer_callback import PrinterCallback
 
-from factorformer.errors import DataError, ModelError, OutputError
+from factorformer.errors import DataError, ModelError
+from factorformer.hf.from_scratch import IGNORED, ScratchSettings, optimize
 from factorformer.hf.source import check_lengths
 from factorformer.progress import Progress, silent
 
 Pairs = Sequence[tuple[str, str]]
 """Texts and their translations."""
 
-IGNORED = -100
-"""The label of padding, which no loss counts."""
-
-_POOL = 50
 _CHUNK = 1000
-
-
-@dataclasses.dataclass(frozen=True)
-class TranslationSettings:
-    """How a model is trained from scratch; the same for dense and factorized models.
-
-    Args:
-        epochs: passes over the training pairs.
-        steps: optimizer steps; if given, `epochs` does not count.
-        learning_rate: peak of a linear schedule with warm-up.
-        batch_size: pairs in a step, of similar length.
-        label_smoothing: part of the probability that goes to all tokens alike (Szegedy et al. 2016).
-        warmup: fraction of all steps.
-        weight_decay: of AdamW, on matrices and factors.
-        adam_beta2: decay of AdamW's second moment; 0.98 for Transformers from scratch (Vaswani et al. 2017).
-        clip: largest norm of the gradient.
-        points: of the learning curve; at each of them the validation loss is measured and a checkpoint written.
-        precision: in which matrices are multiplied; parameters and optimizer are fp32 in any case. fp16 needs a GPU.
-        seed: of order and dropout.
-        use_cpu: leave a GPU alone.
-    """
-
-    epochs: float = 20.0
-    steps: int | None = None
-    learning_rate: float = 1e-3
-    batch_size: int = 128
-    label_smoothing: float = 0.1
-    warmup: float = 0.1
-    weight_decay: float = 0.01
-    adam_beta2: float = 0.98
-    clip: float = 1.0
-    points: int = 20
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    seed: int = 0
-    use_cpu: bool = False
-
-    def total_steps(self, pairs: int) -> int:
-        """Optimizer steps of the whole training.
-
-        >>> TranslationSettings(epochs=2, batch_size=100).total_steps(250)
-        6
-        """
-        return self.steps or math.ceil(self.epochs * math.ceil(pairs / self.batch_size))
 
 
 def read_parallel(source: Path, target: Path) -> list[tuple[str, str]]:
@@ -154,141 +93,26 @@ def encode(
     return datasets.Dataset.from_dict({**columns, "length": lengths})
 
 
-class LengthGroupedSampler(Sampler[int]):
-    """Rows in an order that puts texts of similar length in a batch: a function of seed and epoch alone.
-
-    Unlike the one of transformers it draws nothing from torch's global generator. So models with other dropout see the
-    same batches, and a resumed epoch goes on as the interrupted one would have. Batches are shuffled too: their lengths
-    do not run from long to short.
-
-    Args:
-        lengths: of the rows.
-        batch_size: rows in a batch.
-        seed: of the order.
-    """
-
-    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int) -> None:
-        self.lengths, self.batch_size, self.seed = np.asarray(lengths), batch_size, seed
-        self.epoch = 0
-
-    def __len__(self) -> int:
-        return len(self.lengths)
-
-    def set_epoch(self, epoch: int) -> None:
-        """Called by the `Trainer` before each epoch."""
-        self.epoch = epoch
-
-    def __iter__(self) -> Iterator[int]:
-        random = np.random.default_rng([self.seed, self.epoch])
-        order = random.permutation(len(self.lengths))
-        pools = [order[i : i + _POOL * self.batch_size] for i in range(0, len(order), _POOL * self.batch_size)]
-        order = np.concatenate([pool[np.argsort(self.lengths[pool], kind="stable")] for pool in pools])
-        full = len(order) // self.batch_size * self.batch_size
-        batches = random.permutation(order[:full].reshape(-1, self.batch_size))
-        yield from batches.ravel().tolist()
-        yield from order[full:].tolist()
-
-
-class TranslationTrainer(Seq2SeqTrainer):
-    """A `Seq2SeqTrainer` with reproducible batches, loss per token, and the seconds of training in its log."""
-
-    def __init__(self, *args: Any, label_smoothing: float, **kwargs: Any) -> None:
-        super().__init__(*args, compute_loss_func=self._smoothed_loss, **kwargs)
-        self.label_smoothing = label_smoothing
-        self.clock = _Clock()
-        self.add_callback(self.clock)
-
-    def _smoothed_loss(self, outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
-        total = F.cross_entropy(
-            outputs["logits"].flatten(0, 1),
-            labels.flatten(),
-            ignore_index=IGNORED,
-            label_smoothing=self.label_smoothing,
-            reduction="sum",
-        )
-        return total / ((labels != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch)
-
-    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
-        # Not of the argument, which has lost the column that `forward` does not take.
-        assert isinstance(self.train_dataset, datasets.Dataset)
-        return LengthGroupedSampler(self.train_dataset["length"], self.args.train_batch_size, self.args.seed)
-
-    def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> dict[str, float]:
-        """Validation loss, every token counting the same and without smoothing; the clock stands still meanwhile."""
-        started = time.perf_counter()
-        assert isinstance(self.model, PreTrainedModel)
-        assert isinstance(self.eval_dataset, datasets.Dataset)
-        loss = token_loss(self.model, self.data_collator, self.eval_dataset, self.args.eval_batch_size)
-        self.clock.started += time.perf_counter() - started
-        metrics = {f"{metric_key_prefix}_loss": loss}
-        self.log(metrics)
-        return metrics
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """As the `Trainer` does, with `seconds` since the first step, those of interrupted runs included."""
-        super().log({**logs, "seconds": self.clock.seconds()}, start_time)
-
-
-class _Clock(TrainerCallback):
-    """Seconds of training; a resumed run goes on where the log of its checkpoint ends."""
-
-    def __init__(self) -> None:
-        self.started = time.perf_counter()
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.started = time.perf_counter() - max((row["seconds"] for row in state.log_history), default=0.0)
-
-    def seconds(self) -> float:
-        return round(time.perf_counter() - self.started, 2)
-
-
-class _Watch(TrainerCallback):
-    """Tells progress, and stops a run whose loss is no number."""
-
-    def __init__(self, progress: Progress, phase: str) -> None:
-        self.progress, self.phase = progress, phase
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.progress(self.phase, state.global_step, state.max_steps)
-        if state.global_step == state.max_steps:  # where the Trainer evaluates in any case
-            control.should_log = True
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
-        loss = (logs or {}).get("loss", 0.0)
-        if not math.isfinite(loss):
-            raise ModelError(
-                f"training diverged by step {state.global_step} (loss {loss}): lower the learning rate "
-                f"{args.learning_rate:g}"
-            )
-
-
 def train(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     train: datasets.Dataset,
     validation: datasets.Dataset,
-    settings: TranslationSettings,
+    settings: ScratchSettings,
     output: Path,
     progress: Progress = silent,
     phase: str = "train",
 ) -> list[dict[str, float]]:
-    """Train an encoder-decoder in place: AdamW, linear schedule with warm-up, label smoothing.
-
-    A run that was interrupted goes on from the last checkpoint in `output`, which it ends as if it had never stopped.
+    """Train an encoder-decoder in place on pairs of texts, as `from_scratch.optimize` does.
 
     Args:
         model: fresh, dense or factorized.
         tokenizer: of the model, for padding.
-        train: from `encode`.
-        validation: from `encode`; its loss is measured, and nothing else is done with it.
-        settings: see `TranslationSettings`.
-        output: directory of checkpoints, ordinary model directories with the state of the optimizer beside.
-        progress: told how many steps are done.
-        phase: the name under which progress is told.
+        train, validation: from `encode`.
+        settings, output, progress, phase: as for `optimize`.
 
     Returns:
-        The learning curve, one row for each point: `step`, `epoch`, `loss` (mean since the last row, smoothed),
-        `validation_loss` (nats per token, not smoothed), `learning_rate`, `seconds` of training so far.
+        The learning curve, as from `optimize`.
 
     Raises:
         DataError: texts longer than the model can read.
@@ -304,158 +128,6 @@ def train(
     # With the model, which shifts the labels to the decoder's inputs: the loss is not the model's own.
     collate = DataCollatorForSeq2Seq(tokenizer, model, label_pad_token_id=IGNORED)
     return optimize(model, collate, train, validation, settings, output, progress, phase)
-
-
-def optimize(
-    model: PreTrainedModel,
-    collate: Any,
-    train: datasets.Dataset,
-    validation: datasets.Dataset,
-    settings: TranslationSettings,
-    output: Path,
-    progress: Progress = silent,
-    phase: str = "train",
-    *,
-    keep_columns: bool = False,
-) -> list[dict[str, float]]:
-    """The training that translation and language modelling share: any model, any collator that makes `labels`.
-
-    Args:
-        model, train, validation, settings, output, progress, phase: as for `train`.
-        collate: rows to a batch, with padding labelled -100.
-        keep_columns: whether the collator sees columns that the model's `forward` does not name.
-
-    Returns:
-        The learning curve, as from `train`.
-
-    Raises:
-        ModelError: the loss became NaN or infinite.
-        OutputError: `output` holds checkpoints of a run with other settings.
-    """
-    steps = settings.total_steps(len(train))
-    every = math.ceil(steps / settings.points)
-    _same_run(output, {**dataclasses.asdict(settings), "rows": len(train), "parameters": model.num_parameters()})
-    arguments = Seq2SeqTrainingArguments(
-        output_dir=str(output),
-        max_steps=steps,
-        learning_rate=settings.learning_rate,
-        per_device_train_batch_size=settings.batch_size,
-        per_device_eval_batch_size=settings.batch_size,
-        warmup_steps=settings.warmup,
-        weight_decay=settings.weight_decay,
-        adam_beta2=settings.adam_beta2,
-        max_grad_norm=settings.clip,
-        optim="adamw_torch_fused",
-        seed=settings.seed,
-        bf16=settings.precision == "bf16",
-        fp16=settings.precision == "fp16",
-        use_cpu=settings.use_cpu or not torch.accelerator.is_available(),  # or else bf16 is refused
-        logging_strategy="steps",
-        logging_steps=every,
-        logging_nan_inf_filter=False,  # which would report a finite loss for a run that diverged
-        eval_strategy="steps",
-        eval_steps=every,
-        save_strategy="steps",
-        save_steps=every,
-        save_total_limit=2,
-        remove_unused_columns=not keep_columns,
-        report_to=[],
-        disable_tqdm=True,
-        dataloader_pin_memory=torch.cuda.is_available() and not settings.use_cpu,
-    )
-    set_seed(settings.seed)
-    trainer = TranslationTrainer(
-        model=model,
-        args=arguments,
-        train_dataset=train,
-        eval_dataset=validation,
-        data_collator=collate,
-        callbacks=[_Watch(progress, phase)],
-        label_smoothing=settings.label_smoothing,
-    )
-    trainer.remove_callback(PrinterCallback)
-    checkpoint = last_checkpoint(output)
-    if checkpoint is not None:
-        state = json.loads((Path(checkpoint) / "trainer_state.json").read_text())
-        if state["global_step"] >= steps:  # the Trainer would make one step more
-            trainer._load_from_checkpoint(checkpoint)
-            model.eval()
-            return _curve(state["log_history"])
-    try:
-        trainer.train(resume_from_checkpoint=checkpoint)
-    finally:
-        # What accelerate wraps around `forward` for autocasting must not outlive the training.
-        for name in ("forward", "_original_forward"):
-            vars(model).pop(name, None)
-    model.eval()
-    return _curve(trainer.state.log_history)
-
-
-def _same_run(output: Path, run: dict[str, Any]) -> None:
-    """Write down what a run is, or compare with what stands there, so that none goes on with another's checkpoints."""
-    path = output / "run.json"
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        if path.is_file() and last_checkpoint(output):
-            begun = json.loads(path.read_text())
-            other = [f"{key} {begun.get(key)}, not {value}" for key, value in run.items() if begun.get(key) != value]
-            if other:
-                raise OutputError(
-                    f"'{output}' holds checkpoints of a run with {'; '.join(other)}: go on with the same settings or "
-                    "give another output"
-                )
-        path.write_text(json.dumps(run, indent=2) + "\n")
-    except (OSError, json.JSONDecodeError) as error:
-        raise OutputError(f"cannot use '{output}' for checkpoints: {error}") from error
-
-
-def last_checkpoint(output: Path) -> str | None:
-    """The newest complete checkpoint in a directory; incomplete ones, whose writing was interrupted, are deleted."""
-    folders = [path for path in output.glob("checkpoint-*") if path.name.rpartition("-")[2].isdigit()]
-    for folder in sorted(folders, key=lambda path: int(path.name.rpartition("-")[2]), reverse=True):
-        with contextlib.suppress(OSError, json.JSONDecodeError):
-            json.loads((folder / "trainer_state.json").read_text())  # what the Trainer writes last
-            return str(folder)
-        shutil.rmtree(folder)
-    return None
-
-
-def _curve(history: list[dict[str, Any]]) -> list[dict[str, float]]:
-    names = {"eval_loss": "validation_loss"}
-    kept = ("step", "epoch", "loss", "eval_loss", "learning_rate", "seconds")
-    rows: dict[int, dict[str, float]] = {}
-    for entry in history:
-        if "train_runtime" not in entry:
-            row = rows.setdefault(entry["step"], {})
-            row |= {names.get(key, key): entry[key] for key in kept if key in entry}
-    return list(rows.values())
-
-
-def token_loss(model: PreTrainedModel, collate: Any, data: datasets.Dataset, batch_size: int = 128) -> float:
-    """Mean negative log-likelihood of the tokens of all translations, in nats; its exponential is the perplexity.
-
-    Args:
-        model: dense or factorized.
-        collate: makes a padded batch of rows, with padding labelled -100 (`DataCollatorForSeq2Seq`).
-        data: from `encode`.
-        batch_size: pairs in a forward pass.
-    """
-    was_training = model.training
-    model.eval()
-    order = np.argsort(data["length"], kind="stable")
-    rows = data.remove_columns("length")
-    total, tokens = 0.0, 0
-    with torch.inference_mode():
-        for start in range(0, len(order), batch_size):
-            batch = collate([rows[int(row)] for row in order[start : start + batch_size]])
-            labels = batch.pop("labels").to(model.device)
-            logits = model(**{key: value.to(model.device) for key, value in batch.items()}).logits.float()
-            total += float(
-                F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum")
-            )
-            tokens += int((labels != IGNORED).sum())
-    model.train(was_training)
-    return total / tokens
 
 
 def translate(

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from factorformer.errors import ModelError
+from factorformer.linalg import arrange_back
 from factorformer.structures.base import Factors, Shape, Structure, TensorSpec, require_positive
 
 AMPLIFICATION = 4
@@ -152,10 +153,8 @@ class KroneckerSum(Structure):
         return result.view(-1, n1 * n2)[:, : shape[1]].reshape(*index.shape, shape[1])
 
     def to_dense(self, shape: Shape, factors: Factors) -> Tensor:
-        (m1, n1), (m2, n2) = self.left, self.right
-        terms = factors["weight"].reshape(-1, self.rank) @ factors["right"].transpose(0, 1).reshape(self.rank, -1)
-        dense = terms.view(m1, n1, m2, n2).transpose(1, 2).reshape(m1 * m2, n1 * n2)
-        return dense[: shape[0], : shape[1]]
+        terms = factors["weight"].flatten(0, 1) @ factors["right"].transpose(0, 1).flatten(1)
+        return arrange_back(terms, self.left, self.right)[: shape[0], : shape[1]]
 
     def resize(self, factors: Factors, smaller: Structure) -> dict[str, Tensor]:
         if (
