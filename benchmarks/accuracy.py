@@ -3,7 +3,7 @@
     python benchmarks/accuracy.py --data ../shared/data --minutes 60
 
 Protocol, the same for every method: MiniLM is fine-tuned on the task (`dense`); the method compresses that model with
-512 training rows as calibration data; the result is fine-tuned for as many epochs again. The learning rate of each
+512 training rows as calibration data; the result is fine-tuned on the same rows. The learning rate of each
 method is chosen on a slice of train, at the first ratio, by a search of equal cost: a dense model trained on the slice
 alone is compressed, fine-tuned on the slice with each candidate, and scored on other rows of train. Nothing is chosen
 by test rows: they give the two figures that are reported, before and after fine-tuning.
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -33,9 +34,10 @@ from factorformer.hf import data as task_data
 from factorformer.hf import minilm, training
 from factorformer.surgery import find_blocks, find_matrices
 
-RATES = (1e-4, 2e-4, 4e-4)
+RATES = (1e-4, 2e-4, 4e-4, 8e-4)
 SLICE, HELD_OUT, CALIBRATION = 1600, 800, 512
 DISTILLED = "+distill"
+PATTERN = 32
 WITHOUT_RATIO = ("torchao-int8", "dense-longer")
 SETTINGS = training.TrainingSettings()
 
@@ -72,6 +74,7 @@ class Bench:
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
+        self.dense_epochs = args.dense_epochs or args.epochs
         self.model = args.model or str(minilm.directory())
         self.tokenizer = AutoTokenizer.from_pretrained(self.model)
         self._data: dict[str, tuple[datasets.Dataset, datasets.Dataset, task_data.Labels]] = {}
@@ -96,19 +99,26 @@ class Bench:
 
     def dense(self, task: Task, seed: int) -> PreTrainedModel:
         """The dense fine-tuned model; trained once for each task and seed, then read from the work folder."""
-        path = self.args.work / f"{task.name}-{seed}-{self.args.epochs:g}-{self.args.train_rows or 'all'}"
+        path = self.args.work / f"{task.name}-{seed}-{self._name()}"
         if not path.exists():
             model, rate = self.fresh(task), self.rate(task, "dense", None)
             started = time.process_time()
-            settings = self.settings(rate, seed)
+            settings = self.settings(rate, seed, self.dense_epochs)
             seconds = training.train(model, self.tokenizer, self.data(task)[0], settings)
             print(f"  dense {task.name}: {seconds:.0f} s, {time.process_time() - started:.0f} CPU s", flush=True)
             model.save_pretrained(path)
         return AutoModelForSequenceClassification.from_pretrained(path).to(self.fresh(task).device)
 
+    def _name(self) -> str:
+        return f"{self.dense_epochs:g}-{self.args.train_rows or 'all'}-{self.args.precision}"
+
     def settings(self, rate: float, seed: int, epochs: float | None = None) -> training.TrainingSettings:
         return dataclasses.replace(
-            SETTINGS, epochs=self.args.epochs if epochs is None else epochs, learning_rate=rate, seed=seed
+            SETTINGS,
+            epochs=self.args.epochs if epochs is None else epochs,
+            learning_rate=rate,
+            seed=seed,
+            precision=self.args.precision,
         )
 
     def rate(self, task: Task, method: str, ratio: float | None) -> float:
@@ -116,7 +126,8 @@ class Bench:
         if self.args.rate is not None and method != "dense":
             return self.args.rate
         name = method.removesuffix(DISTILLED)
-        key = {"task": task.name, "method": name, "train_rows": self.args.train_rows}
+        key = {"task": task.name, "method": name, "dense_epochs": self.dense_epochs}
+        key |= {"train_rows": self.args.train_rows, "precision": self.args.precision}
         for row in read_lines(self.args.rates):
             if row | key == row:
                 return row["rate"]
@@ -140,10 +151,11 @@ class Bench:
         return best
 
     def _slice_model(self, task: Task, learn: datasets.Dataset) -> PreTrainedModel:
-        path = self.args.work / f"{task.name}-slice-{self.args.train_rows or 'all'}"
+        path = self.args.work / f"{task.name}-slice-{self._name()}"
         if not path.exists():
             model = self.fresh(task)
-            training.train(model, self.tokenizer, learn, self.settings(self.rate(task, "dense", None), 0, epochs=3))
+            settings = self.settings(self.rate(task, "dense", None), 0, self.dense_epochs)
+            training.train(model, self.tokenizer, learn, settings)
             model.save_pretrained(path)
         return AutoModelForSequenceClassification.from_pretrained(path).to(self.fresh(task).device)
 
@@ -181,8 +193,13 @@ def block_bytes(model: nn.Module) -> int:
     """Bytes of all tensors inside the Transformer blocks, as they are stored, scales and indices included."""
     total = 0
     for name in find_blocks(model) or []:
-        for tensor in model.get_submodule(name).state_dict().values():
-            total += stored_bytes(tensor)
+        state = model.get_submodule(name).state_dict()
+        for key, tensor in state.items():
+            mask = state.get(key.removesuffix("_orig") + "_mask")
+            if key.endswith("_mask"):
+                total += -(-tensor.numel() // 8)  # a bitmap
+            else:
+                total += stored_bytes(tensor) if mask is None else int(mask.sum()) * tensor.element_size()
     return total
 
 
@@ -228,6 +245,23 @@ def torchao_int8(model: PreTrainedModel, ratio: float | None) -> PreTrainedModel
     return model
 
 
+def magnitude_nm(model: PreTrainedModel, ratio: float | None) -> PreTrainedModel:
+    """The largest N of every 32 consecutive weights of a row, without a dictionary; which ones stay is fixed."""
+    from torch.nn.utils import prune
+
+    assert ratio is not None
+    matrices, rest = find_matrices(model, "blocks")
+    values = sum(math.prod(m.shape) for m in matrices)
+    budget = (4 * values + rest.bytes) / ratio - rest.bytes
+    kept = round((budget / values - 1 / 8) / 4 * PATTERN)
+    for matrix in matrices:
+        module = model.get_submodule(matrix.name)
+        groups = module.weight.detach().abs().unflatten(1, (-1, PATTERN))
+        chosen = groups.topk(kept, dim=2).indices
+        prune.custom_from_mask(module, "weight", torch.zeros_like(groups).scatter_(2, chosen, 1).flatten(1))
+    return model
+
+
 def dense_longer(model: PreTrainedModel, ratio: float | None) -> PreTrainedModel:
     """The dense model as it is: with the second round of fine-tuning it has trained as long as the compressed ones."""
     return model
@@ -236,6 +270,7 @@ def dense_longer(model: PreTrainedModel, ratio: float | None) -> PreTrainedModel
 PEERS: dict[str, Callable[[PreTrainedModel, float | None], PreTrainedModel]] = {
     "dense-longer": dense_longer,
     "fasterai-svd": fasterai,
+    "magnitude-nm": magnitude_nm,
     "torchao-int8": torchao_int8,
 }
 
@@ -294,6 +329,8 @@ def main() -> None:
     parser.add_argument("--epochs", type=float, default=3.0)
     parser.add_argument("--rate", type=float, help="learning rate of all methods, in place of the search")
     parser.add_argument("--train-rows", type=int, default=None, help="use only so many training rows, for every method")
+    parser.add_argument("--precision", default="fp32", choices=["fp32", "bf16"], help="of products in training")
+    parser.add_argument("--dense-epochs", type=float, help="of the dense model before compression, if not as many")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="start no new cell after this time")
     parser.add_argument("--model", default=None, help="a model directory; the embedded MiniLM if not given")
     parser.add_argument("--output", type=Path, default=RESULTS / "accuracy.jsonl")
@@ -304,7 +341,8 @@ def main() -> None:
     datasets.disable_progress_bars()
     started = time.monotonic()
     bench = Bench(args)
-    known = {"model": args.model or "minilm", "epochs": args.epochs, "train_rows": args.train_rows}
+    known = {"model": args.model or "minilm", "epochs": args.epochs, "dense_epochs": bench.dense_epochs}
+    known |= {"train_rows": args.train_rows, "precision": args.precision}
     for cell in grid(args.tasks, args.methods, args.ratios, args.seeds):
         if time.monotonic() - started > 60 * args.minutes:
             print("time is up; run again to continue")

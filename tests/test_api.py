@@ -34,6 +34,7 @@ ORDER = [
     "errors",
     "progress",
     "linalg",
+    "kernels",
     "structures",
     "calibration",
     "fitting",

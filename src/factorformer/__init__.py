@@ -7,9 +7,10 @@ from factorformer.errors import FactorformerError
 from factorformer.hf.checkpoint import load
 from factorformer.nn import FactorizedEmbedding, FactorizedLinear
 from factorformer.planning import Plan
-from factorformer.structures import KroneckerSum, LowRank, Structure
+from factorformer.structures import DenseSparse, KroneckerSum, LowRank, Structure
 
 __all__ = [
+    "DenseSparse",
     "FactorformerError",
     "FactorizedEmbedding",
     "FactorizedLinear",

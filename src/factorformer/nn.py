@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -50,10 +51,15 @@ class FactorizedMatrix(nn.Module):
         super().__init__()
         spec.check(shape)
         self.shape = shape
+        self.register_load_state_dict_post_hook(_check_loaded)
         self._adopt(spec, new_factors(spec, shape, device, dtype) if factors is None else factors)
-        if factors is None and self.get_parameter("weight").device.type != "meta":
+        if self.get_parameter("weight").is_meta:
+            return
+        if factors is None:
             with torch.no_grad():
                 spec.initialize(self.factors, std=(3 * shape[1]) ** -0.5)
+        else:
+            self.check_factors()
 
     def _adopt(self, spec: Structure, factors: Mapping[str, Tensor]) -> None:
         expected = spec.tensors(self.shape)
@@ -74,6 +80,10 @@ class FactorizedMatrix(nn.Module):
     def factors(self) -> dict[str, Tensor]:
         """The stored tensors by name."""
         return {name: getattr(self, name) for name in self.spec.tensors(self.shape)}
+
+    def check_factors(self) -> None:
+        """Raise `ModelError` if integer factors are out of range; called on all tensors that come from outside."""
+        self.spec.check_factors(self.shape, self.factors)
 
     def matmul(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """`x @ W.T + bias`, `(..., in)` to `(..., out)`."""
@@ -98,6 +108,11 @@ class FactorizedMatrix(nn.Module):
     def extra_repr(self) -> str:
         """Spec and shape, for `print(model)`."""
         return f"{self.spec}, shape={self.shape[0]}x{self.shape[1]}"
+
+
+def _check_loaded(module: nn.Module, incompatible: Any) -> None:
+    if isinstance(module, FactorizedMatrix) and not module.get_parameter("weight").is_meta:
+        module.check_factors()
 
 
 class FactorizedLinear(FactorizedMatrix):

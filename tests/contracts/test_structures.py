@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 from tests.contracts.structure import Case, StructureContract, never_dense  # noqa: F401
 
 from factorformer.errors import ModelError
-from factorformer.structures import STRUCTURES, KroneckerSum, LowRank, factor_shapes, largest_rank
+from factorformer.structures import STRUCTURES, DenseSparse, KroneckerSum, LowRank, factor_shapes, largest_rank
 
 CASES = [
     Case(LowRank(rank), shape, smaller=LowRank(max(rank // 2, 1)), refused=(LowRank(rank + 1),))
@@ -42,6 +43,34 @@ for shape, rank, sides in [
             smaller=KroneckerSum(1, left, right),
             refused=(KroneckerSum(rank + 1, left, right), KroneckerSum(1, (left[0] + 1, left[1]), right), LowRank(1)),
             listed=sides is None,
+        )
+    )
+for shape, (atoms, nonzeros, side, group, blocks), listed in [
+    ((48, 20), (16, 4, "rows", 1, 1), True),  # positions in one byte
+    ((48, 24), (16, 5, "rows", 1, 1), False),  # a bitmap
+    ((20, 48), (16, 4, "columns", 1, 1), True),  # wide
+    ((20, 48), (8, 3, "rows", 1, 1), False),  # atoms along the longer dimension
+    ((40, 22), (10, 4, "rows", 4, 1), False),  # groups share a support
+    ((24, 40), (12, 6, "columns", 2, 3), False),  # 2:4, in groups
+    ((64, 36), (40, 2, "rows", 1, 1), False),  # more atoms than the shorter side
+    ((700, 330), (300, 6, "rows", 1, 1), False),  # positions in two bytes
+    ((700, 330), (300, 6, "columns", 1, 2), False),  # and in one, inside of blocks
+    ((9, 12), (3, 1, "columns", 1, 1), False),  # the smallest
+]:
+    spec = DenseSparse(atoms, nonzeros, side, group, blocks)
+    CASES.append(
+        Case(
+            spec,
+            shape,
+            smaller=dataclasses.replace(spec, nonzeros=blocks),
+            refused=(
+                dataclasses.replace(
+                    spec, nonzeros=1 if blocks == 1 else blocks, side="rows" if side == "columns" else "columns"
+                ),
+                dataclasses.replace(spec, atoms=atoms + blocks),
+                LowRank(1),
+            ),
+            listed=listed,
         )
     )
 

@@ -7,7 +7,7 @@ import dataclasses
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import datasets
 import numpy as np
@@ -53,6 +53,7 @@ class TrainingSettings:
         weight_decay: of AdamW.
         freeze_embeddings: leave word embeddings as they are, which saves memory and half of the time on small models.
             Factorized ones are trained in any case: they have lost something that they can learn again.
+        precision: of matrix products; parameters and optimizer stay in their own.
     """
 
     epochs: float = 3.0
@@ -62,6 +63,7 @@ class TrainingSettings:
     warmup: float = 0.1
     weight_decay: float = 0.01
     freeze_embeddings: bool = True
+    precision: Literal["fp32", "bf16"] = "fp32"
 
 
 class DistillationTrainer(Trainer):
@@ -165,6 +167,8 @@ def train(
             data_seed=settings.seed,
             warmup_steps=settings.warmup,
             weight_decay=settings.weight_decay,
+            bf16=settings.precision == "bf16",
+            use_cpu=not torch.accelerator.is_available(),  # or else bf16 is refused
             optim="adamw_torch_fused",
             train_sampling_strategy="group_by_length",
             save_strategy="no",

@@ -8,10 +8,11 @@ from typing import Any
 
 from factorformer.errors import CheckpointError, one_of
 from factorformer.structures.base import Factors, Shape, Structure, TensorSpec
+from factorformer.structures.dense_sparse import DenseSparse
 from factorformer.structures.kronecker_sum import KroneckerSum, factor_shapes
 from factorformer.structures.low_rank import LowRank, largest_rank
 
-STRUCTURES: dict[str, type[Structure]] = {LowRank.kind: LowRank, KroneckerSum.kind: KroneckerSum}
+STRUCTURES: dict[str, type[Structure]] = {s.kind: s for s in (LowRank, KroneckerSum, DenseSparse)}
 
 
 def from_dict(description: Mapping[str, Any]) -> Structure:
@@ -36,6 +37,7 @@ def from_dict(description: Mapping[str, Any]) -> Structure:
 
 __all__ = [
     "STRUCTURES",
+    "DenseSparse",
     "Factors",
     "KroneckerSum",
     "LowRank",

@@ -69,6 +69,10 @@ class Structure(ABC):
         """Raise `ModelError` if a matrix of this shape cannot have this structure."""
 
     @abstractmethod
+    def check_factors(self, shape: Shape, factors: Factors) -> None:
+        """Raise `ModelError` if integer factors hold what this structure cannot mean, such as an index out of range."""
+
+    @abstractmethod
     def matmul(self, shape: Shape, factors: Factors, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """`x @ W.T + bias`: `(..., in)` to `(..., out)`, without building `W`."""
 
@@ -91,7 +95,11 @@ class Structure(ABC):
     @classmethod
     @abstractmethod
     def candidates(cls, shape: Shape, dtype: torch.dtype) -> Iterator[Structure]:
-        """All specs of this kind that are smaller than the dense matrix, in order of growing bytes."""
+        """Specs of this kind that are smaller than the dense matrix, in order of growing bytes: what planners try."""
+
+    @abstractmethod
+    def alternatives(self, shape: Shape, dtype: torch.dtype) -> tuple[Structure, ...]:
+        """Specs of this kind that take about as many bytes, this one included: which is best, the weights decide."""
 
     def parameters(self, shape: Shape) -> int:
         """Count of stored values (integers that index or encode are not parameters)."""

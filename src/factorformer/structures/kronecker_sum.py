@@ -114,6 +114,9 @@ class KroneckerSum(Structure):
     def _selects(self) -> bool:
         return self._right_first and self.left[1] * self.right[0] <= LARGEST_SELECTION
 
+    def check_factors(self, shape: Shape, factors: Factors) -> None:
+        """All factors are values."""
+
     def matmul(self, shape: Shape, factors: Factors, x: Tensor, bias: Tensor | None = None) -> Tensor:
         (m1, n1), (m2, n2) = self.left, self.right
         leading, padding = x.shape[:-1], n1 * n2 - shape[1]
@@ -184,6 +187,9 @@ class KroneckerSum(Structure):
     def candidates(cls, shape: Shape, dtype: torch.dtype) -> Iterator[KroneckerSum]:
         left, right = factor_shapes(shape)
         return (cls(rank, left, right) for rank in range(1, _largest_rank(shape, left, right) + 1))
+
+    def alternatives(self, shape: Shape, dtype: torch.dtype) -> tuple[KroneckerSum, ...]:
+        return (self,)
 
 
 def factor_shapes(shape: Shape) -> tuple[Shape, Shape]:

@@ -52,6 +52,9 @@ class LowRank(Structure):
                 f"allowed: 1 to {largest}; keep the matrix dense instead"
             )
 
+    def check_factors(self, shape: Shape, factors: Factors) -> None:
+        """All factors are values."""
+
     def matmul(self, shape: Shape, factors: Factors, x: Tensor, bias: Tensor | None = None) -> Tensor:
         return F.linear(F.linear(x, factors["right"]), factors["weight"], bias)
 
@@ -75,6 +78,9 @@ class LowRank(Structure):
     @classmethod
     def candidates(cls, shape: Shape, dtype: torch.dtype) -> Iterator[LowRank]:
         return (cls(rank) for rank in range(1, largest_rank(shape) + 1))
+
+    def alternatives(self, shape: Shape, dtype: torch.dtype) -> tuple[LowRank, ...]:
+        return (self,)
 
 
 def largest_rank(shape: Shape) -> int:

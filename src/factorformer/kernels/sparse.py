@@ -1,0 +1,144 @@
+"""Products with a sparse matrix that stores the same number of entries in each row: the reference implementation.
+
+`S: (rows, atoms)` is given as `values: (rows, nonzeros)` and a packed `support` (see `kernels.support`) that each
+`group` of consecutive rows shares. The operators are registered with torch, with their shapes, derivatives, types
+under autocast and FLOPs, so that compilers, exporters and counters know them; another implementation of the same
+operators takes over for a device by registering itself. The reference builds a few rows of `S` at a time.
+"""
+
+# Annotations stay types here: torch reads the schemas of operators from them.
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from factorformer.kernels.support import unpack
+
+WORKSPACE = 2**19
+"""Entries of `S` that the reference builds at once."""
+
+
+@torch.library.custom_op("factorformer::sparse_positions", mutates_args=())
+def sparse_positions(support: Tensor, atoms: int, nonzeros: int, blocks: int) -> Tensor:
+    """Positions of the nonzeros, int64: `(groups, bytes)` to `(groups, nonzeros)`."""
+    return unpack(support, atoms, nonzeros, blocks)
+
+
+@torch.library.custom_op("factorformer::sparse_matmul", mutates_args=())
+def sparse_matmul(x: Tensor, values: Tensor, support: Tensor, atoms: int, blocks: int) -> Tensor:
+    """`x @ S.T`: `(n, atoms)` to `(n, rows)`."""
+    result = x.new_empty(x.shape[0], values.shape[0])
+    for rows, part in _parts(values, support, atoms, blocks):
+        result[:, rows] = x @ part.T
+    return result
+
+
+@torch.library.custom_op("factorformer::sparse_matmul_transposed", mutates_args=())
+def sparse_matmul_transposed(x: Tensor, values: Tensor, support: Tensor, atoms: int, blocks: int) -> Tensor:
+    """`x @ S`: `(n, rows)` to `(n, atoms)`."""
+    result = x.new_zeros(x.shape[0], atoms, dtype=torch.promote_types(x.dtype, torch.float32))
+    for rows, part in _parts(values, support, atoms, blocks):
+        result += x[:, rows] @ part
+    return result.to(x.dtype)
+
+
+@torch.library.custom_op("factorformer::sparse_outer", mutates_args=())
+def sparse_outer(left: Tensor, right: Tensor, support: Tensor, nonzeros: int, blocks: int) -> Tensor:
+    """The entries of `left.T @ right` on the support: `(n, rows)` and `(n, atoms)` to `(rows, nonzeros)`."""
+    rows, atoms = left.shape[1], right.shape[1]
+    group = rows // support.shape[0]
+    result = left.new_empty(rows, nonzeros)
+    for first, last in _ranges(support.shape[0], group * atoms):
+        positions = unpack(support[first:last], atoms, nonzeros, blocks).repeat_interleave(group, 0)
+        chosen = slice(first * group, last * group)
+        result[chosen] = (left[:, chosen].T @ right).gather(1, positions)
+    return result
+
+
+def build(values: Tensor, support: Tensor, atoms: int, blocks: int) -> Tensor:
+    """`S` itself, `(rows, atoms)`; differentiable in the values."""
+    rows, nonzeros = values.shape
+    positions = sparse_positions(support, atoms, nonzeros, blocks)
+    if rows != support.shape[0]:
+        positions = positions.repeat_interleave(rows // support.shape[0], 0)
+    return values.new_zeros(rows, atoms).scatter(1, positions, values)
+
+
+def _parts(values: Tensor, support: Tensor, atoms: int, blocks: int) -> Any:
+    group = values.shape[0] // support.shape[0]
+    for first, last in _ranges(support.shape[0], group * atoms):
+        rows = slice(first * group, last * group)
+        yield rows, build(values[rows], support[first:last], atoms, blocks)
+
+
+def _ranges(groups: int, entries: int) -> list[tuple[int, int]]:
+    """Consecutive ranges of groups of rows that fit into the workspace, of even size."""
+    pieces = max(1, math.ceil(groups / max(1, WORKSPACE // entries)))
+    step = math.ceil(groups / pieces)
+    return [(first, min(first + step, groups)) for first in range(0, groups, step)]
+
+
+@sparse_positions.register_fake
+def _(support: Tensor, atoms: int, nonzeros: int, blocks: int) -> Tensor:
+    return support.new_empty(support.shape[0], nonzeros, dtype=torch.int64)
+
+
+@sparse_matmul.register_fake
+def _(x: Tensor, values: Tensor, support: Tensor, atoms: int, blocks: int) -> Tensor:
+    return x.new_empty(x.shape[0], values.shape[0])
+
+
+@sparse_matmul_transposed.register_fake
+def _(x: Tensor, values: Tensor, support: Tensor, atoms: int, blocks: int) -> Tensor:
+    return x.new_empty(x.shape[0], atoms)
+
+
+@sparse_outer.register_fake
+def _(left: Tensor, right: Tensor, support: Tensor, nonzeros: int, blocks: int) -> Tensor:
+    return left.new_empty(left.shape[1], nonzeros)
+
+
+def _remember(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, values, support, ctx.atoms, ctx.blocks = inputs
+    ctx.save_for_backward(x, values, support)
+
+
+def _matmul_backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+    x, values, support = ctx.saved_tensors
+    gradient = gradient.contiguous()
+    for_x = for_values = None
+    if ctx.needs_input_grad[0]:
+        for_x = sparse_matmul_transposed(gradient, values, support, ctx.atoms, ctx.blocks)
+    if ctx.needs_input_grad[1]:
+        for_values = sparse_outer(gradient, x, support, values.shape[1], ctx.blocks)
+    return for_x, for_values, None, None, None
+
+
+def _transposed_backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+    x, values, support = ctx.saved_tensors
+    gradient = gradient.contiguous()
+    for_x = for_values = None
+    if ctx.needs_input_grad[0]:
+        for_x = sparse_matmul(gradient, values, support, ctx.atoms, ctx.blocks)
+    if ctx.needs_input_grad[1]:
+        for_values = sparse_outer(x, gradient, support, values.shape[1], ctx.blocks)
+    return for_x, for_values, None, None, None
+
+
+sparse_matmul.register_autograd(_matmul_backward, setup_context=_remember)
+sparse_matmul_transposed.register_autograd(_transposed_backward, setup_context=_remember)
+
+
+def _flops(x: Any, values: Any, *_: Any, **__: Any) -> int:
+    return 2 * x[0] * math.prod(values)
+
+
+register_flop_formula([torch.ops.factorformer.sparse_matmul, torch.ops.factorformer.sparse_matmul_transposed])(_flops)
+
+
+@register_flop_formula(torch.ops.factorformer.sparse_outer)
+def _outer_flops(left: Any, right: Any, support: Any, nonzeros: int, *_: Any, **__: Any) -> int:
+    return 2 * left[0] * left[1] * nonzeros
