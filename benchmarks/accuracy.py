@@ -14,8 +14,10 @@ Each finished cell is one JSON line; a run skips what is there already, so it ca
 from __future__ import annotations
 
 import argparse
+import copy
 import dataclasses
 import math
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -32,12 +34,15 @@ import factorformer
 from factorformer import recipes
 from factorformer.hf import data as task_data
 from factorformer.hf import minilm, training
+from factorformer.nn import FactorizedMatrix
 from factorformer.surgery import find_blocks, find_matrices
+from factorformer.training.straight_through import StraightThrough, StraightThroughSettings
 
 RATES = (1e-4, 2e-4, 4e-4, 8e-4)
 SLICE, HELD_OUT, CALIBRATION = 1600, 800, 512
 DISTILLED = "+distill"
 PATTERN = 32
+SETUP = ("train_rows", "precision", "unique_layers")
 WITHOUT_RATIO = ("torchao-int8", "dense-longer")
 SETTINGS = training.TrainingSettings()
 
@@ -69,6 +74,9 @@ def grid(tasks: list[str], methods: list[str], ratios: list[float], seeds: list[
     return cells
 
 
+Reduced = tuple[PreTrainedModel, StraightThrough | None]
+
+
 class Bench:
     """Data, models and settings of a run."""
 
@@ -90,11 +98,19 @@ class Bench:
             self._data[task.name] = (encode[0], encode[1], labels)
         return self._data[task.name]
 
-    def fresh(self, task: Task) -> PreTrainedModel:
-        """The pre-trained model with a new head."""
+    def fresh(self, task: Task, weights: Path | None = None) -> PreTrainedModel:
+        """The pre-trained model with a new head, layers shared if asked for; or the same with trained weights."""
         torch.manual_seed(0)
         labels = self.data(task)[2]
         model = AutoModelForSequenceClassification.from_pretrained(self.model, num_labels=len(labels.names))
+        if self.args.unique_layers:
+            layers = model.base_model.encoder.layer
+            for index in range(len(layers)):
+                layers[index] = layers[
+                    index * self.args.unique_layers // len(layers) * len(layers) // self.args.unique_layers
+                ]
+        if weights is not None:
+            model.load_state_dict(torch.load(weights, weights_only=True))
         return model.to("cuda" if torch.cuda.is_available() else "cpu")
 
     def dense(self, task: Task, seed: int) -> PreTrainedModel:
@@ -106,11 +122,13 @@ class Bench:
             settings = self.settings(rate, seed, self.dense_epochs)
             seconds = training.train(model, self.tokenizer, self.data(task)[0], settings)
             print(f"  dense {task.name}: {seconds:.0f} s, {time.process_time() - started:.0f} CPU s", flush=True)
-            model.save_pretrained(path)
-        return AutoModelForSequenceClassification.from_pretrained(path).to(self.fresh(task).device)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.save(model.state_dict(), path)
+        return self.fresh(task, path)
 
     def _name(self) -> str:
-        return f"{self.dense_epochs:g}-{self.args.train_rows or 'all'}-{self.args.precision}"
+        shared = f"-{self.args.unique_layers}-layers" if self.args.unique_layers else ""
+        return f"{self.dense_epochs:g}-{self.args.train_rows or 'all'}-{self.args.precision}{shared}.pt"
 
     def settings(self, rate: float, seed: int, epochs: float | None = None) -> training.TrainingSettings:
         return dataclasses.replace(
@@ -127,7 +145,7 @@ class Bench:
             return self.args.rate
         name = method.removesuffix(DISTILLED)
         key = {"task": task.name, "method": name, "dense_epochs": self.dense_epochs}
-        key |= {"train_rows": self.args.train_rows, "precision": self.args.precision}
+        key |= {name: getattr(self.args, name) for name in SETUP}
         for row in read_lines(self.args.rates):
             if row | key == row:
                 return row["rate"]
@@ -135,15 +153,14 @@ class Bench:
         shuffled = train.shuffle(seed=1234)
         learn = shuffled.select(range(min(SLICE, len(train) * 2 // 3)))
         check = shuffled.select(range(len(learn), min(len(learn) + HELD_OUT, len(train))))
+        start: Reduced = (self.fresh(task), None)
+        if name != "dense":
+            batches = self._batches(task_data.sample(learn, CALIBRATION))
+            start = self.reduce(self._slice_model(task, learn), name, ratio, batches, f"{task.name}-slice")
         scores = {}
         for rate in RATES:
-            model = self.fresh(task)
-            if name != "dense":
-                model = self._slice_model(task, learn)
-                model = reduce(
-                    model, name, ratio, lambda: task_data.batches(self.tokenizer, task_data.sample(learn, CALIBRATION))
-                )
-            training.train(model, self.tokenizer, learn, self.settings(rate, 0, epochs=2))
+            model, straight = copy.deepcopy(start)
+            training.train(model, self.tokenizer, learn, self.settings(rate, 0, epochs=2), straight=straight)
             scores[rate] = training.evaluate(model, self.tokenizer, check, labels)[task.metric]
         best = max(scores, key=scores.__getitem__)
         append_line(self.args.rates, {**key, "ratio": ratio, "rate": best, "scores": scores})
@@ -156,8 +173,47 @@ class Bench:
             model = self.fresh(task)
             settings = self.settings(self.rate(task, "dense", None), 0, self.dense_epochs)
             training.train(model, self.tokenizer, learn, settings)
-            model.save_pretrained(path)
-        return AutoModelForSequenceClassification.from_pretrained(path).to(self.fresh(task).device)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.save(model.state_dict(), path)
+        return self.fresh(task, path)
+
+    def _batches(self, rows: datasets.Dataset) -> list[dict[str, torch.Tensor]]:
+        return list(task_data.batches(self.tokenizer, rows))
+
+    def reduce(
+        self,
+        model: PreTrainedModel,
+        method: str,
+        ratio: float | None,
+        batches: list[dict[str, torch.Tensor]],
+        name: str,
+    ) -> Reduced:
+        """Compress a model by one of our methods, in its training form if it has one, or by a peer.
+
+        Methods that differ in their training alone start from the same fit, which is kept in the work folder. Settings
+        of straight-through training stand in the name, as in `dsformer:freeze=0.6,interval=1`.
+        """
+        method, _, options = method.partition(":")
+        if method not in recipes.RECIPES:
+            return PEERS[method](model, ratio), None
+        assert ratio is not None
+        recipe = recipes.get(method)
+        dense = model
+        path = self.args.work / "fits" / f"{name}-{recipe.structure.kind}-{recipe.metric}-{ratio:g}-{self._name()}"
+        if path.exists():
+            model, statistics = torch.load(path, weights_only=False)
+        else:
+            model = copy.deepcopy(dense)
+            needed = batches if recipe.needs != "nothing" else None
+            report = factorformer.compress(model, factorformer.plan(model, method, ratio, calibration=needed), needed)
+            statistics = report.statistics
+            if recipe.structure is factorformer.DenseSparse:  # others are fitted faster than they are read
+                path.parent.mkdir(parents=True, exist_ok=True)
+                torch.save((model, statistics), path)
+        if recipe.training != "straight-through":
+            return model, None
+        numbers = {key: float(value) for key, value in re.findall(r"(\w+)=([^,]+)", options)}
+        return model, StraightThrough(model, statistics, dense, StraightThroughSettings(**numbers))  # type: ignore[arg-type]
 
     def run(self, cell: Cell) -> dict[str, Any]:
         """Measure one cell."""
@@ -172,20 +228,24 @@ class Bench:
             row["learning_rate"] = self.rate(task, "dense", None)
         else:
             teacher = self.dense(task, cell.seed) if cell.method.endswith(DISTILLED) else None
-            chosen = task_data.sample(train, CALIBRATION, cell.seed)
-            model = reduce(model, method, cell.ratio, lambda: task_data.batches(self.tokenizer, chosen))
+            batches = self._batches(task_data.sample(train, CALIBRATION, cell.seed))
+            model, straight = self.reduce(model, method, cell.ratio, batches, f"{task.name}-{cell.seed}")
             row["before_training"] = training.evaluate(model, self.tokenizer, test, labels)[task.metric]
             if method != "torchao-int8":
                 row["learning_rate"] = self.rate(task, method, cell.ratio)
                 started, cpu = time.perf_counter(), time.process_time()
                 settings = self.settings(row["learning_rate"], cell.seed)
-                training.train(model, self.tokenizer, train, settings, teacher=teacher)
+                training.train(model, self.tokenizer, train, settings, teacher=teacher, straight=straight)
         row["seconds"] = round(time.perf_counter() - started, 1)
         row["cpu_seconds"] = round(time.process_time() - cpu, 1)
         row["block_bytes"] = block_bytes(model)
         row["measured_ratio"] = round(original / row["block_bytes"], 4)
         row["metrics"] = training.evaluate(model, self.tokenizer, test, labels)
         row["metric"] = row["metrics"][task.metric]
+        if any(isinstance(module, FactorizedMatrix) for module in model.modules()):
+            row["int8_block_bytes"] = round_to_int8(model)
+            row["int8_ratio"] = round(original / row["int8_block_bytes"], 4)
+            row["int8_metric"] = training.evaluate(model, self.tokenizer, test, labels)[task.metric]
         return {**row, "test_rows": len(test), "machine": machine()}
 
 
@@ -210,14 +270,20 @@ def stored_bytes(tensor: torch.Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
 
-def reduce(model: PreTrainedModel, method: str, ratio: float | None, calibration: Callable[[], Any]) -> PreTrainedModel:
-    """Compress a model by one of our methods, or by a peer."""
-    if method in recipes.RECIPES:
-        assert ratio is not None
-        needed = recipes.get(method).needs != "nothing"
-        factorformer.compress(model, factorformer.plan(model, method, ratio), calibration() if needed else None)
-        return model
-    return PEERS[method](model, ratio)
+def round_to_int8(model: nn.Module) -> int:
+    """Round the values of all factors to 8 bits, a scale for each row, in place; bytes of the blocks if so stored."""
+    total, seen = block_bytes(model), set()
+    for module in model.modules():
+        if not isinstance(module, FactorizedMatrix):
+            continue
+        for tensor in module.factors.values():
+            if tensor.is_floating_point() and id(tensor) not in seen:
+                seen.add(id(tensor))
+                values = tensor.detach().flatten(1)
+                scale = values.abs().amax(1, keepdim=True).clamp_min(1e-12) / 127
+                values.copy_((values / scale).round() * scale)
+                total -= values.numel() * (values.element_size() - 1) - scale.numel() * scale.element_size()
+    return total
 
 
 def fasterai(model: PreTrainedModel, ratio: float | None) -> PreTrainedModel:
@@ -330,6 +396,7 @@ def main() -> None:
     parser.add_argument("--rate", type=float, help="learning rate of all methods, in place of the search")
     parser.add_argument("--train-rows", type=int, default=None, help="use only so many training rows, for every method")
     parser.add_argument("--precision", default="fp32", choices=["fp32", "bf16"], help="of products in training")
+    parser.add_argument("--unique-layers", type=int, default=0, help="share layers as ALBERT does, so many are left")
     parser.add_argument("--dense-epochs", type=float, help="of the dense model before compression, if not as many")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="start no new cell after this time")
     parser.add_argument("--model", default=None, help="a model directory; the embedded MiniLM if not given")
@@ -342,7 +409,7 @@ def main() -> None:
     started = time.monotonic()
     bench = Bench(args)
     known = {"model": args.model or "minilm", "epochs": args.epochs, "dense_epochs": bench.dense_epochs}
-    known |= {"train_rows": args.train_rows, "precision": args.precision}
+    known |= {name: getattr(args, name) for name in SETUP}
     for cell in grid(args.tasks, args.methods, args.ratios, args.seeds):
         if time.monotonic() - started > 60 * args.minutes:
             print("time is up; run again to continue")

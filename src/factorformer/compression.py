@@ -5,20 +5,31 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import get_args
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from factorformer import calibration as calibrate
 from factorformer import planning, recipes
-from factorformer.errors import DataError, FactorformerError, ModelError
+from factorformer.calibration import LayerStatistics
+from factorformer.errors import BudgetError, DataError, FactorformerError, MethodError, ModelError, one_of
 from factorformer.fitting import Metric, fit
 from factorformer.hf.plugin import attach
+from factorformer.linalg import square_root
 from factorformer.nn import new_factors
-from factorformer.planning import Cost, Plan, Scope
+from factorformer.planning import Cost, Entry, Matrix, Member, Plan, Scope, Share
 from factorformer.progress import Progress, silent
+from factorformer.recipes import Recipe
+from factorformer.structures import Structure
 from factorformer.surgery import dense_weight, factorize, find_matrices
+
+QUICK = 2
+"""Rounds of the fits that only choose a size."""
+
+Factors = dict[str, Tensor]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +42,7 @@ class Report:
         original, compressed: cost of everything in scope, before and after.
         errors: relative error of each factorized matrix, under the metric of the fit; empty where nothing was fitted.
         seconds: wall time of calibration and fit, or of initialization.
+        statistics: what calibration measured of each layer, for training that goes on in the metric of the fit.
     """
 
     method: str
@@ -39,6 +51,7 @@ class Report:
     compressed: Cost
     errors: dict[str, float]
     seconds: dict[str, float]
+    statistics: Mapping[str, calibrate.LayerStatistics] = dataclasses.field(default_factory=dict, repr=False)
 
     @property
     def ratio(self) -> float:
@@ -53,33 +66,104 @@ def plan(
     scope: Scope | None = None,
     include: Sequence[str] | None = None,
     exclude: Sequence[str] | None = None,
+    *,
+    share: Share | None = None,
+    calibration: Iterable[calibrate.Batch] | None = None,
+    progress: Progress = silent,
 ) -> Plan:
     """Decide what every weight matrix becomes, without changing anything.
 
+    Where the bytes of a matrix can be spent in more than one way (on atoms or on nonzeros), a few cheap fits decide. A
+    model without weights, on the meta device, gets sizes that are good on average.
+
     Args:
-        model: a Transformer; its weights are not read.
+        model: a Transformer.
         method: a name that `factorformer methods` lists; None leaves the choice to `compress`: data-aware with
             calibration data, plain without.
         ratio: bytes of the original tensors in scope over the bytes of what replaces them.
         scope: `blocks` for the linear layers of the Transformer blocks, `all` for the whole model with embeddings; None
             for what the method is made for, which is `all` for `shapeshifter` and `blocks` for the others.
         include, exclude: shell patterns of module names, e.g. `*.attention.*`.
+        share: which matrices share one dictionary: with `inputs` those of a block that read the same tensor (query, key
+            and value; gate and up) and the output of attention, with `layers` the same matrix of all blocks; None for
+            none.
+        calibration: batches as for `compress`; with them the cheap fits minimize the error that the method minimizes,
+            and without them the plain error of the weights.
+        progress: told how far the work is.
 
     Raises:
-        MethodError: an unknown method.
+        MethodError: an unknown method, or one whose matrices have nothing to share.
         BudgetError: a ratio that cannot be met within 1 %; the message names the nearest that can.
-        ModelError: no matrix to factorize, or a pattern that matches nothing.
+        ModelError: no matrix to factorize, a pattern that matches nothing, or a weight that is not finite.
+        DataError: calibration data that the model cannot run on, or that lacks labels if the method needs them.
 
     >>> from transformers import BertConfig, BertModel
     >>> model = BertModel(BertConfig(hidden_size=64, num_attention_heads=4, intermediate_size=128, vocab_size=50))
     >>> f"{plan(model, 'svd', ratio=2.5).ratio:.2f}"
     '2.50'
     """
-    recipe = recipes.get(method or recipes.default_method(calibrated=True))
+    name = method or recipes.default_method(calibrated=True)
+    recipe = recipes.get(name)
+    _check_share(share, name, recipe.structure)
     scope = scope or recipe.scope
     matrices, rest = find_matrices(model, scope, include, exclude)
-    entries = planning.ALLOCATIONS[recipe.allocation](matrices, recipe.structure, ratio, rest)
-    return Plan(method, scope, ratio, entries, rest)
+    groups = planning.find_groups(matrices, share)
+    stacks = planning.stacked(matrices, groups)
+    allocate, candidates = planning.ALLOCATIONS[recipe.allocation], planning.candidates_of(recipe.structure)
+    entries = allocate(stacks, candidates, ratio, rest)
+    if recipe.training != "from scratch" and _can_choose(model, entries):
+        names = [member.name for entry in entries if entry.spec for member in _members(entry.matrix, groups)]
+        statistics = {} if calibration is None else _measure(model, names, recipe, calibration, progress)
+
+        def error(matrix: Matrix, spec: Structure) -> float:
+            members = groups.get(matrix.name)
+            if members is None:
+                return _fit(model, matrix.name, spec, statistics, QUICK)[1]
+            return _fit_stack(model, members, spec, statistics, QUICK)[1]
+
+        choices = planning.choose_families(entries, error, lambda done: progress("choose", done, None))
+        try:
+            entries = allocate(
+                stacks, lambda m: choices[m.name].ladder if m.name in choices else candidates(m), ratio, rest
+            )
+        except BudgetError:
+            # Few and small matrices: with a given number of atoms, no combination of nonzeros meets the budget.
+            choices = {}
+        entries = [_explained(entry, choices) for entry in entries]
+    return Plan(method, scope, ratio, planning.expand(matrices, groups, entries), rest)
+
+
+def _check_share(share: Share | None, method: str, structure: type[Structure]) -> None:
+    if share is None:
+        return
+    if share not in get_args(Share):
+        raise MethodError(f"unknown share {one_of(str(share), get_args(Share))}")
+    if not structure.shareable:
+        able = [name for name, recipe in recipes.RECIPES.items() if recipe.structure.shareable]
+        raise MethodError(
+            f"share='{share}' needs factors that matrices can share, and '{method}' makes {structure.kind} matrices, "
+            f"which have none; methods that do: {', '.join(able) or 'none'}"
+        )
+
+
+def _can_choose(model: nn.Module, entries: Sequence[Entry]) -> bool:
+    """Whether any matrix could be stored in more than one way, and the weights to tell which are there."""
+    for entry in entries:
+        if entry.spec is not None:
+            dtype = getattr(torch, entry.matrix.dtype)
+            several = len(entry.spec.families(entry.matrix.shape, dtype)) > 1
+            return several and not dense_weight(model.get_submodule(entry.matrix.name)).is_meta
+    return False
+
+
+def _members(matrix: Matrix, groups: Mapping[str, Sequence[Member]]) -> list[Matrix]:
+    return [member.matrix for member in groups[matrix.name]] if matrix.name in groups else [matrix]
+
+
+def _explained(entry: Entry, choices: Mapping[str, planning.Choice]) -> Entry:
+    if entry.spec is None or entry.matrix.name not in choices:
+        return entry
+    return dataclasses.replace(entry, reason=f"{entry.reason}; {choices[entry.matrix.name].reason}")
 
 
 def compress(
@@ -109,35 +193,129 @@ def compress(
     recipe = recipes.get(method)
     _check_fits(plan, model)
     started = time.perf_counter()
-    statistics: dict[str, calibrate.LayerStatistics] = {}
+    statistics: dict[str, LayerStatistics] = {}
     names = [entry.matrix.name for entry in plan.factorized]
     if recipe.metric != "plain":
         if calibration is None:
             raise DataError(
                 f"method '{method}' needs calibration data ({recipe.needs}): pass calibration batches, or use 'svd'"
             )
-        statistics = calibrate.collect(
-            model,
-            names,
-            calibration,
-            moments=recipe.metric == "input_moment",
-            fisher=recipe.metric == "fisher_rows",
-            progress=lambda done: progress("calibrate", done, None),
-        )
+        statistics = _measure(model, names, recipe, calibration, progress)
     calibrated = time.perf_counter()
-    fitted, errors = {}, {}
-    for done, entry in enumerate(plan.factorized):
+    fitted: dict[str, Factors] = {}
+    errors: dict[str, float] = {}
+    sharing = plan.sharing
+    for entry in plan.factorized:
         name = entry.matrix.name
-        weight = dense_weight(model.get_submodule(name))
-        try:
-            metric = Metric.of(statistics.get(name))
-            fitted[name], errors[name] = fit(weight, entry.spec, metric)  # pyright: ignore[reportArgumentType]
-        except FactorformerError as error:
-            raise type(error)(f"layer '{name}': {error}") from error
-        progress("fit", done + 1, len(names))
+        if name in sharing:
+            for member, (factors, error) in _fit_group(model, sharing[name], statistics).items():
+                fitted[member], errors[member] = factors, error
+        elif entry.shares is None:
+            assert entry.spec is not None
+            fitted[name], errors[name] = _fit(model, name, entry.spec, statistics)
+        else:
+            continue
+        progress("fit", len(fitted), len(names))
+    errors = {name: errors[name] for name in names}
     _replace(model, plan, fitted)
     seconds = {"calibrate": calibrated - started, "fit": time.perf_counter() - calibrated}
-    return Report(method, plan.scope, plan.original, plan.compressed, errors, seconds)
+    return Report(method, plan.scope, plan.original, plan.compressed, errors, seconds, statistics)
+
+
+def _measure(
+    model: nn.Module, names: Sequence[str], recipe: Recipe, calibration: Iterable[calibrate.Batch], progress: Progress
+) -> dict[str, LayerStatistics]:
+    """What the metric of a method has to know of these layers; nothing if it is plain."""
+    if recipe.metric == "plain":
+        return {}
+    return calibrate.collect(
+        model,
+        names,
+        calibration,
+        moments=recipe.metric == "input_moment",
+        fisher=recipe.metric == "fisher_rows",
+        progress=lambda done: progress("calibrate", done, None),
+    )
+
+
+def _fit(
+    model: nn.Module, name: str, spec: Structure, statistics: Mapping[str, LayerStatistics], rounds: int | None = None
+) -> tuple[Factors, float]:
+    """Factors of one matrix, and their error."""
+    try:
+        weight = dense_weight(model.get_submodule(name))
+        return fit(weight, spec, Metric.of(statistics.get(name)), rounds=rounds)
+    except FactorformerError as error:
+        raise type(error)(f"layer '{name}': {error}") from error
+
+
+def _fit_stack(
+    model: nn.Module,
+    members: Sequence[Member],
+    spec: Structure,
+    statistics: Mapping[str, LayerStatistics],
+    rounds: int | None = None,
+) -> tuple[Factors, float]:
+    """Factors of the tall matrix whose rows are the rows, or the columns, of all members, and their error."""
+    weights = [dense_weight(model.get_submodule(member.matrix.name)) for member in members]
+    rows = torch.cat([w if member.side == "rows" else w.T for w, member in zip(weights, members, strict=True)])
+    try:
+        return fit(rows, spec, _stacked_metric(members, statistics), rounds=rounds)
+    except FactorformerError as error:
+        names = ", ".join(f"'{member.matrix.name}'" for member in members)
+        raise type(error)(f"layers {names}, which share factors: {error}") from error
+
+
+def _stacked_metric(members: Sequence[Member], statistics: Mapping[str, LayerStatistics]) -> Metric:
+    """The mean of the members' input moments, and their Fisher rows one after the other.
+
+    A member whose columns are in the stack has its input along the stack, and no Fisher row for each of its columns: it
+    has no part in the moment, and its rows weigh as much as the mean of the others.
+    """
+    measured = [statistics.get(m.matrix.name) if m.side == "rows" else None for m in members]
+    moments = [s.inputs for s in measured if s is not None and s.inputs is not None]
+    columns = None
+    if moments:
+        same = all(moment is moments[0] for moment in moments)
+        mean = [moments[0].moment()] if same else [moment.moment() for moment in moments]
+        columns = moments[0].root() if same else square_root(torch.stack(mean).mean(0))
+    importance = [None if s is None else s.rows for s in measured]
+    known = [rows for rows in importance if rows is not None]
+    if not known:
+        return Metric(None, columns)
+    usual = torch.cat(known).mean()
+    parts = [
+        usual.expand(member.sides[0]) if rows is None else rows
+        for rows, member in zip(importance, members, strict=True)
+    ]
+    return Metric(Metric.of(LayerStatistics(rows=torch.cat(parts))).rows, columns)
+
+
+def _fit_group(
+    model: nn.Module, entries: Sequence[Entry], statistics: Mapping[str, LayerStatistics]
+) -> dict[str, tuple[Factors, float]]:
+    """Factors of matrices that share some, fitted as one, by name; and the error of each under its own metric."""
+    specs = {entry.matrix.name: entry.spec for entry in entries if entry.spec is not None}
+    members = [Member(entry.matrix, getattr(entry.spec, "side")) for entry in entries]  # noqa: B009  # of any structure
+    stack = dataclasses.replace(specs[entries[0].matrix.name], side="rows")
+    joint, _ = _fit_stack(model, members, stack, statistics)
+    common: Factors = {name: nn.Parameter(joint.pop(name)) for name in stack.shareable}
+    total, first = sum(member.sides[0] for member in members), 0
+    fitted: dict[str, tuple[Factors, float]] = {}
+    for member in members:
+        name, last = member.matrix.name, first + member.sides[0]
+        own = {
+            factor: tensor[first * len(tensor) // total : last * len(tensor) // total].clone()
+            for factor, tensor in joint.items()
+        }
+        # Here the member's own factors could be fitted again, under its own metric, with the common ones held fixed.
+        first, spec, weight = last, specs[name], dense_weight(model.get_submodule(name))
+        metric = Metric.of(statistics.get(name))
+        with torch.no_grad():
+            residual = metric.apply(weight - spec.to_dense(member.matrix.shape, own | common))
+            size = metric.apply(weight).norm().clamp_min(torch.finfo(torch.float32).tiny)
+        fitted[name] = (own | common, float(residual.norm() / size))
+    return fitted
 
 
 def initialize(model: nn.Module, plan: Plan) -> Report:
@@ -161,7 +339,8 @@ def initialize(model: nn.Module, plan: Plan) -> Report:
     """
     _check_fits(plan, model)
     started = time.perf_counter()
-    fresh: dict[str, dict[str, Tensor]] = {}
+    fresh: dict[str, Factors] = {}
+    spread: dict[str, float] = {}
     for entry in plan.factorized:
         name, shape, spec = entry.matrix.name, entry.matrix.shape, entry.spec
         weight = dense_weight(model.get_submodule(name))
@@ -169,18 +348,36 @@ def initialize(model: nn.Module, plan: Plan) -> Report:
         if not 0 < std < math.inf:
             raise ModelError(f"layer '{name}': its weight has no initial values to match; build it with from_config")
         assert spec is not None
-        fresh[name] = new_factors(spec, shape, weight.device, weight.dtype)
+        fresh[name], spread[name] = new_factors(spec, shape, weight.device, weight.dtype), std
         spec.initialize(fresh[name], std)
+    for owner, entries in plan.sharing.items():
+        for entry in entries:
+            assert entry.spec is not None
+            name = entry.matrix.name
+            # Entries of W spread as the product of the factors: what the common one lacks, the own one makes up for.
+            fresh[name]["weight"] *= (spread[name] / spread[owner]) ** 0.5
+            for factor in entry.spec.shareable:
+                common = fresh[owner][factor]
+                fresh[owner][factor] = common if isinstance(common, nn.Parameter) else nn.Parameter(common)
+                fresh[name][factor] = fresh[owner][factor]
     _replace(model, plan, fresh)
     method = plan.method or recipes.default_method(calibrated=False)
     seconds = {"initialize": time.perf_counter() - started}
     return Report(method, plan.scope, plan.original, plan.compressed, {}, seconds)
 
 
-def _replace(model: nn.Module, plan: Plan, factors: dict[str, dict[str, Tensor]]) -> None:
+def _replace(model: nn.Module, plan: Plan, factors: dict[str, Factors]) -> None:
     """Put the factors in the place of their matrices; the dictionary is emptied, so that each copy is freed at once."""
+    sharing = plan.sharing
+    trained = {name: model.get_submodule(name).get_parameter("weight").requires_grad for name in factors}
+    for owner, entries in sharing.items():
+        for factor in entries[0].spec.shareable if entries[0].spec else ():
+            factors[owner][factor].requires_grad_(any(trained[entry.matrix.name] for entry in entries))
     for entry in plan.factorized:
-        factorize(model, entry.matrix, entry.spec, factors.pop(entry.matrix.name))  # pyright: ignore[reportArgumentType]
+        name = entry.matrix.name
+        assert entry.spec is not None
+        shared = entry.spec.shareable if entry.shares is not None or name in sharing else ()
+        factorize(model, entry.matrix, entry.spec, factors.pop(name), shared)
     for pretrained in _pretrained_models(model):
         attach(pretrained)
 

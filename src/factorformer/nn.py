@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -33,11 +33,15 @@ class FactorizedMatrix(nn.Module):
         shape: `(out, in)`.
         factors: the tensors to hold; without them new ones are drawn so that the entries of `W` have the variance of
             a fresh `nn.Linear`.
+        shared: names of factors that other layers hold too, as the very same parameters.
         device, dtype: for new tensors.
 
     Raises:
         ModelError: the shape does not admit the structure, or a factor is missing, extra or misshapen.
     """
+
+    through: Callable[[Tensor, Tensor | None], Tensor] | None = None
+    """What multiplies in place of the factors, while they train straight through."""
 
     def __init__(
         self,
@@ -45,13 +49,15 @@ class FactorizedMatrix(nn.Module):
         shape: Shape,
         factors: Factors | None = None,
         *,
+        shared: Sequence[str] = (),
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        spec.check(shape)
+        spec.check(shape, shared)
         self.shape = shape
-        self.register_load_state_dict_post_hook(_check_loaded)
+        self.shared = tuple(shared)
+        self.register_load_state_dict_pre_hook(_check_incoming)
         self._adopt(spec, new_factors(spec, shape, device, dtype) if factors is None else factors)
         if self.get_parameter("weight").is_meta:
             return
@@ -87,6 +93,8 @@ class FactorizedMatrix(nn.Module):
 
     def matmul(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """`x @ W.T + bias`, `(..., in)` to `(..., out)`."""
+        if self.through is not None:
+            return self.through(x, bias)
         return self.spec.matmul(self.shape, self.factors, x, bias)
 
     def rows(self, index: Tensor) -> Tensor:
@@ -98,8 +106,22 @@ class FactorizedMatrix(nn.Module):
         return self.spec.to_dense(self.shape, self.factors)
 
     def resize(self, smaller: Structure) -> None:
-        """Shrink the factors to a smaller spec of the same kind, keeping the leading units bit for bit."""
-        factors = {name: t.detach().clone() for name, t in self.spec.resize(self.factors, smaller).items()}
+        """Shrink the factors to a smaller spec of the same kind, keeping the leading units bit for bit.
+
+        Raises:
+            ModelError: the spec is not smaller or of another kind, or factors would shrink that other layers hold too.
+        """
+        resized = self.spec.resize(self.factors, smaller)
+        for name in self.shared:
+            if resized[name].shape != getattr(self, name).shape:
+                raise ModelError(
+                    f"cannot resize {self.spec} to {smaller}: other layers hold its {name} too, which would go from "
+                    f"{list(getattr(self, name).shape)} to {list(resized[name].shape)} for this one alone; keep that "
+                    "size, or replace the layer by one that has the factor to itself"
+                )
+        factors = {
+            name: getattr(self, name) if name in self.shared else t.detach().clone() for name, t in resized.items()
+        }
         trainable = {name: getattr(self, name).requires_grad for name in factors}
         self._adopt(smaller, factors)
         for name, flag in trainable.items():
@@ -110,9 +132,20 @@ class FactorizedMatrix(nn.Module):
         return f"{self.spec}, shape={self.shape[0]}x{self.shape[1]}"
 
 
-def _check_loaded(module: nn.Module, incompatible: Any) -> None:
-    if isinstance(module, FactorizedMatrix) and not module.get_parameter("weight").is_meta:
-        module.check_factors()
+def _check_incoming(module: nn.Module, state: Mapping[str, Any], prefix: str, *_: Any) -> None:
+    """Refuse integers out of range before they replace what the layer holds; sizes are for torch to compare."""
+    assert isinstance(module, FactorizedMatrix)
+    factors = module.factors
+    incoming = {name: state[prefix + name] for name in factors if isinstance(state.get(prefix + name), Tensor)}
+    if any(
+        t.is_meta or t.shape != factors[n].shape or t.dtype.is_floating_point != factors[n].dtype.is_floating_point
+        for n, t in incoming.items()
+    ):
+        return
+    try:
+        module.spec.check_factors(module.shape, factors | incoming)
+    except ModelError as error:
+        raise ModelError(f"layer '{prefix.removesuffix('.')}': {error}" if prefix else str(error)) from error
 
 
 class FactorizedLinear(FactorizedMatrix):
@@ -130,10 +163,11 @@ class FactorizedLinear(FactorizedMatrix):
         factors: Factors | None = None,
         bias: Tensor | bool | None = None,
         *,
+        shared: Sequence[str] = (),
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(spec, shape, factors, device=device, dtype=dtype)
+        super().__init__(spec, shape, factors, shared=shared, device=device, dtype=dtype)
         self.out_features, self.in_features = shape
         if bias is True:
             bias = torch.zeros(shape[0], device=device, dtype=dtype)
@@ -157,10 +191,11 @@ class FactorizedEmbedding(FactorizedMatrix):
         factors: Factors | None = None,
         padding_idx: int | None = None,
         *,
+        shared: Sequence[str] = (),
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(spec, shape, factors, device=device, dtype=dtype)
+        super().__init__(spec, shape, factors, shared=shared, device=device, dtype=dtype)
         self.num_embeddings, self.embedding_dim = shape
         self.padding_idx = padding_idx
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Literal
 
 from factorformer.errors import MethodError, one_of
 from factorformer.fitting import MetricName
 from factorformer.planning import AllocationName, Scope
-from factorformer.structures import KroneckerSum, LowRank, Structure
+from factorformer.structures import DenseSparse, KroneckerSum, LowRank, Structure
+
+Training = Literal["none", "fine-tune", "straight-through", "from scratch"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +30,7 @@ class Recipe:
     structure: type[Structure]
     metric: MetricName
     allocation: AllocationName
-    training: str
+    training: Training
     summary: str
     paper: str
     scope: Scope = "blocks"
@@ -78,6 +81,38 @@ RECIPES: dict[str, Recipe] = {
         training="fine-tune",
         summary="A sum of Kronecker products that minimizes the error of each layer's output on calibration text",
         paper="this project: the input metric of DRONE and SVD-LLM, by alternating least squares",
+    ),
+    "dense_sparse_plain": Recipe(
+        structure=DenseSparse,
+        metric="plain",
+        allocation="uniform",
+        training="fine-tune",
+        summary="A small dictionary times a sparse matrix: the plain fit",
+        paper="sparse coding; Olshausen and Field, 1997",
+    ),
+    "dense_sparse": Recipe(
+        structure=DenseSparse,
+        metric="input_moment",
+        allocation="uniform",
+        training="fine-tune",
+        summary="A small dictionary times a sparse matrix that minimize the error of each layer's output, fine-tuned",
+        paper="this project: DSFormer's form, fitted once",
+    ),
+    "cospadi": Recipe(
+        structure=DenseSparse,
+        metric="input_moment",
+        allocation="uniform",
+        training="none",
+        summary="The same fit as the end of it: data-aware, without training",
+        paper="CoSpaDi: arXiv 2509.22075",
+    ),
+    "dsformer": Recipe(
+        structure=DenseSparse,
+        metric="input_moment",
+        allocation="uniform",
+        training="straight-through",
+        summary="A small dictionary times a sparse matrix whose support is learned in fine-tuning, straight through",
+        paper="DSFormer: Chand, Prabhu and Kumar, arXiv 2312.13211",
     ),
     "shapeshifter": Recipe(
         structure=KroneckerSum,

@@ -198,16 +198,17 @@ def dense_weight(module: nn.Module) -> Tensor:
 
 
 def factorized_like(
-    module: nn.Module, spec: Structure, shape: Shape, factors: Factors | None = None
+    module: nn.Module, spec: Structure, shape: Shape, factors: Factors | None = None, shared: Sequence[str] = ()
 ) -> FactorizedMatrix:
     """A factorized layer to stand in for `module`, with its bias, device and mode.
 
-    Without factors (a skeleton for loading) the tensors are created on the current default device and type.
+    Without factors (a skeleton for loading) the tensors are created on the current default device and type. Other
+    layers hold those that are named as `shared`.
     """
     if isinstance(module, nn.Embedding):
-        new: FactorizedMatrix = FactorizedEmbedding(spec, shape, factors, module.padding_idx)
+        new: FactorizedMatrix = FactorizedEmbedding(spec, shape, factors, module.padding_idx, shared=shared)
     else:
-        new = FactorizedLinear(spec, shape, factors, getattr(module, "bias", None))
+        new = FactorizedLinear(spec, shape, factors, getattr(module, "bias", None), shared=shared)
     return new.train(module.training)
 
 
@@ -219,14 +220,23 @@ def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
                 setattr(parent, name, new)
 
 
-def factorize(model: nn.Module, matrix: Matrix, spec: Structure, factors: Factors) -> None:
-    """Replace all modules that hold a matrix; tied modules hold the very same parameters again."""
+def factorize(model: nn.Module, matrix: Matrix, spec: Structure, factors: Factors, shared: Sequence[str] = ()) -> None:
+    """Replace all modules that hold a matrix; tied modules hold the very same parameters again.
+
+    Args:
+        model: changed in place.
+        matrix: what is replaced.
+        spec: its structure.
+        factors: of that structure; a parameter among them is held as it is.
+        shared: factors that layers of other matrices hold too. A frozen weight does not freeze those.
+    """
     frozen = not model.get_submodule(matrix.name).get_parameter("weight").requires_grad
     for name in (matrix.name, *matrix.aliases):
         old = model.get_submodule(name)
-        new = factorized_like(old, spec, matrix.shape, factors)
+        new = factorized_like(old, spec, matrix.shape, factors, shared)
         replace_module(model, old, new)
         factors = new.factors
     if frozen:
-        for value in factors.values():
-            value.requires_grad_(False)
+        for name, value in factors.items():
+            if name not in shared:
+                value.requires_grad_(False)

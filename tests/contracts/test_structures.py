@@ -55,7 +55,7 @@ for shape, (atoms, nonzeros, side, group, blocks), listed in [
     ((64, 36), (40, 2, "rows", 1, 1), False),  # more atoms than the shorter side
     ((700, 330), (300, 6, "rows", 1, 1), False),  # positions in two bytes
     ((700, 330), (300, 6, "columns", 1, 2), False),  # and in one, inside of blocks
-    ((9, 12), (3, 1, "columns", 1, 1), False),  # the smallest
+    ((9, 12), (3, 1, "columns", 1, 1), True),  # the smallest
 ]:
     spec = DenseSparse(atoms, nonzeros, side, group, blocks)
     CASES.append(

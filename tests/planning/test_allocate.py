@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from factorformer.errors import BudgetError
 from factorformer.planning import Cost, Entry, Matrix, Role, total
-from factorformer.planning.allocate import ALLOCATIONS, RANKS, TOLERANCE, by_role, uniform
+from factorformer.planning.allocate import ALLOCATIONS, RANKS, TOLERANCE, by_role, candidates_of, uniform
 from factorformer.structures import KroneckerSum, LowRank, Structure
 
 SIDES = st.integers(16, 90)
@@ -82,13 +82,13 @@ def test_budgets_are_met_or_the_nearest_is_named(
     ]
     others = Cost(rest, 4 * rest, 0)
     try:
-        entries = allocate(matrices, structure, ratio, others)
+        entries = allocate(matrices, candidates_of(structure), ratio, others)
     except BudgetError as error:
         if "can be factorized" in str(error):
             assert all(matrix.dense is not None for matrix in matrices)
             return
         (near,) = re.findall(r"(?:ask for at most|the nearest is) ([0-9.]+)$", str(error))
-        check(allocate(matrices, structure, float(near), others), matrices, float(near), others)
+        check(allocate(matrices, candidates_of(structure), float(near), others), matrices, float(near), others)
     else:
         check(entries, matrices, ratio, others)
 
@@ -99,7 +99,7 @@ def test_a_transformer_meets_every_usual_ratio(ratio: float, structure: type[Str
     shapes = [(768, 768)] * 4 + [(3072, 768), (768, 3072)]
     matrices = [Matrix(f"{i}.{j}", shape) for i in range(12) for j, shape in enumerate(shapes)]
     rest = Cost(100_000, 400_000, 0)
-    entries = uniform(matrices, structure, ratio, rest)
+    entries = uniform(matrices, candidates_of(structure), ratio, rest)
     reached = total(entry.compressed for entry in entries).bytes + rest.bytes
     assert reached * ratio == pytest.approx(bytes_of(matrices, rest), rel=1e-3)
     # Uniform: every matrix keeps about the same fraction of its bytes.
@@ -111,14 +111,14 @@ def test_a_transformer_meets_every_usual_ratio(ratio: float, structure: type[Str
 @pytest.mark.parametrize("structure", [LowRank, KroneckerSum])
 def test_equal_matrices_differ_by_one_rank_at_most(structure: type[Structure], allocation: str) -> None:
     matrices = [Matrix(f"{i}", (64, 64)) for i in range(7)]
-    ranks = [rank_of(entry) for entry in ALLOCATIONS[allocation](matrices, structure, 3, Cost())]
+    ranks = [rank_of(entry) for entry in ALLOCATIONS[allocation](matrices, candidates_of(structure), 3, Cost())]
     assert len(ranks) == 7
     assert max(ranks) - min(ranks) <= 1
 
 
 def test_ratio_one_keeps_everything() -> None:
     matrices = [Matrix(f"{i}", (64, 32)) for i in range(3)]
-    entries = uniform(matrices, LowRank, 1, Cost())
+    entries = uniform(matrices, candidates_of(LowRank), 1, Cost())
     assert [entry.spec for entry in entries] == [None] * 3
     assert {entry.reason for entry in entries} == {"the budget allows the dense matrix"}
 
@@ -126,7 +126,7 @@ def test_ratio_one_keeps_everything() -> None:
 @pytest.mark.parametrize("ratio", [0.99, 0, -1, float("nan")])
 def test_a_ratio_below_one_is_refused(ratio: float) -> None:
     with pytest.raises(BudgetError, match="at least 1"):
-        uniform([Matrix("a", (64, 32))], LowRank, ratio, Cost())
+        uniform([Matrix("a", (64, 32))], candidates_of(LowRank), ratio, Cost())
 
 
 @pytest.mark.parametrize("ratio", [1e3, float("inf")])
@@ -135,21 +135,21 @@ def test_an_impossible_ratio_names_the_largest(ratio: float) -> None:
     with pytest.raises(
         BudgetError, match=r"cannot be met.*16,384 of 32,768 bytes in scope stay.*ask for at most 1.939"
     ):
-        uniform(matrices, LowRank, ratio, Cost())
-    uniform(matrices, LowRank, 1.939, Cost())
+        uniform(matrices, candidates_of(LowRank), ratio, Cost())
+    uniform(matrices, candidates_of(LowRank), 1.939, Cost())
 
 
 def test_a_ratio_between_two_sizes_names_the_nearest() -> None:
     matrices = [Matrix("a", (16, 16))]  # rank 1 to 7: an eighth of the bytes each
     with pytest.raises(BudgetError, match=r"within 1% in bytes; the nearest is 2.667"):
-        uniform(matrices, LowRank, 2.5, Cost())
-    assert uniform(matrices, LowRank, 2.667, Cost())[0].spec == LowRank(3)
+        uniform(matrices, candidates_of(LowRank), 2.5, Cost())
+    assert uniform(matrices, candidates_of(LowRank), 2.667, Cost())[0].spec == LowRank(3)
 
 
 def test_nothing_to_factorize() -> None:
     for matrices in ([], [Matrix("a", (64, 64), dense="excluded")]):
         with pytest.raises(BudgetError, match="no matrix in scope can be factorized"):
-            uniform(matrices, LowRank, 2, Cost())
+            uniform(matrices, candidates_of(LowRank), 2, Cost())
 
 
 # Ranks by role
@@ -186,7 +186,7 @@ def test_small_ranks_for_attention_and_larger_ones_for_embeddings(
 ) -> None:
     matrices, others = transformer(width, blocks, vocabulary, positions=32), Cost(rest, 4 * rest, 0)
     try:
-        entries = by_role(matrices, structure, ratio, others)
+        entries = by_role(matrices, candidates_of(structure), ratio, others)
     except BudgetError:
         assume(False)
     check(entries, matrices, ratio, others)
@@ -220,7 +220,7 @@ def test_small_ranks_for_attention_and_larger_ones_for_embeddings(
 @pytest.mark.parametrize("structure", [LowRank, KroneckerSum])
 def test_ranks_stand_in_the_relation_of_their_roles(structure: type[Structure]) -> None:
     matrices = transformer(512, blocks=6, vocabulary=2000, positions=512)
-    entries = by_role(matrices, structure, 10, Cost())
+    entries = by_role(matrices, candidates_of(structure), 10, Cost())
     ranks = {entry.matrix.name: rank_of(entry) for entry in entries}
     smallest = ranks["0.attention.q"]
     assert smallest > 3
@@ -233,8 +233,8 @@ def test_ranks_stand_in_the_relation_of_their_roles(structure: type[Structure]) 
 @pytest.mark.parametrize("structure", [LowRank, KroneckerSum])
 def test_large_embeddings_stay_smaller_than_the_rest(structure: type[Structure]) -> None:
     matrices, rest = transformer(256, blocks=6, vocabulary=30_000, positions=512), Cost(1000, 4000, 0)
-    entries = by_role(matrices, structure, 12, rest)
+    entries = by_role(matrices, candidates_of(structure), 12, rest)
     embeddings, others = parts(entries, rest)
     assert 0.9 * others < embeddings < others  # as large as they may be
-    equal = uniform(matrices, structure, 12, rest)
+    equal = uniform(matrices, candidates_of(structure), 12, rest)
     assert parts(equal, rest)[0] > parts(equal, rest)[1]  # which takes a rule

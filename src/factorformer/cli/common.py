@@ -25,6 +25,13 @@ class ScopeChoice(str, Enum):
     all = "all"
 
 
+class ShareChoice(str, Enum):
+    """Which matrices share one dictionary."""
+
+    inputs = "inputs"
+    layers = "layers"
+
+
 MODELS = "A directory, a name on the Hugging Face Hub, or 'minilm' for the all-MiniLM-L6-v2 that comes with pip."
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", show_default=False, help=MODELS)]
@@ -82,6 +89,17 @@ Exclude = Annotated[
         metavar="PATTERN",
         rich_help_panel=_BUDGET,
         help="Keep modules dense whose name matches. Can be given several times.",
+    ),
+]
+
+Share = Annotated[
+    ShareChoice | None,
+    typer.Option(
+        "--share",
+        show_default=False,
+        rich_help_panel=_BUDGET,
+        help="Give several matrices one dictionary: with 'inputs' those of a block that read the same tensor (query, "
+        "key and value; gate and up) and the output of attention, with 'layers' the same matrix of all blocks.",
     ),
 ]
 

@@ -28,6 +28,7 @@ from factorformer.cli.common import (
     Regression,
     Scope,
     Seed,
+    Share,
     TextColumns,
     TrainFile,
     emit,
@@ -74,6 +75,7 @@ def compress(
     scope: Scope = None,
     include: Include = None,
     exclude: Exclude = None,
+    share: Share = None,
     plan: PlanFile = None,
     calibration: CalibrationFile = None,
     calibration_rows: CalibrationRows = 512,
@@ -116,8 +118,8 @@ def compress(
           --eval dev.tsv --label label --distill dense/
     """
     check_output(output, overwrite=overwrite)
-    if plan is not None and any(option is not None for option in (method, ratio, scope, include, exclude)):
-        raise MethodError("--plan holds method, ratio, scope and patterns already: leave these options out")
+    if plan is not None and any(option is not None for option in (method, ratio, scope, include, exclude, share)):
+        raise MethodError("--plan holds method, ratio, scope, patterns and sharing already: leave these options out")
     if distill is not None and train is None:
         raise DataError("--distill needs text to learn on: give --train")
     if train is not None and label is None and distill is None:
@@ -153,6 +155,7 @@ def compress(
         scope="blocks" if scope is None else scope.value,
         include=include,
         exclude=exclude,
+        share=None if share is None else share.value,
         plan=planned,
         columns=columns_of(text, label),
         regression=regression,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import time
 from pathlib import Path
@@ -18,10 +19,11 @@ from factorformer.errors import DataError, ModelError
 from factorformer.hf.data import Columns, Labels, batches, encode, sample
 from factorformer.hf.source import check_lengths, find, labels_for, load_classifier, load_model, load_tokenizer
 from factorformer.hf.training import TrainingSettings, compare_embeddings, embed, evaluate, train
-from factorformer.planning import Plan, Scope, left_dense
+from factorformer.planning import Plan, Scope, Share, left_dense
 from factorformer.progress import Progress, bars
 from factorformer.report import Result
 from factorformer.report.result import BEFORE
+from factorformer.training.straight_through import StraightThrough
 
 COMPARED = 1000
 """Embeddings are compared on at most so many rows: the similarities are those of all pairs."""
@@ -38,6 +40,7 @@ class Job:
     scope: Scope
     include: list[str] | None
     exclude: list[str] | None
+    share: Share | None
     plan: Plan | None
     columns: Columns
     regression: bool
@@ -84,22 +87,44 @@ def run(job: Job) -> Result:
     path = find(job.model)
     ready = _prepare(job, path)
     model = ready.model
+    calibration = _calibration_batches(job, ready)
     if job.plan is None:
-        plan = compression.plan(model, job.method, job.ratio, job.scope, job.include, job.exclude)
+        with bars() as progress:
+            plan = compression.plan(
+                model,
+                job.method,
+                job.ratio,
+                job.scope,
+                job.include,
+                job.exclude,
+                share=job.share,
+                calibration=calibration,
+                progress=progress,
+            )
     else:
         plan = fit_plan(job.plan, model)
     for line in left_dense(plan.entries, plan.original.bytes):
         note(f"left dense: {line}")
+    chosen = plan.method or recipes.default_method(calibrated=calibration is not None)
     with bars() as progress:
         before = _measure(ready, progress, "evaluate original")
-        report = compression.compress(model, plan, _calibration_batches(job, ready), progress)
+        through = ready.train is not None and recipes.get(chosen).training == "straight-through"
+        dense = copy.deepcopy(model) if through else None
+        report = compression.compress(model, plan, calibration, progress)
+        straight = None if dense is None else StraightThrough(model, report.statistics, dense)
         seconds = dict(report.seconds)
         if ready.train is not None and ready.tokenizer is not None:
             settings = TrainingSettings(
                 job.epochs, job.learning_rate, job.batch_size, job.seed, freeze_embeddings=job.freeze_embeddings
             )
             seconds["train"] = train(
-                model, ready.tokenizer, ready.train, settings, teacher=ready.teacher, progress=progress
+                model,
+                ready.tokenizer,
+                ready.train,
+                settings,
+                teacher=ready.teacher,
+                straight=straight,
+                progress=progress,
             )
         after = _measure(ready, progress, "evaluate", trained=ready.train is not None)
     seconds["total"] = time.perf_counter() - started

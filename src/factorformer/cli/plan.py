@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from factorformer.cli.common import AsJson, Exclude, Include, Method, Model, Overwrite, Ratio, Scope, emit
+from factorformer.cli.common import AsJson, Exclude, Include, Method, Model, Overwrite, Ratio, Scope, Share, emit
 from factorformer.errors import OutputError
 
 PlanFile = Annotated[
@@ -24,6 +24,7 @@ def plan(
     scope: Scope = None,
     include: Include = None,
     exclude: Exclude = None,
+    share: Share = None,
     output: PlanFile = None,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
@@ -32,6 +33,9 @@ def plan(
 
     The table tells for each matrix what it becomes, the bytes that this takes, and why it has its size or stays dense.
     The plan can be written to a file, edited, and carried out with `compress --plan`.
+
+    A dictionary and its nonzeros can divide their bytes in many ways: a few cheap fits of the weights decide, which
+    takes some seconds. `compress` decides by the output on its calibration text instead.
 
     \b
     [bold]Examples[/bold]
@@ -53,6 +57,7 @@ def plan(
         "blocks" if scope is None else scope.value,
         include,
         exclude,
+        share=None if share is None else share.value,
     )
     if output is not None:
         made.save(output)

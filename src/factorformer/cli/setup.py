@@ -100,6 +100,7 @@ def fit_plan(plan: Plan, model: PreTrainedModel) -> Plan:
     """
     matrices, rest = find_matrices(model, plan.scope)
     prefix = f"{model.base_model_prefix}."
+    found = {matrix.name.removeprefix(prefix): matrix.name for matrix in matrices}
     planned = {entry.matrix.name.removeprefix(prefix): entry for entry in plan.entries}
     entries: list[Entry] = []
     for matrix in matrices:
@@ -108,7 +109,8 @@ def fit_plan(plan: Plan, model: PreTrainedModel) -> Plan:
             entries.append(Entry(matrix, None, "not in the plan"))
         else:
             same = dataclasses.replace(matrix, shape=entry.matrix.shape, dense=entry.matrix.dense)
-            entries.append(Entry(same, entry.spec, entry.reason))
+            owner = None if entry.shares is None else found[entry.shares.removeprefix(prefix)]
+            entries.append(dataclasses.replace(entry, matrix=same, shares=owner))
     lost = [name for name, entry in planned.items() if entry.spec is not None]
     if lost:
         raise ModelError(f"the plan does not fit the model: there is no weight matrix '{lost[0]}' in scope")

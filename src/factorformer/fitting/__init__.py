@@ -6,30 +6,36 @@ from collections.abc import Callable
 
 from torch import Tensor
 
+from factorformer.fitting.dictionary import fit_dense_sparse
 from factorformer.fitting.metric import Metric, MetricName
 from factorformer.fitting.svd import fit_low_rank
 from factorformer.fitting.van_loan import fit_kronecker_sum
-from factorformer.structures import KroneckerSum, LowRank, Structure
+from factorformer.structures import DenseSparse, KroneckerSum, LowRank, Structure
 
 FITTERS: dict[type[Structure], Callable[..., tuple[dict[str, Tensor], float]]] = {
     LowRank: fit_low_rank,
     KroneckerSum: fit_kronecker_sum,
+    DenseSparse: fit_dense_sparse,
 }
 
 
-def fit(weight: Tensor, spec: Structure, metric: Metric | None = None) -> tuple[dict[str, Tensor], float]:
+def fit(
+    weight: Tensor, spec: Structure, metric: Metric | None = None, *, rounds: int | None = None
+) -> tuple[dict[str, Tensor], float]:
     """Factors of `spec` that approximate `weight` best under the metric, and the relative error that remains.
 
     Args:
         weight: `(out, in)`.
         spec: structure and size.
         metric: plain Frobenius if None.
+        rounds: the effort of a fitter that goes in rounds; None for what it does by itself.
 
     Raises:
         ModelError: the weight is not finite, or its shape does not admit the structure.
     """
     spec.check((weight.shape[0], weight.shape[1]))
-    return FITTERS[type(spec)](weight, spec, metric or Metric())
+    effort = {} if rounds is None else {"rounds": rounds}
+    return FITTERS[type(spec)](weight, spec, metric or Metric(), **effort)
 
 
 __all__ = ["FITTERS", "Metric", "MetricName", "fit"]

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from factorformer.errors import CheckpointError, FactorformerError, OutputError
 from factorformer.structures import Shape, Structure
+from factorformer.training.straight_through import TEMPORARY
 
 if TYPE_CHECKING:
     from factorformer.hf.plugin import FactorformerConfig
@@ -106,7 +107,9 @@ def _check_factors(config: FactorformerConfig, stored: Sizes) -> None:
     for name, layer in config.layers.items():
         spec, shape = config.structure(name)
         holders = [name, *layer.get("tied", ())]
-        sizes = _factor_sizes(spec, shape)
+        # What a layer shares is stored under the name of another one, and nowhere else.
+        elsewhere = spec.shareable if "shares" in layer else ()
+        sizes = {factor: size for factor, size in _factor_sizes(spec, shape).items() if factor not in elsewhere}
         for factor, size in sizes.items():
             found = [f"{holder}.{factor}" for holder in holders if f"{holder}.{factor}" in stored]
             if not found:
@@ -114,7 +117,8 @@ def _check_factors(config: FactorformerConfig, stored: Sizes) -> None:
             wrong += [
                 f"{n}: {list(stored[n])} in the file, {list(size)} by config.json" for n in found if stored[n] != size
             ]
-        allowed = {f"{holder}.{factor}" for holder in holders for factor in [*sizes, "bias"]}
+        # Checkpoints of a training that goes on hold what it needs to be resumed, beside the factors of the moment.
+        allowed = {f"{holder}.{factor}" for holder in holders for factor in [*sizes, "bias", *TEMPORARY]}
         extra += [n for n in stored if n.startswith(tuple(f"{holder}." for holder in holders)) and n not in allowed]
     _report(missing, extra, wrong)
 

@@ -9,7 +9,8 @@ Importing this module registers the quantization method `factorformer` with tran
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any, NoReturn
 
 import torch
@@ -25,6 +26,7 @@ from factorformer.hf.checkpoint import check_tensors
 from factorformer.nn import FactorizedLinear, FactorizedMatrix
 from factorformer.structures import Shape, Structure, from_dict
 from factorformer.surgery import dense_shape, factorized_like, replace_module
+from factorformer.training.straight_through import TEMPORARY
 
 METHOD = "factorformer"
 FORMAT = 1
@@ -34,8 +36,8 @@ class FactorformerConfig(QuantizationConfigMixin):
     """The `quantization_config` of a compressed model.
 
     Args:
-        layers: for each factorized matrix, by module name, its `shape`, the fields of its structure, and the names of
-            modules `tied` to it.
+        layers: for each factorized matrix, by module name, its `shape`, the fields of its structure, the names of
+            modules `tied` to it, and the name of the layer whose factors it `shares`, if it does.
         format: version of this description.
 
     Raises:
@@ -54,14 +56,38 @@ class FactorformerConfig(QuantizationConfigMixin):
 
     def structure(self, name: str) -> tuple[Structure, Shape]:
         """Spec and shape of a layer."""
-        layer = self.layers[name]
         try:
-            shape = (int(layer["shape"][0]), int(layer["shape"][1]))
-            spec = from_dict({key: value for key, value in layer.items() if key not in ("shape", "tied")})
-            spec.check(shape)
+            spec, shape = self._read(name)
+            spec.check(shape, self.shared(name))
+            owner = self.layers[name].get("shares")
+            if owner is not None:
+                self._check_sharing(spec, shape, owner)
         except (KeyError, IndexError, TypeError, FactorformerError) as error:
             raise CheckpointError(f"config.json describes layer '{name}' wrongly: {error}") from error
         return spec, shape
+
+    def shared(self, name: str) -> tuple[str, ...]:
+        """Names of the factors that a layer has in common with others, whether it owns them or not."""
+        sharing = {owner for layer in self.layers.values() if isinstance(owner := layer.get("shares"), str)}
+        if "shares" in self.layers[name] or name in sharing:
+            return self._read(name)[0].shareable
+        return ()
+
+    def _read(self, name: str) -> tuple[Structure, Shape]:
+        layer = self.layers[name]
+        shape = (int(layer["shape"][0]), int(layer["shape"][1]))
+        return from_dict({key: value for key, value in layer.items() if key not in ("shape", "tied", "shares")}), shape
+
+    def _check_sharing(self, spec: Structure, shape: Shape, owner: object) -> None:
+        if not isinstance(owner, str) or owner not in self.layers or "shares" in self.layers[owner]:
+            raise CheckpointError(f"it shares factors with {owner!r}, which is no layer that has some of its own")
+        other, size = self._read(owner)
+        if not spec.shareable or type(other) is not type(spec):
+            raise CheckpointError(f"{spec} cannot share factors with '{owner}', which is {other}")
+        for factor in spec.shareable:
+            ours, theirs = spec.tensors(shape)[factor].size, other.tensors(size)[factor].size
+            if ours != theirs:
+                raise CheckpointError(f"its {factor} has the size {list(ours)}, that of '{owner}' {list(theirs)}")
 
 
 class FactorformerQuantizer(HfQuantizer):
@@ -72,6 +98,8 @@ class FactorformerQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         config = self.quantization_config
+        ignored = {*(model._keys_to_ignore_on_load_unexpected or ()), rf"\.({'|'.join(TEMPORARY)})$"}
+        model._keys_to_ignore_on_load_unexpected = ignored
         ties = model.get_expanded_tied_weights_keys(all_submodels=True)
         found = 0
         for saved_name in config.layers:
@@ -83,23 +111,32 @@ class FactorformerQuantizer(HfQuantizer):
                 if dense_shape(module) != shape:
                     kind = f"{type(module).__name__} of shape {dense_shape(module)}"
                     raise CheckpointError(f"config.json gives '{name}' the shape {shape}, but the model has a {kind}")
-                replace_module(model, module, factorized_like(module, spec, shape))
+                replace_module(model, module, factorized_like(module, spec, shape, shared=config.shared(saved_name)))
                 found += 1
         if config.layers and not found:
             raise CheckpointError(
                 f"none of the {len(config.layers)} compressed layers exists in {type(model).__name__}: "
                 f"the checkpoint is of {', '.join(model.config.architectures or ['another class'])}"
             )
+        _share(model, config)
         _follow_ties(model, ties)
         rewrite_ties(model)
         check_tensors(model, config, kwargs.get("checkpoint_files"))
+        vars(model)["mark_tied_weights_as_initialized"] = partial(_mark_tied, model)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        model.__dict__.pop("mark_tied_weights_as_initialized", None)
         for name, module in model.named_modules():
             if isinstance(module, FactorizedMatrix):
                 for factor, tensor in module.factors.items():
                     if tensor.device.type != "meta" and not getattr(tensor, "_is_hf_initialized", False):
                         raise CheckpointError(f"tensor '{name}.{factor}' was not loaded from the checkpoint")
+                if any(tensor.is_meta for tensor in module.factors.values()):
+                    continue
+                try:
+                    module.check_factors()
+                except ModelError as error:
+                    raise CheckpointError(f"the checkpoint is damaged in layer '{name}': {error}") from error
         attach(model, self)
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[None, dict[str, str]]:
@@ -140,16 +177,37 @@ register_quantizer(METHOD)(FactorformerQuantizer)
 def describe(model: nn.Module) -> FactorformerConfig:
     """The `quantization_config` of the factorized layers that a model has now."""
     layers: dict[str, dict[str, Any]] = {}
-    owner: dict[int, str] = {}
+    for name, module, tied, shares in _layers(model):
+        if tied is not None:
+            layers[tied].setdefault("tied", []).append(name)
+            continue
+        layers[name] = {"shape": list(module.shape), **module.spec.to_dict()}
+        if shares is not None:
+            layers[name]["shares"] = shares
+    return FactorformerConfig(layers)
+
+
+def _layers(model: nn.Module) -> Iterator[tuple[str, FactorizedMatrix, str | None, str | None]]:
+    """Each factorized layer: its name, itself, the layer it is tied to, and the one whose factors it shares."""
+    whole: dict[int, str] = {}
+    parts: dict[tuple[int, ...], str] = {}
     for name, module in model.named_modules():
         if isinstance(module, FactorizedMatrix):
-            key = id(module.weight)
-            if key in owner:
-                layers[owner[key]].setdefault("tied", []).append(name)
-            else:
-                owner[key] = name
-                layers[name] = {"shape": list(module.shape), **module.spec.to_dict()}
-    return FactorformerConfig(layers)
+            tied = whole.setdefault(id(module.weight), name)
+            shares = name
+            if tied == name and module.spec.shareable:
+                shares = parts.setdefault(tuple(id(getattr(module, f)) for f in module.spec.shareable), name)
+            yield name, module, tied if tied != name else None, shares if shares != name else None
+
+
+def _sharing(model: nn.Module) -> dict[str, str]:
+    """Names of factors that are stored under the name of another layer, and those names."""
+    return {
+        f"{name}.{factor}": f"{owner}.{factor}"
+        for name, module, _, owner in _layers(model)
+        if owner is not None
+        for factor in module.spec.shareable
+    }
 
 
 def attach(model: PreTrainedModel, quantizer: FactorformerQuantizer | None = None) -> None:
@@ -172,6 +230,23 @@ def attach(model: PreTrainedModel, quantizer: FactorformerQuantizer | None = Non
     rewrite_ties(model)
 
 
+def _share(model: PreTrainedModel, config: FactorformerConfig) -> None:
+    """Let layers hold the factors of others, as far as config.json says so and this model has the layers."""
+    for name, layer in config.layers.items():
+        for holder in (name, *layer.get("tied", ())) if "shares" in layer else ():
+            module = _resolve(model, holder)
+            if not isinstance(module, FactorizedMatrix):
+                continue
+            owner = _resolve(model, layer["shares"])
+            if not isinstance(owner, FactorizedMatrix):
+                raise CheckpointError(
+                    f"{type(model).__name__} has the layer '{name}', but not '{layer['shares']}' whose "
+                    f"{' and '.join(module.spec.shareable)} it shares: load the model with all layers of the checkpoint"
+                )
+            for factor in module.spec.shareable:
+                setattr(module, factor, getattr(owner, factor))
+
+
 def _follow_ties(model: nn.Module, ties: Mapping[str, str]) -> None:
     """Factorize a head that this class ties to factorized embeddings, where the saved class had no such head."""
     for target, source in ties.items():
@@ -191,7 +266,7 @@ def _refuse_to_resize(*_: Any, **__: Any) -> NoReturn:
 
 
 def rewrite_ties(model: nn.Module) -> None:
-    """Tie all factors of tied layers, where transformers knows only of one weight each.
+    """Tie all factors of tied layers, where transformers knows only of one weight each, and factors that layers share.
 
     transformers keeps ties as `{target: source}` names of tensors, and reads a name that does not end in `weight` as a
     regular expression; so all names are written as exact expressions.
@@ -211,7 +286,26 @@ def rewrite_ties(model: nn.Module) -> None:
             module._tied_weights_keys = {f"{re.escape(t)}$": f"{re.escape(s)}$" for t, s in ties.items()}
             module._adjust_bias = _leave_bias
     if isinstance(model, PreTrainedModel):
-        model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
+        expanded, sharing = model.get_expanded_tied_weights_keys(all_submodels=True), _sharing(model)
+        if sharing:
+            # Saving drops what these expressions match; transformers expands them only where word embeddings are tied.
+            exact = {f"{re.escape(target)}$": f"{re.escape(source)}$" for target, source in sharing.items()}
+            model._tied_weights_keys = {**(model._tied_weights_keys or {}), **exact}
+            model._adjust_bias = _leave_bias
+        model.all_tied_weights_keys = {**expanded, **sharing}
+
+
+def _mark_tied(model: PreTrainedModel, *arguments: Any) -> None:
+    """As transformers' own method, which knows of tied parameters only: supports are tied too, and are buffers."""
+    ties = model.all_tied_weights_keys
+    buffers = {name: tensor for name, tensor in model.named_buffers(remove_duplicate=False) if name in ties}
+    model.all_tied_weights_keys = {target: source for target, source in ties.items() if target not in buffers}
+    try:
+        type(model).mark_tied_weights_as_initialized(model, *arguments)
+    finally:
+        model.all_tied_weights_keys = ties
+    for tensor in buffers.values():
+        tensor._is_hf_initialized = True  # pyright: ignore[reportAttributeAccessIssue]  # as transformers marks tensors
 
 
 def _leave_bias(output_embeddings: Any, input_embeddings: Any) -> None:

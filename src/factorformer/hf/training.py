@@ -27,6 +27,7 @@ from transformers import (
 from transformers.trainer_callback import PrinterCallback
 
 from factorformer.errors import DataError, ModelError
+from factorformer.hf.callbacks import StraightThroughCallback
 from factorformer.hf.data import Labels, indexed_batches
 from factorformer.nn import FactorizedMatrix
 from factorformer.progress import Progress, silent
@@ -38,6 +39,7 @@ from factorformer.training.distillation import (
     mean_pool,
     pooled_loss,
 )
+from factorformer.training.straight_through import StraightThrough
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,6 +130,7 @@ def train(
     *,
     teacher: PreTrainedModel | None = None,
     distillation: DistillationWeights | None = None,
+    straight: StraightThrough | None = None,
     callbacks: list[TrainerCallback] | None = None,
     progress: Progress = silent,
     phase: str = "train",
@@ -141,6 +144,7 @@ def train(
         settings: see `TrainingSettings`.
         teacher: if given, the model also learns from it; without labels in the data, from it alone.
         distillation: weights of the teacher's signals; by default chosen by whether there are labels.
+        straight: made of the model, if it trains straight through; finished at the end.
         callbacks: of the Trainer.
         progress: told how many steps are done.
         phase: the name under which progress is told.
@@ -157,6 +161,7 @@ def train(
         raise DataError("training needs labels or a teacher: give a label column or --distill")
     if teacher is not None:
         check_can_follow(model)
+    through = [] if straight is None else [StraightThroughCallback(straight)]
     with tempfile.TemporaryDirectory() as scratch, _frozen_embeddings(model, settings.freeze_embeddings):
         arguments = TrainingArguments(
             output_dir=scratch,
@@ -183,7 +188,7 @@ def train(
             "args": arguments,
             "train_dataset": data,
             "data_collator": DataCollatorWithPadding(tokenizer),
-            "callbacks": [_Steps(progress, phase), *(callbacks or [])],
+            "callbacks": [_Steps(progress, phase), *through, *(callbacks or [])],
         }
         set_seed(settings.seed)
         if teacher is None:

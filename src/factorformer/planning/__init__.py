@@ -1,7 +1,29 @@
 """Budgets in, plans out. Nothing here touches a weight."""
 
-from factorformer.planning.allocate import ALLOCATIONS, AllocationName
+from factorformer.planning.allocate import ALLOCATIONS, AllocationName, Sizes, candidates_of
 from factorformer.planning.cost import Cost, Matrix, Role, total
+from factorformer.planning.families import Choice, choose_families
 from factorformer.planning.plan import Entry, Plan, Scope, left_dense
+from factorformer.planning.sharing import Member, Share, expand, find_groups, stacked
 
-__all__ = ["ALLOCATIONS", "AllocationName", "Cost", "Entry", "Matrix", "Plan", "Role", "Scope", "left_dense", "total"]
+__all__ = [
+    "ALLOCATIONS",
+    "AllocationName",
+    "Choice",
+    "Cost",
+    "Entry",
+    "Matrix",
+    "Member",
+    "Plan",
+    "Role",
+    "Scope",
+    "Share",
+    "Sizes",
+    "candidates_of",
+    "choose_families",
+    "expand",
+    "find_groups",
+    "left_dense",
+    "stacked",
+    "total",
+]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import bisect
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -22,7 +22,16 @@ RANKS: Mapping[Role, int] = {"attention": 1, "feed_forward": 2, "embedding": 6}
 """Ranks of the roles in relation to each other, where ranks go by role."""
 
 
-def uniform(matrices: Sequence[Matrix], structure: type[Structure], ratio: float, rest: Cost) -> tuple[Entry, ...]:
+Sizes = Callable[[Matrix], Iterable[Structure]]
+"""The specs that a matrix can have, in order of growing bytes, all below those of the dense matrix."""
+
+
+def candidates_of(structure: type[Structure]) -> Sizes:
+    """The sizes that a structure proposes where nothing is known of a matrix but its shape."""
+    return lambda matrix: structure.candidates(matrix.shape, getattr(torch, matrix.dtype))
+
+
+def uniform(matrices: Sequence[Matrix], sizes: Sizes, ratio: float, rest: Cost) -> tuple[Entry, ...]:
     """Give every matrix the same fraction of its own dense bytes.
 
     Sizes are whole numbers, so what rounding leaves over goes, one step at a time, to the matrices that stand furthest
@@ -30,17 +39,17 @@ def uniform(matrices: Sequence[Matrix], structure: type[Structure], ratio: float
 
     Args:
         matrices: all matrices in scope; those that must stay dense count at full price.
-        structure: what the others become.
+        sizes: what the others can become.
         ratio: bytes of everything in scope over the bytes it may take.
         rest: cost of the other tensors in scope.
 
     Raises:
         BudgetError: the ratio cannot be met within `TOLERANCE`; the message names the nearest that can.
     """
-    return _allocate(matrices, structure, ratio, rest, _same_fraction)
+    return _allocate(matrices, sizes, ratio, rest, _same_fraction)
 
 
-def by_role(matrices: Sequence[Matrix], structure: type[Structure], ratio: float, rest: Cost) -> tuple[Entry, ...]:
+def by_role(matrices: Sequence[Matrix], sizes: Sizes, ratio: float, rest: Cost) -> tuple[Entry, ...]:
     """Small ranks for attention, higher ranks for embeddings, feed-forward matrices in between.
 
     Ranks stand in the relation of `RANKS`, but factorized embeddings together stay smaller than the rest of the model,
@@ -48,7 +57,7 @@ def by_role(matrices: Sequence[Matrix], structure: type[Structure], ratio: float
     spent. The numbers of that relation are our choice.
 
     Args:
-        matrices, structure, ratio, rest: as for `uniform`.
+        matrices, sizes, ratio, rest: as for `uniform`.
 
     Raises:
         BudgetError: as for `uniform`.
@@ -58,12 +67,12 @@ def by_role(matrices: Sequence[Matrix], structure: type[Structure], ratio: float
         dense = rest.bytes + sum(m.cost(None).bytes for m in matrices if m.dense is not None)
         return _ranks_by_role(ladders, budget, dense)
 
-    return _allocate(matrices, structure, ratio, rest, fill)
+    return _allocate(matrices, sizes, ratio, rest, fill)
 
 
 def _allocate(
     matrices: Sequence[Matrix],
-    structure: type[Structure],
+    sizes: Sizes,
     ratio: float,
     rest: Cost,
     fill: Callable[[dict[str, _Ladder], float], dict[str, int]],
@@ -71,7 +80,7 @@ def _allocate(
     """The entries that `fill` chooses for the bytes that are left for the matrices that can be factorized."""
     if not ratio >= 1:
         raise BudgetError(f"ratio must be at least 1 (original bytes / compressed bytes), got {ratio}")
-    ladders = {m.name: _Ladder(m, structure) for m in matrices if m.dense is None}
+    ladders = {m.name: _Ladder(m, sizes) for m in matrices if m.dense is None}
     if not any(ladder.specs for ladder in ladders.values()):
         raise BudgetError("no matrix in scope can be factorized; see the plan's reasons or widen include and scope")
     original = total(m.cost(None) for m in matrices).bytes + rest.bytes
@@ -108,9 +117,9 @@ def _allocate(
 class _Ladder:
     """The sizes that a matrix can have, in growing bytes; the last step is dense."""
 
-    def __init__(self, matrix: Matrix, structure: type[Structure]) -> None:
+    def __init__(self, matrix: Matrix, sizes: Sizes) -> None:
         dtype = getattr(torch, matrix.dtype)
-        self.specs: list[Structure] = list(structure.candidates(matrix.shape, dtype))
+        self.specs: list[Structure] = list(sizes(matrix))
         self.role: Role = matrix.role
         self.dense = matrix.cost(None).bytes
         self.bytes = [spec.bytes(matrix.shape, dtype) for spec in self.specs] + [self.dense]

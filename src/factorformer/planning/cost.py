@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+import math
+from collections.abc import Collection, Iterable
 from typing import Literal
 
 import torch
@@ -61,11 +62,16 @@ class Matrix:
     dense: str | None = None
     role: Role = "feed_forward"
 
-    def cost(self, spec: Structure | None) -> Cost:
-        """Cost under a structure, or dense for None."""
+    def cost(self, spec: Structure | None, without: Collection[str] = ()) -> Cost:
+        """Cost under a structure, or dense for None; factors stored elsewhere are not counted, but multiplied by."""
         dtype = getattr(torch, self.dtype)
         if spec is None:
             values = self.shape[0] * self.shape[1]
             return Cost(values, values * dtype.itemsize, round(2 * values * self.products))
         flops = self.products * spec.flops(self.shape) + self.lookups * spec.row_flops(self.shape)
-        return Cost(spec.parameters(self.shape), spec.bytes(self.shape, dtype), round(flops))
+        elsewhere = [tensor for name, tensor in spec.tensors(self.shape).items() if name in without]
+        return Cost(
+            spec.parameters(self.shape) - sum(math.prod(t.size) for t in elsewhere if t.dtype is None),
+            spec.bytes(self.shape, dtype) - sum(t.bytes(dtype) for t in elsewhere),
+            round(flops),
+        )

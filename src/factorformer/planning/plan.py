@@ -23,11 +23,20 @@ CHOSEN = ("not included", "excluded")
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """One matrix of the plan: its structure, or None to keep it dense, and why."""
+    """One matrix of the plan: its structure, or None to keep it dense, and why.
+
+    Args:
+        matrix: what it is now.
+        spec: what it becomes; None leaves it dense.
+        reason: for people.
+        shares: the matrix whose shareable factors it uses, such as a dictionary; None for one that has its own, whether
+            others use them or not.
+    """
 
     matrix: Matrix
     spec: Structure | None
     reason: str
+    shares: str | None = None
 
     @property
     def original(self) -> Cost:
@@ -36,8 +45,9 @@ class Entry:
 
     @property
     def compressed(self) -> Cost:
-        """Cost of what replaces it."""
-        return self.matrix.cost(self.spec)
+        """Cost of what replaces it; shared factors are counted once, where they are owned."""
+        shared = () if self.shares is None or self.spec is None else self.spec.shareable
+        return self.matrix.cost(self.spec, shared)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +61,9 @@ class Plan:
         target: the ratio of bytes that was asked for.
         entries: one for each matrix in scope.
         rest: cost of the other tensors in scope (biases, norms, ...), which stay as they are.
+
+    Raises:
+        MethodError: an entry whose structure its matrix cannot have, or that cannot share factors as it says.
     """
 
     method: str | None
@@ -58,6 +71,9 @@ class Plan:
     target: float
     entries: tuple[Entry, ...]
     rest: Cost
+
+    def __post_init__(self) -> None:
+        _check_sharing(self)
 
     @property
     def original(self) -> Cost:
@@ -79,6 +95,17 @@ class Plan:
         """The entries that do not stay dense."""
         return tuple(entry for entry in self.entries if entry.spec is not None)
 
+    @property
+    def sharing(self) -> dict[str, tuple[Entry, ...]]:
+        """By the name of the matrix that owns the factors: the entries that share them, the owner first."""
+        found: dict[str, list[Entry]] = {entry.shares: [] for entry in self.entries if entry.shares is not None}
+        for entry in self.entries:
+            if entry.matrix.name in found:
+                found[entry.matrix.name].insert(0, entry)
+            elif entry.shares is not None:
+                found[entry.shares].append(entry)
+        return {owner: tuple(entries) for owner, entries in found.items()}
+
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready content."""
         return {
@@ -92,6 +119,7 @@ class Plan:
                     **dataclasses.asdict(entry.matrix),
                     "spec": None if entry.spec is None else entry.spec.to_dict(),
                     "reason": entry.reason,
+                    "shares": entry.shares,
                 }
                 for entry in self.entries
             ],
@@ -158,6 +186,7 @@ class Plan:
             lines.append(
                 f"{entry.matrix.name:<52} {shape:>12} {entry.spec or 'dense'!s:<22} {cost.parameters:>12,} "
                 f"{cost.bytes:>12,} {cost.flops:>12,}  {entry.reason}"
+                + ("" if entry.shares is None else f"; {_shared(entry)} of {entry.shares}")
             )
         before, after = self.original, self.compressed
         lines.append(
@@ -212,11 +241,57 @@ def _entry(item: object) -> Entry:
     description = _field(item, "spec", dict, type(None), where=where)
     try:
         spec = None if description is None else from_dict(description)
-        if spec is not None:
-            spec.check(matrix.shape)
     except (FactorformerError, TypeError) as error:
         raise MethodError(f"{where}: {error}") from error
-    return Entry(matrix, spec, _field(item, "reason", str, where=where))
+    shares = _field({"shares": None, **item}, "shares", str, type(None), where=where)  # older plans share nothing
+    return Entry(matrix, spec, _field(item, "reason", str, where=where), shares)
+
+
+def _check_sharing(plan: Plan) -> None:
+    """Every spec fits its matrix, and matrices that share factors are of one kind and size."""
+    sharing = plan.sharing
+    for entry in plan.factorized:
+        assert entry.spec is not None
+        shared = entry.spec.shareable if entry.shares is not None or entry.matrix.name in sharing else ()
+        try:
+            entry.spec.check(entry.matrix.shape, shared)
+        except FactorformerError as error:
+            raise MethodError(f"plan entry '{entry.matrix.name}': {error}") from error
+    entries = {entry.matrix.name: entry for entry in plan.entries}
+    for entry in plan.entries:
+        if entry.shares is not None:
+            problem = _cannot_share(entry, entries.get(entry.shares))
+            if problem is not None:
+                raise MethodError(
+                    f"plan entry '{entry.matrix.name}' cannot share factors with '{entry.shares}': {problem}"
+                )
+
+
+def _cannot_share(entry: Entry, owner: Entry | None) -> str | None:
+    """Why a matrix cannot use the factors of another one; None if it can."""
+    if owner is None:
+        return "the plan has no such entry"
+    if owner.shares is not None:
+        return f"that one has none of its own, but those of '{owner.shares}'"
+    if entry.spec is None or owner.spec is None:
+        return "both have to be factorized, and one stays dense"
+    if not entry.spec.shareable:
+        return f"{entry.spec.kind} has no factors that could be shared"
+    specs = [
+        (type(e.spec), {k: v for k, v in e.spec.to_dict().items() if k != "side"}) for e in (entry, owner) if e.spec
+    ]
+    if specs[0] != specs[1]:
+        return f"they are {entry.spec} and {owner.spec}, which may differ in their sides only"
+    if entry.matrix.dtype != owner.matrix.dtype:
+        return f"they are of types {entry.matrix.dtype} and {owner.matrix.dtype}"
+    sizes = [
+        {name: e.spec.tensors(e.matrix.shape)[name].size for name in e.spec.shareable} for e in (entry, owner) if e.spec
+    ]
+    return None if sizes[0] == sizes[1] else f"theirs would be of sizes {sizes[0]} and {sizes[1]}"
+
+
+def _shared(entry: Entry) -> str:
+    return "" if entry.spec is None else " and ".join(entry.spec.shareable)
 
 
 def _field(content: Mapping[str, Any], name: str, *types: type, where: str = "the plan") -> Any:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -52,6 +52,13 @@ class Structure(ABC):
     kind: ClassVar[str]
     """The name under which checkpoints store this structure."""
 
+    shareable: ClassVar[tuple[str, ...]] = ()
+    """Factors that several matrices can hold in common, each matrix by its rows or by its columns.
+
+    A structure that has such factors has a field `side`, `"rows"` or `"columns"`, and stacking is sharing: matrices
+    that share them are stored as one taller matrix would be, whose rows are the rows (or columns) of all of them.
+    """
+
     @abstractmethod
     def tensors(self, shape: Shape) -> dict[str, TensorSpec]:
         """Name and size of every stored factor of a matrix of this shape."""
@@ -65,8 +72,13 @@ class Structure(ABC):
         """Floating-point operations to evaluate one row, as an embedding does."""
 
     @abstractmethod
-    def check(self, shape: Shape) -> None:
-        """Raise `ModelError` if a matrix of this shape cannot have this structure."""
+    def check(self, shape: Shape, shared: Collection[str] = ()) -> None:
+        """Raise `ModelError` if a matrix of this shape cannot have this structure.
+
+        Args:
+            shape: `(out, in)`.
+            shared: factors that other matrices hold too: what those gain or cost, all of them together decide.
+        """
 
     @abstractmethod
     def check_factors(self, shape: Shape, factors: Factors) -> None:
@@ -97,9 +109,13 @@ class Structure(ABC):
     def candidates(cls, shape: Shape, dtype: torch.dtype) -> Iterator[Structure]:
         """Specs of this kind that are smaller than the dense matrix, in order of growing bytes: what planners try."""
 
+    @classmethod
     @abstractmethod
-    def alternatives(self, shape: Shape, dtype: torch.dtype) -> tuple[Structure, ...]:
-        """Specs of this kind that take about as many bytes, this one included: which is best, the weights decide."""
+    def families(cls, shape: Shape, dtype: torch.dtype) -> tuple[Sequence[Structure], ...]:
+        """Ladders of specs to choose among from data: each grows in bytes, and from one to the next a trade-off shifts.
+
+        Where one number says all there is to say of a size, there is one family, the candidates.
+        """
 
     def parameters(self, shape: Shape) -> int:
         """Count of stored values (integers that index or encode are not parameters)."""

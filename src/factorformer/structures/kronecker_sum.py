@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import ClassVar
 
 import torch
@@ -80,7 +80,7 @@ class KroneckerSum(Structure):
         (_, n1), (m2, n2) = self.left, self.right
         return 2 * self.rank * n1 * n2 * (m2 if self._selects else 1)
 
-    def check(self, shape: Shape) -> None:
+    def check(self, shape: Shape, shared: Collection[str] = ()) -> None:
         for side, whole, first, second in zip(("out", "in"), shape, self.left, self.right, strict=True):
             if first * second < whole:
                 raise ModelError(
@@ -188,8 +188,9 @@ class KroneckerSum(Structure):
         left, right = factor_shapes(shape)
         return (cls(rank, left, right) for rank in range(1, _largest_rank(shape, left, right) + 1))
 
-    def alternatives(self, shape: Shape, dtype: torch.dtype) -> tuple[KroneckerSum, ...]:
-        return (self,)
+    @classmethod
+    def families(cls, shape: Shape, dtype: torch.dtype) -> tuple[list[KroneckerSum]]:
+        return (list(cls.candidates(shape, dtype)),)
 
 
 def factor_shapes(shape: Shape) -> tuple[Shape, Shape]:

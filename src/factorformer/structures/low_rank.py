@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import ClassVar
 
 import torch
@@ -44,7 +44,7 @@ class LowRank(Structure):
     def row_flops(self, shape: Shape) -> int:
         return 2 * self.rank * shape[1]
 
-    def check(self, shape: Shape) -> None:
+    def check(self, shape: Shape, shared: Collection[str] = ()) -> None:
         largest = largest_rank(shape)
         if self.rank > largest:
             raise ModelError(
@@ -79,8 +79,9 @@ class LowRank(Structure):
     def candidates(cls, shape: Shape, dtype: torch.dtype) -> Iterator[LowRank]:
         return (cls(rank) for rank in range(1, largest_rank(shape) + 1))
 
-    def alternatives(self, shape: Shape, dtype: torch.dtype) -> tuple[LowRank, ...]:
-        return (self,)
+    @classmethod
+    def families(cls, shape: Shape, dtype: torch.dtype) -> tuple[list[LowRank]]:
+        return (list(cls.candidates(shape, dtype)),)
 
 
 def largest_rank(shape: Shape) -> int:

@@ -1,0 +1,369 @@
+"""The Straight-Through Factorizer: factors learn which of their parts to keep while the model is fine-tuned.
+
+Each factorized matrix gets a *shadow*, a larger free variable. The forward pass uses its projection onto what the
+structure can store, and the gradient with respect to the projection is passed straight to the shadow, so that entries
+outside of the support go on learning and may come back. In the last part of training the support is frozen.
+
+The idea is DSFormer's (Chand, Prabhu and Kumar, arXiv 2312.13211), whose steps are not known; these are ours, found by
+the trials in `docs/log.md`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from factorformer.calibration import LayerStatistics
+from factorformer.errors import MethodError, ModelError
+from factorformer.fitting import Metric, fit
+from factorformer.kernels.support import unpack
+from factorformer.nn import FactorizedLinear, FactorizedMatrix
+from factorformer.structures import DenseSparse, Structure
+from factorformer.surgery import dense_weight
+
+SHADOW, PROJECTION, FROZEN, MOMENT = TEMPORARY = ("shadow", "projection", "frozen", "moment")
+"""Tensors of a matrix that exist only while it trains straight through."""
+
+LAST = 10
+"""Times the usual proximal steps, before the support is frozen."""
+
+
+@dataclasses.dataclass(frozen=True)
+class StraightThroughSettings:
+    """How supports move while a model trains straight through.
+
+    Args:
+        interval: optimizer steps from one projection to the next.
+        freeze: part of the training after which supports stay as they are.
+        surplus: nonzeros at the start, as a multiple of those at the end; they fall along a cubic until the freeze.
+        steps: proximal steps of each projection.
+    """
+
+    interval: int = 4
+    freeze: float = 0.3
+    surplus: float = 1.0
+    steps: int = 1
+
+    def __post_init__(self) -> None:
+        if not (self.interval >= 1 and 0 < self.freeze <= 1 and self.surplus >= 1 and self.steps >= 1):
+            raise MethodError(
+                f"interval, surplus and steps must be at least 1, and freeze above 0 and at most 1; got {self}"
+            )
+
+    def nonzeros(self, spec: DenseSparse, progress: float) -> int:
+        """Nonzeros of each row of `S` at a part of the training from 0 to 1, a multiple of the blocks.
+
+        >>> settings = StraightThroughSettings(freeze=0.6, surplus=3)
+        >>> [settings.nonzeros(DenseSparse(64, 8), progress) for progress in (0, 0.3, 0.6, 1)]
+        [24, 10, 8, 8]
+        """
+        left = max(1 - progress / self.freeze, 0.0) ** 3
+        wanted = spec.nonzeros * (1 + (self.surplus - 1) * left)
+        return min(round(wanted / spec.blocks) * spec.blocks, spec.atoms)
+
+
+class StraightThrough:
+    """Puts the factorized linear layers of a model into their training form, and takes them out of it again.
+
+    Where a plain loop has `optimizer.step()`, call `after_step(done, total)` next; at the end, `finish()`. Optimizers
+    have to be made after this object, for it adds parameters. State dicts hold, beside the shadows, the factors that
+    the model would have if it ended here, so a checkpoint is a compressed model at any time.
+
+    Matrices that several modules hold (tied weights) and embeddings are left to train as they are.
+
+    Args:
+        model: from `compress`.
+        statistics: of `compress`'s report; with the second moment of the inputs, projections minimize the error of a
+            layer's output instead of that of its weights.
+        dense: the model before it was compressed: shadows start from its weights, with all that the factors lost.
+            None starts them from the factors.
+        settings: how supports move.
+
+    Raises:
+        ModelError: the model has no factorized linear layer that could be trained so.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        statistics: Mapping[str, LayerStatistics] | None = None,
+        dense: nn.Module | None = None,
+        settings: StraightThroughSettings | None = None,
+    ) -> None:
+        self.settings = settings or StraightThroughSettings()
+        self.forms: dict[str, TrainingForm] = {}
+        holders: dict[int, list[tuple[str, FactorizedMatrix]]] = {}
+        for name, module in model.named_modules():
+            if isinstance(module, FactorizedMatrix):
+                holders.setdefault(id(module.weight), []).append((name, module))
+        for (name, module), *others in holders.values():
+            if others or not isinstance(module, FactorizedLinear) or not module.get_parameter("weight").requires_grad:
+                continue
+            form = SparseForm if isinstance(module.spec, DenseSparse) else ProjectedForm
+            original = None if dense is None else dense_weight(dense.get_submodule(name))
+            measured = None if statistics is None else statistics.get(name)
+            self.forms[name] = form(module, Metric.of(measured), original, self.settings)
+        if not self.forms:
+            raise ModelError("straight-through training needs factorized linear layers: compress the model first")
+
+    def after_step(self, done: int, total: int) -> None:
+        """Project the shadows if it is time.
+
+        Args:
+            done: optimizer steps so far, at least 1.
+            total: optimizer steps of the whole training.
+        """
+        for form in self.forms.values():
+            form.after_step(done, total)
+
+    def refresh(self) -> None:
+        """Follow tensors that were loaded into the model."""
+        for form in self.forms.values():
+            form.refresh()
+
+    def finish(self) -> None:
+        """Leave the factors where training brought them, and drop everything else."""
+        for form in self.forms.values():
+            form.refresh()
+            form.finish()
+        self.forms = {}
+
+
+class TrainingForm(ABC):
+    """What stands in for the product of one matrix while it trains straight through."""
+
+    def __init__(self, module: FactorizedMatrix, shadow: Tensor) -> None:
+        self.module = module
+        module.register_parameter(SHADOW, nn.Parameter(shadow.contiguous()))
+        module.through = self.matmul
+        self._hook = module.register_state_dict_pre_hook(self._before_state_dict)
+
+    @property
+    def shadow(self) -> nn.Parameter:
+        """The free variable."""
+        return self.module.get_parameter(SHADOW)
+
+    @abstractmethod
+    def matmul(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """The product with the projection of the shadow; its gradient goes to the shadow."""
+
+    @abstractmethod
+    def after_step(self, done: int, total: int) -> None:
+        """Let the projection follow the shadow if it is time: `done` optimizer steps of `total` are over."""
+
+    @abstractmethod
+    def refresh(self) -> None:
+        """Rebuild what is derived from tensors of the module."""
+
+    @abstractmethod
+    def pack(self) -> None:
+        """Write the projection into the factors."""
+
+    @abstractmethod
+    def extras(self) -> tuple[str, ...]:
+        """Names of the tensors that the module holds only while it trains."""
+
+    def finish(self) -> None:
+        """Leave the module with its factors alone."""
+        self.pack()
+        self._hook.remove()
+        self.module.through = None
+        for name in self.extras():
+            delattr(self.module, name)
+        for factor in self.module.factors.values():
+            factor.requires_grad_(factor.is_floating_point())
+
+    def _before_state_dict(self, *_: Any) -> None:
+        self.refresh()
+        self.pack()
+
+
+class SparseForm(TrainingForm):
+    """`W = S D`: the shadow is a dense `S`, projected onto `nonzeros` entries a row; `D` trains directly.
+
+    With the Gram matrix `G = D C D^T` of the atoms under the second moment `C` of the input (the identity if it is not
+    known, or where `S` covers the inputs), the projection takes hard-thresholded gradient steps on
+    `min_P ||(P - shadow) D||_C` from where it was: `P <- top(P - (P - shadow) G / lambda_max(G))`. Entries outside
+    that correlate with chosen ones are so made up for, which cutting the shadow off would not do.
+    """
+
+    def __init__(
+        self, module: FactorizedMatrix, metric: Metric, original: Tensor | None, settings: StraightThroughSettings
+    ) -> None:
+        assert isinstance(module.spec, DenseSparse)
+        self.spec = module.spec
+        self.settings = settings
+        codes = self.spec.coefficients(module.factors).detach()
+        moment = None
+        if metric.columns is not None and self.spec.side == "rows":
+            moment = (metric.columns @ metric.columns.T).to(codes.dtype)
+        self.frozen = False
+        self.outside: Tensor | None = None
+        latent = codes
+        if original is not None:
+            target = (original if self.spec.side == "rows" else original.T).to(codes.dtype)
+            latent = _dense_codes(target, module.get_parameter("dictionary").detach(), moment)
+        super().__init__(module, latent.clone())
+        module.get_parameter("weight").requires_grad_(False)
+        module.register_buffer(PROJECTION, codes.clone())
+        module.register_buffer(FROZEN, torch.zeros(1, dtype=torch.uint8, device=codes.device))
+        if moment is not None:
+            module.register_buffer(MOMENT, moment)
+        if settings.surplus > 1:
+            with torch.no_grad():
+                self._select(latent, self._gram(), settings.nonzeros(self.spec, 0.0))
+
+    def extras(self) -> tuple[str, ...]:
+        return tuple(name for name in TEMPORARY if hasattr(self.module, name))
+
+    def matmul(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        if self.frozen:
+            codes = self.shadow.masked_fill(self._pruned(), 0)
+        else:
+            codes = _Replace.apply(self.shadow, self.module.get_buffer(PROJECTION))
+        dictionary = self.module.get_parameter("dictionary")
+        if self.spec.side == "rows":
+            return F.linear(F.linear(x, dictionary), codes, bias)
+        return F.linear(F.linear(x, codes.T), dictionary.T, bias)
+
+    @torch.no_grad()
+    def after_step(self, done: int, total: int) -> None:
+        if self.frozen:
+            return
+        if done < self.settings.freeze * total:
+            if done % self.settings.interval == 0:
+                self._follow(self.settings.nonzeros(self.spec, done / total), self.settings.steps)
+            return
+        self._follow(self.spec.nonzeros, LAST * self.settings.steps)
+        self.pack()
+        self.shadow.copy_(self.module.get_buffer(PROJECTION))
+        self.module.get_buffer(FROZEN).fill_(1)
+        self.refresh()
+
+    def refresh(self) -> None:
+        self.frozen = bool(self.module.get_buffer(FROZEN).item())
+        self.outside = None
+
+    @torch.no_grad()
+    def pack(self) -> None:
+        projection = self.module.get_buffer(PROJECTION)
+        if self.frozen:
+            projection.copy_(self.shadow.masked_fill(self._pruned(), 0))
+            self.module.get_parameter("weight").copy_(projection.gather(1, self._positions()))
+            return
+        gram = self._gram()
+        for name, tensor in self.spec.pack(projection, _energy(projection, gram)).items():
+            getattr(self.module, name).copy_(tensor)
+
+    def _positions(self) -> Int[Tensor, "long nonzeros"]:
+        spec = self.spec
+        positions = unpack(self.module.get_buffer("support"), spec.atoms, spec.nonzeros, spec.blocks)
+        return positions.repeat_interleave(spec.group, 0)
+
+    def _pruned(self) -> Bool[Tensor, "long atoms"]:
+        if self.outside is None:
+            self.outside = torch.ones_like(self.shadow, dtype=torch.bool).scatter_(1, self._positions(), False)
+        return self.outside
+
+    def _gram(self) -> Float[Tensor, "atoms atoms"]:
+        dictionary = self.module.get_parameter("dictionary").detach()
+        moment = getattr(self.module, MOMENT, None)
+        return (dictionary if moment is None else dictionary @ moment) @ dictionary.T
+
+    def _follow(self, nonzeros: int, steps: int) -> None:
+        gram = self._gram()
+        rate = 1 / _largest_eigenvalue(gram)
+        for _ in range(steps):
+            projection = self.module.get_buffer(PROJECTION)
+            self._select(projection - rate * ((projection - self.shadow) @ gram), gram, nonzeros)
+
+    def _select(self, codes: Tensor, gram: Tensor, nonzeros: int) -> None:
+        """Keep the entries of each row that weigh most."""
+        if nonzeros >= self.spec.atoms:
+            self.module.get_buffer(PROJECTION).copy_(codes)
+            return
+        spec = dataclasses.replace(self.spec, nonzeros=nonzeros)
+        positions = spec.choose(_energy(codes, gram)).repeat_interleave(spec.group, 0)
+        kept = torch.zeros_like(codes).scatter_(1, positions, codes.gather(1, positions))
+        self.module.get_buffer(PROJECTION).copy_(kept)
+
+
+class ProjectedForm(TrainingForm):
+    """Any other structure with a fitter: the shadow is the matrix itself, and the factors are fitted to it again."""
+
+    def __init__(
+        self, module: FactorizedMatrix, metric: Metric, original: Tensor | None, settings: StraightThroughSettings
+    ) -> None:
+        self.metric = metric
+        self.spec: Structure = module.spec
+        self.settings = settings
+        with torch.no_grad():
+            start = module.to_dense() if original is None else original.to(module.get_parameter("weight").dtype)
+        super().__init__(module, start.clone())
+        for factor in module.factors.values():
+            factor.requires_grad_(False)
+        self.projection = module.to_dense()
+
+    def extras(self) -> tuple[str, ...]:
+        return (SHADOW,)
+
+    def matmul(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        return F.linear(x, _Replace.apply(self.shadow, self.projection), bias)
+
+    @torch.no_grad()
+    def after_step(self, done: int, total: int) -> None:
+        if done % self.settings.interval != 0 and done < total:
+            return
+        factors, _ = fit(self.shadow.detach(), self.spec, self.metric)
+        for name, tensor in factors.items():
+            getattr(self.module, name).copy_(tensor)
+        self.refresh()
+
+    def refresh(self) -> None:
+        self.projection = self.module.to_dense()
+
+    def pack(self) -> None:
+        """The factors are what was projected last."""
+
+
+class _Replace(torch.autograd.Function):
+    """The projection in the place of the shadow; the gradient passes straight through."""
+
+    @staticmethod
+    def forward(ctx: Any, shadow: Tensor, projection: Tensor) -> Tensor:
+        return projection.clone()  # the projection changes in place between steps
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return gradients[0], None
+
+
+def _energy(codes: Float[Tensor, "long atoms"], gram: Float[Tensor, "atoms atoms"]) -> Float[Tensor, "long atoms"]:
+    """What each entry of `S` adds to the squared output, alone."""
+    return codes.square() * gram.diagonal()
+
+
+def _dense_codes(
+    target: Float[Tensor, "long short"], dictionary: Float[Tensor, "atoms short"], moment: Tensor | None
+) -> Float[Tensor, "long atoms"]:
+    """The dense `S` with the least error: `T C D^T (D C D^T)^-1`."""
+    weighted = (dictionary if moment is None else dictionary @ moment).double()
+    gram = weighted @ dictionary.double().T
+    gram.diagonal().add_(1e-6 * gram.diagonal().mean())
+    return torch.cholesky_solve(weighted @ target.double().T, torch.linalg.cholesky(gram)).T.to(target.dtype)
+
+
+def _largest_eigenvalue(gram: Float[Tensor, "n n"], rounds: int = 12) -> Float[Tensor, ""]:
+    """Slightly above the largest eigenvalue of a Gram matrix, by power iteration."""
+    vector = gram.diagonal().sqrt()
+    for _ in range(rounds):
+        vector = vector / vector.norm().clamp_min(torch.finfo(gram.dtype).tiny)
+        vector = gram @ vector
+    return 1.05 * vector.norm().clamp_min(torch.finfo(gram.dtype).tiny)

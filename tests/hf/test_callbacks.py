@@ -1,0 +1,91 @@
+"""Straight-through training under the `Trainer`: accumulation, bfloat16, interrupted runs, two processes."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers as tf
+from tests import tiny
+from tests.hf.straight_through_worker import build, trainer
+from torch import Tensor
+
+import factorformer
+from factorformer.structures import DenseSparse
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def state(model: tf.PreTrainedModel) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def assert_equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
+    assert one.keys() == other.keys()
+    for name, tensor in one.items():
+        assert torch.equal(tensor, other[name]), name
+
+
+def moved(before: dict[str, Tensor], after: dict[str, Tensor]) -> list[str]:
+    """Supports that are not what they were."""
+    return [n for n, tensor in before.items() if n.endswith("support") and not torch.equal(tensor, after[n])]
+
+
+@pytest.mark.parametrize("method", ["dsformer", "svd", "kronecker"])
+@pytest.mark.parametrize("cut", [4, 10], ids=["moving", "frozen"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"gradient_accumulation_steps": 2, "bf16": True, "num_train_epochs": 6}],
+    ids=["plain", "accumulated-bf16"],
+)
+def test_an_interrupted_run_ends_where_a_whole_one_does(
+    tmp_path: Path, method: str, cut: int, options: dict[str, Any]
+) -> None:
+    whole, straight = build(method)
+    trainer(whole, straight, tmp_path / "whole", save_steps=cut, **options).train()
+    model, straight = build(method)
+    trainer(model, straight, tmp_path / "again", save_steps=50, **options).train(
+        resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{cut}")
+    )
+    assert_equal(state(whole), state(model))
+    assert not [name for name in whole.state_dict() if name.endswith(("shadow", "projection", "frozen", "moment"))]
+
+
+def test_supports_move_and_the_saved_model_is_an_ordinary_one(tmp_path: Path) -> None:
+    model, straight = build("dsformer")
+    start = state(model)
+    trainer(model, straight, tmp_path / "run", save_steps=50).train()
+    assert moved(start, state(model))
+    model.save_pretrained(tmp_path / "saved")
+    loaded = factorformer.load(tmp_path / "saved").eval()
+    assert_equal(state(model), state(loaded))
+    inputs = tiny.text()
+    with torch.no_grad():
+        assert torch.equal(model.eval()(**inputs).logits, loaded(**inputs).logits)
+
+
+def test_a_checkpoint_on_the_way_loads_as_a_compressed_model(tmp_path: Path) -> None:
+    model, straight = build("dsformer")
+    trainer(model, straight, tmp_path, save_steps=4).train()
+    loaded = factorformer.load(tmp_path / "checkpoint-4")
+    assert not [name for name in loaded.state_dict() if name.endswith(("shadow", "projection", "frozen", "moment"))]
+    specs = [m.spec for m in loaded.modules() if isinstance(m, factorformer.FactorizedLinear)]
+    assert all(isinstance(spec, DenseSparse) for spec in specs)
+    assert torch.isfinite(loaded.eval()(**tiny.text()).logits).all()
+
+
+def test_two_processes_agree(tmp_path: Path) -> None:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+    worker = ROOT / "tests" / "hf" / "straight_through_worker.py"
+    command = [*command, "--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0", str(worker), str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    ranks = [torch.load(tmp_path / f"rank-{rank}.pt", weights_only=True) for rank in (0, 1)]
+    assert_equal(*ranks)
+    assert moved(state(build("dsformer")[0]), ranks[0])

@@ -1,0 +1,241 @@
+"""The Straight-Through Factorizer, on layers small enough to compute by hand what it should do."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from factorformer.calibration import InputMoment, LayerStatistics
+from factorformer.errors import MethodError, ModelError
+from factorformer.fitting import fit
+from factorformer.nn import FactorizedEmbedding, FactorizedLinear
+from factorformer.structures import DenseSparse, KroneckerSum, LowRank, Structure
+from factorformer.training.straight_through import StraightThrough, StraightThroughSettings
+
+TALL, WIDE = (24, 16), (16, 24)
+SPARSE = [
+    (DenseSparse(8, 3), TALL),
+    (DenseSparse(8, 3, "columns"), WIDE),
+    (DenseSparse(8, 2, group=4), TALL),
+    (DenseSparse(8, 4, blocks=2), TALL),
+]
+OTHERS: list[tuple[Structure, tuple[int, int]]] = [(LowRank(4), TALL), (KroneckerSum.of(WIDE, 3), WIDE)]
+EACH_STEP = StraightThroughSettings(interval=1, freeze=0.5)
+
+
+def layers(spec: Structure, shape: tuple[int, int]) -> tuple[nn.Sequential, nn.Sequential]:
+    """A dense layer, and the same one factorized."""
+    torch.manual_seed(0)
+    dense = nn.Linear(shape[1], shape[0])
+    factors, _ = fit(dense.weight.detach(), spec)
+    return nn.Sequential(FactorizedLinear(spec, shape, factors, dense.bias)), nn.Sequential(dense)
+
+
+def layer_of(model: nn.Sequential) -> FactorizedLinear:
+    assert isinstance(model[0], FactorizedLinear)
+    return model[0]
+
+
+def measured(width: int) -> dict[str, LayerStatistics]:
+    rows = torch.randn(50, width) * torch.linspace(0.2, 3, width)
+    return {"0": LayerStatistics(InputMoment((rows.T @ rows).double(), len(rows)))}
+
+
+def learn(
+    model: nn.Sequential,
+    straight: StraightThrough,
+    steps: int,
+    first: int = 0,
+    optimizer: torch.optim.Optimizer | None = None,
+) -> torch.optim.Optimizer:
+    """A plain loop that pulls the layer towards another matrix."""
+    shape = layer_of(model).shape
+    draw = torch.Generator().manual_seed(1)
+    x = torch.randn(40, shape[1], generator=draw)
+    target = x @ torch.randn(shape[1], shape[0], generator=draw)
+    optimizer = optimizer or torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.05)
+    for step in range(first, steps):
+        optimizer.zero_grad()
+        F.mse_loss(model(x), target).backward()
+        optimizer.step()
+        straight.after_step(step + 1, 20)
+    return optimizer
+
+
+def support_of(layer: FactorizedLinear) -> Tensor:
+    assert isinstance(layer.spec, DenseSparse)
+    return layer.spec.coefficients(layer.factors).detach() != 0
+
+
+@pytest.mark.parametrize(("spec", "shape"), [*SPARSE, *OTHERS], ids=str)
+def test_the_forward_pass_is_that_of_the_factors(spec: Structure, shape: tuple[int, int]) -> None:
+    model, dense = layers(spec, shape)
+    x = torch.randn(5, shape[1])
+    expected = model(x)
+    straight = StraightThrough(model, dense=dense)
+    torch.testing.assert_close(model(x), expected)
+    straight.finish()
+    assert torch.equal(model(x), expected)
+
+
+@pytest.mark.parametrize(("spec", "shape"), SPARSE[:2], ids=str)
+def test_gradients_reach_entries_outside_of_the_support(spec: DenseSparse, shape: tuple[int, int]) -> None:
+    model, dense = layers(spec, shape)
+    StraightThrough(model, dense=dense)
+    layer = layer_of(model)
+    x, weights = torch.randn(5, shape[1]), torch.randn(5, shape[0])
+    (model(x) * weights).sum().backward()
+    # dL/dW = weights^T x; dL/dS of W = S D, or of W^T, follows from the chain rule.
+    gradient = weights.T @ x if spec.side == "rows" else x.T @ weights
+    torch.testing.assert_close(layer.shadow.grad, gradient @ layer.dictionary.T)
+    assert layer.weight.grad is None
+    assert layer.dictionary.grad is not None
+
+
+@pytest.mark.parametrize(("spec", "shape"), OTHERS, ids=str)
+def test_gradients_of_other_structures_are_those_of_the_matrix(spec: Structure, shape: tuple[int, int]) -> None:
+    model, dense = layers(spec, shape)
+    StraightThrough(model, dense=dense)
+    x, weights = torch.randn(5, shape[1]), torch.randn(5, shape[0])
+    (model(x) * weights).sum().backward()
+    torch.testing.assert_close(layer_of(model).shadow.grad, weights.T @ x)
+
+
+@pytest.mark.parametrize("with_metric", [False, True])
+@pytest.mark.parametrize(("spec", "shape"), SPARSE, ids=str)
+def test_supports_move_and_then_freeze(spec: DenseSparse, shape: tuple[int, int], with_metric: bool) -> None:
+    model, dense = layers(spec, shape)
+    layer = layer_of(model)
+    straight = StraightThrough(model, measured(shape[1]) if with_metric else None, dense, EACH_STEP)
+    start = support_of(layer)
+    optimizer = learn(model, straight, 10)
+    layer.state_dict()  # packs
+    frozen = support_of(layer)
+    assert (frozen != start).any()
+    learn(model, straight, 20, 10, optimizer)
+    straight.finish()
+    assert torch.equal(support_of(layer), frozen)
+    assert set(layer.state_dict()) == {"weight", "support", "dictionary", "bias"}
+    assert all(p.requires_grad for p in layer.parameters())
+    layer.check_factors()
+
+
+@pytest.mark.parametrize(("spec", "shape"), [*SPARSE, *OTHERS], ids=str)
+def test_it_learns_and_the_end_is_what_was_trained(spec: Structure, shape: tuple[int, int]) -> None:
+    model, dense = layers(spec, shape)
+    x = torch.randn(40, shape[1], generator=torch.Generator().manual_seed(1))
+    straight = StraightThrough(model, None, dense, EACH_STEP)
+    before = model(x).detach()
+    learn(model, straight, 20)
+    trained = model(x).detach()
+    straight.finish()
+    torch.testing.assert_close(model(x), trained)
+    assert (trained - before).abs().amax() > 0.1
+
+
+@pytest.mark.parametrize(("spec", "shape"), [*SPARSE, *OTHERS], ids=str)
+@pytest.mark.parametrize("cut", [4, 14], ids=["moving", "frozen"])
+def test_a_state_dict_brings_everything_back(spec: Structure, shape: tuple[int, int], cut: int) -> None:
+    whole, dense = layers(spec, shape)
+    straight = StraightThrough(whole, measured(shape[1]), dense, EACH_STEP)
+    optimizer = learn(whole, straight, cut)
+    state, moments = copy.deepcopy(whole.state_dict()), copy.deepcopy(optimizer.state_dict())
+    learn(whole, straight, 20, cut, optimizer)
+    straight.finish()
+
+    other, _ = layers(spec, shape)
+    again = StraightThrough(other, measured(shape[1]), dense, EACH_STEP)
+    other.load_state_dict(state)
+    again.refresh()
+    optimizer = torch.optim.AdamW([p for p in other.parameters() if p.requires_grad], lr=0.05)
+    optimizer.load_state_dict(moments)
+    learn(other, again, 20, cut, optimizer)
+    again.finish()
+    assert whole.state_dict().keys() == other.state_dict().keys()
+    for name, tensor in whole.state_dict().items():
+        assert torch.equal(tensor, other.state_dict()[name]), name
+
+
+def test_a_state_dict_holds_the_factors_of_the_moment() -> None:
+    spec, shape = SPARSE[0]
+    model, dense = layers(spec, shape)
+    straight = StraightThrough(model, None, dense, EACH_STEP)
+    learn(model, straight, 5)
+    state = {key.removeprefix("0."): value for key, value in model.state_dict().items()}
+    x = torch.randn(3, shape[1])
+    torch.testing.assert_close(spec.matmul(shape, state, x, state["bias"]), model(x))
+
+
+def test_surplus_nonzeros_are_let_go_along_a_cubic() -> None:
+    spec, shape = DenseSparse(8, 2), TALL
+    model, dense = layers(spec, shape)
+    settings = dataclasses.replace(EACH_STEP, surplus=4)
+    straight = StraightThrough(model, None, dense, settings)
+    layer = layer_of(model)
+    counts = [int((layer.projection != 0).sum(1).amax())]
+    optimizer = None
+    for step in range(20):
+        optimizer = learn(model, straight, step + 1, step, optimizer)
+        counts.append(int((layer.projection != 0).sum(1).amax()))
+    assert counts[0] == 8
+    assert counts == sorted(counts, reverse=True)
+    assert counts[10] == counts[-1] == 2
+    straight.finish()
+    assert layer.weight.shape == (24, 2)
+
+
+def test_projections_follow_the_metric() -> None:
+    """Under a metric in which one input hardly counts, its codes are given up first."""
+    spec, shape = DenseSparse(8, 3), TALL
+    model, dense = layers(spec, shape)
+    moment = torch.ones(shape[1]).double()
+    moment[:8] = 1e-3
+    statistics = {"0": LayerStatistics(InputMoment(torch.diag(moment), 1))}
+    errors = []
+    for known in (statistics, None):
+        chosen = copy.deepcopy(model)
+        straight = StraightThrough(chosen, known, dense, dataclasses.replace(EACH_STEP, steps=30))
+        straight.after_step(1, 20)
+        difference = layer_of(chosen).projection @ layer_of(chosen).dictionary.detach() - dense[0].weight.detach()
+        errors.append(float((difference.square() * moment).sum()))
+    assert errors[0] < errors[1]
+
+
+def test_only_linear_layers_that_stand_alone_are_taken() -> None:
+    spec, shape = SPARSE[0]
+    embedding = FactorizedEmbedding(spec, shape)
+    head = FactorizedLinear(spec, shape, embedding.factors)
+    with pytest.raises(ModelError, match="compress the model first"):
+        StraightThrough(nn.ModuleDict({"embedding": embedding, "head": head}))
+    with pytest.raises(ModelError, match="compress the model first"):
+        StraightThrough(nn.Linear(3, 4))
+    model, _ = layers(spec, shape)
+    layer_of(model).weight.requires_grad_(False)
+    with pytest.raises(ModelError, match="compress the model first"):
+        StraightThrough(model)
+
+
+@pytest.mark.parametrize(("spec", "shape"), SPARSE[:2], ids=str)
+def test_products_in_bfloat16(spec: DenseSparse, shape: tuple[int, int]) -> None:
+    model, dense = layers(spec, shape)
+    straight = StraightThrough(model, None, dense, EACH_STEP)
+    x = torch.randn(4, shape[1])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = model(x).float().square().mean()
+    loss.backward()
+    assert layer_of(model).shadow.grad is not None
+    assert layer_of(model).shadow.grad.dtype == torch.float32
+    straight.finish()
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"interval": 0}, {"freeze": 0.0}, {"freeze": 1.1}, {"surplus": 0.5}, {"steps": 0}], ids=str
+)
+def test_settings_that_mean_nothing_are_refused(wrong: dict[str, float]) -> None:
+    with pytest.raises(MethodError, match=next(iter(wrong))):
+        StraightThroughSettings(**wrong)  # type: ignore[arg-type]
