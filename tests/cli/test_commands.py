@@ -138,6 +138,44 @@ def test_finetune_compress_evaluate(run: Any, trained: Path, tables: Path, tmp_p
     assert AutoTokenizer.from_pretrained(output)("good film")["input_ids"]
 
 
+@pytest.mark.parametrize("method", ["dsformer", "dense_sparse", "cospadi"])
+def test_dense_times_sparse(run: Any, trained: Path, tables: Path, tmp_path: Path, method: str) -> None:
+    data, output = tables / "train.jsonl", tmp_path / "small"
+    options = ["--ratio", 1.8, "--method", method, "--eval", data, "--label", "label", "--json"]
+    source = ["--calibration", data] if method == "cospadi" else ["--train", data, "--epochs", 6, "--batch-size", 4]
+    content = result_of(run("compress", trained, output, *options, *source, "--lr", 3e-3))
+    assert content["method"] == method
+    assert ("train" in content["seconds"]) == (method != "cospadi")
+    assert content["bytes"]["ratio"] == pytest.approx(1.8, rel=0.01)
+    model = factorformer.load(output)
+    layers = [m for m in model.modules() if isinstance(m, factorformer.FactorizedLinear)]
+    assert len(layers) == 12
+    assert all(set(layer.factors) | {"bias"} == set(layer.state_dict()) for layer in layers)
+    assert result_of(run("evaluate", output, "--data", data, "--json"))["metrics"].items() <= content["metrics"].items()
+
+
+def test_a_plan_with_shared_dictionaries(run: Any, base: Path, trained: Path, tables: Path, tmp_path: Path) -> None:
+    plan = tmp_path / "plan.json"
+    arguments = ("--method", "dense_sparse_plain", "--ratio", 1.8, "--share", "inputs", "--output", plan, "--json")
+    planned = result_of(run("plan", base, *arguments), layers=True)
+    assert planned["bytes"]["ratio"] == pytest.approx(1.8, rel=0.01)
+    content = result_of(run("compress", base, tmp_path / "small", "--plan", plan, "--json"))
+    assert content["bytes"] == planned["bytes"]
+    model = factorformer.load(tmp_path / "small")
+    block = model.encoder.layer[0].attention
+    assert block.self.query.dictionary is block.self.key.dictionary is block.output.dense.dictionary
+    # The same matrices under the names that they have in a model with a head.
+    training = ("--train", tables / "train.jsonl", "--label", "label", "--epochs", 1)
+    result_of(run("compress", trained, tmp_path / "head", "--plan", plan, *training, "--json"))
+    block = factorformer.load(tmp_path / "head").bert.encoder.layer[1].attention
+    assert block.self.value.dictionary is block.output.dense.dictionary
+    direct = run("compress", base, tmp_path / "again", *arguments[:6], "--json")
+    assert result_of(direct)["bytes"] == planned["bytes"]
+    refused = run("compress", base, tmp_path / "none", "--method", "svd", "--share", "inputs")
+    assert refused.exit_code == 2
+    assert "needs factors that matrices can share" in refused.stderr
+
+
 def test_a_base_model_gets_a_new_head(run: Any, base: Path, tables: Path, tmp_path: Path) -> None:
     arguments = ("--ratio", 2, "--train", tables / "train.tsv", "--eval", tables / "train.tsv", "--label", "label")
     content = result_of(run("compress", base, tmp_path / "small", *arguments, "--epochs", 1, "--json"))

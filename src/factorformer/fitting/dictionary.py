@@ -21,7 +21,7 @@ ROUNDS = 24
 """Rounds over codes and dictionary, unless the caller asks for others."""
 
 ORTHONORMAL = 20
-"""Rounds of the start, with an orthonormal dictionary."""
+"""Rounds of the start, with an orthonormal dictionary; fewer where only a few rounds follow."""
 
 EAGERNESS, COUPLED = 2.0, 1.5
 """How readily supports change in the first round; it falls to 1 in the last one. Coupled rows overshoot sooner."""
@@ -154,7 +154,7 @@ class _Problem:
         fewer = min(atoms, *self.target.shape)
         smaller = dataclasses.replace(self.spec, atoms=fewer, nonzeros=min(self.spec.nonzeros, fewer - 1), blocks=1)
         choose = self.choose if fewer == atoms else dataclasses.replace(self, spec=smaller).choose
-        codes, _ = orthonormal_dictionary(self.target, fewer, choose, ORTHONORMAL)
+        codes, _ = orthonormal_dictionary(self.target, fewer, choose, min(ORTHONORMAL, 2 * rounds))
         return F.pad(codes, (0, atoms - fewer))
 
     def alternate(self, codes: Float[Tensor, "long atoms"], rounds: int, eagerness: float) -> Tensor:
