@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import copy
 import dataclasses
+import json
 import math
 import re
 import time
@@ -205,14 +206,15 @@ class Bench:
         else:
             model = copy.deepcopy(dense)
             needed = batches if recipe.needs != "nothing" else None
-            report = factorformer.compress(model, factorformer.plan(model, method, ratio, calibration=needed), needed)
+            plan = factorformer.plan(model, method, ratio, calibration=needed)
+            report = factorformer.compress(model, plan, needed, keep_statistics=True)
             statistics = report.statistics
             if recipe.structure is factorformer.DenseSparse:  # others are fitted faster than they are read
                 path.parent.mkdir(parents=True, exist_ok=True)
                 torch.save((model, statistics), path)
         if recipe.training != "straight-through":
             return model, None
-        numbers = {key: float(value) for key, value in re.findall(r"(\w+)=([^,]+)", options)}
+        numbers = {key: json.loads(value) for key, value in re.findall(r"(\w+)=([^,]+)", options)}
         return model, StraightThrough(model, statistics, dense, StraightThroughSettings(**numbers))  # type: ignore[arg-type]
 
     def run(self, cell: Cell) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import time
 from pathlib import Path
 
 import datasets
@@ -35,7 +36,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=default_data(), help="folder with one folder for each task")
     parser.add_argument("--ratios", nargs="+", type=float, default=[1.5, 2.0, 2.8])
     parser.add_argument("--texts", nargs="+", type=int, default=[30, 200, 1500], help="calibration texts")
-    methods = ["svd", "whitened", "kronecker", "kronecker_whitened"]
+    methods = ["svd", "whitened", "kronecker", "kronecker_whitened", "dense_sparse_plain", "cospadi"]
     parser.add_argument("--methods", nargs="+", default=methods, help="methods of factorformer")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=RESULTS / "embeddings.json")
@@ -54,10 +55,13 @@ def main() -> None:
         for method, count in fits:
             model = AutoModel.from_pretrained(directory)
             chosen = texts.select(range(QUESTIONS, QUESTIONS + count))
-            plan = factorformer.plan(model, method, ratio)
-            report = factorformer.compress(model, plan, data.batches(tokenizer, chosen) if count else None)
+            batches = list(data.batches(tokenizer, chosen)) if count else None
+            started = time.perf_counter()
+            plan = factorformer.plan(model, method, ratio, calibration=batches)
+            planned = time.perf_counter() - started
+            report = factorformer.compress(model, plan, batches)
             found = compare_embeddings(original, embed(model, tokenizer, questions))
-            seconds = {f"{name}_seconds": value for name, value in report.seconds.items()}
+            seconds = {"plan_seconds": planned} | {f"{name}_seconds": value for name, value in report.seconds.items()}
             cells.append({"ratio": ratio, "method": method, "calibration_texts": count, **found, **seconds})
             shown = "  ".join(f"{name} {value:.3f}" for name, value in (found | seconds).items())
             print(f"{ratio:>5}x {method:<18} {count:>5} texts  {shown}", flush=True)

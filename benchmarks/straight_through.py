@@ -65,7 +65,8 @@ def main() -> None:
     for ratio in args.ratios:
         dense = AutoModelForSequenceClassification.from_pretrained(minilm.directory(), num_labels=len(labels.names))
         fixed = copy.deepcopy(dense)
-        report = factorformer.compress(fixed, factorformer.plan(fixed, "dense_sparse", ratio), batches[:8])
+        plan = factorformer.plan(fixed, "dense_sparse", ratio)
+        report = factorformer.compress(fixed, plan, batches[:8], keep_statistics=True)
         moving, frozen = copy.deepcopy(fixed), copy.deepcopy(fixed)
         settings = StraightThroughSettings()
         straight = StraightThrough(moving, report.statistics, dense, settings)

@@ -128,7 +128,9 @@ def collect(
         for module, training in modes:
             module.training = training
     if done == 0:
-        raise DataError("calibration data is empty: give at least one batch")
+        raise DataError(
+            "calibration data is empty: give at least one batch, and a list where both plan and compress are to read it"
+        )
     return recorder.statistics()
 
 

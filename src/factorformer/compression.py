@@ -42,7 +42,8 @@ class Report:
         original, compressed: cost of everything in scope, before and after.
         errors: relative error of each factorized matrix, under the metric of the fit; empty where nothing was fitted.
         seconds: wall time of calibration and fit, or of initialization.
-        statistics: what calibration measured of each layer, for training that goes on in the metric of the fit.
+        statistics: what calibration measured of each layer, if it was to be kept, for training that goes on in the
+            metric of the fit.
     """
 
     method: str
@@ -171,6 +172,8 @@ def compress(
     plan: Plan,
     calibration: Iterable[calibrate.Batch] | None = None,
     progress: Progress = silent,
+    *,
+    keep_statistics: bool = False,
 ) -> Report:
     """Replace the planned matrices by fitted factors, in place. A Hugging Face model then saves as a compressed one.
 
@@ -184,6 +187,8 @@ def compress(
         plan: from `plan` or `Plan.load`.
         calibration: batches of keyword arguments for the model, with labels if the method needs them.
         progress: told how far the work is.
+        keep_statistics: leave what calibration measured in the report; a moment takes as much memory as a square matrix
+            of float64 as wide as the layer's input.
 
     Raises:
         DataError: the method needs calibration data (or labels) that was not given.
@@ -219,7 +224,8 @@ def compress(
     errors = {name: errors[name] for name in names}
     _replace(model, plan, fitted)
     seconds = {"calibrate": calibrated - started, "fit": time.perf_counter() - calibrated}
-    return Report(method, plan.scope, plan.original, plan.compressed, errors, seconds, statistics)
+    kept = statistics if keep_statistics else {}
+    return Report(method, plan.scope, plan.original, plan.compressed, errors, seconds, kept)
 
 
 def _measure(

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,18 @@ def new_factors(
         name: torch.zeros(tensor.size, device=device, dtype=tensor.dtype or dtype)
         for name, tensor in spec.tensors(shape).items()
     }
+
+
+class TrainingForm(Protocol):
+    """What a matrix is while it trains in another form than that of its factors."""
+
+    def matmul(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """The product in that form."""
+        ...
+
+    def pack(self) -> None:
+        """Write what the form is worth now into the factors."""
+        ...
 
 
 class FactorizedMatrix(nn.Module):
@@ -40,8 +52,8 @@ class FactorizedMatrix(nn.Module):
         ModelError: the shape does not admit the structure, or a factor is missing, extra or misshapen.
     """
 
-    through: Callable[[Tensor, Tensor | None], Tensor] | None = None
-    """What multiplies in place of the factors, while they train straight through."""
+    form: TrainingForm | None = None
+    """What multiplies in place of the factors, for as long as a training lasts."""
 
     def __init__(
         self,
@@ -93,8 +105,8 @@ class FactorizedMatrix(nn.Module):
 
     def matmul(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """`x @ W.T + bias`, `(..., in)` to `(..., out)`."""
-        if self.through is not None:
-            return self.through(x, bias)
+        if self.form is not None:
+            return self.form.matmul(x, bias)
         return self.spec.matmul(self.shape, self.factors, x, bias)
 
     def rows(self, index: Tensor) -> Tensor:
@@ -103,14 +115,19 @@ class FactorizedMatrix(nn.Module):
 
     def to_dense(self) -> Tensor:
         """`W`, `(out, in)`; nothing else builds it."""
+        if self.form is not None:
+            self.form.pack()
         return self.spec.to_dense(self.shape, self.factors)
 
     def resize(self, smaller: Structure) -> None:
         """Shrink the factors to a smaller spec of the same kind, keeping the leading units bit for bit.
 
         Raises:
-            ModelError: the spec is not smaller or of another kind, or factors would shrink that other layers hold too.
+            ModelError: the spec is not smaller or of another kind, or factors would shrink that other layers hold too,
+                or the matrix trains straight through.
         """
+        if self.form is not None:
+            raise ModelError(f"cannot resize {self.spec} while it trains straight through: call finish() first")
         resized = self.spec.resize(self.factors, smaller)
         for name in self.shared:
             if resized[name].shape != getattr(self, name).shape:
@@ -137,6 +154,10 @@ def _check_incoming(module: nn.Module, state: Mapping[str, Any], prefix: str, *_
     assert isinstance(module, FactorizedMatrix)
     factors = module.factors
     incoming = {name: state[prefix + name] for name in factors if isinstance(state.get(prefix + name), Tensor)}
+    whole = module.spec.tensors(module.shape)
+    for name, tensor in incoming.items():
+        if whole[name].dtype is not None and tensor.dtype != whole[name].dtype:
+            raise ModelError(f"'{prefix}{name}' is stored as {tensor.dtype}, but has to be {whole[name].dtype}")
     if any(
         t.is_meta or t.shape != factors[n].shape or t.dtype.is_floating_point != factors[n].dtype.is_floating_point
         for n, t in incoming.items()

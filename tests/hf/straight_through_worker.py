@@ -27,7 +27,7 @@ def build(method: str) -> tuple[tf.PreTrainedModel, StraightThrough]:
     ).eval()
     dense = copy.deepcopy(model)
     plan = factorformer.plan(model, method, ratio=2)
-    report = factorformer.compress(model, plan, [tiny.text(16)])
+    report = factorformer.compress(model, plan, [tiny.text(16)], keep_statistics=True)
     return model, StraightThrough(model, report.statistics, dense, SETTINGS)
 
 

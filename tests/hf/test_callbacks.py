@@ -8,15 +8,18 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 import torch
 import transformers as tf
 from tests import tiny
-from tests.hf.straight_through_worker import build, trainer
+from tests.hf.straight_through_worker import build, examples, trainer
 from torch import Tensor
 
 import factorformer
+from factorformer.hf.training import TrainingSettings, train
 from factorformer.structures import DenseSparse
+from factorformer.training.straight_through import StraightThrough
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -89,3 +92,20 @@ def test_two_processes_agree(tmp_path: Path) -> None:
     ranks = [torch.load(tmp_path / f"rank-{rank}.pt", weights_only=True) for rank in (0, 1)]
     assert_equal(*ranks)
     assert moved(state(build("dsformer")[0]), ranks[0])
+
+
+def test_a_training_that_is_interrupted_leaves_plain_factors(
+    tokenizer: tf.PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, straight = build("dsformer")
+    names = [name for name in model.state_dict() if not name.endswith(("shadow", "projection", "frozen", "moment"))]
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(StraightThrough, "after_step", interrupt)
+    rows = datasets.Dataset.from_list([{key: value.tolist() for key, value in row.items()} for row in examples()])
+    with pytest.raises(KeyboardInterrupt):
+        train(model, tokenizer, rows, TrainingSettings(epochs=1), straight=straight)
+    assert list(model.state_dict()) == names
+    assert all(parameter.requires_grad for parameter in model.bert.encoder.parameters())

@@ -17,6 +17,7 @@ import factorformer
 from factorformer.errors import CheckpointError, ModelError
 from factorformer.nn import FactorizedMatrix
 from factorformer.planning import Cost, Entry, Plan, expand, find_groups, stacked
+from factorformer.report import inventory
 from factorformer.structures import DenseSparse
 from factorformer.surgery import find_matrices
 
@@ -249,3 +250,47 @@ def test_a_damaged_support_in_a_state_dict(damaged: tuple[Path, str, str]) -> No
     with pytest.raises(ModelError, match=f"layer '{UP}': .*{message}"):
         model.load_state_dict(load_file(folder / "model.safetensors"))
     assert torch.equal(model.get_submodule(UP).support, before)
+
+
+@pytest.mark.parametrize("share", ["inputs", "layers"])
+def test_costs_read_off_a_model_are_those_of_its_plan(share: str) -> None:
+    model = MODELS["bert"].build()
+    plan = a_plan(model, share)
+    factorformer.compress(model, plan)
+    found = inventory(model)
+    assert (found.compressed.bytes, found.compressed.parameters) == (plan.compressed.bytes, plan.compressed.parameters)
+    assert [entry.shares for entry in found.factorized] == [entry.shares for entry in plan.factorized]
+
+
+@pytest.mark.parametrize(
+    ("damage", "refused"),
+    [
+        (lambda support: support.float(), None),  # transformers turns these into the bytes that they say
+        (lambda support: support.long() - 256, r"query.support' is stored as torch.int64"),
+        (lambda support: torch.full(support.shape, float("nan")), "damaged in layer '.*query'"),
+    ],
+    ids=["values", "wide", "nan"],
+)
+def test_a_support_of_another_type_never_arrives(damage: Any, refused: str | None, tmp_path: Path) -> None:
+    model = compressed(share=None)
+    state = model.state_dict()
+    with pytest.raises(ModelError, match=r"query.support' is stored as torch.\w+, but has to be torch.uint8"):
+        model.load_state_dict(state | {f"{QUERY}.support": damage(state[f"{QUERY}.support"])})
+    model.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors[f"{QUERY}.support"] = damage(tensors[f"{QUERY}.support"])
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    if refused is None:
+        assert torch.equal(factorformer.load(tmp_path).get_submodule(QUERY).support, state[f"{QUERY}.support"])
+        return
+    with pytest.raises(CheckpointError, match=refused):
+        factorformer.load(tmp_path)
+
+
+def test_a_dictionary_of_integers_does_not_load(tmp_path: Path) -> None:
+    compressed(share=None).save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors[f"{KEY}.dictionary"] = tensors[f"{KEY}.dictionary"].int()
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"key.dictionary' is stored as torch.int32, not as values"):
+        factorformer.load(tmp_path)

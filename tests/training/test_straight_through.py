@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from factorformer.calibration import InputMoment, LayerStatistics
 from factorformer.errors import MethodError, ModelError
-from factorformer.fitting import fit
+from factorformer.fitting import Metric, fit
 from factorformer.nn import FactorizedEmbedding, FactorizedLinear
 from factorformer.structures import DenseSparse, KroneckerSum, LowRank, Structure
-from factorformer.training.straight_through import StraightThrough, StraightThroughSettings
+from factorformer.training.straight_through import StraightThrough, StraightThroughSettings, _largest_eigenvalue
 
 TALL, WIDE = (24, 16), (16, 24)
 SPARSE = [
@@ -171,22 +171,66 @@ def test_a_state_dict_holds_the_factors_of_the_moment() -> None:
     torch.testing.assert_close(spec.matmul(shape, state, x, state["bias"]), model(x))
 
 
-def test_surplus_nonzeros_are_let_go_along_a_cubic() -> None:
-    spec, shape = DenseSparse(8, 2), TALL
-    model, dense = layers(spec, shape)
-    settings = dataclasses.replace(EACH_STEP, surplus=4)
-    straight = StraightThrough(model, None, dense, settings)
-    layer = layer_of(model)
-    counts = [int((layer.projection != 0).sum(1).amax())]
-    optimizer = None
-    for step in range(20):
-        optimizer = learn(model, straight, step + 1, step, optimizer)
-        counts.append(int((layer.projection != 0).sum(1).amax()))
-    assert counts[0] == 8
-    assert counts == sorted(counts, reverse=True)
-    assert counts[10] == counts[-1] == 2
+@pytest.mark.parametrize(("spec", "shape"), [*SPARSE, (DenseSparse(24, 6, "columns"), (32, 96))], ids=str)
+def test_projections_alone_keep_what_the_fit_has_chosen(spec: DenseSparse, shape: tuple[int, int]) -> None:
+    """Under a metric with correlated inputs, where plain least squares would choose something else."""
+    torch.manual_seed(0)
+    dense = nn.Sequential(nn.Linear(shape[1], shape[0]))
+    rows = torch.randn(400, shape[1]) @ torch.randn(shape[1], shape[1]) * torch.logspace(0, -2, shape[1])
+    moment = InputMoment((rows.T @ rows).double(), len(rows))
+    metric = Metric(None, moment.root())
+    factors, fitted = fit(dense[0].weight.detach(), spec, metric)
+    model = nn.Sequential(FactorizedLinear(spec, shape, factors, dense[0].bias))
+    straight = StraightThrough(model, {"0": LayerStatistics(moment)}, dense, EACH_STEP)
+    for step in range(40):
+        straight.after_step(step + 1, 40)
     straight.finish()
-    assert layer.weight.shape == (24, 2)
+    left = metric.apply(dense[0].weight.detach() - layer_of(model).to_dense().detach())
+    assert left.norm() / metric.apply(dense[0].weight.detach()).norm() <= 1.05 * fitted
+
+
+@pytest.mark.parametrize(("spec", "shape"), [SPARSE[0], OTHERS[0]], ids=str)
+def test_what_reads_the_matrix_in_training_reads_what_is_multiplied(spec: Structure, shape: tuple[int, int]) -> None:
+    model, dense = layers(spec, shape)
+    straight = StraightThrough(model, None, dense, EACH_STEP)
+    layer, x = layer_of(model), torch.randn(3, shape[1])
+    for first, last in ((0, 4), (4, 14)):
+        learn(model, straight, last, first)
+        torch.testing.assert_close(x @ layer.to_dense().T + layer.bias, model(x))
+    with pytest.raises(ModelError, match="finish"):
+        layer.resize(spec)
+    with pytest.raises(ModelError, match=r"finish\(\) of that first"):
+        StraightThrough(model)
+    straight.finish()
+    straight.finish()
+    layer.resize(spec)
+
+
+def test_factors_that_are_frozen_stay_so() -> None:
+    model, dense = layers(*SPARSE[0])
+    layer_of(model).dictionary.requires_grad_(False)
+    straight = StraightThrough(model, None, dense, EACH_STEP)
+    straight.finish()
+    assert layer_of(model).weight.requires_grad
+    assert not layer_of(model).dictionary.requires_grad
+
+
+@pytest.mark.parametrize("wrong", [nn.Sequential(nn.Linear(3, 4)), nn.Sequential()], ids=str)
+def test_a_dense_model_that_does_not_fit_is_refused(wrong: nn.Module) -> None:
+    model, _ = layers(*SPARSE[0])
+    for given in (wrong, model):
+        with pytest.raises(ModelError, match=r"no layer '0' of shape \(24, 16\)"):
+            StraightThrough(model, None, given)
+
+
+def test_the_step_of_projections_is_never_too_long() -> None:
+    torch.manual_seed(0)
+    for width in (2, 5, 40):
+        for _ in range(20):
+            atoms = torch.randn(width, 12)
+            signs = torch.sign(atoms[:, :1])
+            for gram in (atoms @ atoms.T, torch.ones(width, width), signs @ signs.T):
+                assert _largest_eigenvalue(gram) >= 0.98 * torch.linalg.eigvalsh(gram)[-1]
 
 
 def test_projections_follow_the_metric() -> None:
@@ -233,9 +277,7 @@ def test_products_in_bfloat16(spec: DenseSparse, shape: tuple[int, int]) -> None
     straight.finish()
 
 
-@pytest.mark.parametrize(
-    "wrong", [{"interval": 0}, {"freeze": 0.0}, {"freeze": 1.1}, {"surplus": 0.5}, {"steps": 0}], ids=str
-)
+@pytest.mark.parametrize("wrong", [{"interval": 0}, {"freeze": 0.0}, {"freeze": 1.1}, {"steps": 0}], ids=str)
 def test_settings_that_mean_nothing_are_refused(wrong: dict[str, float]) -> None:
     with pytest.raises(MethodError, match=next(iter(wrong))):
         StraightThroughSettings(**wrong)  # type: ignore[arg-type]

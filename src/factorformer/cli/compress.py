@@ -143,6 +143,15 @@ def compress(
         note(f"method '{chosen}' reads no labels: --label is not used without --train or --eval")
         label = None
 
+    recipe = recipes.get(chosen)
+    if share is not None and not recipe.structure.shareable:
+        able = [name for name, other in recipes.RECIPES.items() if other.structure.shareable]
+        raise MethodError(f"--share needs a method whose matrices can share: choose --method {' or '.join(able)}")
+    if recipe.training == "none" and train is not None:
+        note(f"method '{chosen}' is a fit without training, which --train adds to it")
+    if recipe.training == "straight-through" and train is None:
+        note(f"method '{chosen}' learns in training: without --train, this is its start alone")
+
     from factorformer.cli.pipeline import Job, run
     from factorformer.cli.setup import columns_of
 

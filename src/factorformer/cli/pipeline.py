@@ -110,8 +110,9 @@ def run(job: Job) -> Result:
         before = _measure(ready, progress, "evaluate original")
         through = ready.train is not None and recipes.get(chosen).training == "straight-through"
         dense = copy.deepcopy(model) if through else None
-        report = compression.compress(model, plan, calibration, progress)
+        report = compression.compress(model, plan, calibration, progress, keep_statistics=through)
         straight = None if dense is None else StraightThrough(model, report.statistics, dense)
+        report, dense = dataclasses.replace(report, statistics={}), None  # large, and of no use any more
         seconds = dict(report.seconds)
         if ready.train is not None and ready.tokenizer is not None:
             settings = TrainingSettings(

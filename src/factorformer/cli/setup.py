@@ -109,7 +109,7 @@ def fit_plan(plan: Plan, model: PreTrainedModel) -> Plan:
             entries.append(Entry(matrix, None, "not in the plan"))
         else:
             same = dataclasses.replace(matrix, shape=entry.matrix.shape, dense=entry.matrix.dense)
-            owner = None if entry.shares is None else found[entry.shares.removeprefix(prefix)]
+            owner = None if entry.shares is None else found.get(entry.shares.removeprefix(prefix), entry.shares)
             entries.append(dataclasses.replace(entry, matrix=same, shares=owner))
     lost = [name for name, entry in planned.items() if entry.spec is not None]
     if lost:

@@ -98,7 +98,8 @@ class FactorformerQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         config = self.quantization_config
-        ignored = {*(model._keys_to_ignore_on_load_unexpected or ()), rf"\.({'|'.join(TEMPORARY)})$"}
+        layers = "|".join(map(re.escape, config.layers))
+        ignored = {*(model._keys_to_ignore_on_load_unexpected or ()), rf"({layers})\.({'|'.join(TEMPORARY)})$"}
         model._keys_to_ignore_on_load_unexpected = ignored
         ties = model.get_expanded_tied_weights_keys(all_submodels=True)
         found = 0
@@ -131,6 +132,10 @@ class FactorformerQuantizer(HfQuantizer):
                 for factor, tensor in module.factors.items():
                     if tensor.device.type != "meta" and not getattr(tensor, "_is_hf_initialized", False):
                         raise CheckpointError(f"tensor '{name}.{factor}' was not loaded from the checkpoint")
+                    wanted = module.spec.tensors(module.shape)[factor].dtype
+                    if tensor.dtype != wanted and (wanted is not None or not tensor.is_floating_point()):
+                        right = "values" if wanted is None else str(wanted)
+                        raise CheckpointError(f"tensor '{name}.{factor}' is stored as {tensor.dtype}, not as {right}")
                 if any(tensor.is_meta for tensor in module.factors.values()):
                     continue
                 try:

@@ -198,7 +198,11 @@ def train(
             trainer = DistillationTrainer(**common, teacher=teacher, weights=weights)
         trainer.remove_callback(PrinterCallback)
         started = time.perf_counter()
-        result = trainer.train()
+        try:
+            result = trainer.train()
+        finally:
+            if straight is not None:
+                straight.finish()
         seconds = time.perf_counter() - started
     if not np.isfinite(result.training_loss):
         raise ModelError(

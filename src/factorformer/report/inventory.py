@@ -28,7 +28,8 @@ def inventory(model: PreTrainedModel, scope: Scope = "blocks") -> Plan:
     """
     compressed = any(isinstance(module, FactorizedMatrix) for module in model.modules())
     matrices, rest = find_matrices(_dense_skeleton(model) if compressed else model, scope)
-    entries = tuple(_entry(model, matrix) for matrix in matrices)
+    owners: dict[int, str] = {}
+    entries = tuple(_entry(model, matrix, owners) for matrix in matrices)
     found = Plan(None, scope, 1.0, entries, rest)
     return dataclasses.replace(found, target=found.ratio)
 
@@ -41,7 +42,8 @@ def _dense_skeleton(model: PreTrainedModel) -> PreTrainedModel:
     return skeleton.to(model.dtype)  # pyright: ignore[reportArgumentType]
 
 
-def _entry(model: PreTrainedModel, matrix: Matrix) -> Entry:
+def _entry(model: PreTrainedModel, matrix: Matrix, owners: dict[int, str]) -> Entry:
+    """What a matrix is; `owners` are the matrices found so far, by the first factor that others may share with them."""
     try:
         module = model.get_submodule(matrix.name)
     except AttributeError:  # a bare parameter, such as fused experts
@@ -49,4 +51,8 @@ def _entry(model: PreTrainedModel, matrix: Matrix) -> Entry:
     if not isinstance(module, FactorizedMatrix):
         return Entry(matrix, None, matrix.dense or "")
     dtype = str(module.get_parameter("weight").dtype).removeprefix("torch.")
-    return Entry(dataclasses.replace(matrix, dtype=dtype), module.spec, "")
+    found = dataclasses.replace(matrix, dtype=dtype)
+    owner = matrix.name
+    for factor in module.spec.shareable if module.shared else ():
+        owner = owners.setdefault(id(getattr(module, factor)), matrix.name)
+    return Entry(found, module.spec, "", None if owner == matrix.name else owner)

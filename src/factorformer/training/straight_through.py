@@ -26,7 +26,7 @@ from factorformer.fitting import Metric, fit
 from factorformer.kernels.support import unpack
 from factorformer.nn import FactorizedLinear, FactorizedMatrix
 from factorformer.structures import DenseSparse, Structure
-from factorformer.surgery import dense_weight
+from factorformer.surgery import dense_shape, dense_weight
 
 SHADOW, PROJECTION, FROZEN, MOMENT = TEMPORARY = ("shadow", "projection", "frozen", "moment")
 """Tensors of a matrix that exist only while it trains straight through."""
@@ -41,32 +41,17 @@ class StraightThroughSettings:
 
     Args:
         interval: optimizer steps from one projection to the next.
-        freeze: part of the training after which supports stay as they are.
-        surplus: nonzeros at the start, as a multiple of those at the end; they fall along a cubic until the freeze.
+        freeze: part of the training after which supports stay as they are; structures without a support go on.
         steps: proximal steps of each projection.
     """
 
     interval: int = 4
     freeze: float = 0.3
-    surplus: float = 1.0
     steps: int = 1
 
     def __post_init__(self) -> None:
-        if not (self.interval >= 1 and 0 < self.freeze <= 1 and self.surplus >= 1 and self.steps >= 1):
-            raise MethodError(
-                f"interval, surplus and steps must be at least 1, and freeze above 0 and at most 1; got {self}"
-            )
-
-    def nonzeros(self, spec: DenseSparse, progress: float) -> int:
-        """Nonzeros of each row of `S` at a part of the training from 0 to 1, a multiple of the blocks.
-
-        >>> settings = StraightThroughSettings(freeze=0.6, surplus=3)
-        >>> [settings.nonzeros(DenseSparse(64, 8), progress) for progress in (0, 0.3, 0.6, 1)]
-        [24, 10, 8, 8]
-        """
-        left = max(1 - progress / self.freeze, 0.0) ** 3
-        wanted = spec.nonzeros * (1 + (self.surplus - 1) * left)
-        return min(round(wanted / spec.blocks) * spec.blocks, spec.atoms)
+        if not (self.interval >= 1 and 0 < self.freeze <= 1 and self.steps >= 1):
+            raise MethodError(f"interval and steps must be at least 1, and freeze above 0 and at most 1; got {self}")
 
 
 class StraightThrough:
@@ -98,20 +83,25 @@ class StraightThrough:
         settings: StraightThroughSettings | None = None,
     ) -> None:
         self.settings = settings or StraightThroughSettings()
-        self.forms: dict[str, TrainingForm] = {}
+        self.forms: dict[str, StraightForm] = {}
         holders: dict[int, list[tuple[str, FactorizedMatrix]]] = {}
         for name, module in model.named_modules():
             if isinstance(module, FactorizedMatrix):
                 holders.setdefault(id(module.weight), []).append((name, module))
         for (name, module), *others in holders.values():
+            if module.form is not None:
+                raise ModelError(f"layer '{name}' trains straight through already: call finish() of that first")
             if others or not isinstance(module, FactorizedLinear) or not module.get_parameter("weight").requires_grad:
                 continue
             form = SparseForm if isinstance(module.spec, DenseSparse) else ProjectedForm
-            original = None if dense is None else dense_weight(dense.get_submodule(name))
+            original = None if dense is None else _original(dense, name, module)
             measured = None if statistics is None else statistics.get(name)
             self.forms[name] = form(module, Metric.of(measured), original, self.settings)
         if not self.forms:
-            raise ModelError("straight-through training needs factorized linear layers: compress the model first")
+            raise ModelError(
+                "straight-through training needs factorized linear layers that are trained and not tied to others: "
+                "compress the model first, or unfreeze them"
+            )
 
     def after_step(self, done: int, total: int) -> None:
         """Project the shadows if it is time.
@@ -136,13 +126,14 @@ class StraightThrough:
         self.forms = {}
 
 
-class TrainingForm(ABC):
+class StraightForm(ABC):
     """What stands in for the product of one matrix while it trains straight through."""
 
     def __init__(self, module: FactorizedMatrix, shadow: Tensor) -> None:
         self.module = module
+        self.trainable = {name: factor.requires_grad for name, factor in module.factors.items()}
         module.register_parameter(SHADOW, nn.Parameter(shadow.contiguous()))
-        module.through = self.matmul
+        module.form = self
         self._hook = module.register_state_dict_pre_hook(self._before_state_dict)
 
     @property
@@ -174,18 +165,18 @@ class TrainingForm(ABC):
         """Leave the module with its factors alone."""
         self.pack()
         self._hook.remove()
-        self.module.through = None
+        self.module.form = None
         for name in self.extras():
             delattr(self.module, name)
-        for factor in self.module.factors.values():
-            factor.requires_grad_(factor.is_floating_point())
+        for name, trains in self.trainable.items():
+            getattr(self.module, name).requires_grad_(trains)
 
     def _before_state_dict(self, *_: Any) -> None:
         self.refresh()
         self.pack()
 
 
-class SparseForm(TrainingForm):
+class SparseForm(StraightForm):
     """`W = S D`: the shadow is a dense `S`, projected onto `nonzeros` entries a row; `D` trains directly.
 
     With the Gram matrix `G = D C D^T` of the atoms under the second moment `C` of the input (the identity if it is not
@@ -201,24 +192,23 @@ class SparseForm(TrainingForm):
         self.spec = module.spec
         self.settings = settings
         codes = self.spec.coefficients(module.factors).detach()
-        moment = None
-        if metric.columns is not None and self.spec.side == "rows":
-            moment = (metric.columns @ metric.columns.T).to(codes.dtype)
+        rows, moment = self.spec.side == "rows", None
+        if metric.columns is not None and rows:
+            moment = (metric.columns @ metric.columns.T).to(codes)
         self.frozen = False
         self.outside: Tensor | None = None
         latent = codes
-        if original is not None:
-            target = (original if self.spec.side == "rows" else original.T).to(codes.dtype)
-            latent = _dense_codes(target, module.get_parameter("dictionary").detach(), moment)
+        if original is not None and (rows or metric.columns is None):
+            # Where a metric couples the rows of S, dense codes would be those of the plain one: projections would then
+            # undo a data-aware fit.
+            dictionary = module.get_parameter("dictionary").detach()
+            latent = _dense_codes((original if rows else original.T).to(codes), dictionary, moment)
         super().__init__(module, latent.clone())
         module.get_parameter("weight").requires_grad_(False)
         module.register_buffer(PROJECTION, codes.clone())
         module.register_buffer(FROZEN, torch.zeros(1, dtype=torch.uint8, device=codes.device))
         if moment is not None:
             module.register_buffer(MOMENT, moment)
-        if settings.surplus > 1:
-            with torch.no_grad():
-                self._select(latent, self._gram(), settings.nonzeros(self.spec, 0.0))
 
     def extras(self) -> tuple[str, ...]:
         return tuple(name for name in TEMPORARY if hasattr(self.module, name))
@@ -239,9 +229,9 @@ class SparseForm(TrainingForm):
             return
         if done < self.settings.freeze * total:
             if done % self.settings.interval == 0:
-                self._follow(self.settings.nonzeros(self.spec, done / total), self.settings.steps)
+                self._follow(self.settings.steps)
             return
-        self._follow(self.spec.nonzeros, LAST * self.settings.steps)
+        self._follow(LAST * self.settings.steps)
         self.pack()
         self.shadow.copy_(self.module.get_buffer(PROJECTION))
         self.module.get_buffer(FROZEN).fill_(1)
@@ -277,25 +267,17 @@ class SparseForm(TrainingForm):
         moment = getattr(self.module, MOMENT, None)
         return (dictionary if moment is None else dictionary @ moment) @ dictionary.T
 
-    def _follow(self, nonzeros: int, steps: int) -> None:
+    def _follow(self, steps: int) -> None:
         gram = self._gram()
         rate = 1 / _largest_eigenvalue(gram)
         for _ in range(steps):
             projection = self.module.get_buffer(PROJECTION)
-            self._select(projection - rate * ((projection - self.shadow) @ gram), gram, nonzeros)
-
-    def _select(self, codes: Tensor, gram: Tensor, nonzeros: int) -> None:
-        """Keep the entries of each row that weigh most."""
-        if nonzeros >= self.spec.atoms:
-            self.module.get_buffer(PROJECTION).copy_(codes)
-            return
-        spec = dataclasses.replace(self.spec, nonzeros=nonzeros)
-        positions = spec.choose(_energy(codes, gram)).repeat_interleave(spec.group, 0)
-        kept = torch.zeros_like(codes).scatter_(1, positions, codes.gather(1, positions))
-        self.module.get_buffer(PROJECTION).copy_(kept)
+            codes = projection - rate * ((projection - self.shadow) @ gram)
+            positions = self.spec.choose(_energy(codes, gram)).repeat_interleave(self.spec.group, 0)
+            projection.zero_().scatter_(1, positions, codes.gather(1, positions))
 
 
-class ProjectedForm(TrainingForm):
+class ProjectedForm(StraightForm):
     """Any other structure with a fitter: the shadow is the matrix itself, and the factors are fitted to it again."""
 
     def __init__(
@@ -306,28 +288,33 @@ class ProjectedForm(TrainingForm):
         self.settings = settings
         with torch.no_grad():
             start = module.to_dense() if original is None else original.to(module.get_parameter("weight").dtype)
+            now = module.to_dense()
         super().__init__(module, start.clone())
         for factor in module.factors.values():
             factor.requires_grad_(False)
-        self.projection = module.to_dense()
+        module.register_buffer(PROJECTION, now, persistent=False)
 
     def extras(self) -> tuple[str, ...]:
-        return (SHADOW,)
+        return (SHADOW, PROJECTION)
 
     def matmul(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        return F.linear(x, _Replace.apply(self.shadow, self.projection), bias)
+        return F.linear(x, _Replace.apply(self.shadow, self.module.get_buffer(PROJECTION)), bias)
 
     @torch.no_grad()
     def after_step(self, done: int, total: int) -> None:
         if done % self.settings.interval != 0 and done < total:
             return
-        factors, _ = fit(self.shadow.detach(), self.spec, self.metric)
+        shadow = self.shadow.detach()
+        parts = (self.metric.rows, self.metric.columns)
+        self.metric = Metric(*(part if part is None else part.to(shadow.device) for part in parts))
+        factors, _ = fit(shadow, self.spec, self.metric)
         for name, tensor in factors.items():
             getattr(self.module, name).copy_(tensor)
         self.refresh()
 
+    @torch.no_grad()
     def refresh(self) -> None:
-        self.projection = self.module.to_dense()
+        self.module.get_buffer(PROJECTION).copy_(self.module.to_dense())
 
     def pack(self) -> None:
         """The factors are what was projected last."""
@@ -345,6 +332,19 @@ class _Replace(torch.autograd.Function):
         return gradients[0], None
 
 
+def _original(dense: nn.Module, name: str, module: FactorizedMatrix) -> Tensor:
+    try:
+        layer = dense.get_submodule(name)
+    except AttributeError:
+        layer = None
+    if layer is None or dense_shape(layer) != module.shape:
+        raise ModelError(
+            f"the dense model has no layer '{name}' of shape {module.shape}: give a copy of the model from before "
+            "it was compressed (copy.deepcopy)"
+        )
+    return dense_weight(layer)
+
+
 def _energy(codes: Float[Tensor, "long atoms"], gram: Float[Tensor, "atoms atoms"]) -> Float[Tensor, "long atoms"]:
     """What each entry of `S` adds to the squared output, alone."""
     return codes.square() * gram.diagonal()
@@ -360,10 +360,10 @@ def _dense_codes(
     return torch.cholesky_solve(weighted @ target.double().T, torch.linalg.cholesky(gram)).T.to(target.dtype)
 
 
-def _largest_eigenvalue(gram: Float[Tensor, "n n"], rounds: int = 12) -> Float[Tensor, ""]:
-    """Slightly above the largest eigenvalue of a Gram matrix, by power iteration."""
-    vector = gram.diagonal().sqrt()
+def _largest_eigenvalue(gram: Float[Tensor, "n n"], rounds: int = 20) -> Float[Tensor, ""]:
+    """About a tenth above the largest eigenvalue of a Gram matrix, by power iteration from a fixed random vector."""
+    vector = torch.randn(len(gram), generator=torch.Generator().manual_seed(0)).to(gram)
     for _ in range(rounds):
         vector = vector / vector.norm().clamp_min(torch.finfo(gram.dtype).tiny)
         vector = gram @ vector
-    return 1.05 * vector.norm().clamp_min(torch.finfo(gram.dtype).tiny)
+    return 1.1 * vector.norm().clamp_min(torch.finfo(gram.dtype).tiny)
