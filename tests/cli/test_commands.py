@@ -173,7 +173,7 @@ def test_a_plan_with_shared_dictionaries(run: Any, base: Path, trained: Path, ta
     assert result_of(direct)["bytes"] == planned["bytes"]
     refused = run("compress", base, tmp_path / "none", "--method", "svd", "--share", "inputs")
     assert refused.exit_code == 2
-    assert "needs factors that matrices can share" in refused.stderr
+    assert "--share needs a method whose matrices can share: choose --method dense_sparse" in refused.stderr
 
 
 def test_a_base_model_gets_a_new_head(run: Any, base: Path, tables: Path, tmp_path: Path) -> None:
