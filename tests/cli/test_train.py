@@ -231,7 +231,7 @@ def test_an_interrupted_run_can_be_started_anew(
         (["--train", "text.txt", "--config", "t5"], "'t5' is an encoder-decoder, which learns from pairs of texts"),
         ([*PAIRS, "--config", "marain"], "'marain' is no architecture (did you mean 'marian'"),
         ([*PAIRS, "--set", "dmodel=3"], "MarianConfig has no field 'dmodel' (did you mean 'd_model'"),
-        ([*PAIRS, "--method", "whitened"], "choose one of svd, kronecker, shapeshifter, dense"),
+        ([*PAIRS, "--method", "whitened"], "choose one of svd, kronecker, dense_sparse_plain, shapeshifter, dense"),
         ([*PAIRS, "--method", "shapeshift"], "did you mean 'shapeshifter'"),
         ([*PAIRS, "--method", "dense", "--ratio", "3"], "--method dense changes no weights"),
         ([*PAIRS, "--vocabulary", "20"], "a vocabulary of 20 tokens is too small"),
