@@ -43,6 +43,7 @@ ORDER = [
     "nn",
     "surgery",
     "recipes",
+    "fits",
     "training",
     "hf",
     "compression",

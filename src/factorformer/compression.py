@@ -9,27 +9,23 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import get_args
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
 from factorformer import calibration as calibrate
 from factorformer import planning, recipes
 from factorformer.calibration import LayerStatistics
-from factorformer.errors import BudgetError, DataError, FactorformerError, MethodError, ModelError, one_of
-from factorformer.fitting import Metric, fit
+from factorformer.errors import BudgetError, DataError, MethodError, ModelError, one_of
+from factorformer.fits import Factors, fit_group, fit_matrix, fit_stack, measure
 from factorformer.hf.plugin import attach
-from factorformer.linalg import square_root
 from factorformer.nn import new_factors
 from factorformer.planning import Cost, Entry, Matrix, Member, Plan, Scope, Share
 from factorformer.progress import Progress, silent
-from factorformer.recipes import Recipe
 from factorformer.structures import Structure
 from factorformer.surgery import dense_weight, factorize, find_matrices
 
 QUICK = 2
 """Rounds of the fits that only choose a size."""
-
-Factors = dict[str, Tensor]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,13 +110,13 @@ def plan(
     entries = allocate(stacks, candidates, ratio, rest)
     if recipe.training != "from scratch" and _can_choose(model, entries):
         names = [member.name for entry in entries if entry.spec for member in _members(entry.matrix, groups)]
-        statistics = {} if calibration is None else _measure(model, names, recipe, calibration, progress)
+        statistics = {} if calibration is None else measure(model, names, recipe, calibration, progress)
 
         def error(matrix: Matrix, spec: Structure) -> float:
             members = groups.get(matrix.name)
             if members is None:
-                return _fit(model, matrix.name, spec, statistics, QUICK)[1]
-            return _fit_stack(model, members, spec, statistics, QUICK)[1]
+                return fit_matrix(model, matrix.name, spec, statistics, QUICK)[1]
+            return fit_stack(model, members, spec, statistics, QUICK)[1]
 
         choices = planning.choose_families(entries, error, lambda done: progress("choose", done, None))
         try:
@@ -205,7 +201,7 @@ def compress(
             raise DataError(
                 f"method '{method}' needs calibration data ({recipe.needs}): pass calibration batches, or use 'svd'"
             )
-        statistics = _measure(model, names, recipe, calibration, progress)
+        statistics = measure(model, names, recipe, calibration, progress)
     calibrated = time.perf_counter()
     fitted: dict[str, Factors] = {}
     errors: dict[str, float] = {}
@@ -213,11 +209,11 @@ def compress(
     for entry in plan.factorized:
         name = entry.matrix.name
         if name in sharing:
-            for member, (factors, error) in _fit_group(model, sharing[name], statistics).items():
+            for member, (factors, error) in fit_group(model, sharing[name], statistics).items():
                 fitted[member], errors[member] = factors, error
         elif entry.shares is None:
             assert entry.spec is not None
-            fitted[name], errors[name] = _fit(model, name, entry.spec, statistics)
+            fitted[name], errors[name] = fit_matrix(model, name, entry.spec, statistics)
         else:
             continue
         progress("fit", len(fitted), len(names))
@@ -226,102 +222,6 @@ def compress(
     seconds = {"calibrate": calibrated - started, "fit": time.perf_counter() - calibrated}
     kept = statistics if keep_statistics else {}
     return Report(method, plan.scope, plan.original, plan.compressed, errors, seconds, kept)
-
-
-def _measure(
-    model: nn.Module, names: Sequence[str], recipe: Recipe, calibration: Iterable[calibrate.Batch], progress: Progress
-) -> dict[str, LayerStatistics]:
-    """What the metric of a method has to know of these layers; nothing if it is plain."""
-    if recipe.metric == "plain":
-        return {}
-    return calibrate.collect(
-        model,
-        names,
-        calibration,
-        moments=recipe.metric == "input_moment",
-        fisher=recipe.metric == "fisher_rows",
-        progress=lambda done: progress("calibrate", done, None),
-    )
-
-
-def _fit(
-    model: nn.Module, name: str, spec: Structure, statistics: Mapping[str, LayerStatistics], rounds: int | None = None
-) -> tuple[Factors, float]:
-    """Factors of one matrix, and their error."""
-    try:
-        weight = dense_weight(model.get_submodule(name))
-        return fit(weight, spec, Metric.of(statistics.get(name)), rounds=rounds)
-    except FactorformerError as error:
-        raise type(error)(f"layer '{name}': {error}") from error
-
-
-def _fit_stack(
-    model: nn.Module,
-    members: Sequence[Member],
-    spec: Structure,
-    statistics: Mapping[str, LayerStatistics],
-    rounds: int | None = None,
-) -> tuple[Factors, float]:
-    """Factors of the tall matrix whose rows are the rows, or the columns, of all members, and their error."""
-    weights = [dense_weight(model.get_submodule(member.matrix.name)) for member in members]
-    rows = torch.cat([w if member.side == "rows" else w.T for w, member in zip(weights, members, strict=True)])
-    try:
-        return fit(rows, spec, _stacked_metric(members, statistics), rounds=rounds)
-    except FactorformerError as error:
-        names = ", ".join(f"'{member.matrix.name}'" for member in members)
-        raise type(error)(f"layers {names}, which share factors: {error}") from error
-
-
-def _stacked_metric(members: Sequence[Member], statistics: Mapping[str, LayerStatistics]) -> Metric:
-    """The mean of the members' input moments, and their Fisher rows one after the other.
-
-    A member whose columns are in the stack has its input along the stack, and no Fisher row for each of its columns: it
-    has no part in the moment, and its rows weigh as much as the mean of the others.
-    """
-    measured = [statistics.get(m.matrix.name) if m.side == "rows" else None for m in members]
-    moments = [s.inputs for s in measured if s is not None and s.inputs is not None]
-    columns = None
-    if moments:
-        same = all(moment is moments[0] for moment in moments)
-        mean = [moments[0].moment()] if same else [moment.moment() for moment in moments]
-        columns = moments[0].root() if same else square_root(torch.stack(mean).mean(0))
-    importance = [None if s is None else s.rows for s in measured]
-    known = [rows for rows in importance if rows is not None]
-    if not known:
-        return Metric(None, columns)
-    usual = torch.cat(known).mean()
-    parts = [
-        usual.expand(member.sides[0]) if rows is None else rows
-        for rows, member in zip(importance, members, strict=True)
-    ]
-    return Metric(Metric.of(LayerStatistics(rows=torch.cat(parts))).rows, columns)
-
-
-def _fit_group(
-    model: nn.Module, entries: Sequence[Entry], statistics: Mapping[str, LayerStatistics]
-) -> dict[str, tuple[Factors, float]]:
-    """Factors of matrices that share some, fitted as one, by name; and the error of each under its own metric."""
-    specs = {entry.matrix.name: entry.spec for entry in entries if entry.spec is not None}
-    members = [Member(entry.matrix, getattr(entry.spec, "side")) for entry in entries]  # noqa: B009  # of any structure
-    stack = dataclasses.replace(specs[entries[0].matrix.name], side="rows")
-    joint, _ = _fit_stack(model, members, stack, statistics)
-    common: Factors = {name: nn.Parameter(joint.pop(name)) for name in stack.shareable}
-    total, first = sum(member.sides[0] for member in members), 0
-    fitted: dict[str, tuple[Factors, float]] = {}
-    for member in members:
-        name, last = member.matrix.name, first + member.sides[0]
-        own = {
-            factor: tensor[first * len(tensor) // total : last * len(tensor) // total].clone()
-            for factor, tensor in joint.items()
-        }
-        # Here the member's own factors could be fitted again, under its own metric, with the common ones held fixed.
-        first, spec, weight = last, specs[name], dense_weight(model.get_submodule(name))
-        metric = Metric.of(statistics.get(name))
-        with torch.no_grad():
-            residual = metric.apply(weight - spec.to_dense(member.matrix.shape, own | common))
-            size = metric.apply(weight).norm().clamp_min(torch.finfo(torch.float32).tiny)
-        fitted[name] = (own | common, float(residual.norm() / size))
-    return fitted
 
 
 def initialize(model: nn.Module, plan: Plan) -> Report:

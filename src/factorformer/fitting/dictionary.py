@@ -83,10 +83,7 @@ def fit_dense_sparse(
     codes = problem.alternate(codes, rounds if problem.moment is None else -(-rounds // SHARE), eagerness)
     factors = problem.factors(codes, weight.dtype)
     wide = {name: factor if name == "support" else factor.to(codes.dtype) for name, factor in factors.items()}
-    residual = metric.apply(weight.to(codes.dtype) - spec.to_dense((weight.shape[0], weight.shape[1]), wide))
-    energy = torch.linalg.vector_norm(metric.apply(weight), dtype=torch.float64)
-    error = torch.linalg.vector_norm(residual, dtype=torch.float64)
-    return factors, float(error / energy.clamp_min(torch.finfo(torch.float64).tiny))
+    return factors, metric.relative_error(weight, spec.to_dense((weight.shape[0], weight.shape[1]), wide))
 
 
 @dataclasses.dataclass(frozen=True)

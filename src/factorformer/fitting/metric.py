@@ -47,3 +47,11 @@ class Metric:
         if self.rows is not None:
             result = self.rows[:, None].to(result.dtype) * result
         return result if self.columns is None else result @ self.columns.to(result.dtype)
+
+    def relative_error(self, weight: Float[Tensor, "out inner"], approximation: Float[Tensor, "out inner"]) -> float:
+        """`||R (W - W') L||_F / ||R W L||_F`, in the precision of the more precise of the two."""
+        dtype = torch.promote_types(weight.dtype, approximation.dtype)
+        residual = self.apply(weight.to(dtype) - approximation.to(dtype))
+        energy = torch.linalg.vector_norm(self.apply(weight.to(dtype)), dtype=torch.float64)
+        error = torch.linalg.vector_norm(residual, dtype=torch.float64)
+        return float(error / energy.clamp_min(torch.finfo(torch.float64).tiny))

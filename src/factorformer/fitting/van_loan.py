@@ -81,7 +81,7 @@ def fit_kronecker_sum(
         "weight": (left * (balance * root)).to(target.dtype).contiguous(),
         "right": (right * (root / balance)[:, None]).to(target.dtype).contiguous(),
     }
-    error = _relative_error(weight, spec, factors, metric)
+    error = metric.relative_error(weight, spec.to_dense((weight.shape[0], weight.shape[1]), factors))
     return {name: factor.to(weight.dtype) for name, factor in factors.items()}, error
 
 
@@ -279,11 +279,3 @@ def _without_padding(importance: Tensor | None, spec: KroneckerSum, weight: Tens
         if padded and math.prod(sides) > whole:
             weights = weights * (torch.arange(math.prod(sides), device=weight.device) < whole).view(sides)
     return None if weights.numel() == 1 else weights
-
-
-def _relative_error(weight: Tensor, spec: KroneckerSum, factors: dict[str, Tensor], metric: Metric) -> float:
-    wide = weight.to(factors["weight"].dtype)
-    residual = metric.apply(wide - spec.to_dense((weight.shape[0], weight.shape[1]), factors))
-    energy = torch.linalg.vector_norm(metric.apply(wide), dtype=torch.float64)
-    error = torch.linalg.vector_norm(residual, dtype=torch.float64)
-    return float(error / energy.clamp_min(torch.finfo(torch.float64).tiny))

@@ -106,30 +106,25 @@ def _remember(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(x, values, support)
 
 
-def _matmul_backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
-    x, values, support = ctx.saved_tensors
-    gradient = gradient.contiguous()
-    for_x = for_values = None
-    if ctx.needs_input_grad[0]:
-        for_x = sparse_matmul_transposed(gradient, values, support, ctx.atoms, ctx.blocks)
-    if ctx.needs_input_grad[1]:
-        for_values = sparse_outer(gradient, x, support, values.shape[1], ctx.blocks)
-    return for_x, for_values, None, None, None
+def _derivative(other: Any, *, transposed: bool) -> Any:
+    """The derivative of one of the two products, by the `other` one."""
+
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+        x, values, support = ctx.saved_tensors
+        gradient = gradient.contiguous()
+        for_x = for_values = None
+        if ctx.needs_input_grad[0]:
+            for_x = other(gradient, values, support, ctx.atoms, ctx.blocks)
+        if ctx.needs_input_grad[1]:
+            of_rows, of_atoms = (x, gradient) if transposed else (gradient, x)
+            for_values = sparse_outer(of_rows, of_atoms, support, values.shape[1], ctx.blocks)
+        return for_x, for_values, None, None, None
+
+    return backward
 
 
-def _transposed_backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
-    x, values, support = ctx.saved_tensors
-    gradient = gradient.contiguous()
-    for_x = for_values = None
-    if ctx.needs_input_grad[0]:
-        for_x = sparse_matmul(gradient, values, support, ctx.atoms, ctx.blocks)
-    if ctx.needs_input_grad[1]:
-        for_values = sparse_outer(x, gradient, support, values.shape[1], ctx.blocks)
-    return for_x, for_values, None, None, None
-
-
-sparse_matmul.register_autograd(_matmul_backward, setup_context=_remember)
-sparse_matmul_transposed.register_autograd(_transposed_backward, setup_context=_remember)
+sparse_matmul.register_autograd(_derivative(sparse_matmul_transposed, transposed=False), setup_context=_remember)
+sparse_matmul_transposed.register_autograd(_derivative(sparse_matmul, transposed=True), setup_context=_remember)
 
 
 def _flops(x: Any, values: Any, *_: Any, **__: Any) -> int:
