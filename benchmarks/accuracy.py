@@ -8,6 +8,10 @@ method is chosen on a slice of train, at the first ratio, by a search of equal c
 alone is compressed, fine-tuned on the slice with each candidate, and scored on other rows of train. Nothing is chosen
 by test rows: they give the two figures that are reported, before and after fine-tuning.
 
+Methods with dynamic ranks start from the pre-trained model instead, and do all in one round: with --epochs 6 they train
+as long as the others with --dense-epochs 3 --epochs 3. `rankdyna:dense=1` starts from the fine-tuned model as the
+others do. Other settings of a method stand behind its name in the same way, as in `dsformer:freeze=0.6,interval=1`.
+
 Each finished cell is one JSON line; a run skips what is there already, so it can be stopped and continued.
 """
 
@@ -37,6 +41,7 @@ from factorformer.hf import data as task_data
 from factorformer.hf import minilm, training
 from factorformer.nn import FactorizedMatrix
 from factorformer.surgery import find_blocks, find_matrices
+from factorformer.training.dynamic_rank import DynamicRank, DynamicRankSettings
 from factorformer.training.straight_through import StraightThrough, StraightThroughSettings
 
 RATES = (1e-4, 2e-4, 4e-4, 8e-4)
@@ -75,7 +80,15 @@ def grid(tasks: list[str], methods: list[str], ratios: list[float], seeds: list[
     return cells
 
 
-Reduced = tuple[PreTrainedModel, StraightThrough | None]
+Reduced = tuple[PreTrainedModel, StraightThrough | DynamicRank | None]
+"""A model, and what acts on it while it is trained."""
+
+
+def options_of(method: str) -> tuple[str, dict[str, Any]]:
+    """The name of a method, and the settings behind it."""
+    name, _, options = method.partition(":")
+    found = re.findall(r"(\w+)=([^,]+)", options)
+    return name, {key: value if value[0].isalpha() else json.loads(value) for key, value in found}
 
 
 class Bench:
@@ -154,19 +167,44 @@ class Bench:
         shuffled = train.shuffle(seed=1234)
         learn = shuffled.select(range(min(SLICE, len(train) * 2 // 3)))
         check = shuffled.select(range(len(learn), min(len(learn) + HELD_OUT, len(train))))
-        start: Reduced = (self.fresh(task), None)
-        if name != "dense":
-            batches = self._batches(task_data.sample(learn, CALIBRATION))
+        batches = self._batches(task_data.sample(learn, CALIBRATION))
+        from_start, epochs = self.dynamic(name), 2.0
+        if from_start:
+            epochs = self.args.epochs
+            start: Reduced = (self.fresh(task), None)
+        elif name == "dense":
+            start = self.fresh(task), None
+        else:
             start = self.reduce(self._slice_model(task, learn), name, ratio, batches, f"{task.name}-slice")
         scores = {}
         for rate in RATES:
-            model, straight = copy.deepcopy(start)
-            training.train(model, self.tokenizer, learn, self.settings(rate, 0, epochs=2), straight=straight)
+            model, acting = copy.deepcopy(start)
+            if from_start:
+                model, acting = self.reduce(model, name, ratio, batches, "")
+            self.train(model, acting, learn, self.settings(rate, 0, epochs))
             scores[rate] = training.evaluate(model, self.tokenizer, check, labels)[task.metric]
         best = max(scores, key=scores.__getitem__)
         append_line(self.args.rates, {**key, "ratio": ratio, "rate": best, "scores": scores})
         print(f"  learning rate of {name} on {task.name}: {scores}", flush=True)
         return best
+
+    def train(
+        self,
+        model: PreTrainedModel,
+        acting: StraightThrough | DynamicRank | None,
+        rows: datasets.Dataset,
+        settings: training.TrainingSettings,
+        teacher: PreTrainedModel | None = None,
+    ) -> None:
+        straight = acting if isinstance(acting, StraightThrough) else None
+        ranks = acting if isinstance(acting, DynamicRank) else None
+        training.train(model, self.tokenizer, rows, settings, teacher=teacher, straight=straight, ranks=ranks)
+
+    def dynamic(self, method: str) -> bool:
+        """Whether a method starts from the model as it was before any fine-tuning."""
+        name, options = options_of(method)
+        recipe = recipes.RECIPES.get(name)
+        return recipe is not None and recipe.allocation == "dynamic" and not options.get("dense")
 
     def _slice_model(self, task: Task, learn: datasets.Dataset) -> PreTrainedModel:
         path = self.args.work / f"{task.name}-slice-{self._name()}"
@@ -191,16 +229,19 @@ class Bench:
     ) -> Reduced:
         """Compress a model by one of our methods, in its training form if it has one, or by a peer.
 
-        Methods that differ in their training alone start from the same fit, which is kept in the work folder. Settings
-        of straight-through training stand in the name, as in `dsformer:freeze=0.6,interval=1`.
+        Methods that differ in their training alone start from the same fit, which is kept in the work folder.
         """
-        method, _, options = method.partition(":")
+        method, options = options_of(method)
         if method not in recipes.RECIPES:
             return PEERS[method](model, ratio), None
         assert ratio is not None
         recipe = recipes.get(method)
+        if recipe.allocation == "dynamic":
+            options.pop("dense", None)
+            plan = factorformer.plan(model, method, ratio)
+            return model, DynamicRank(model, plan, batches, DynamicRankSettings(**options))
         dense = model
-        path = self.args.work / "fits" / f"{name}-{recipe.structure.kind}-{recipe.metric}-{ratio:g}-{self._name()}"
+        path = self.args.work / "fits" / f"{name}-{recipe.kind}-{recipe.metric}-{ratio:g}-{self._name()}"
         if path.exists():
             model, statistics = torch.load(path, weights_only=False)
         else:
@@ -214,30 +255,37 @@ class Bench:
                 torch.save((model, statistics), path)
         if recipe.training != "straight-through":
             return model, None
-        numbers = {key: json.loads(value) for key, value in re.findall(r"(\w+)=([^,]+)", options)}
-        return model, StraightThrough(model, statistics, dense, StraightThroughSettings(**numbers))  # type: ignore[arg-type]
+        return model, StraightThrough(model, statistics, dense, StraightThroughSettings(**options))
 
     def run(self, cell: Cell) -> dict[str, Any]:
         """Measure one cell."""
         task = TASKS[cell.task]
         train, test, labels = self.data(task)
-        model = self.dense(task, cell.seed)
+        method = cell.method.removesuffix(DISTILLED)
+        model = self.fresh(task) if self.dynamic(method) else self.dense(task, cell.seed)
         original = block_bytes(model)
         row: dict[str, Any] = cell.key()
-        method = cell.method.removesuffix(DISTILLED)
         started, cpu = time.perf_counter(), time.process_time()
         if method == "dense":
             row["learning_rate"] = self.rate(task, "dense", None)
         else:
             teacher = self.dense(task, cell.seed) if cell.method.endswith(DISTILLED) else None
             batches = self._batches(task_data.sample(train, CALIBRATION, cell.seed))
-            model, straight = self.reduce(model, method, cell.ratio, batches, f"{task.name}-{cell.seed}")
-            row["before_training"] = training.evaluate(model, self.tokenizer, test, labels)[task.metric]
+            model, acting = self.reduce(model, method, cell.ratio, batches, f"{task.name}-{cell.seed}")
+            if not isinstance(acting, DynamicRank):
+                row["before_training"] = training.evaluate(model, self.tokenizer, test, labels)[task.metric]
             if method != "torchao-int8":
                 row["learning_rate"] = self.rate(task, method, cell.ratio)
                 started, cpu = time.perf_counter(), time.process_time()
                 settings = self.settings(row["learning_rate"], cell.seed)
-                training.train(model, self.tokenizer, train, settings, teacher=teacher, straight=straight)
+                self.train(model, acting, train, settings, teacher)
+                if isinstance(acting, DynamicRank):
+                    row["ranks"] = acting.history.final
+                    if self.args.histories:
+                        self.args.histories.mkdir(parents=True, exist_ok=True)
+                        content = json.dumps(acting.history.to_dict())
+                        name = f"{task.name}-{method.replace(':', '-')}-{cell.ratio:g}-{cell.seed}.json"
+                        (self.args.histories / name).write_text(content)
         row["seconds"] = round(time.perf_counter() - started, 1)
         row["cpu_seconds"] = round(time.process_time() - cpu, 1)
         row["block_bytes"] = block_bytes(model)
@@ -402,6 +450,7 @@ def main() -> None:
     parser.add_argument("--dense-epochs", type=float, help="of the dense model before compression, if not as many")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="start no new cell after this time")
     parser.add_argument("--model", default=None, help="a model directory; the embedded MiniLM if not given")
+    parser.add_argument("--histories", type=Path, help="folder for the histories of dynamic ranks")
     parser.add_argument("--output", type=Path, default=RESULTS / "accuracy.jsonl")
     parser.add_argument("--work", type=Path, default=Path("runs/accuracy"), help="dense models are kept here")
     args = parser.parse_args()

@@ -20,7 +20,7 @@ import factorformer
 from factorformer import errors, recipes
 from factorformer.fitting import FITTERS
 from factorformer.linalg import leading_eigenvectors
-from factorformer.planning import ALLOCATIONS, Scope
+from factorformer.planning import AllocationName, Scope
 from factorformer.structures import STRUCTURES, Structure
 
 SOURCE = Path(factorformer.__file__).parent
@@ -44,6 +44,10 @@ ORDER = [
     "surgery",
     "recipes",
     "fits",
+    "curves",
+    "sensitivity",
+    "timing",
+    "prediction",
     "training",
     "hf",
     "compression",
@@ -169,9 +173,10 @@ def test_a_wrong_name_is_answered_with_the_nearest() -> None:
 def test_recipes_name_parts_that_exist() -> None:
     assert {"svd", "fwsvd", "whitened", "kronecker", "kronecker_whitened", "shapeshifter"} <= set(recipes.RECIPES)
     for name, recipe in recipes.RECIPES.items():
-        assert recipe.structure in STRUCTURES.values()
-        assert recipe.structure in FITTERS
-        assert recipe.allocation in ALLOCATIONS
+        assert set(recipe.structures) <= set(STRUCTURES.values())
+        assert set(recipe.structures) <= set(FITTERS)
+        assert recipe.kind in ("any", *STRUCTURES)
+        assert recipe.allocation in get_args(AllocationName)
         assert recipe.summary
         assert "\n" not in recipe.summary
         assert recipe.paper

@@ -151,4 +151,8 @@ def best_dictionary(
     weighted = codes.T if moment is None else codes.T @ moment
     gram = weighted @ codes
     gram.diagonal().add_(RIDGE * gram.diagonal().mean() + torch.finfo(gram.dtype).tiny)
-    return torch.cholesky_solve(weighted @ target, torch.linalg.cholesky(gram))
+    root, failed = torch.linalg.cholesky_ex(gram)
+    if int(failed):  # a matrix of low rank, which needs fewer atoms than it has
+        gram.diagonal().add_(100 * RIDGE * gram.diagonal().mean())
+        root = torch.linalg.cholesky(gram)
+    return torch.cholesky_solve(weighted @ target, root)

@@ -5,21 +5,21 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import get_args
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 
 from factorformer import calibration as calibrate
 from factorformer import planning, recipes
 from factorformer.calibration import LayerStatistics
 from factorformer.errors import BudgetError, DataError, MethodError, ModelError, one_of
 from factorformer.fits import Factors, fit_group, fit_matrix, fit_stack, measure
-from factorformer.hf.plugin import attach
+from factorformer.hf.plugin import attach_all
 from factorformer.nn import new_factors
-from factorformer.planning import Cost, Entry, Matrix, Member, Plan, Scope, Share
+from factorformer.planning import Cost, Entry, Matrix, Member, Plan, Scope, Share, Unit
+from factorformer.prediction import fitted_errors, plan_by_loss, relative_sensitivities
 from factorformer.progress import Progress, silent
 from factorformer.structures import Structure
 from factorformer.surgery import dense_weight, factorize, find_matrices
@@ -65,31 +65,38 @@ def plan(
     exclude: Sequence[str] | None = None,
     *,
     share: Share | None = None,
+    budget: Unit = "bytes",
     calibration: Iterable[calibrate.Batch] | None = None,
     progress: Progress = silent,
 ) -> Plan:
     """Decide what every weight matrix becomes, without changing anything.
 
     Where the bytes of a matrix can be spent in more than one way (on atoms or on nonzeros), a few cheap fits decide. A
-    model without weights, on the meta device, gets sizes that are good on average.
+    model without weights, on the meta device, gets sizes that are good on average. Methods that allocate by loss, such
+    as `auto`, weigh the error curves of all matrices against each other, and predict the error of the whole.
 
     Args:
         model: a Transformer.
         method: a name that `factorformer methods` lists; None leaves the choice to `compress`: data-aware with
             calibration data, plain without.
-        ratio: bytes of the original tensors in scope over the bytes of what replaces them.
+        ratio: bytes of the original tensors in scope over the bytes of what replaces them, or another cost if `budget`
+            says so.
         scope: `blocks` for the linear layers of the Transformer blocks, `all` for the whole model with embeddings; None
             for what the method is made for, which is `all` for `shapeshifter` and `blocks` for the others.
         include, exclude: shell patterns of module names, e.g. `*.attention.*`.
         share: which matrices share one dictionary: with `inputs` those of a block that read the same tensor (query, key
             and value; gate and up) and the output of attention, with `layers` the same matrix of all blocks; None for
             none.
+        budget: what the ratio counts: bytes, FLOPs of the products for a token, or milliseconds that those of 512 rows
+            take on this machine, measured now. Others than bytes are for methods that allocate by loss.
         calibration: batches as for `compress`; with them the cheap fits minimize the error that the method minimizes,
-            and without them the plain error of the weights.
+            and without them the plain error of the weights. With them allocation by loss measures how sensitive the
+            model is to each matrix.
         progress: told how far the work is.
 
     Raises:
-        MethodError: an unknown method, or one whose matrices have nothing to share.
+        MethodError: an unknown method or budget, a budget that the method does not count, or a method whose matrices
+            have nothing to share.
         BudgetError: a ratio that cannot be met within 1 %; the message names the nearest that can.
         ModelError: no matrix to factorize, a pattern that matches nothing, or a weight that is not finite.
         DataError: calibration data that the model cannot run on, or that lacks labels if the method needs them.
@@ -102,8 +109,14 @@ def plan(
     name = method or recipes.default_method(calibrated=True)
     recipe = recipes.get(name)
     _check_share(share, name, recipe.structure)
+    _check_budget(budget, name)
     scope = scope or recipe.scope
     matrices, rest = find_matrices(model, scope, include, exclude)
+    if recipe.allocation == "by_loss":
+        draft = Plan(method, scope, ratio, (), rest, budget)
+        return plan_by_loss(
+            model, recipe, draft, matrices, None if calibration is None else list(calibration), progress
+        )
     groups = planning.find_groups(matrices, share)
     stacks = planning.stacked(matrices, groups)
     allocate, candidates = planning.ALLOCATIONS[recipe.allocation], planning.candidates_of(recipe.structure)
@@ -130,6 +143,55 @@ def plan(
     return Plan(method, scope, ratio, planning.expand(matrices, groups, entries), rest)
 
 
+def predict(
+    model: nn.Module,
+    plan: Plan,
+    calibration: Sequence[calibrate.Batch] | None = None,
+    *,
+    sensitivities: Mapping[str, float] | None = None,
+    progress: Progress = silent,
+) -> float:
+    """The relative error that any plan would give the model's output before training, to compare plans by.
+
+    Every matrix is fitted cheaply as the method of the plan fits, its error is taken under the second moment of its
+    input, and errors are weighed by how sensitive the model is to them.
+
+    Args:
+        model: the dense model that the plan was made for; not changed.
+        plan: of any method.
+        calibration: batches as for `compress`; without them the error is the mean one of the weights.
+        sensitivities: by name of the matrix, from `prediction.relative_sensitivities`, to compare several plans faster.
+        progress: told how far the work is.
+
+    Raises:
+        ModelError: the plan does not fit the model, or a weight is not finite.
+        DataError: calibration data that the model cannot run on, or that lacks labels if the method needs them.
+    """
+    _check_fits(plan, model)
+    recipe = recipes.get(plan.method or recipes.default_method(calibrated=calibration is not None))
+    matrices = [entry.matrix for entry in plan.entries if entry.matrix.dense is None]
+    names = [matrix.name for matrix in matrices]
+    judging, fitting = {}, {}
+    if calibration is not None:
+        judging = measure(model, names, recipes.get("whitened"), calibration, progress)
+        fitting = judging if recipe.metric == "input_moment" else measure(model, names, recipe, calibration, progress)
+    if sensitivities is None:
+        sensitivities = relative_sensitivities(model, matrices, judging, max(plan.ratio, 1.0), calibration, progress)
+    errors = fitted_errors(model, plan, fitting, judging, progress)
+    return math.sqrt(math.fsum(sensitivities[name] * squared for name, squared in errors.items()))
+
+
+def _check_budget(budget: Unit, method: str) -> None:
+    if budget not in get_args(Unit):
+        raise MethodError(f"unknown budget {one_of(str(budget), get_args(Unit))}")
+    if budget != "bytes" and recipes.get(method).allocation != "by_loss":
+        able = [name for name, recipe in recipes.RECIPES.items() if recipe.allocation == "by_loss"]
+        raise MethodError(
+            f"a budget in {budget} needs a method that weighs sizes by what they cost and lose, and '{method}' gives "
+            f"every matrix its part of the bytes; methods that do: {', '.join(able)}"
+        )
+
+
 def _check_share(share: Share | None, method: str, structure: type[Structure]) -> None:
     if share is None:
         return
@@ -138,8 +200,8 @@ def _check_share(share: Share | None, method: str, structure: type[Structure]) -
     if not structure.shareable:
         able = [name for name, recipe in recipes.RECIPES.items() if recipe.structure.shareable]
         raise MethodError(
-            f"share='{share}' needs factors that matrices can share, and '{method}' makes {structure.kind} matrices, "
-            f"which have none; methods that do: {', '.join(able) or 'none'}"
+            f"share='{share}' needs factors that matrices can share, and '{method}' makes "
+            f"{recipes.get(method).kind} matrices, which have none; methods that do: {', '.join(able) or 'none'}"
         )
 
 
@@ -284,17 +346,7 @@ def _replace(model: nn.Module, plan: Plan, factors: dict[str, Factors]) -> None:
         assert entry.spec is not None
         shared = entry.spec.shareable if entry.shares is not None or name in sharing else ()
         factorize(model, entry.matrix, entry.spec, factors.pop(name), shared)
-    for pretrained in _pretrained_models(model):
-        attach(pretrained)
-
-
-def _pretrained_models(module: nn.Module) -> Iterator[PreTrainedModel]:
-    """The model itself, or those inside of it: a `SentenceTransformer` wraps one."""
-    if isinstance(module, PreTrainedModel):
-        yield module
-        return
-    for child in module.children():
-        yield from _pretrained_models(child)
+    attach_all(model)
 
 
 def _check_fits(plan: Plan, model: nn.Module) -> None:

@@ -57,6 +57,28 @@ def leading_singular_vectors(
     return side, left[:, :rank], values[rank:].square().sum() * scale.double() ** 2, "svd"
 
 
+def truncation_errors(matrix: Float[Tensor, "m n"]) -> Float[Tensor, " ranks"]:
+    """Squared relative Frobenius error of the best approximation of every rank, from 0 to the shorter side, in float64.
+
+    The tails of squared singular values (Eckart and Young, 1936), of which the Gram matrix of the shorter side knows
+    all at once. They carry an absolute error near 1e-16 times that side.
+
+    Raises:
+        ModelError: the matrix holds NaN or infinite values.
+
+    >>> truncation_errors(torch.diag(torch.tensor([3.0, 1.0]))).tolist()
+    [1.0, 0.1, 0.0]
+    """
+    scale = matrix.abs().amax()
+    if not torch.isfinite(scale):
+        raise ModelError("the matrix holds NaN or infinite values")
+    work = matrix.double() / scale.double().clamp_min(torch.finfo(torch.float64).tiny)
+    values = torch.linalg.eigvalsh(work @ work.T if matrix.shape[0] <= matrix.shape[1] else work.T @ work)
+    # Ascending eigenvalues: the sum of the first ones is the tail.
+    tails = F.pad(values.clamp_min(0).cumsum(0), (1, 0)).flip(0)
+    return tails / tails[0].clamp_min(torch.finfo(torch.float64).tiny)
+
+
 def square_root(moment: Float[Tensor, "n n"]) -> Float[Tensor, "n n"]:
     """A lower-triangular `L` with `L @ L.T` equal to a positive definite matrix, in float64.
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from factorformer.errors import ModelError
-from factorformer.structures import Factors, Shape, Structure
+from factorformer.structures import Factors, Selection, Shape, Structure
 
 
 def new_factors(
@@ -141,6 +141,20 @@ class FactorizedMatrix(nn.Module):
         }
         trainable = {name: getattr(self, name).requires_grad for name in factors}
         self._adopt(smaller, factors)
+        for name, flag in trainable.items():
+            getattr(self, name).requires_grad_(flag)
+
+    def keep(self, selection: Selection) -> None:
+        """Drop the units that `spec.select` left out; the rest stays bit for bit what it is.
+
+        Raises:
+            ModelError: other layers hold a factor too.
+        """
+        if self.shared:
+            raise ModelError(f"units of {self.spec} cannot be removed: other layers hold its {self.shared[0]} too")
+        factors = {name: cut(getattr(self, name).detach()) for name, cut in selection.cut.items()}
+        trainable = {name: getattr(self, name).requires_grad for name in factors}
+        self._adopt(selection.spec, {**factors, **selection.fixed})
         for name, flag in trainable.items():
             getattr(self, name).requires_grad_(flag)
 

@@ -8,7 +8,7 @@ from typing import Literal
 from factorformer.errors import MethodError, one_of
 from factorformer.fitting import MetricName
 from factorformer.planning import AllocationName, Scope
-from factorformer.structures import DenseSparse, KroneckerSum, LowRank, Structure
+from factorformer.structures import STRUCTURES, DenseSparse, KroneckerSum, LowRank, Structure
 
 Training = Literal["none", "fine-tune", "straight-through", "from scratch"]
 
@@ -18,7 +18,7 @@ class Recipe:
     """A method is four choices: structure, metric, allocation, training.
 
     Args:
-        structure: what a weight matrix becomes.
+        structure: what a weight matrix becomes; `Structure` itself stands for any, chosen for each matrix.
         metric: what error the fit minimizes.
         allocation: who gets how much of the budget.
         training: how the factors learn after the fit, or instead of it.
@@ -34,6 +34,16 @@ class Recipe:
     summary: str
     paper: str
     scope: Scope = "blocks"
+
+    @property
+    def structures(self) -> tuple[type[Structure], ...]:
+        """What a weight matrix can become."""
+        return tuple(STRUCTURES.values()) if self.structure is Structure else (self.structure,)
+
+    @property
+    def kind(self) -> str:
+        """The name of the structure, or `any`."""
+        return "any" if self.structure is Structure else self.structure.kind
 
     @property
     def needs(self) -> str:
@@ -65,6 +75,22 @@ RECIPES: dict[str, Recipe] = {
         training="fine-tune",
         summary="SVD that minimizes the error of each layer's output on calibration text: the default with text",
         paper="DRONE: Chen et al., NeurIPS 2021; SVD-LLM: Wang et al., ICLR 2025",
+    ),
+    "whitened_by_loss": Recipe(
+        structure=LowRank,
+        metric="input_moment",
+        allocation="by_loss",
+        training="fine-tune",
+        summary="The same fit, each rank by what it gains: error times measured sensitivity, one problem for all",
+        paper="this project: the fit of DRONE and SVD-LLM, allocated by Lagrange multiplier (Everett, 1963)",
+    ),
+    "auto": Recipe(
+        structure=Structure,
+        metric="input_moment",
+        allocation="by_loss",
+        training="fine-tune",
+        summary="Structure and size of each matrix, by what they gain for their bytes, FLOPs or milliseconds",
+        paper="this project",
     ),
     "kronecker": Recipe(
         structure=KroneckerSum,
@@ -113,6 +139,38 @@ RECIPES: dict[str, Recipe] = {
         training="straight-through",
         summary="A small dictionary times a sparse matrix whose support is learned in fine-tuning, straight through",
         paper="DSFormer: Chand, Prabhu and Kumar, arXiv 2312.13211",
+    ),
+    "rankdyna": Recipe(
+        structure=LowRank,
+        metric="input_moment",
+        allocation="dynamic",
+        training="fine-tune",
+        summary="Ranks move between matrices in one round of fine-tuning; groups of the data-aware decomposition",
+        paper="RankDyna: Hua et al., Findings of EMNLP 2023; the data-aware groups: this project",
+    ),
+    "rankdyna_plain": Recipe(
+        structure=LowRank,
+        metric="plain",
+        allocation="dynamic",
+        training="fine-tune",
+        summary="The same with the groups of the plain singular value decomposition",
+        paper="RankDyna: Hua et al., Findings of EMNLP 2023",
+    ),
+    "dynamic_dense_sparse": Recipe(
+        structure=DenseSparse,
+        metric="input_moment",
+        allocation="dynamic",
+        training="fine-tune",
+        summary="Atoms of dictionaries compete for the budget while the model is fine-tuned",
+        paper="this project: RankDyna's competition between DSFormer's atoms",
+    ),
+    "dynamic_kronecker": Recipe(
+        structure=KroneckerSum,
+        metric="input_moment",
+        allocation="dynamic",
+        training="fine-tune",
+        summary="Kronecker terms compete for the budget while the model is fine-tuned",
+        paper="this project: RankDyna's competition between Shapeshifter's terms",
     ),
     "shapeshifter": Recipe(
         structure=KroneckerSum,

@@ -303,3 +303,51 @@ def test_default_settings_are_those_of_the_library(command: Callable[..., None])
     for name, option in (("epochs", "epochs"), ("learning_rate", "lr"), ("batch_size", "batch_size"), ("seed", "seed")):
         assert options[option].default == getattr(settings, name)
     assert options["freeze_embeddings"].default is settings.freeze_embeddings
+
+
+@pytest.mark.parametrize("method", ["rankdyna", "rankdyna_plain", "dynamic_kronecker", "dynamic_dense_sparse"])
+def test_ranks_that_are_found_in_training(run: Any, trained: Path, tables: Path, tmp_path: Path, method: str) -> None:
+    data, output = tables / "train.jsonl", tmp_path / "small"
+    options = ["--method", method, "--ratio", 2, "--train", data, "--eval", data, "--label", "label", "--json"]
+    content = result_of(run("compress", trained, output, *options, "--epochs", 6, "--batch-size", 4, "--lr", 3e-3))
+    assert content["method"] == method
+    assert content["bytes"]["ratio"] == pytest.approx(2, rel=0.03)  # one unit of these matrices is more than a percent
+    assert {"start", "train", "total"} <= set(content["seconds"])
+    assert result_of(run("evaluate", output, "--data", data, "--json"))["metrics"].items() <= content["metrics"].items()
+    shown = json.loads(run("inspect", output, "--scope", "blocks", "--json").stdout)
+    assert shown["bytes"] == content["bytes"]
+    history = shown["rank_history"]
+    layers = {layer["name"]: layer["structure"] for layer in shown["layers"]}
+    for name, left in zip(history["layers"], history["ranks"][-1], strict=True):
+        if layers[name] is not None:  # or else factors of so many units would be larger than the matrix
+            assert left == (layers[name].get("rank") or layers[name]["atoms"])
+    assert "Units left after so many steps" in run("inspect", output).stdout
+
+
+def test_ranks_as_an_image(run: Any, trained: Path, tables: Path, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    data, output, image = tables / "train.jsonl", tmp_path / "small", tmp_path / "ranks.svg"
+    training = ["--train", data, "--label", "label", "--epochs", 2, "--batch-size", 4]
+    assert run("compress", trained, output, "--method", "rankdyna", "--ratio", 2, *training).exit_code == 0
+    refused = run("inspect", output, "--ranks", tmp_path / "ranks.txt")
+    assert refused.exit_code != 0
+    assert "not the name of an image" in refused.stderr
+    done = run("inspect", output, "--ranks", image)
+    assert done.exit_code == 0, done.stderr
+    assert "<svg" in image.read_text()
+    assert "exists already" in run("inspect", output, "--ranks", image).stderr
+    assert "has no history of ranks" in run("inspect", trained, "--ranks", tmp_path / "none.svg").stderr
+    # A model that is made of this one has another history.
+    again = tmp_path / "again"
+    assert run("finetune", output, again, "--train", data, "--label", "label", "--epochs", 1).exit_code == 0
+    assert not (again / "factorformer_ranks.json").exists()
+
+
+def test_without_training_a_dynamic_method_shrinks_all_alike(
+    run: Any, base: Path, tables: Path, tmp_path: Path
+) -> None:
+    options = ["--method", "rankdyna", "--ratio", 2, "--calibration", tables / "train.jsonl", "--json"]
+    done = run("compress", base, tmp_path / "small", *options)
+    assert "finds its ranks in training: without --train" in done.stderr
+    assert result_of(done)["bytes"]["ratio"] == pytest.approx(2, rel=0.01)
+    assert not (tmp_path / "small" / "factorformer_ranks.json").exists()

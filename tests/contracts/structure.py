@@ -133,6 +133,48 @@ class StructureContract:
         values = [value.detach().requires_grad_() for value in layer.parameters()]
         assert torch.autograd.gradcheck(forward, (x, *values), fast_mode=True)
 
+    # Units
+
+    def test_factors_agree_on_the_first_order_change(self, case: Case) -> None:
+        """`p . g` of a unit is the same in each factor, so it is the derivative along the unit's own scale."""
+        layer, x = case.linear(bias=False), case.input(4)
+        target = torch.randn(4, case.shape[0], dtype=torch.float64)
+        (layer(x) * target).sum().backward()
+        products = {name: p.detach() * p.grad for name, p in layer.named_parameters() if p.grad is not None}
+        rows = case.spec.by_unit(layer.factors, products)
+        assert all(len(row) == case.spec.units for row in rows.values())
+        assert set(rows) == set(products)
+        first, *others = (row.sum(1) for row in rows.values())
+        for other in others:
+            assert_close(other, first, 1e-12)
+        assert_close(first.sum(), (layer(x) * target).sum(), 1e-12)
+
+    def test_all_units_are_the_matrix(self, case: Case) -> None:
+        if getattr(case.spec, "blocks", 1) > 1:
+            pytest.skip("blocks of atoms lose atoms together or not at all")
+        layer = case.linear()
+        before = {name: tensor.detach().clone() for name, tensor in layer.factors.items()}
+        layer.keep(case.spec.select(layer.factors, torch.arange(case.spec.units), case.spec))
+        assert layer.spec == case.spec
+        for name, tensor in layer.factors.items():
+            assert torch.equal(tensor, before[name])
+
+    def test_some_units_are_a_smaller_matrix(self, case: Case) -> None:
+        if getattr(case.spec, "blocks", 1) > 1 or case.spec.units < 3:
+            pytest.skip("there is nothing to remove")
+        layer, x = case.linear(), case.input(3)
+        kept = torch.arange(case.spec.units)[1:]
+        smaller = case.spec.with_units(len(kept))
+        dense = layer.to_dense().detach()
+        layer.get_parameter("weight").requires_grad_(False)
+        layer.keep(case.spec.select(layer.factors, kept, smaller))
+        assert layer.spec == smaller
+        assert smaller.units == len(kept)
+        assert not layer.get_parameter("weight").requires_grad
+        assert not torch.equal(layer.to_dense(), dense)
+        assert_close(layer(x), x @ layer.to_dense().T + layer.bias, 1e-12)
+        assert smaller.bytes(case.shape) < case.spec.bytes(case.shape)
+
     # Rows
 
     @pytest.mark.parametrize("leading", LEADING, ids=str)

@@ -326,3 +326,11 @@ def test_more_nonzeros_and_more_rounds_fit_better() -> None:
     assert errors == sorted(errors, reverse=True)
     short, long = (fit_dense_sparse(weight, spec, Metric(), rounds=rounds)[1] for rounds in (2, 40))
     assert long < short
+
+
+def test_a_matrix_that_needs_fewer_atoms_than_it_has() -> None:
+    for weight in (torch.randn(64, 2) @ torch.randn(2, 32), torch.zeros(64, 32)):
+        for shape, spec in ((weight, DenseSparse(24, 6)), (weight.T, DenseSparse(24, 6, "columns"))):
+            factors, error = fit(shape.contiguous(), spec, rounds=8)
+            assert all(torch.isfinite(factor).all() for factor in factors.values())
+            assert error < 0.01

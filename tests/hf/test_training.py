@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any
@@ -82,6 +83,21 @@ def test_training_lowers_the_loss(
     assert not model.training
     assert seconds > 0
     assert steps == [("fine-tune", i + 1, 24) for i in range(24)]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_precision_of_the_training_ends_with_it(
+    tokenizer: tf.PreTrainedTokenizerBase, make_classifier: Make, labelled: datasets.Dataset, precision: str
+) -> None:
+    """What comes after, such as calibration for a fit, is computed in the model's own."""
+    model = make_classifier()
+    train(model, tokenizer, labelled, dataclasses.replace(FAST, precision=precision, epochs=1))
+    assert "forward" not in vars(model)
+    inputs = next(iter(batches(tokenizer, labelled)))
+    with torch.no_grad():
+        hidden = model.base_model(**{k: v for k, v in inputs.items() if k != "labels"}).last_hidden_state
+        assert torch.equal(model(**inputs).logits, type(model).forward(model, **inputs).logits)
+    assert hidden.dtype == torch.float32
 
 
 def test_training_is_reproducible(

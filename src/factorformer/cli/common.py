@@ -32,6 +32,14 @@ class ShareChoice(str, Enum):
     layers = "layers"
 
 
+class BudgetChoice(str, Enum):
+    """What a ratio counts."""
+
+    bytes = "bytes"
+    flops = "flops"
+    milliseconds = "milliseconds"
+
+
 MODELS = "A directory, a name on the Hugging Face Hub, or 'minilm' for the all-MiniLM-L6-v2 that comes with pip."
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", show_default=False, help=MODELS)]
@@ -61,6 +69,16 @@ Ratio = Annotated[
         rich_help_panel=_BUDGET,
         help="Bytes of the original tensors in scope over the bytes of what replaces them; met within 1 %. "
         "By default 3.",
+    ),
+]
+Budget = Annotated[
+    BudgetChoice | None,
+    typer.Option(
+        "--budget",
+        show_default=False,
+        rich_help_panel=_BUDGET,
+        help="What the ratio counts: 'bytes' (the default), 'flops' of products for a token, or 'milliseconds' that "
+        "they take on this machine, measured now. Others than bytes are for 'auto' and 'whitened_by_loss'.",
     ),
 ]
 Scope = Annotated[
@@ -126,6 +144,18 @@ LabelColumn = Annotated[
 Regression = Annotated[
     bool,
     typer.Option("--regression", rich_help_panel=_DATA, help="Read labels that are whole numbers as scores as well."),
+]
+CalibrationFile = Annotated[
+    str | None,
+    typer.Option(
+        "--calibration",
+        metavar="FILE",
+        rich_help_panel=_DATA,
+        help="Text that a data-aware fit measures the layers on; `compress` takes the training file by default.",
+    ),
+]
+CalibrationRows = Annotated[
+    int, typer.Option("--calibration-rows", min=1, rich_help_panel=_DATA, help="How many of its rows are used.")
 ]
 TrainFile = Annotated[
     str | None,

@@ -11,6 +11,9 @@ from factorformer import recipes
 from factorformer.cli.common import (
     AsJson,
     BatchSize,
+    Budget,
+    CalibrationFile,
+    CalibrationRows,
     Distill,
     Epochs,
     EvalFile,
@@ -47,24 +50,6 @@ PlanFile = Annotated[
         help="Carry out a plan that `factorformer plan --output` wrote, instead of making one.",
     ),
 ]
-CalibrationFile = Annotated[
-    str | None,
-    typer.Option(
-        "--calibration",
-        metavar="FILE",
-        rich_help_panel="Data: TSV, CSV, JSONL or TXT files, or NAME[:CONFIG]:SPLIT on the Hub",
-        help="Text that a data-aware fit measures the layers on; by default the training file.",
-    ),
-]
-CalibrationRows = Annotated[
-    int,
-    typer.Option(
-        "--calibration-rows",
-        min=1,
-        rich_help_panel="Data: TSV, CSV, JSONL or TXT files, or NAME[:CONFIG]:SPLIT on the Hub",
-        help="How many of its rows are used.",
-    ),
-]
 
 
 def compress(
@@ -72,6 +57,7 @@ def compress(
     output: Output,
     method: Method = None,
     ratio: Ratio = None,
+    budget: Budget = None,
     scope: Scope = None,
     include: Include = None,
     exclude: Exclude = None,
@@ -118,8 +104,9 @@ def compress(
           --eval dev.tsv --label label --distill dense/
     """
     check_output(output, overwrite=overwrite)
-    if plan is not None and any(option is not None for option in (method, ratio, scope, include, exclude, share)):
-        raise MethodError("--plan holds method, ratio, scope, patterns and sharing already: leave these options out")
+    options = (method, ratio, budget, scope, include, exclude, share)
+    if plan is not None and any(option is not None for option in options):
+        raise MethodError("--plan holds method, budget, scope, patterns and sharing already: leave these options out")
     if distill is not None and train is None:
         raise DataError("--distill needs text to learn on: give --train")
     if train is not None and label is None and distill is None:
@@ -152,6 +139,9 @@ def compress(
     if recipe.training == "straight-through" and train is None:
         note(f"method '{chosen}' learns in training: without --train, this is its start alone")
 
+    if recipe.allocation == "dynamic" and train is None:
+        note(f"method '{chosen}' finds its ranks in training: without --train, all matrices shrink alike")
+
     from factorformer.cli.pipeline import Job, run
     from factorformer.cli.setup import columns_of
 
@@ -161,6 +151,7 @@ def compress(
         output=str(output),
         method=method,
         ratio=3.0 if ratio is None else ratio,
+        budget="bytes" if budget is None else budget.value,
         scope="blocks" if scope is None else scope.value,
         include=include,
         exclude=exclude,

@@ -21,7 +21,7 @@ def methods(as_json: AsJson = False) -> None:
                 {
                     "name": name,
                     "summary": recipe.summary,
-                    "structure": recipe.structure.kind,
+                    "structure": recipe.kind,
                     "metric": recipe.metric,
                     "allocation": recipe.allocation,
                     "training": recipe.training,

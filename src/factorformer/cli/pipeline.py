@@ -14,15 +14,25 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from factorformer import compression, recipes
 from factorformer.cli.common import note
-from factorformer.cli.setup import fit_plan, hold_out, load_teacher, note_new_head, plain_columns, read_table, save
+from factorformer.cli.setup import (
+    fit_plan,
+    hold_out,
+    load_teacher,
+    note_new_head,
+    plain_columns,
+    predictions,
+    read_table,
+    save,
+)
 from factorformer.errors import DataError, ModelError
 from factorformer.hf.data import Columns, Labels, batches, encode, sample
 from factorformer.hf.source import check_lengths, find, labels_for, load_classifier, load_model, load_tokenizer
 from factorformer.hf.training import TrainingSettings, compare_embeddings, embed, evaluate, train
-from factorformer.planning import Plan, Scope, Share, left_dense
+from factorformer.planning import Plan, Scope, Share, Unit, left_dense
 from factorformer.progress import Progress, bars
-from factorformer.report import Result
+from factorformer.report import Result, inventory
 from factorformer.report.result import BEFORE
+from factorformer.training.dynamic_rank import DynamicRank
 from factorformer.training.straight_through import StraightThrough
 
 COMPARED = 1000
@@ -37,6 +47,7 @@ class Job:
     output: str
     method: str | None
     ratio: float
+    budget: Unit
     scope: Scope
     include: list[str] | None
     exclude: list[str] | None
@@ -98,6 +109,7 @@ def run(job: Job) -> Result:
                 job.include,
                 job.exclude,
                 share=job.share,
+                budget=job.budget,
                 calibration=calibration,
                 progress=progress,
             )
@@ -109,11 +121,17 @@ def run(job: Job) -> Result:
     with bars() as progress:
         before = _measure(ready, progress, "evaluate original")
         through = ready.train is not None and recipes.get(chosen).training == "straight-through"
-        dense = copy.deepcopy(model) if through else None
-        report = compression.compress(model, plan, calibration, progress, keep_statistics=through)
-        straight = None if dense is None else StraightThrough(model, report.statistics, dense)
-        report, dense = dataclasses.replace(report, statistics={}), None  # large, and of no use any more
-        seconds = dict(report.seconds)
+        ranks, straight, seconds = None, None, {}
+        if ready.train is not None and recipes.get(chosen).allocation == "dynamic":
+            begun = time.perf_counter()
+            ranks = DynamicRank(model, plan, calibration, progress=progress)
+            seconds["start"] = time.perf_counter() - begun
+        else:
+            dense = copy.deepcopy(model) if through else None
+            report = compression.compress(model, plan, calibration, progress, keep_statistics=through)
+            straight = None if dense is None else StraightThrough(model, report.statistics, dense)
+            dense, seconds = None, dict(report.seconds)
+            del report  # its statistics are large
         if ready.train is not None and ready.tokenizer is not None:
             settings = TrainingSettings(
                 job.epochs, job.learning_rate, job.batch_size, job.seed, freeze_embeddings=job.freeze_embeddings
@@ -125,23 +143,25 @@ def run(job: Job) -> Result:
                 settings,
                 teacher=ready.teacher,
                 straight=straight,
+                ranks=ranks,
                 progress=progress,
             )
         after = _measure(ready, progress, "evaluate", trained=ready.train is not None)
     seconds["total"] = time.perf_counter() - started
     result = Result.of(
-        report,
-        method=report.method,
-        metrics=_metrics(before, after),
+        plan if ranks is None else inventory(model, plan.scope),
+        method=chosen,
+        metrics=predictions(plan) | _metrics(before, after),
         seconds=seconds,
         seed=None if ready.tokenizer is None else job.seed,
         output=job.output,
     )
+    history = None if ranks is None else ranks.history
     # Whatever lies beside the weights belongs to the model as it was; a new head makes it a model for something else.
     if ready.fresh:
-        save(result, model, overwrite=job.overwrite, tokenizer=ready.tokenizer)
+        save(result, model, overwrite=job.overwrite, tokenizer=ready.tokenizer, history=history)
     else:
-        save(result, model, overwrite=job.overwrite, companions=path)
+        save(result, model, overwrite=job.overwrite, companions=path, history=history)
     return result
 
 

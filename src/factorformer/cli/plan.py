@@ -8,7 +8,25 @@ from typing import Annotated
 
 import typer
 
-from factorformer.cli.common import AsJson, Exclude, Include, Method, Model, Overwrite, Ratio, Scope, Share, emit
+from factorformer.cli.common import (
+    AsJson,
+    Budget,
+    CalibrationFile,
+    CalibrationRows,
+    Exclude,
+    Include,
+    MaxLength,
+    Method,
+    Model,
+    Overwrite,
+    Ratio,
+    Scope,
+    Seed,
+    Share,
+    TextColumns,
+    emit,
+    note,
+)
 from factorformer.errors import OutputError
 
 PlanFile = Annotated[
@@ -21,10 +39,16 @@ def plan(
     model: Model,
     method: Method = None,
     ratio: Ratio = None,
+    budget: Budget = None,
     scope: Scope = None,
     include: Include = None,
     exclude: Exclude = None,
     share: Share = None,
+    calibration: CalibrationFile = None,
+    calibration_rows: CalibrationRows = 512,
+    text: TextColumns = None,
+    max_length: MaxLength = 128,
+    seed: Seed = 0,
     output: PlanFile = None,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
@@ -35,35 +59,58 @@ def plan(
     The plan can be written to a file, edited, and carried out with `compress --plan`.
 
     A dictionary and its nonzeros can divide their bytes in many ways: a few cheap fits of the weights decide, which
-    takes some seconds. `compress` decides by the output on its calibration text instead.
+    takes some seconds. With --calibration the output on that text decides, as in `compress`.
+
+    [bold]auto[/bold] and [bold]whitened_by_loss[/bold] give bytes, FLOPs or milliseconds to the matrices that gain most
+    by them, 'auto' in any structure, and predict the error: with --calibration the relative error of the model's output
+    before any training, and without it the mean error of its weights.
 
     \b
     [bold]Examples[/bold]
       factorformer plan minilm --ratio 2.8
       factorformer plan minilm --ratio 2 --scope all --output plan.json
+      factorformer plan minilm --method auto --ratio 3 --calibration texts.txt
+      factorformer plan minilm --method auto --ratio 1.5 --budget milliseconds
       factorformer plan minilm --exclude '*.output.dense'
     """
     if output is not None and output.exists() and not overwrite:
         raise OutputError(f"'{output}' exists already: choose another name or allow --overwrite")
     from factorformer import compression
-    from factorformer.hf.source import find, load_model
+    from factorformer.cli.setup import columns_of, encoded_text, predictions
+    from factorformer.hf.data import batches, sample
+    from factorformer.hf.source import check_lengths, find, load_model, load_tokenizer
+    from factorformer.progress import bars
     from factorformer.report import Result
 
+    if calibration is None and text is not None:
+        note("nothing is read without --calibration: --text is not used")
     started = time.perf_counter()
-    made = compression.plan(
-        load_model(find(model)),
-        method,
-        3.0 if ratio is None else ratio,
-        "blocks" if scope is None else scope.value,
-        include,
-        exclude,
-        share=None if share is None else share.value,
-    )
+    path = find(model)
+    loaded, data = load_model(path), None
+    if calibration is not None:
+        tokenizer = load_tokenizer(path)
+        rows = encoded_text(calibration, columns_of(text, None), tokenizer, max_length)
+        check_lengths(loaded, rows, "the calibration data")
+        data = list(batches(tokenizer, sample(rows, calibration_rows, seed)))
+    with bars() as progress:
+        made = compression.plan(
+            loaded,
+            method,
+            3.0 if ratio is None else ratio,
+            "blocks" if scope is None else scope.value,
+            include,
+            exclude,
+            share=None if share is None else share.value,
+            budget="bytes" if budget is None else budget.value,
+            calibration=data,
+            progress=progress,
+        )
     if output is not None:
         made.save(output)
     result = Result.of(
         made,
         method=made.method,
+        metrics=predictions(made),
         seconds={"plan": time.perf_counter() - started},
         output=None if output is None else str(output),
         layers=made.entries,

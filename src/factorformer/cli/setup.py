@@ -13,12 +13,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from factorformer.cli.common import note
 from factorformer.errors import DataError, ModelError
 from factorformer.hf.checkpoint import output_directory
-from factorformer.hf.data import Columns, read
+from factorformer.hf.data import Columns, encode, read
 from factorformer.hf.source import Classifier, copy_companions, find, head_labels, load_model
 from factorformer.hf.training import check_can_follow
 from factorformer.planning import Entry, Plan
 from factorformer.report import Result
+from factorformer.report.result import BEFORE
 from factorformer.surgery import find_matrices
+from factorformer.training.rank_history import RankHistory
 
 RESULT_FILE = "factorformer.json"
 """The result of the command that made a directory lies in it under this name."""
@@ -46,6 +48,26 @@ def read_table(source: str, columns: Columns) -> datasets.Dataset:
 def plain_columns(source: str, columns: Columns) -> Columns:
     """The text columns alone; a plain text file has its own."""
     return Columns(("text",) if Path(source).suffix.lower() == ".txt" else columns.text)
+
+
+def encoded_text(
+    source: str, columns: Columns, tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> datasets.Dataset:
+    """Encoded rows of the text columns alone.
+
+    Raises:
+        DataError: missing, unreadable or empty, or without one of the columns.
+    """
+    plain = plain_columns(source, columns)
+    return encode(tokenizer, read_table(source, plain), plain, None, max_length)
+
+
+def predictions(plan: Plan) -> dict[str, float]:
+    """What a plan expects, as metrics."""
+    found = {} if plan.predicted is None else {"predicted_error": plan.predicted}
+    if plan.milliseconds is not None:
+        found |= dict(zip((f"{BEFORE}latency_products", "latency_products"), plan.milliseconds, strict=True))
+    return found
 
 
 def hold_out(data: datasets.Dataset, seed: int) -> tuple[datasets.Dataset, datasets.Dataset]:
@@ -124,6 +146,7 @@ def save(
     overwrite: bool,
     tokenizer: PreTrainedTokenizerBase | None = None,
     companions: Path | None = None,
+    history: RankHistory | None = None,
 ) -> None:
     """Write a model directory with everything that belongs to it; it appears complete or not at all.
 
@@ -133,12 +156,15 @@ def save(
         overwrite: replace a directory that is there.
         tokenizer: saved beside the model, if given.
         companions: the directory whose small files are copied, if given.
+        history: how ranks moved in training, written beside the model, if given.
     """
     assert result.output is not None
     with output_directory(result.output, overwrite=overwrite) as partial:
         write(result, model, partial, tokenizer=tokenizer)
         if companions is not None:
             copy_companions(companions, partial)
+        if history is not None:
+            history.save(partial)
 
 
 def write(

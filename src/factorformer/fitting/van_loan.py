@@ -37,7 +37,7 @@ STEPS = 4
 
 
 def fit_kronecker_sum(
-    weight: Float[Tensor, "out inner"], spec: KroneckerSum, metric: Metric
+    weight: Float[Tensor, "out inner"], spec: KroneckerSum, metric: Metric, *, rounds: int = SWEEPS
 ) -> tuple[dict[str, Tensor], float]:
     """A sum of `spec.rank` Kronecker products that is close to `weight` under the metric `||R (W - W') L||_F`.
 
@@ -51,6 +51,12 @@ def fit_kronecker_sum(
 
     The closed form fits padding as zeros, so that its error over the padded matrix is the tail of singular values;
     refinement leaves padding free. Default shapes have next to none.
+
+    Args:
+        weight: the matrix.
+        spec: size, and shapes of the factors.
+        metric: of the error.
+        rounds: of refinement, at most; fewer where they gain little.
 
     Returns:
         `weight: (m1, n1, rank)` and `right: (m2, rank, n2)` in the type of the given weight; and the relative error
@@ -70,7 +76,7 @@ def fit_kronecker_sum(
     vectors = vectors.to(target.dtype)
     first, second = (vectors, vectors.T @ target) if side == "left" else (target @ vectors, vectors.T)
     if not whitening.exact:
-        first, second = _ordered(*_refine(first, second, target, whitening.curvature))
+        first, second = _ordered(*_refine(first, second, target, whitening.curvature, rounds))
     left, right = whitening.undo(first, second)
     # Factors of equal norm learn at equal speed in fine-tuning.
     tiny = torch.finfo(left.dtype).tiny
@@ -90,10 +96,11 @@ def _refine(
     second: Float[Tensor, "rank n"],
     target: Float[Tensor, "m n"],
     curvature: Callable[[Tensor], Tensor],
+    rounds: int,
 ) -> tuple[Float[Tensor, "m rank"], Float[Tensor, "rank n"]]:
     """`alternate` until it gains little."""
     error = float("inf")
-    for factors in itertools.islice(alternate(first, second, target, curvature), SWEEPS + 1):
+    for factors in itertools.islice(alternate(first, second, target, curvature), rounds + 1):
         first, second, squared = factors
         previous, error = error, squared**0.5
         if error >= (1 - GAIN) * previous:

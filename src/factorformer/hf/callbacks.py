@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from factorformer.errors import ModelError
+from factorformer.hf.plugin import attach_all
+from factorformer.training.dynamic_rank import DynamicRank
 from factorformer.training.straight_through import StraightThrough
 
 
@@ -36,3 +40,51 @@ class StraightThroughCallback(TrainerCallback):
     ) -> None:
         """Drop the shadows."""
         self.straight.finish()
+
+
+class DynamicRankCallback(TrainerCallback):
+    """Moves ranks between matrices while the `Trainer` trains, and leaves a compressed model that saves as one.
+
+    Checkpoints hold what is needed to resume: build the same dense model, `DynamicRank(model, plan,
+    resume_from=checkpoint)`, this callback and the `Trainer`, and call `train(resume_from_checkpoint=checkpoint)`.
+
+    Args:
+        ranks: made of the model before the `Trainer`.
+
+    Raises:
+        ModelError: when training begins, for options of the `Trainer` under which ranks cannot change.
+    """
+
+    def __init__(self, ranks: DynamicRank) -> None:
+        self.ranks = ranks
+        ranks.changed = attach_all
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Refuse what would load larger tensors into a smaller model, or hide parameters."""
+        if args.load_best_model_at_end:
+            raise ModelError("load_best_model_at_end would load tensors of other ranks: set it to False")
+        if args.fsdp or args.deepspeed:
+            raise ModelError("dynamic ranks need whole parameters in every process: train without FSDP and DeepSpeed")
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Look at the gradients of the step, however many batches were accumulated."""
+        self.ranks.before_step(state.global_step, state.max_steps)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Shrink the model and the optimizer's state."""
+        self.ranks.after_step(state.global_step, state.max_steps, kwargs["optimizer"])
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Put what is needed to resume into the checkpoint."""
+        if state.is_world_process_zero:
+            self.ranks.save(Path(str(args.output_dir)) / f"checkpoint-{state.global_step}")
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Meet the budget, if training was too short for it, and let go of the model."""
+        self.ranks.finish(kwargs.get("optimizer"))

@@ -235,6 +235,15 @@ def attach(model: PreTrainedModel, quantizer: FactorformerQuantizer | None = Non
     rewrite_ties(model)
 
 
+def attach_all(module: nn.Module) -> None:
+    """`attach` a model, or those inside of it: a `SentenceTransformer` wraps one."""
+    if isinstance(module, PreTrainedModel):
+        attach(module)
+        return
+    for child in module.children():
+        attach_all(child)
+
+
 def _share(model: PreTrainedModel, config: FactorformerConfig) -> None:
     """Let layers hold the factors of others, as far as config.json says so and this model has the layers."""
     for name, layer in config.layers.items():

@@ -27,6 +27,7 @@ from factorformer.errors import CheckpointError, DataError, FactorformerError, M
 from factorformer.hf import minilm
 from factorformer.hf.checkpoint import load
 from factorformer.hf.data import Labels
+from factorformer.training.rank_history import FILE as RANKS
 
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".ot", ".tflite", ".gguf", ".index.json")
 """How names of weight files end."""
@@ -229,10 +230,10 @@ def copy_companions(source: Path, target: Path) -> None:
     """Copy what stands beside the weights of a model, byte by byte, wherever `target` does not have it already.
 
     These are the small files at the top (tokenizer, `modules.json`, ...), and the folders of the sentence-transformers
-    modules that `modules.json` lists. Weights, hidden files and the model card of the original stay behind.
+    modules that `modules.json` lists. Weights, hidden files, the model card and the original's records stay behind.
     """
     for file in source.iterdir():
-        left = file.name.startswith((".", "README", "factorformer.json")) or file.name.endswith(WEIGHTS)
+        left = file.name.startswith((".", "README", "factorformer.json", RANKS)) or file.name.endswith(WEIGHTS)
         if file.is_file() and not left and not (target / file.name).exists():
             shutil.copyfile(file, target / file.name)
     for folder in _module_folders(source):

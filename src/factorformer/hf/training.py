@@ -27,7 +27,7 @@ from transformers import (
 from transformers.trainer_callback import PrinterCallback
 
 from factorformer.errors import DataError, ModelError
-from factorformer.hf.callbacks import StraightThroughCallback
+from factorformer.hf.callbacks import DynamicRankCallback, StraightThroughCallback
 from factorformer.hf.data import Labels, indexed_batches
 from factorformer.nn import FactorizedMatrix
 from factorformer.progress import Progress, silent
@@ -39,6 +39,7 @@ from factorformer.training.distillation import (
     mean_pool,
     pooled_loss,
 )
+from factorformer.training.dynamic_rank import DynamicRank
 from factorformer.training.straight_through import StraightThrough
 
 
@@ -131,6 +132,7 @@ def train(
     teacher: PreTrainedModel | None = None,
     distillation: DistillationWeights | None = None,
     straight: StraightThrough | None = None,
+    ranks: DynamicRank | None = None,
     callbacks: list[TrainerCallback] | None = None,
     progress: Progress = silent,
     phase: str = "train",
@@ -145,6 +147,7 @@ def train(
         teacher: if given, the model also learns from it; without labels in the data, from it alone.
         distillation: weights of the teacher's signals; by default chosen by whether there are labels.
         straight: made of the model, if it trains straight through; finished at the end.
+        ranks: made of the model, if its ranks are found in training; finished at the end.
         callbacks: of the Trainer.
         progress: told how many steps are done.
         phase: the name under which progress is told.
@@ -161,8 +164,10 @@ def train(
         raise DataError("training needs labels or a teacher: give a label column or --distill")
     if teacher is not None:
         check_can_follow(model)
-    through = [] if straight is None else [StraightThroughCallback(straight)]
-    with tempfile.TemporaryDirectory() as scratch, _frozen_embeddings(model, settings.freeze_embeddings):
+    acting: list[TrainerCallback] = [] if straight is None else [StraightThroughCallback(straight)]
+    acting += [] if ranks is None else [DynamicRankCallback(ranks)]
+    frozen = settings.freeze_embeddings and (ranks is None or not ranks.holds(model.get_input_embeddings()))
+    with tempfile.TemporaryDirectory() as scratch, _frozen_embeddings(model, frozen), _own_forward(model):
         arguments = TrainingArguments(
             output_dir=scratch,
             num_train_epochs=settings.epochs,
@@ -188,7 +193,7 @@ def train(
             "args": arguments,
             "train_dataset": data,
             "data_collator": DataCollatorWithPadding(tokenizer),
-            "callbacks": [_Steps(progress, phase), *through, *(callbacks or [])],
+            "callbacks": [_Steps(progress, phase), *acting, *(callbacks or [])],
         }
         set_seed(settings.seed)
         if teacher is None:
@@ -203,6 +208,8 @@ def train(
         finally:
             if straight is not None:
                 straight.finish()
+            if ranks is not None:
+                ranks.detach()
         seconds = time.perf_counter() - started
     if not np.isfinite(result.training_loss):
         raise ModelError(
@@ -236,6 +243,19 @@ def _frozen_embeddings(model: PreTrainedModel, frozen: bool) -> Iterator[None]:
     finally:
         for parameter in parameters:
             parameter.requires_grad_(True)
+
+
+@contextlib.contextmanager
+def _own_forward(model: PreTrainedModel) -> Iterator[None]:
+    """Accelerate wraps `forward` for the precision of the training, which is not that of what comes after."""
+    wrapped = ("forward", "_original_forward")
+    own = {name: vars(model)[name] for name in wrapped if name in vars(model)}
+    try:
+        yield
+    finally:
+        for name in wrapped:
+            vars(model).pop(name, None)
+        vars(model).update(own)
 
 
 def predict(

@@ -5,18 +5,20 @@ from __future__ import annotations
 import bisect
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 
 from factorformer.errors import BudgetError
 from factorformer.planning.cost import Cost, Matrix, Role, total
-from factorformer.planning.plan import Entry, left_dense
+from factorformer.planning.plan import KEPT, Entry, Unit, left_dense
 from factorformer.structures import Structure
 
-AllocationName = Literal["uniform", "by_role"]
+AllocationName = Literal["uniform", "by_role", "by_loss", "dynamic"]
 TOLERANCE = 0.01
-"""How far the bytes of a plan may be from the budget, relative to it."""
+"""How far the cost of a plan may be from the budget, relative to it."""
+
+Chosen = TypeVar("Chosen")
 
 RANKS: Mapping[Role, int] = {"attention": 1, "feed_forward": 2, "embedding": 6}
 """Ranks of the roles in relation to each other, where ranks go by role."""
@@ -78,40 +80,84 @@ def _allocate(
     fill: Callable[[dict[str, _Ladder], float], dict[str, int]],
 ) -> tuple[Entry, ...]:
     """The entries that `fill` chooses for the bytes that are left for the matrices that can be factorized."""
-    if not ratio >= 1:
-        raise BudgetError(f"ratio must be at least 1 (original bytes / compressed bytes), got {ratio}")
     ladders = {m.name: _Ladder(m, sizes) for m in matrices if m.dense is None}
     if not any(ladder.specs for ladder in ladders.values()):
+        _check_ratio(ratio)
         raise BudgetError("no matrix in scope can be factorized; see the plan's reasons or widen include and scope")
-    original = total(m.cost(None) for m in matrices).bytes + rest.bytes
     fixed = rest.bytes + total(m.cost(None) for m in matrices if m.dense is not None).bytes
-    smallest = fixed + sum(ladder.bytes[0] for ladder in ladders.values())
-    largest = original / smallest
+
+    def spend(budget: float) -> tuple[dict[str, int], int]:
+        steps = fill(ladders, budget - fixed)
+        return steps, fixed + _bytes(ladders, steps)
+
+    steps = meet(
+        spend,
+        ratio,
+        original=total(m.cost(None) for m in matrices).bytes + rest.bytes,
+        smallest=fixed + sum(ladder.bytes[0] for ladder in ladders.values()),
+        fixed=fixed,
+        stays=[Entry(m, None, m.dense) for m in matrices if m.dense is not None],
+    )
+    return tuple(_entry(m, ladders.get(m.name), steps.get(m.name, 0)) for m in matrices)
+
+
+def meet(
+    fill: Callable[[float], tuple[Chosen, float]],
+    ratio: float,
+    *,
+    original: float,
+    smallest: float,
+    fixed: float,
+    stays: Sequence[Entry],
+    unit: Unit = "bytes",
+) -> Chosen:
+    """What `fill` makes of the budget `original / ratio`, if that meets it.
+
+    Args:
+        fill: gives a choice for a budget, and what the choice costs.
+        ratio: cost of everything in scope over what it may cost.
+        original: that cost.
+        smallest: the least that `fill` can make it cost.
+        fixed: what of it has to stay as it is.
+        stays: the matrices that have to stay dense.
+        unit: of costs.
+
+    Raises:
+        BudgetError: the ratio cannot be met within `TOLERANCE`; the message names the nearest that can.
+    """
+    _check_ratio(ratio)
+    largest = original / smallest if smallest else 1.0
     if smallest > original / ratio * (1 + TOLERANCE):
-        reasons = "; ".join(left_dense([Entry(m, None, m.dense) for m in matrices if m.dense is not None], original))
+        reasons = "; ".join(left_dense(stays, round(original))) if unit == "bytes" else ""
+        number = ",.0f" if unit != "milliseconds" else ",.3g"
         raise BudgetError(
             f"ratio {ratio:g} cannot be met: at the smallest size of every matrix the ratio is {largest:.4g}, and "
-            f"{fixed:,} of {original:,} bytes in scope stay as they are{f' ({reasons})' if reasons else ''}; "
-            f"ask for at most {largest:.4g}"
+            f"{fixed:{number}} of {original:{number}} {unit} in scope stay as they are"
+            f"{f' ({reasons})' if reasons else ''}; ask for at most {largest:.4g}"
         )
 
-    def meet(ratio: float) -> tuple[dict[str, int], float, bool]:
-        steps = fill(ladders, max(original / ratio, smallest) - fixed)
-        reached = original / (fixed + sum(ladder.bytes[steps[name]] for name, ladder in ladders.items()))
-        return steps, reached, abs(ratio / reached - 1) <= TOLERANCE
+    def attempt(ratio: float) -> tuple[Chosen, float, bool]:
+        chosen, cost = fill(max(original / ratio, smallest))
+        reached = original / cost if cost else ratio
+        return chosen, reached, abs(ratio / reached - 1) <= TOLERANCE
 
-    steps, reached, met = meet(ratio)
+    chosen, reached, met = attempt(ratio)
     if not met:
         # What is reached here need not be reached again from there: the named ratio is one that was tried.
         for _ in range(50):
             near = float(f"{reached:.4g}")
-            _, reached, met = meet(near)
+            _, reached, met = attempt(near)
             if met:
                 break
         else:
             near = largest
-        raise BudgetError(f"ratio {ratio:g} cannot be met within {TOLERANCE:.0%} in bytes; the nearest is {near:.4g}")
-    return tuple(_entry(m, ladders.get(m.name), steps.get(m.name, 0)) for m in matrices)
+        raise BudgetError(f"ratio {ratio:g} cannot be met within {TOLERANCE:.0%} in {unit}; the nearest is {near:.4g}")
+    return chosen
+
+
+def _check_ratio(ratio: float) -> None:
+    if not ratio >= 1:
+        raise BudgetError(f"ratio must be at least 1 (original bytes / compressed bytes), got {ratio}")
 
 
 class _Ladder:
@@ -213,9 +259,9 @@ def _entry(matrix: Matrix, ladder: _Ladder | None, step: int) -> Entry:
     if ladder is None:
         return Entry(matrix, None, matrix.dense or "")
     if step == len(ladder.specs):
-        reason = "no smaller size fits the structure" if not ladder.specs else "the budget allows the dense matrix"
+        reason = "no smaller size fits the structure" if not ladder.specs else KEPT
         return Entry(matrix, None, reason)
     return Entry(matrix, ladder.specs[step], f"{matrix.role}: {ladder.bytes[step] / ladder.dense:.1%} of its bytes")
 
 
-ALLOCATIONS = {"uniform": uniform, "by_role": by_role}
+ALLOCATIONS = {"uniform": uniform, "by_role": by_role, "dynamic": uniform}  # where training moves it from there

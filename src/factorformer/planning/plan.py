@@ -16,9 +16,14 @@ from factorformer.planning.cost import Cost, Matrix, Role, total
 from factorformer.structures import Structure, from_dict
 
 Scope = Literal["blocks", "all"]
+Unit = Literal["bytes", "flops", "milliseconds"]
+"""What a budget counts."""
+
 FORMAT = 1
 CHOSEN = ("not included", "excluded")
 """Reasons to stay dense that the caller gave."""
+KEPT = "the budget allows the dense matrix"
+"""How reasons begin where a matrix is better left dense than made smaller."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,9 +63,13 @@ class Plan:
         method: a name of `recipes.RECIPES`; None takes the data-aware default where there is calibration data, and the
             plain fit where there is none.
         scope: `blocks` counts and changes the Transformer blocks only, `all` the whole model.
-        target: the ratio of bytes that was asked for.
+        target: the ratio that was asked for, in the unit of the budget.
         entries: one for each matrix in scope.
         rest: cost of the other tensors in scope (biases, norms, ...), which stay as they are.
+        budget: what `target` counts.
+        predicted: the relative error that the model's output is expected to have before any training, or the mean error
+            of its weights where there was no calibration data; None where nothing was predicted.
+        milliseconds: of all products in scope, dense and as planned, where the budget is one of time.
 
     Raises:
         MethodError: an entry whose structure its matrix cannot have, or that cannot share factors as it says.
@@ -71,6 +80,9 @@ class Plan:
     target: float
     entries: tuple[Entry, ...]
     rest: Cost
+    budget: Unit = "bytes"
+    predicted: float | None = None
+    milliseconds: tuple[float, float] | None = None
 
     def __post_init__(self) -> None:
         _check_sharing(self)
@@ -113,6 +125,9 @@ class Plan:
             "method": self.method,
             "scope": self.scope,
             "target": self.target,
+            "budget": self.budget,
+            "predicted": self.predicted,
+            "milliseconds": None if self.milliseconds is None else list(self.milliseconds),
             "rest": dataclasses.asdict(self.rest),
             "entries": [
                 {
@@ -137,12 +152,21 @@ class Plan:
         scope, rest = _field(content, "scope", str), _field(content, "rest", dict)
         if scope not in get_args(Scope):
             raise MethodError(f"the plan is malformed: unknown scope {one_of(scope, get_args(Scope))}")
+        newer = {"budget": "bytes", "predicted": None, "milliseconds": None, **content}  # older plans have none of them
+        budget, times = _field(newer, "budget", str), _field(newer, "milliseconds", list, tuple, type(None))
+        if budget not in get_args(Unit):
+            raise MethodError(f"the plan is malformed: unknown budget {one_of(budget, get_args(Unit))}")
+        if times is not None and not (len(times) == 2 and all(type(time) in (int, float) for time in times)):
+            raise MethodError(f"the plan is malformed: 'milliseconds' cannot be {times!r}")
         return cls(
             method=_field(content, "method", str, type(None)),
             scope=scope,
             target=_field(content, "target", int, float),
             entries=tuple(_entry(item) for item in _field(content, "entries", list, tuple)),
             rest=Cost(*(_field(rest, name, int) for name in ("parameters", "bytes", "flops"))),
+            budget=budget,
+            predicted=_field(newer, "predicted", int, float, type(None)),
+            milliseconds=None if times is None else (times[0], times[1]),
         )
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -193,6 +217,10 @@ class Plan:
             f"scope {self.scope}: {before.bytes:,} -> {after.bytes:,} bytes ({self.ratio:.2f}x), "
             f"{before.parameters:,} -> {after.parameters:,} parameters, {before.flops:,} -> {after.flops:,} FLOPs/token"
         )
+        if self.milliseconds is not None:
+            lines.append("products: {:.1f} -> {:.1f} ms".format(*self.milliseconds))
+        if self.predicted is not None:
+            lines.append(f"predicted error before training: {self.predicted:.3f}")
         return "\n".join(lines)
 
 
@@ -204,7 +232,7 @@ def left_dense(entries: Iterable[Entry], total_bytes: int, least: float = 0.01) 
     """
     found: dict[str, list[int]] = {}
     for entry in entries:
-        if entry.spec is None and entry.reason not in CHOSEN:
+        if entry.spec is None and entry.reason not in CHOSEN and KEPT not in entry.reason:
             found.setdefault(entry.reason.removesuffix(", left dense"), []).append(entry.original.bytes)
     return [
         f"{reason}: {len(sizes)} {'matrix' if len(sizes) == 1 else 'matrices'}, "

@@ -16,7 +16,10 @@
 ```
 
 A number that is not finite is null. `plan` and `inspect` add `layers`, a list with one object for each weight matrix:
-`name`, `tied`, `shape` (out, in), `structure` (null if dense), `note`, and the same three costs.
+`name`, `tied`, `shape` (out, in), `structure` (null if dense), `note`, and the same three costs. Where ranks were found
+in training, `inspect` adds `rank_history`: `layers`, their `structures` and `full` ranks, the `steps` after which units
+were removed, and for each of these the `ranks` and the mean `scores` of what was left in each layer. Where a layer has
+so many left that factors would be larger than the matrix, it is dense.
 """
 
 from __future__ import annotations
@@ -33,6 +36,7 @@ import transformers
 from factorformer import __version__
 from factorformer.compression import Report
 from factorformer.planning import Cost, Entry, Plan, Scope
+from factorformer.training.rank_history import RankHistory
 
 BEFORE = "original_"
 """Prefix of a metric of the model before compression."""
@@ -51,6 +55,7 @@ class Result:
         seed: of training and sampling; None where nothing is random.
         output: where the command wrote.
         layers: one entry for each matrix, where the command is about them.
+        history: how ranks moved in training, where they did.
 
     >>> Result(Cost(8, 32, 16), Cost(4, 16, 8), "blocks").to_dict()["bytes"]
     {'original': 32, 'compressed': 16, 'ratio': 2.0}
@@ -65,6 +70,7 @@ class Result:
     seed: int | None = None
     output: str | None = None
     layers: Sequence[Entry] | None = None
+    history: RankHistory | None = None
 
     @classmethod
     def of(cls, costs: Plan | Report, **others: Any) -> Result:
@@ -85,6 +91,8 @@ class Result:
         }
         if self.layers is not None:
             content["layers"] = [_layer(entry) for entry in self.layers]
+        if self.history is not None:
+            content["rank_history"] = self.history.to_dict()
         return content
 
 

@@ -10,6 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from factorformer.planning import Entry, Scope
+from factorformer.report.ranks import ranks_table
 from factorformer.report.result import BEFORE, Result
 
 SCOPES: dict[Scope, str] = {"blocks": "the Transformer blocks", "all": "the whole model, embeddings included"}
@@ -21,6 +22,8 @@ def show(result: Result, console: Console) -> None:
     """Print everything that a result holds."""
     if result.layers is not None:
         console.print(_layers(result.layers))
+    if result.history is not None:
+        console.print(ranks_table(result.history))
     console.print(_summary(result))
     if result.seconds:
         console.print("seconds: " + ", ".join(f"{name} {value:.1f}" for name, value in result.seconds.items()))

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from factorformer.errors import CheckpointError, one_of
-from factorformer.structures.base import Factors, Shape, Structure, TensorSpec
+from factorformer.structures.base import Factors, Selection, Shape, Structure, TensorSpec
 from factorformer.structures.dense_sparse import DenseSparse
 from factorformer.structures.kronecker_sum import KroneckerSum, factor_shapes
 from factorformer.structures.low_rank import LowRank, largest_rank
@@ -41,6 +41,7 @@ __all__ = [
     "Factors",
     "KroneckerSum",
     "LowRank",
+    "Selection",
     "Shape",
     "Structure",
     "TensorSpec",

@@ -10,10 +10,11 @@ from __future__ import annotations
 import dataclasses
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from factorformer.errors import ModelError
@@ -39,6 +40,22 @@ class TensorSpec:
     def bytes(self, dtype: torch.dtype) -> int:
         """Stored bytes when values are of type `dtype`."""
         return math.prod(self.size) * (self.dtype or dtype).itemsize
+
+
+@dataclasses.dataclass(frozen=True)
+class Selection:
+    """What is left of a matrix when only some of its units are kept.
+
+    Args:
+        spec: the smaller structure.
+        cut: for each factor of values, what takes the tensor, or any other of its layout such as an optimizer's state
+            of it, to that of the kept units; entries stay bit for bit what they are.
+        fixed: the new integer factors.
+    """
+
+    spec: Structure
+    cut: Mapping[str, Callable[[Tensor], Tensor]]
+    fixed: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,6 +116,29 @@ class Structure(ABC):
     @abstractmethod
     def resize(self, factors: Factors, smaller: Structure) -> dict[str, Tensor]:
         """The factors cut to a smaller spec of the same kind; fitters order units by importance, the last go first."""
+
+    @property
+    @abstractmethod
+    def units(self) -> int:
+        """How many equal parts the matrix is a sum of, each of which can be removed: rank-one groups, terms, atoms."""
+
+    @abstractmethod
+    def with_units(self, units: int) -> Structure:
+        """The spec with another number of units, and everything else in proportion."""
+
+    @abstractmethod
+    def select(self, factors: Factors, kept: Int[Tensor, " units"], smaller: Structure) -> Selection:
+        """The matrix without some of its units.
+
+        Args:
+            factors: what is stored now.
+            kept: numbers of the units that stay, ascending.
+            smaller: what to make of them, from `with_units`.
+        """
+
+    @abstractmethod
+    def by_unit(self, factors: Factors, values: Factors) -> dict[str, Float[Tensor, "units entries"]]:
+        """Tensors laid out as factors, such as their gradients, with one row for each unit."""
 
     @abstractmethod
     def initialize(self, factors: Factors, std: float) -> None:

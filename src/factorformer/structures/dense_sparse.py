@@ -16,7 +16,7 @@ from torch import Tensor
 from factorformer.errors import ModelError, one_of
 from factorformer.kernels import sparse_product, support
 from factorformer.kernels.sparse import build
-from factorformer.structures.base import Factors, Shape, Structure, TensorSpec, require_positive
+from factorformer.structures.base import Factors, Selection, Shape, Structure, TensorSpec, require_positive
 
 Side = Literal["rows", "columns"]
 
@@ -197,6 +197,34 @@ class DenseSparse(Structure):
             return dict(factors)
         kept = self.coefficients(factors)[:, : smaller.atoms]
         return smaller.pack(kept) | {"dictionary": factors["dictionary"][: smaller.atoms]}
+
+    @property
+    def units(self) -> int:
+        return self.atoms
+
+    def with_units(self, units: int) -> DenseSparse:
+        """So many atoms, and nonzeros in proportion."""
+        nonzeros = min(max(round(self.nonzeros * units / self.atoms), 1), units - 1)
+        return dataclasses.replace(self, atoms=units, nonzeros=nonzeros)
+
+    def select(self, factors: Factors, kept: Tensor, smaller: Structure) -> Selection:
+        """The kept atoms, and of the entries that refer to them the most energetic of each row."""
+        assert isinstance(smaller, DenseSparse)
+        if self.blocks > 1:
+            raise ModelError(f"atoms of {self} cannot be removed one by one: its blocks have equal numbers of them")
+        energy = self.coefficients(factors)[:, kept].square() * factors["dictionary"][kept].square().sum(1)
+        positions = smaller.choose(energy)
+        chosen = positions.repeat_interleave(self.group, 0)
+
+        def weight(values: Tensor) -> Tensor:
+            return build(values, factors["support"], self.atoms, self.blocks)[:, kept].gather(1, chosen)
+
+        packed = support.pack(positions, smaller.atoms, smaller.blocks)
+        return Selection(smaller, {"weight": weight, "dictionary": lambda t: t[kept]}, {"support": packed})
+
+    def by_unit(self, factors: Factors, values: Factors) -> dict[str, Tensor]:
+        spread = build(values["weight"], factors["support"], self.atoms, self.blocks)
+        return {"dictionary": values["dictionary"], "weight": spread.T}
 
     def initialize(self, factors: Factors, std: float) -> None:
         # The sum of `nonzeros` products of independent entries has variance nonzeros * s^4.

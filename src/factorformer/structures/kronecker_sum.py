@@ -14,7 +14,7 @@ from torch import Tensor
 
 from factorformer.errors import ModelError
 from factorformer.linalg import arrange_back
-from factorformer.structures.base import Factors, Shape, Structure, TensorSpec, require_positive
+from factorformer.structures.base import Factors, Selection, Shape, Structure, TensorSpec, require_positive
 
 AMPLIFICATION = 4
 """Multiply-adds for each parameter and input row that the default shapes aim at; plain low-rank has 1."""
@@ -170,6 +170,21 @@ class KroneckerSum(Structure):
                 f"left={self.left} and right={self.right}"
             )
         return {"weight": factors["weight"][..., : smaller.rank], "right": factors["right"][:, : smaller.rank]}
+
+    @property
+    def units(self) -> int:
+        return self.rank
+
+    def with_units(self, units: int) -> KroneckerSum:
+        return dataclasses.replace(self, rank=units)
+
+    def select(self, factors: Factors, kept: Tensor, smaller: Structure) -> Selection:
+        return Selection(
+            smaller, {"weight": lambda t: t.index_select(2, kept), "right": lambda t: t.index_select(1, kept)}
+        )
+
+    def by_unit(self, factors: Factors, values: Factors) -> dict[str, Tensor]:
+        return {"weight": values["weight"].flatten(0, 1).T, "right": values["right"].transpose(0, 1).flatten(1)}
 
     def initialize(self, factors: Factors, std: float) -> None:
         # Independent entries would give the variance `rank * s^4` only on average; few terms stray far from it. The

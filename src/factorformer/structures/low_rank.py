@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from factorformer.errors import ModelError
-from factorformer.structures.base import Factors, Shape, Structure, TensorSpec, require_positive
+from factorformer.structures.base import Factors, Selection, Shape, Structure, TensorSpec, require_positive
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,6 +68,19 @@ class LowRank(Structure):
         if not isinstance(smaller, LowRank) or smaller.rank > self.rank:
             raise ModelError(f"cannot resize {self} to {smaller}: allowed is low_rank with rank 1 to {self.rank}")
         return {"weight": factors["weight"][:, : smaller.rank], "right": factors["right"][: smaller.rank]}
+
+    @property
+    def units(self) -> int:
+        return self.rank
+
+    def with_units(self, units: int) -> LowRank:
+        return LowRank(units)
+
+    def select(self, factors: Factors, kept: Tensor, smaller: Structure) -> Selection:
+        return Selection(smaller, {"weight": lambda t: t.index_select(1, kept), "right": lambda t: t[kept]})
+
+    def by_unit(self, factors: Factors, values: Factors) -> dict[str, Tensor]:
+        return {"weight": values["weight"].T, "right": values["right"]}
 
     def initialize(self, factors: Factors, std: float) -> None:
         # The sum of `rank` products of independent entries has variance rank * s^4.

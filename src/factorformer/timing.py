@@ -1,0 +1,144 @@
+"""How long products take on this machine: what budgets in milliseconds are counted in."""
+
+from __future__ import annotations
+
+import bisect
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy
+import torch
+from torch import Tensor
+
+from factorformer.nn import new_factors
+from factorformer.planning import Matrix
+from factorformer.structures import Shape, Structure
+
+ROWS = 512
+"""Rows of input, such as 4 texts of 128 tokens, for which products are measured."""
+
+SIZES = 5
+"""Sizes of a structure that are measured for each shape: the smallest, the largest, and some between."""
+
+REPEATS = 15
+"""Products of each size; the fastest counts, for whatever else the machine does only makes others slower."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Timer:
+    """Milliseconds that a matrix takes in one forward pass over so many rows, by structure and size.
+
+    Args:
+        rows: of input.
+        dense: by shape and type.
+        measured: by structure, shape and type: `(bytes, milliseconds)` in growing bytes.
+    """
+
+    rows: int
+    dense: Mapping[tuple[object, ...], tuple[float, float]]
+    measured: Mapping[tuple[object, ...], Sequence[tuple[float, float, float]]]
+
+    def milliseconds(self, matrix: Matrix, spec: Structure | None) -> float:
+        """Of all products and look-ups of a matrix; between measured sizes, interpolated by bytes."""
+        place = (matrix.shape, matrix.dtype)
+        if spec is None:
+            product, lookup = self.dense[place]
+        else:
+            points = self.measured[(spec.kind, *place)]
+            size = spec.bytes(matrix.shape, getattr(torch, matrix.dtype))
+            known = [point[0] for point in points]
+            product, lookup = (float(numpy.interp(size, known, [point[i] for point in points])) for i in (1, 2))
+        return matrix.products * product + (lookup if matrix.lookups else 0.0)
+
+
+def measure_times(
+    matrices: Sequence[Matrix],
+    sizes: Mapping[str, Sequence[Structure]],
+    device: torch.device,
+    rows: int = ROWS,
+    progress: Callable[[int], None] | None = None,
+) -> Timer:
+    """Time the products that a plan can choose among.
+
+    Sizes of one shape, dense among them, take turns (A B A B ...), so that whatever else the machine does meanwhile
+    meets all of them alike, and the fastest run of each counts. Weights are random: no product here depends on values.
+
+    Args:
+        matrices: whose shapes are measured, each once.
+        sizes: by name of the matrix, all specs that it can become.
+        device: where to measure.
+        rows: of input.
+        progress: called with the number of shapes done.
+    """
+    dense: dict[tuple[object, ...], tuple[float, float]] = {}
+    measured: dict[tuple[object, ...], list[tuple[float, float, float]]] = {}
+    for matrix in matrices:
+        place = (matrix.shape, matrix.dtype)
+        if place in dense:
+            continue
+        dtype = getattr(torch, matrix.dtype)
+        chosen: list[Structure] = []
+        for kind in dict.fromkeys(spec.kind for spec in sizes[matrix.name]):
+            chosen += _spaced([spec for spec in sizes[matrix.name] if spec.kind == kind], matrix.shape, dtype)
+        same = [other for other in matrices if (other.shape, other.dtype) == place]
+        wanted = any(other.products for other in same), any(other.lookups for other in same)
+        times = _race(matrix.shape, dtype, chosen, device, rows, wanted)
+        dense[place] = times[0]
+        for spec, (product, lookup) in zip(chosen, times[1:], strict=True):
+            measured.setdefault((spec.kind, *place), []).append((spec.bytes(matrix.shape, dtype), product, lookup))
+        if progress is not None:
+            progress(len(dense))
+    return Timer(rows, dense, {key: sorted(points) for key, points in measured.items()})
+
+
+def _spaced(specs: Sequence[Structure], shape: Shape, dtype: torch.dtype) -> list[Structure]:
+    """A few of them, in equal steps of bytes."""
+    ordered = sorted(specs, key=lambda spec: spec.bytes(shape, dtype))
+    sizes = [spec.bytes(shape, dtype) for spec in ordered]
+    wanted = numpy.linspace(sizes[0], sizes[-1], SIZES)
+    places = {min(bisect.bisect_left(sizes, math.floor(size)), len(sizes) - 1) for size in wanted}
+    return [ordered[place] for place in sorted(places)]
+
+
+def _race(
+    shape: Shape,
+    dtype: torch.dtype,
+    specs: Sequence[Structure],
+    device: torch.device,
+    rows: int,
+    wanted: tuple[bool, bool],
+) -> list[tuple[float, float]]:
+    """Milliseconds of a product and of look-ups, those that are wanted: of the dense matrix, and of each spec."""
+    x = torch.randn(rows, shape[1], device=device, dtype=dtype)
+    index = torch.randint(shape[0], (rows,), device=device)
+    weight = torch.randn(shape, device=device, dtype=dtype)
+    runs: list[tuple[Callable[[], Tensor], Callable[[], Tensor]]] = [
+        (lambda: torch.nn.functional.linear(x, weight), lambda: torch.nn.functional.embedding(index, weight))
+    ]
+    for spec in specs:
+        factors = new_factors(spec, shape, device, dtype)
+        spec.initialize(factors, 1.0)
+        runs.append(
+            (
+                lambda spec=spec, factors=factors: spec.matmul(shape, factors, x),
+                lambda spec=spec, factors=factors: spec.rows(shape, factors, index),
+            )
+        )
+    times: list[tuple[list[float], list[float]]] = [([], []) for _ in runs]
+    with torch.inference_mode():
+        for _ in range(REPEATS):
+            for run, record in zip(runs, times, strict=True):
+                for place in (place for place in (0, 1) if wanted[place]):
+                    _synchronize(device)
+                    started = time.perf_counter()
+                    run[place]()
+                    _synchronize(device)
+                    record[place].append(1000 * (time.perf_counter() - started))
+    return [(min(products, default=0.0), min(lookups, default=0.0)) for products, lookups in times]
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

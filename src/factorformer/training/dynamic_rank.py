@@ -1,0 +1,438 @@
+"""Dynamic ranks: while a model is fine-tuned, the units of all its matrices compete for one budget.
+
+The idea is RankDyna's (Hua et al., Findings of EMNLP 2023): start from the general pre-trained model at full rank,
+lower the budget on the way, and let the singular groups of all matrices compete for it by their importance, so that
+one round of fine-tuning is compression and adaptation. What is known of it names no coefficients; those here are
+ours, found by the trials in `docs/log.md`. The same controller removes Kronecker terms and dictionary atoms.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import get_args
+
+import safetensors
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from factorformer.calibration import Batch, LayerStatistics
+from factorformer.errors import (
+    CheckpointError,
+    DataError,
+    FactorformerError,
+    MethodError,
+    ModelError,
+    one_of,
+)
+from factorformer.fits import fit_matrix, measure
+from factorformer.fitting import Metric
+from factorformer.nn import FactorizedMatrix, new_factors
+from factorformer.planning import Entry, Plan
+from factorformer.progress import Progress, silent
+from factorformer.recipes import default_method, get
+from factorformer.structures import LowRank, Structure, from_dict
+from factorformer.surgery import dense_weight, factorize
+from factorformer.training.importance import Importance, Score
+from factorformer.training.rank_history import RankHistory
+from factorformer.training.units import DenseUnits, FactorUnits, Units
+
+STATE = "dynamic_rank.safetensors"
+"""The file in a checkpoint that holds what the model and the optimizer do not: importance, groups, history."""
+
+ROOM = 1.25
+"""Structures other than low-rank begin as the largest that takes the bytes of the dense matrix over this."""
+
+
+@dataclasses.dataclass(frozen=True)
+class DynamicRankSettings:
+    """When and by what units are removed.
+
+    Args:
+        warmup: part of the training before the first removal.
+        final: part of the training after the last one.
+        interval: optimizer steps from one removal to the next.
+        sample: optimizer steps from one look at gradients to the next; there are none after the last removal.
+        score: what importance is, see `Importance`.
+        smoothing: what each look at gradients leaves of the average importance before it.
+        orthogonality: weight of a penalty on units of one matrix that point in the same direction, as gradient on the
+            factors beside that of the loss; 0 for none.
+    """
+
+    warmup: float = 0.1
+    final: float = 0.3
+    interval: int = 8
+    sample: int = 4
+    score: Score = "first_order"
+    smoothing: float = 0.85
+    orthogonality: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.score not in get_args(Score):
+            raise MethodError(f"unknown score {one_of(str(self.score), get_args(Score))}")
+        if self.warmup < 0 or self.final < 0 or not self.warmup + self.final < 1:
+            raise MethodError(f"warmup and final are parts of the training and leave some between them; got {self}")
+        if not (self.interval >= 1 and self.sample >= 1 and 0 <= self.smoothing < 1 and self.orthogonality >= 0):
+            raise MethodError(
+                f"interval and sample must be at least 1, smoothing from 0 to below 1, orthogonality not negative; "
+                f"got {self}"
+            )
+
+    def left(self, done: int, total: int) -> float:
+        """Part of the way from the full size to the budget that is still to go: 1 in warm-up, then cubic, 0 at last.
+
+        The schedule of AdaLoRA (Zhang et al., ICLR 2023), which RankDyna's is said to be like.
+
+        >>> [DynamicRankSettings(warmup=0.2, final=0.4).left(step, 10) for step in (2, 4, 6, 8)]
+        [1.0, 0.125, 0.0, 0.0]
+        """
+        start, end = self.warmup * total, (1 - self.final) * total
+        return min(max((end - done) / (end - start), 0.0), 1.0) ** 3
+
+
+class DynamicRank:
+    """Shrinks the matrices of a model, and the optimizer's state of them, while any loop trains it.
+
+    Where a plain loop has `optimizer.step()`, it has
+
+        ranks.before_step(done, total)            # after backward(), reads gradients
+        optimizer.step()
+        ranks.after_step(done + 1, total, optimizer)
+
+    and `ranks.finish()` at the end. Matrices become low-rank as soon as that makes them smaller, and each removal makes
+    new, smaller parameters, which the optimizer holds from then on: look them up again rather than to keep them. Every
+    matrix keeps at least one unit (atoms: two), so none ever ends at rank 0.
+
+    In data-parallel training, gradients of these matrices are averaged over all processes as soon as they are there,
+    without help of `DistributedDataParallel`, which cannot follow parameters that change; build this object before the
+    model is wrapped. Sharded parameters (FSDP, DeepSpeed ZeRO-3) are not supported.
+
+    Args:
+        model: dense, changed in place.
+        plan: which matrices, and the bytes that they may take together in the end; their sizes in the plan count for
+            nothing else. Its method decides about the structure and the metric of the start.
+        calibration: batches of keyword arguments for the model, if the method needs them.
+        settings: when and by what units are removed.
+        resume_from: directory of a checkpoint that `save` was called on, to go on from there: shapes are those of
+            then, and the values of tensors are for the caller to load. No calibration is needed.
+        changed: called with the model after matrices became smaller, and at the end.
+        progress: told how far calibration and fits are.
+
+    Raises:
+        DataError: the method needs calibration data that was not given.
+        ModelError: a matrix of the plan is not in the model, frozen, or not finite.
+        CheckpointError: `resume_from` is no such checkpoint, or one of another model.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        plan: Plan,
+        calibration: Iterable[Batch] | None = None,
+        settings: DynamicRankSettings | None = None,
+        *,
+        resume_from: str | os.PathLike[str] | None = None,
+        changed: Callable[[nn.Module], None] | None = None,
+        progress: Progress = silent,
+    ) -> None:
+        self.model, self.settings, self.changed = model, settings or DynamicRankSettings(), changed
+        self.budget = sum(entry.compressed.bytes for entry in plan.factorized)
+        self.finished = False
+        self._hooks: list[torch.utils.hooks.RemovableHandle] = []
+        for entry in plan.factorized:
+            _check(model, entry)
+        if resume_from is None:
+            self.units = _start(model, plan, calibration, self.settings, progress)
+        else:
+            self.units = self._restored(plan, Path(resume_from))
+        self.fewest = [_fewest(units.full) for units in self.units]
+        if resume_from is None:
+            self.history = RankHistory(
+                [units.matrix.name for units in self.units],
+                [units.full.kind for units in self.units],
+                [units.full.units for units in self.units],
+            )
+        self._synchronize()
+
+    def holds(self, module: nn.Module) -> bool:
+        """Whether a layer of the model is one of those that shrink."""
+        names = {name for units in self.units for name in (units.matrix.name, *units.matrix.aliases)}
+        return any(self.model.get_submodule(name) is module for name in names)
+
+    def before_step(self, done: int, total: int) -> None:
+        """Look at the gradients, after `backward()` and before `optimizer.step()`.
+
+        Args:
+            done: optimizer steps before this one.
+            total: optimizer steps of the whole training.
+        """
+        if self.settings.orthogonality > 0:
+            for units in self.units:
+                if isinstance(units, FactorUnits):
+                    units.repel(self.settings.orthogonality)
+        if not self.finished and done % self.settings.sample == 0:
+            for units in self.units:
+                if units.ready:
+                    units.importance.update(units.products())
+
+    def after_step(self, done: int, total: int, optimizer: Optimizer | None) -> None:
+        """Remove units if it is time, after `optimizer.step()`.
+
+        Args:
+            done: optimizer steps so far, at least 1.
+            total: optimizer steps of the whole training.
+            optimizer: whose parameters and state shrink as well.
+
+        Raises:
+            ModelError: no gradients were seen, or the optimizer does not hold the model's parameters.
+        """
+        if self.finished:
+            return
+        left = self.settings.left(done, total)
+        if left == 0 or (left < 1 and done % self.settings.interval == 0):
+            self._shrink(left, done, optimizer)
+
+    def finish(self, optimizer: Optimizer | None = None) -> None:
+        """End the training: the budget is met, if it was not yet, and nothing of this object acts on the model."""
+        if not self.finished and any(units.importance.averages for units in self.units):
+            self._shrink(0.0, self.history.steps[-1] + 1 if self.history.steps else 0, optimizer)
+        self.detach()
+
+    def detach(self) -> None:
+        """Let go of the model as it is, whether the budget is met or not."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+        self.model.__dict__.pop("_ddp_params_and_buffers_to_ignore", None)
+        self._tell()
+
+    def save(self, directory: str | os.PathLike[str]) -> None:
+        """Write into a checkpoint what is needed to resume, and the history of ranks beside it."""
+        tensors: dict[str, Tensor] = {}
+        for units in self.units:
+            name = units.matrix.name
+            tensors |= {f"{name}:{key}": t for key, t in units.importance.state_dict().items()}
+            if isinstance(units, DenseUnits):
+                tensors |= {f"{name}:basis": units.basis, f"{name}:dual": units.dual}
+        description = {
+            "finished": self.finished,
+            "history": self.history.to_dict(),
+            "full": [units.full.to_dict() for units in self.units],
+            "count": [units.count for units in self.units],
+        }
+        path = Path(directory) / STATE
+        partial = path.with_name(f".{STATE}.partial")
+        save_file(
+            {n: t.detach().cpu().contiguous() for n, t in tensors.items()}, partial, {"ranks": json.dumps(description)}
+        )
+        partial.replace(path)
+        self.history.save(directory)
+
+    def _restored(self, plan: Plan, directory: Path) -> list[Units]:
+        path = directory / STATE
+        try:
+            with safetensors.safe_open(path, "pt") as file:
+                description = json.loads((file.metadata() or {})["ranks"])
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            self.history = RankHistory.from_dict(description["history"], f"'{path}'")
+            self.finished = description["finished"]
+            full = [from_dict(spec) for spec in description["full"]]
+            counts = description["count"]
+        except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
+            raise CheckpointError(f"cannot resume dynamic ranks from '{directory}': {error}") from error
+        names = [entry.matrix.name for entry in plan.factorized]
+        if self.history.layers != names or not len(full) == len(counts) == len(names):
+            raise CheckpointError(f"'{path}' is of a training of other matrices than those of the plan")
+        result: list[Units] = []
+        for entry, spec, count in zip(plan.factorized, full, counts, strict=True):
+            name = entry.matrix.name
+            own = {key.removeprefix(f"{name}:"): t for key, t in tensors.items() if key.startswith(f"{name}:")}
+            weight = dense_weight(self.model.get_submodule(name))
+            importance = Importance(self.settings.score, self.settings.smoothing)
+            groups = [own.pop(key, None) for key in ("basis", "dual")]
+            importance.load_state_dict({key: t.to(weight.device) for key, t in own.items()})
+            if groups[0] is not None and groups[1] is not None:
+                basis, dual = (t.to(weight) for t in groups if t is not None)
+                result.append(DenseUnits(self.model, entry.matrix, importance, basis, dual))
+                continue
+            smaller = spec.with_units(count)
+            factors = new_factors(smaller, entry.matrix.shape, weight.device, weight.dtype)
+            with torch.no_grad():
+                smaller.initialize(factors, 1.0)
+            factorize(self.model, entry.matrix, smaller, factors)
+            result.append(FactorUnits(self.model, entry.matrix, spec, importance))
+        self._tell()
+        return result
+
+    def _shrink(self, left: float, step: int, optimizer: Optimizer | None) -> None:
+        """Remove what does not fit the budget of now; `left` is the part of the way that is still to go."""
+        before = [units.count for units in self.units]
+        scores = self._scores()
+        for place, kept in enumerate(self._compete(scores, left)):
+            if len(kept) < self.units[place].count:
+                self.units[place] = self.units[place].keep(kept, optimizer)
+                scores[place] = scores[place][kept]
+        self.finished = left == 0
+        counts = [units.count for units in self.units]
+        self.history.add(step, counts, [float(score.mean()) for score in scores])
+        if counts != before:
+            self._synchronize()
+            self._tell()
+
+    def _scores(self) -> list[Tensor]:
+        if not any(units.importance.averages for units in self.units):
+            raise ModelError(
+                "units cannot be compared: no gradients were seen; call before_step between backward() and "
+                "optimizer.step()"
+            )
+        scores = [
+            units.importance.scores() if units.importance.averages else torch.zeros(units.count) for units in self.units
+        ]
+        if _processes() > 1:  # all have the same gradients, but a last bit must not make them differ
+            joined = torch.cat([score.to(scores[0]) for score in scores])
+            torch.distributed.broadcast(joined, 0)
+            scores = list(joined.split([len(score) for score in scores]))
+        return scores
+
+    def _compete(self, scores: list[Tensor], left: float) -> list[Tensor]:
+        """The units that each matrix keeps: those of the highest importance per byte in all matrices together.
+
+        While matrices are above their break-even rank, removing a unit frees no bytes. The way down is therefore
+        measured in bytes of units, from the full rank of everything to what the units cost that meet the budget.
+        """
+        bytes_of = [units.unit_bytes() for units in self.units]
+        density = torch.cat([score.cpu().double() / size for score, size in zip(scores, bytes_of, strict=True)])
+        owner = torch.cat([torch.full((len(score),), place) for place, score in enumerate(scores)])
+        first = 0
+        for score, fewest in zip(scores, self.fewest, strict=True):
+            best = score.cpu().topk(fewest).indices
+            density[first + best] = float("inf")
+            first += len(score)
+        order = density.argsort(descending=True, stable=True)
+        owner = owner[order]
+
+        def counts(number: int) -> list[int]:
+            return owner[:number].bincount(minlength=len(self.units)).tolist()
+
+        def stored(number: int) -> int:
+            return sum(units.bytes(count) for units, count in zip(self.units, counts(number), strict=True))
+
+        low, high = sum(self.fewest), len(order)
+        while low < high:
+            middle = (low + high + 1) // 2
+            low, high = (middle, high) if stored(middle) <= self.budget else (low, middle - 1)
+        number = low
+        if left > 0:
+            sizes = torch.tensor(bytes_of, dtype=torch.float64)
+            whole = sum(units.full.units * size for units, size in zip(self.units, bytes_of, strict=True))
+            spent = sizes[owner].cumsum(0)
+            allowed = spent[number - 1] + (whole - spent[number - 1]) * left
+            number = max(number, int(torch.searchsorted(spent, allowed, right=True)))
+        chosen = torch.zeros(len(order), dtype=torch.bool)
+        chosen[order[:number]] = True
+        masks = chosen.split([len(score) for score in scores])
+        return [mask.nonzero()[:, 0].to(score.device) for mask, score in zip(masks, scores, strict=True)]
+
+    def _tell(self) -> None:
+        if self.changed is not None:
+            self.changed(self.model)
+
+    def _synchronize(self) -> None:
+        """Average gradients over processes, and keep `DistributedDataParallel` from it."""
+        ignored: list[str] = []
+        for units in self.units:
+            for name in (units.matrix.name, *units.matrix.aliases):
+                ignored += [f"{name}.{key}" for key in self.model.get_submodule(name).state_dict() if key != "bias"]
+        self.model.__dict__["_ddp_params_and_buffers_to_ignore"] = ignored
+        for hook in self._hooks:
+            hook.remove()
+        parameters = [parameter for units in self.units for parameter in units.parameters]
+        self._hooks = [parameter.register_post_accumulate_grad_hook(_average) for parameter in parameters]
+
+
+def _average(parameter: Tensor) -> None:
+    """The mean over processes; of a mean of earlier batches, which accumulate, it is that mean again."""
+    if _processes() > 1 and parameter.grad is not None:
+        torch.distributed.all_reduce(parameter.grad)
+        parameter.grad /= _processes()
+
+
+def _processes() -> int:
+    distributed = torch.distributed
+    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
+
+
+def _check(model: nn.Module, entry: Entry) -> None:
+    name = entry.matrix.name
+    try:
+        module = model.get_submodule(name)
+    except AttributeError:
+        raise ModelError(f"the plan does not fit the model: it has no matrix '{name}'") from None
+    if isinstance(module, FactorizedMatrix):
+        raise ModelError(f"layer '{name}' is factorized already: dynamic ranks start from the dense model")
+    if not module.get_parameter("weight").requires_grad:
+        raise ModelError(f"layer '{name}' is frozen, so nothing can be known of its importance: exclude or unfreeze it")
+    if entry.shares is not None:
+        raise ModelError(f"layer '{name}' is to share factors, which dynamic ranks cannot: plan without sharing")
+
+
+def _start(
+    model: nn.Module,
+    plan: Plan,
+    calibration: Iterable[Batch] | None,
+    settings: DynamicRankSettings,
+    progress: Progress,
+) -> list[Units]:
+    """All matrices at full rank, or at the largest size of their structure."""
+    method = plan.method or default_method(calibrated=calibration is not None)
+    recipe, names = get(method), [entry.matrix.name for entry in plan.factorized]
+    statistics: dict[str, LayerStatistics] = {}
+    if recipe.metric != "plain":
+        if calibration is None:
+            raise DataError(f"method '{method}' needs calibration data ({recipe.needs}): pass calibration batches")
+        statistics = measure(model, names, recipe, calibration, progress)
+    result: list[Units] = []
+    fitted: list[tuple[Entry, Structure, dict[str, Tensor]]] = []
+    for done, entry in enumerate(plan.factorized):
+        name, matrix = entry.matrix.name, entry.matrix
+        importance = Importance(settings.score, settings.smoothing)
+        if isinstance(entry.spec, LowRank):
+            try:
+                weight = dense_weight(model.get_submodule(name))
+                result.append(DenseUnits.of(model, matrix, importance, weight, Metric.of(statistics.get(name))))
+            except FactorformerError as error:
+                raise type(error)(f"layer '{name}': {error}") from error
+        else:
+            assert entry.spec is not None
+            full = _largest(entry)
+            fitted.append((entry, full, fit_matrix(model, name, full, statistics)[0]))
+            result.append(FactorUnits(model, matrix, full, importance))
+        progress("fit", done + 1, len(names))
+    for entry, full, factors in fitted:  # only when all are fitted: an error leaves the model as it was
+        factorize(model, entry.matrix, full, factors)
+    return result
+
+
+def _largest(entry: Entry) -> Structure:
+    """The largest of the sizes that planners try that leaves room below the dense matrix."""
+    assert entry.spec is not None
+    matrix, dtype = entry.matrix, getattr(torch, entry.matrix.dtype)
+    most = matrix.cost(None).bytes / ROOM
+    fitting = [s for s in entry.spec.candidates(matrix.shape, dtype) if s.bytes(matrix.shape, dtype) <= most]
+    return fitting[-1] if fitting else entry.spec
+
+
+def _fewest(full: Structure) -> int:
+    """The least number of units that a matrix can have."""
+    for count in (1, 2):
+        try:
+            full.with_units(count)
+            return count
+        except ModelError:
+            continue
+    return full.units

@@ -1,0 +1,273 @@
+"""A matrix as a sum of units that can be removed while an optimizer trains it."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from transformers.pytorch_utils import Conv1D
+
+from factorformer.errors import ModelError
+from factorformer.fitting import Metric
+from factorformer.linalg import leading_eigenvectors
+from factorformer.nn import FactorizedMatrix
+from factorformer.planning import Matrix
+from factorformer.structures import LowRank, Structure, largest_rank
+from factorformer.surgery import factorize
+from factorformer.training.importance import Importance
+from factorformer.training.optimizer_state import SQUARED, State, bare, converted, linear, substitute
+
+
+class Units(ABC):
+    """One matrix of a model in training, its remaining units, and what is known of their importance.
+
+    Args:
+        model: that holds it.
+        matrix: which one.
+        full: the structure with all units; smaller ones are `full.with_units(n)`.
+        importance: moving averages, empty at first.
+    """
+
+    def __init__(self, model: nn.Module, matrix: Matrix, full: Structure, importance: Importance) -> None:
+        self.model, self.matrix, self.full, self.importance = model, matrix, full, importance
+        self.dtype: torch.dtype = getattr(torch, matrix.dtype)
+
+    @property
+    @abstractmethod
+    def count(self) -> int:
+        """How many units remain."""
+
+    @property
+    @abstractmethod
+    def parameters(self) -> list[nn.Parameter]:
+        """What is trained now."""
+
+    @property
+    @abstractmethod
+    def ready(self) -> bool:
+        """Whether gradients are there."""
+
+    @abstractmethod
+    def products(self) -> dict[str, Float[Tensor, "units entries"]]:
+        """Parameters times gradients, for each factor; see `Importance`."""
+
+    @abstractmethod
+    def keep(self, kept: Int[Tensor, " units"], optimizer: Optimizer | None) -> Units:
+        """Remove all units but these, also from the optimizer; returns what stands for the matrix from then on."""
+
+    def unit_bytes(self) -> float:
+        """Bytes of one unit, on average."""
+        return self.full.bytes(self.matrix.shape, self.dtype) / self.full.units
+
+    def bytes(self, count: int) -> int:
+        """Stored bytes of the matrix with so many units."""
+        return self.full.with_units(count).bytes(self.matrix.shape, self.dtype)
+
+
+class FactorUnits(Units):
+    """A matrix whose factors are trained; a unit is a slice of each of them."""
+
+    @property
+    def module(self) -> FactorizedMatrix:
+        """The layer; others that are tied to it hold the same factors."""
+        module = self.model.get_submodule(self.matrix.name)
+        assert isinstance(module, FactorizedMatrix)
+        return module
+
+    @property
+    def _values(self) -> dict[str, nn.Parameter]:
+        module = self.module
+        return {name: factor for name, factor in module.factors.items() if isinstance(factor, nn.Parameter)}
+
+    @property
+    def count(self) -> int:
+        return self.module.spec.units
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        return list(self._values.values())
+
+    @property
+    def ready(self) -> bool:
+        return all(parameter.grad is not None for parameter in self.parameters)
+
+    @torch.no_grad()
+    def products(self) -> dict[str, Tensor]:
+        module = self.module
+        values = {name: p * p.grad for name, p in self._values.items() if p.grad is not None}
+        return module.spec.by_unit(module.factors, values)
+
+    @torch.no_grad()
+    def keep(self, kept: Tensor, optimizer: Optimizer | None) -> FactorUnits:
+        module = self.module
+        old, selection = self._values, module.spec.select(module.factors, kept, self.full.with_units(len(kept)))
+        module.keep(selection)
+        for name in self.matrix.aliases:
+            tied = self.model.get_submodule(name)
+            assert isinstance(tied, FactorizedMatrix)
+            tied._adopt(module.spec, module.factors)
+        if optimizer is not None:
+            optimizer = bare(optimizer)
+            for name, parameter in old.items():
+                cut = selection.cut[name]
+                state = converted(optimizer.state.get(parameter, {}), parameter, lambda _, t, cut=cut: cut(t).clone())
+                substitute(optimizer, parameter, [self._values[name]], [state])
+        self.importance.keep(kept)
+        return self
+
+    def repel(self, weight: float) -> None:
+        """Add the gradient of `weight * sum ||R R^T - I||_F^2` over factors, with `R` their units at unit length."""
+        module, values = self.module, self._values
+        leaves = {name: p.detach().requires_grad_() for name, p in values.items()}
+        with torch.enable_grad():
+            penalty = torch.zeros((), device=next(iter(leaves.values())).device)
+            for rows in module.spec.by_unit(module.factors, leaves).values():
+                unit = rows / rows.norm(dim=1, keepdim=True).clamp_min(torch.finfo(rows.dtype).tiny)
+                penalty = penalty + (unit @ unit.T).fill_diagonal_(0).square().sum()
+            gradients = torch.autograd.grad(weight * penalty, list(leaves.values()))
+        for parameter, gradient in zip(values.values(), gradients, strict=True):
+            if parameter.grad is not None:
+                parameter.grad += gradient
+
+
+class DenseUnits(Units):
+    """A dense matrix, trained as it is, as the sum of its singular groups.
+
+    With `T` the matrix or its transpose, whichever is wider than tall, and a fixed `basis` of which `dual` is the left
+    inverse, `T = sum_i basis_i (dual_i T)` whatever training does to `T`. At the start the groups are the singular
+    groups `s_i u_i v_i^T` of the weight under the metric. The first-order importance of a group is
+    `basis_i^T G (dual_i T)^T` with `G = dL/dT`, which at the start is `s_i dL/ds_i`.
+
+    Above the break-even rank factors would cost more than the matrix, in bytes and in time, and their optimizer too.
+    So removing a group there takes it out of `T` and of linear states of the optimizer, and below the matrix is
+    replaced by its factors, of equal norm for each group. Averages of gradients are then carried over exactly, for they
+    are linear in the gradient, and averages of their squares as if entries were independent.
+
+    Args:
+        model, matrix, importance: as for `Units`.
+        basis: `(short, units)`.
+        dual: `(units, short)`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        matrix: Matrix,
+        importance: Importance,
+        basis: Float[Tensor, "short units"],
+        dual: Float[Tensor, "units short"],
+    ) -> None:
+        super().__init__(model, matrix, LowRank(min(matrix.shape)), importance)
+        self.basis, self.dual = basis, dual
+        self.tall = matrix.shape[0] > matrix.shape[1]
+        self.turned = self.tall != isinstance(model.get_submodule(matrix.name), Conv1D)
+
+    @classmethod
+    def of(cls, model: nn.Module, matrix: Matrix, importance: Importance, weight: Tensor, metric: Metric) -> DenseUnits:
+        """The groups of the singular value decomposition under a metric.
+
+        Args:
+            model, matrix, importance: as for `Units`.
+            weight: `(out, in)`.
+            metric: `||R (W - W') L||_F`.
+
+        Raises:
+            ModelError: the weight holds NaN or infinite values.
+        """
+        scaled = metric.apply(weight).double()
+        scale = scaled.abs().amax()
+        if not torch.isfinite(scale):
+            raise ModelError("the matrix holds NaN or infinite values")
+        scaled = scaled / scale.clamp_min(torch.finfo(scaled.dtype).tiny)
+        if weight.shape[0] <= weight.shape[1]:
+            vectors, _ = leading_eigenvectors(scaled @ scaled.T, weight.shape[0])
+            rows = torch.ones_like(vectors[:, :1]) if metric.rows is None else metric.rows.to(vectors)[:, None]
+            basis, dual = vectors / rows, (vectors * rows).T
+        else:
+            vectors, _ = leading_eigenvectors(scaled.T @ scaled, weight.shape[1])
+            basis, dual = vectors, vectors.T
+            if metric.columns is not None:
+                root = metric.columns.to(vectors)
+                basis, dual = torch.linalg.solve_triangular(root.T, vectors, upper=True), vectors.T @ root.T
+        return cls(model, matrix, importance, basis.to(weight.dtype), dual.to(weight.dtype).contiguous())
+
+    @property
+    def weight(self) -> nn.Parameter:
+        """What is trained."""
+        return self.model.get_submodule(self.matrix.name).get_parameter("weight")
+
+    @property
+    def count(self) -> int:
+        return len(self.dual)
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        return [self.weight]
+
+    @property
+    def ready(self) -> bool:
+        return self.weight.grad is not None
+
+    def bytes(self, count: int) -> int:
+        return min(super().bytes(count), self.matrix.cost(None).bytes)
+
+    def _turn(self, tensor: Tensor) -> Float[Tensor, "short long"]:
+        return tensor.T if self.turned else tensor
+
+    @torch.no_grad()
+    def products(self) -> dict[str, Tensor]:
+        weight, gradient = self._turn(self.weight), self.weight.grad
+        assert gradient is not None
+        gradient = self._turn(gradient)
+        if self.importance.whole:
+            return {"weight": (self.dual @ (weight @ gradient.T)) * self.basis.T}
+        moving = self.dual @ weight
+        names = ("right", "weight") if self.tall else ("weight", "right")
+        products = (gradient @ moving.T * self.basis).T, moving * (self.basis.T @ gradient)
+        return dict(zip(names, products, strict=True))
+
+    @torch.no_grad()
+    def keep(self, kept: Tensor, optimizer: Optimizer | None) -> Units:
+        gone = torch.ones(self.count, dtype=torch.bool, device=kept.device)
+        gone[kept] = False
+        lost, lost_dual = self.basis[:, gone], self.dual[gone]
+        self.basis, self.dual = self.basis[:, kept].contiguous(), self.dual[kept]
+        self.importance.keep(kept)
+        optimizer = None if optimizer is None else bare(optimizer)
+        state = {} if optimizer is None else optimizer.state.get(self.weight, {})
+        if self.count > largest_rank(self.matrix.shape):
+            for tensor in (self.weight.data, *linear(state, self.weight)):
+                turned = self._turn(tensor)
+                turned.sub_(lost @ (lost_dual @ turned))
+            return self
+        weight = self.weight
+        first, second = self.basis, self.dual @ self._turn(weight)
+        # Factors of equal norm learn at equal speed.
+        tiny = torch.finfo(first.dtype).tiny
+        balance = (second.norm(dim=1).clamp_min(tiny) / first.norm(dim=0).clamp_min(tiny)).sqrt()
+        first, second = first * balance, second / balance[:, None]
+        states = self._carried(weight, state, first, second)
+        pair = (second.T, first.T) if self.tall else (first, second)
+        factors = {"weight": pair[0].contiguous(), "right": pair[1].contiguous()}
+        factorize(self.model, self.matrix, LowRank(self.count), factors)
+        units = FactorUnits(self.model, self.matrix, self.full, self.importance)
+        if optimizer is not None:
+            substitute(optimizer, weight, units.parameters, states[::-1] if self.tall else states)
+        return units
+
+    def _carried(self, weight: Tensor, state: State, first: Tensor, second: Tensor) -> list[State]:
+        """States of the first and the second factor from that of their product."""
+
+        def placed(tensor: Tensor) -> Tensor:
+            return (tensor.T if self.tall else tensor).contiguous()
+
+        def to_first(name: str, tensor: Tensor) -> Tensor:
+            return placed(self._turn(tensor) @ (second.square() if name in SQUARED else second).T)
+
+        def to_second(name: str, tensor: Tensor) -> Tensor:
+            return placed((first.square() if name in SQUARED else first).T @ self._turn(tensor))
+
+        return [converted(state, weight, to_first), converted(state, weight, to_second)]

@@ -1,0 +1,91 @@
+"""Plans by loss on the command line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import factorformer
+
+Content = dict[str, Any]
+
+
+def content_of(done: Any) -> Content:
+    assert done.exit_code == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_a_plan_by_loss_predicts_its_error(run: Any, base: Path, tables: Path, tmp_path: Path) -> None:
+    file = tmp_path / "plan.json"
+    options = ("--method", "auto", "--ratio", 2, "--calibration", tables / "texts.txt", "--calibration-rows", 16)
+    planned = content_of(run("plan", base, *options, "--output", file, "--json"))
+    assert planned["bytes"]["ratio"] == pytest.approx(2, rel=0.01)
+    assert planned["metrics"]["predicted_error"] > 0
+    assert planned["metrics"]["predicted_error"] == factorformer.Plan.load(file).predicted
+    assert all("sensitivity" in layer["note"] for layer in planned["layers"])
+    table = run("plan", base, *options)
+    assert "predicted error" in table.stdout
+    # Carried out as it is, and made anew by `compress` from the same text.
+    text = ("--calibration", tables / "texts.txt", "--calibration-rows", 16, "--json")
+    carried = content_of(run("compress", base, tmp_path / "small", "--plan", file, *text))
+    assert carried["bytes"] == planned["bytes"]
+    assert carried["metrics"]["predicted_error"] == planned["metrics"]["predicted_error"]
+    assert factorformer.load(tmp_path / "small").config.quantization_config is not None
+    anew = content_of(run("compress", base, tmp_path / "anew", "--method", "auto", "--ratio", 2, *text))
+    assert anew["method"] == "auto"
+    assert anew["bytes"]["ratio"] == pytest.approx(2, rel=0.01)
+
+
+def test_a_plan_by_loss_needs_no_text(run: Any, base: Path) -> None:
+    for method in ("auto", "whitened_by_loss"):
+        planned = content_of(run("plan", base, "--method", method, "--ratio", 2, "--json"))
+        assert planned["metrics"]["predicted_error"] > 0
+    assert content_of(run("plan", base, "--ratio", 2, "--json"))["metrics"] == {}  # a uniform plan predicts nothing
+    done = run("plan", base, "--ratio", 2, "--text", "text")
+    assert "--text is not used" in done.stderr
+
+
+def test_labelled_tables_are_read_as_text(run: Any, trained: Path, tables: Path, tmp_path: Path) -> None:
+    options = ("--method", "whitened_by_loss", "--ratio", 2, "--calibration", tables / "train.tsv")
+    assert content_of(run("plan", trained, *options, "--json"))["metrics"]["predicted_error"] > 0
+    training = ("--train", tables / "train.tsv", "--label", "label", "--epochs", 1, "--json")
+    content = content_of(run("compress", trained, tmp_path / "small", "--method", "auto", "--ratio", 2, *training))
+    assert content["metrics"]["predicted_error"] > 0
+
+
+def test_other_budgets(run: Any, base: Path, tables: Path, tmp_path: Path) -> None:
+    options = ("--method", "auto", "--ratio", 2, "--budget", "flops", "--json")
+    planned = content_of(run("plan", base, *options))
+    assert planned["flops_per_token"]["ratio"] == pytest.approx(2, rel=0.01)
+    text = ("--calibration", tables / "texts.txt")
+    content = content_of(run("compress", base, tmp_path / "small", *options, *text))
+    assert content["flops_per_token"]["ratio"] == pytest.approx(2, rel=0.01)
+    timed = content_of(run("plan", base, "--method", "auto", "--ratio", 1, "--budget", "milliseconds", "--json"))
+    assert timed["metrics"]["latency_products"] <= timed["metrics"]["original_latency_products"] * 1.01
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["plan", "--method", "svd", "--budget", "flops"], "a budget in flops needs a method"),
+        (["plan", "--method", "auto", "--calibration", "nothing.txt"], "no such data file"),
+        (["plan", "--method", "auto", "--calibration", "train.jsonl", "--text", "txt"], "has no column 'txt'"),
+        (["plan", "--method", "auto", "--calibration", "long.txt"], "holds a text of 42 tokens"),
+        (["plan", "--method", "auto", "--ratio", "1000"], "ask for at most"),
+        (["plan", "--method", "auto", "--share", "inputs"], "'auto' makes any matrices"),
+        (["compress", "--method", "auto"], "method 'auto' needs text to measure on"),
+        (["compress", "--plan", "plan.json", "--budget", "flops"], "leave these options out"),
+    ],
+)
+def test_mistakes_are_one_line(
+    options: list[str], message: str, run: Any, base: Path, tables: Path, tmp_path: Path
+) -> None:
+    command, *rest = (str(tables / o) if o.endswith((".txt", ".jsonl")) else o for o in options)
+    places = [base] if command == "plan" else [base, tmp_path / "small"]
+    done = run(command, *places, *rest)
+    assert done.exit_code == 2
+    assert message in done.stderr.replace("\n", " ")
+    assert not (tmp_path / "small").exists()

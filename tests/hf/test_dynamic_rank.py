@@ -1,0 +1,152 @@
+"""Dynamic ranks under the `Trainer`: accumulation, bfloat16, interrupted runs, two processes."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+import torch
+import transformers as tf
+from tests import tiny
+from tests.hf.dynamic_rank_worker import build, trainer
+from tests.hf.straight_through_worker import examples
+from torch import Tensor
+
+import factorformer
+from factorformer.errors import ModelError
+from factorformer.hf.training import TrainingSettings, train
+from factorformer.nn import FactorizedMatrix
+from factorformer.report import inventory
+from factorformer.training.dynamic_rank import DynamicRank, DynamicRankSettings
+from factorformer.training.rank_history import RankHistory
+
+ROOT = Path(__file__).resolve().parents[2]
+METHODS = ["rankdyna", "dynamic_kronecker", "dynamic_dense_sparse"]
+
+
+def assert_equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
+    assert one.keys() == other.keys()
+    for name, tensor in one.items():
+        assert torch.equal(tensor, other[name]), name
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"gradient_accumulation_steps": 2, "bf16": True, "num_train_epochs": 6}],
+    ids=["plain", "accumulated-bf16"],
+)
+def test_an_interrupted_run_ends_where_a_whole_one_does(tmp_path: Path, method: str, options: dict[str, Any]) -> None:
+    """The checkpoint is taken between two removals."""
+    whole, ranks = build(method)
+    trainer(whole, ranks, tmp_path / "whole", save_steps=5, **options).train()
+    checkpoint = tmp_path / "whole" / "checkpoint-5"
+    assert [step for step in ranks.history.steps if step < 5]
+    assert [step for step in ranks.history.steps if step > 5]
+    again, resumed = build(method, checkpoint)
+    trainer(again, resumed, tmp_path / "again", save_steps=50, **options).train(resume_from_checkpoint=str(checkpoint))
+    assert_equal(whole.state_dict(), again.state_dict())
+    assert resumed.history == ranks.history
+
+
+def test_the_result_is_an_ordinary_model_within_the_budget(tmp_path: Path) -> None:
+    model, ranks = build("rankdyna")
+    running = trainer(model, ranks, tmp_path / "run", save_steps=5)
+    running.train()
+    found = inventory(model)
+    assert found.ratio == pytest.approx(3, rel=0.01)
+    model.save_pretrained(tmp_path / "saved")
+    loaded = factorformer.load(tmp_path / "saved")
+    assert_equal(model.state_dict(), loaded.state_dict())
+    assert inventory(loaded).entries == found.entries
+    held = {id(p) for group in running.optimizer.param_groups for p in group["params"]}
+    assert held == {id(p) for p in model.parameters()}
+    history = RankHistory.load(tmp_path / "run" / "checkpoint-12")
+    assert history == ranks.history
+    assert [units.count for units in ranks.units] == history.final
+
+
+def test_a_checkpoint_on_the_way_loads_as_a_model(tmp_path: Path) -> None:
+    """Some matrices are factorized by then, others are dense still."""
+    model, ranks = build("rankdyna")
+    trainer(model, ranks, tmp_path, save_steps=4).train()
+    loaded = factorformer.load(tmp_path / "checkpoint-4")
+    linear = [module for name, module in loaded.named_modules() if "layer." in name and hasattr(module, "in_features")]
+    assert len({isinstance(module, FactorizedMatrix) for module in linear}) == 2
+    assert torch.isfinite(loaded.eval()(**tiny.text()).logits).all()
+
+
+def test_two_processes_agree_with_one(tmp_path: Path) -> None:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+    worker = ROOT / "tests" / "hf" / "dynamic_rank_worker.py"
+    command = [*command, "--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0", str(worker), str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    first, second = (torch.load(tmp_path / f"rank-{rank}.pt", weights_only=True) for rank in (0, 1))
+    assert_equal(first["model"], second["model"])
+    assert first["history"] == second["history"]
+    # Two batches of four are one of eight, if gradients are averaged; Adam would make much of a last bit.
+    model, ranks = build("rankdyna", dropout=0.0)
+    trainer(model, ranks, tmp_path / "one", save_steps=50, optim="sgd").train()
+    assert ranks.history.ranks == first["history"]["ranks"]
+    for name, tensor in model.state_dict().items():
+        torch.testing.assert_close(first["model"][name], tensor, rtol=1e-3, atol=1e-4)
+
+
+def test_data_parallel_wrappers_leave_the_matrices_alone() -> None:
+    """They cannot follow parameters that change; when training is over, nothing of that is left on the model."""
+    model, ranks = build("rankdyna")
+    names = vars(model)["_ddp_params_and_buffers_to_ignore"]
+    ignored = {id(model.get_parameter(name)) for name in names}
+    assert ignored == {id(p) for units in ranks.units for p in units.parameters}
+    ranks.detach()
+    assert "_ddp_params_and_buffers_to_ignore" not in vars(model)
+
+
+@pytest.mark.parametrize("option", [{"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 50}])
+def test_options_under_which_ranks_cannot_change_are_refused(tmp_path: Path, option: dict[str, Any]) -> None:
+    model, ranks = build("rankdyna")
+    running = trainer(model, ranks, tmp_path, save_steps=50, **option)
+    with pytest.raises(ModelError, match="load_best_model_at_end would load tensors of other ranks"):
+        running.train()
+
+
+def rows() -> datasets.Dataset:
+    return datasets.Dataset.from_list([{key: value.tolist() for key, value in row.items()} for row in examples()])
+
+
+def test_embeddings_that_shrink_are_trained_though_others_stay_frozen(tokenizer: tf.PreTrainedTokenizerBase) -> None:
+    torch.manual_seed(0)
+    model = tf.BertForSequenceClassification(tf.BertConfig(**tiny._ENCODER, num_labels=3))
+    plan = factorformer.plan(model, "rankdyna_plain", 4, "all")
+    ranks = DynamicRank(model, plan, settings=DynamicRankSettings(interval=1, sample=1))
+    assert ranks.holds(model.get_input_embeddings())
+    train(model, tokenizer, rows(), TrainingSettings(epochs=3, batch_size=8), ranks=ranks)
+    assert isinstance(model.get_input_embeddings(), FactorizedMatrix)
+    assert inventory(model, "all").ratio == pytest.approx(plan.ratio, rel=0.02)
+
+
+def test_a_training_that_is_interrupted_leaves_a_model_that_can_be_saved(
+    tokenizer: tf.PreTrainedTokenizerBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, ranks = build("rankdyna")
+    shrink = DynamicRank._shrink
+
+    def interrupt(self: DynamicRank, left: float, *rest: Any) -> None:
+        if left < 0.3:
+            raise KeyboardInterrupt
+        shrink(self, left, *rest)
+
+    monkeypatch.setattr(DynamicRank, "_shrink", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        train(model, tokenizer, rows(), TrainingSettings(epochs=3, batch_size=8), ranks=ranks)
+    model.save_pretrained(tmp_path)
+    loaded = factorformer.load(tmp_path)
+    assert_equal(model.state_dict(), loaded.state_dict())
+    assert any(isinstance(module, FactorizedMatrix) for module in loaded.modules())

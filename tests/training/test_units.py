@@ -1,0 +1,330 @@
+"""Units of matrices: what they are, what they are worth, and how they leave a model and its optimizer."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from factorformer.calibration import InputMoment, LayerStatistics
+from factorformer.errors import ModelError
+from factorformer.fitting import Metric, fit
+from factorformer.nn import FactorizedLinear
+from factorformer.planning import Matrix
+from factorformer.structures import DenseSparse, KroneckerSum, LowRank, Structure
+from factorformer.surgery import dense_weight
+from factorformer.training.importance import Importance, Score
+from factorformer.training.optimizer_state import SQUARED
+from factorformer.training.units import DenseUnits, FactorUnits
+
+WIDE, TALL, SQUARE = (20, 28), (28, 20), (24, 24)
+SHAPES = [WIDE, TALL, SQUARE]
+FACTORIZED: list[tuple[Structure, tuple[int, int]]] = [
+    (LowRank(8), WIDE),
+    (KroneckerSum.of(SQUARE, 6), SQUARE),
+    (DenseSparse(12, 4), TALL),
+    (DenseSparse(12, 4, "columns"), WIDE),
+]
+
+
+def dense_model(shape: tuple[int, int], *, conv: bool = False) -> nn.Sequential:
+    torch.manual_seed(0)
+    if conv:
+        layer = Conv1D(shape[0], shape[1])
+        nn.init.normal_(layer.weight, std=0.3)
+        return nn.Sequential(layer).double()
+    return nn.Sequential(nn.Linear(shape[1], shape[0])).double()
+
+
+def metric_of(shape: tuple[int, int], kind: str) -> Metric:
+    torch.manual_seed(1)
+    rows = torch.randn(60, shape[1]) * torch.linspace(0.2, 3, shape[1])
+    moment = InputMoment((rows.T @ rows).double(), len(rows))
+    return {
+        "plain": Metric(),
+        "moment": Metric.of(LayerStatistics(moment)),
+        "rows": Metric.of(LayerStatistics(rows=torch.rand(shape[0]) + 0.1)),
+    }[kind]
+
+
+def dense_units(
+    shape: tuple[int, int], kind: str = "plain", score: Score = "first_order", *, conv: bool = False
+) -> tuple[nn.Sequential, DenseUnits]:
+    model = dense_model(shape, conv=conv)
+    matrix = Matrix("0", shape, "float64")
+    weight = dense_weight(model[0])
+    return model, DenseUnits.of(model, matrix, Importance(score, 0.5), weight, metric_of(shape, kind))
+
+
+def loss_of(model: nn.Module, shape: tuple[int, int]) -> Tensor:
+    draw = torch.Generator().manual_seed(2)
+    x = torch.randn(30, shape[1], generator=draw, dtype=torch.float64)
+    target = torch.randn(30, shape[0], generator=draw, dtype=torch.float64)
+    return (model(x) - target).square().sum()
+
+
+def groups(units: DenseUnits) -> list[Tensor]:
+    """The matrices, `(out, in)`, that a dense matrix is the sum of."""
+    weight = dense_weight(units.model.get_submodule("0"))
+    turned = weight.T if units.tall else weight
+    parts = [torch.outer(units.basis[:, i], units.dual[i] @ turned) for i in range(units.count)]
+    return [part.T if units.tall else part for part in parts]
+
+
+@pytest.mark.parametrize("conv", [False, True], ids=["linear", "conv1d"])
+@pytest.mark.parametrize("kind", ["plain", "moment", "rows"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_leading_groups_are_the_best_fit_of_their_rank(shape: tuple[int, int], kind: str, conv: bool) -> None:
+    _, units = dense_units(shape, kind, conv=conv)
+    weight, parts = dense_weight(units.model.get_submodule("0")), groups(units)
+    torch.testing.assert_close(torch.stack(parts).sum(0), weight)
+    best, _ = fit(weight, LowRank(5), metric_of(shape, kind))
+    torch.testing.assert_close(torch.stack(parts[:5]).sum(0), LowRank(5).to_dense(shape, best), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("conv", [False, True], ids=["linear", "conv1d"])
+@pytest.mark.parametrize("score", ["first_order", "element_wise"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_products_are_singular_values_times_their_gradients(shape: tuple[int, int], score: Score, conv: bool) -> None:
+    model, units = dense_units(shape, score=score, conv=conv)
+    loss_of(model, shape).backward()
+    left, values, right = torch.linalg.svd(dense_weight(model[0]), full_matrices=False)
+    values.requires_grad_()
+    replaced = copy.deepcopy(model)
+    weight = left @ torch.diag(values) @ right
+    loss = loss_of(lambda x: x @ weight.T + replaced[0].bias, shape)  # type: ignore[arg-type]
+    (gradient,) = torch.autograd.grad(loss, values)
+    for product in units.products().values():
+        torch.testing.assert_close(product.sum(1), values.detach() * gradient)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_element_wise_products_are_those_of_factors(shape: tuple[int, int]) -> None:
+    """The matrix written as factors has the same products of parameters and gradients, whatever their norms."""
+    model, units = dense_units(shape, "moment", "element_wise")
+    loss_of(model, shape).backward()
+    products = units.products()
+    assert units.keep(torch.arange(8), None) is not units
+    factors = model[0]
+    assert isinstance(factors, FactorizedLinear)
+    full = fit(dense_weight(dense_model(shape)[0]), LowRank(8), metric_of(shape, "moment"))[0]
+    torch.testing.assert_close(factors.to_dense(), LowRank(8).to_dense(shape, full), rtol=0, atol=1e-5)
+    # The loss at the full matrix, as a function of the leading eight groups.
+    rest = dense_weight(dense_model(shape)[0]) - factors.to_dense().detach()
+    bias = factors.bias
+    loss_of(lambda x: factors.matmul(x) + x @ rest.T + bias, shape).backward()  # type: ignore[arg-type]
+    for name, product in (
+        FactorUnits(model, units.matrix, units.full, Importance("element_wise", 0.5)).products().items()
+    ):
+        torch.testing.assert_close(products[name][:8], product)
+
+
+@pytest.mark.parametrize("conv", [False, True], ids=["linear", "conv1d"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_above_break_even_the_matrix_stays_dense_and_loses_groups(shape: tuple[int, int], conv: bool) -> None:
+    model, units = dense_units(shape, "moment", conv=conv)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
+    loss_of(model, shape).backward()
+    optimizer.step()
+    parts, kept = groups(units), torch.arange(units.count - 2)
+    assert units.keep(kept, optimizer) is units
+    torch.testing.assert_close(dense_weight(model[0]), torch.stack(parts[:-2]).sum(0))
+    assert isinstance(optimizer.param_groups[0]["params"][0], nn.Parameter)
+    assert not isinstance(model[0], FactorizedLinear)
+    momentum = optimizer.state[model[0].weight]["momentum_buffer"]
+    turned = momentum.T if units.turned else momentum
+    torch.testing.assert_close(units.basis @ (units.dual @ turned), turned, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("conv", [False, True], ids=["linear", "conv1d"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_below_break_even_factors_take_its_place(shape: tuple[int, int], conv: bool) -> None:
+    model, units = dense_units(shape, "moment", conv=conv)
+    parts = groups(units)
+    kept = torch.tensor([0, 1, 3, 6])
+    new = units.keep(kept, None)
+    layer = model[0]
+    assert isinstance(new, FactorUnits)
+    assert isinstance(layer, FactorizedLinear)
+    assert layer.spec == LowRank(4)
+    torch.testing.assert_close(layer.to_dense(), torch.stack([parts[i] for i in kept]).sum(0))
+    torch.testing.assert_close(layer.weight.norm(dim=0), layer.get_parameter("right").norm(dim=1))
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_gradient_averages_become_those_of_the_factors(shape: tuple[int, int]) -> None:
+    """After one step an average is a multiple of the gradient, and so are the ones carried over."""
+    model, units = dense_units(shape)
+    # A rate of zero: the weight stays, and with it what the gradient of its factors would have been.
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, weight_decay=0.0, betas=(0.9, 0.99))
+    loss_of(model, shape).backward()
+    gradient = model[0].weight.grad.clone()  # type: ignore[union-attr]
+    optimizer.step()
+    bias = model[0].bias
+    units.keep(torch.arange(6), optimizer)
+    layer = model[0]
+    assert isinstance(layer, FactorizedLinear)
+    weight, right = layer.weight, layer.get_parameter("right")
+    group = optimizer.param_groups[0]["params"]
+    assert group[0] is weight
+    assert group[1] is right
+    assert group[2] is bias
+    assert len(group) == 3
+    expected = {weight: gradient @ right.T, right: weight.T @ gradient}
+    for factor, whole in expected.items():
+        state = optimizer.state[factor]
+        torch.testing.assert_close(state["exp_avg"], 0.1 * whole.detach())
+        assert state["step"] == 1
+        assert (state["exp_avg_sq"] > 0).all()
+    squares = 0.01 * gradient.square() @ right.square().T
+    torch.testing.assert_close(optimizer.state[weight]["exp_avg_sq"], squares.detach())
+
+
+def learned(
+    spec: Structure, shape: tuple[int, int], kind: str
+) -> tuple[nn.Sequential, torch.optim.Optimizer, FactorUnits]:
+    """A factorized layer after two steps."""
+    weight = dense_weight(dense_model(shape)[0])
+    factors, _ = fit(weight, spec)
+    model = nn.Sequential(FactorizedLinear(spec, shape, factors, torch.zeros(shape[0], dtype=torch.float64)))
+    options = {"adamw": (torch.optim.AdamW, {"amsgrad": True}), "sgd": (torch.optim.SGD, {"momentum": 0.9})}[kind]
+    optimizer = options[0](model.parameters(), lr=1e-3, **options[1])
+    for _ in range(2):
+        optimizer.zero_grad()
+        loss_of(model, shape).backward()
+        optimizer.step()
+    return model, optimizer, FactorUnits(model, Matrix("0", shape, "float64"), spec, Importance("first_order", 0.5))
+
+
+@pytest.mark.parametrize("kind", ["adamw", "sgd"])
+@pytest.mark.parametrize(("spec", "shape"), FACTORIZED, ids=str)
+def test_what_remains_is_the_old_one_sliced(spec: Structure, shape: tuple[int, int], kind: str) -> None:
+    model, optimizer, units = learned(spec, shape, kind)
+    layer = model[0]
+    assert isinstance(layer, FactorizedLinear)
+    before = {name: factor.detach().clone() for name, factor in layer.factors.items()}
+    states = {name: dict(optimizer.state[f]) for name, f in layer.factors.items() if f in optimizer.state}
+    assert states
+    kept = torch.arange(spec.units)[1::2]
+    selection = spec.select(before, kept, spec.with_units(len(kept)))
+    units.keep(kept, optimizer)
+    assert layer.spec == spec.with_units(len(kept))
+    assert units.count == len(kept)
+    for name, cut in selection.cut.items():
+        parameter = getattr(layer, name)
+        assert isinstance(parameter, nn.Parameter)
+        assert torch.equal(parameter, cut(before[name]))
+        for key, value in states[name].items():
+            now = optimizer.state[parameter][key]
+            assert torch.equal(now, cut(value) if value.dim() else value), (name, key)
+            if now.dim():
+                assert now.untyped_storage().nbytes() == now.numel() * now.element_size(), "memory is not freed"
+    held = optimizer.param_groups[0]["params"]
+    assert {id(p) for p in held} == {id(p) for p in model.parameters()}
+    assert len(held) == len(list(model.parameters()))
+    assert len(optimizer.state) == len(held), "the state of a parameter that is gone is kept"
+    loss_of(model, shape).backward()
+    optimizer.step()  # goes on with what is left
+
+
+@pytest.mark.parametrize(("spec", "shape"), FACTORIZED, ids=str)
+def test_every_factor_tells_the_same_first_order_change(spec: Structure, shape: tuple[int, int]) -> None:
+    model, _, units = learned(spec, shape, "sgd")
+    model.zero_grad()
+    loss_of(model, shape).backward()
+    first, second = (product.sum(1) for product in units.products().values())
+    torch.testing.assert_close(first, second)
+
+
+def test_importance_is_the_change_of_the_loss_for_small_units() -> None:
+    model, units = dense_units(SQUARE)
+    loss_of(model, SQUARE).backward()
+    products, parts = units.products()["weight"].sum(1), groups(units)
+    weight, size = model[0].weight, 1e-5
+    with torch.no_grad():
+        start = loss_of(model, SQUARE)
+        for product, part in zip(products, parts, strict=True):
+            weight -= size * part
+            change = loss_of(model, SQUARE) - start
+            weight += size * part
+            torch.testing.assert_close(change / size, -product, rtol=1e-2, atol=1e-3 * float(products.abs().max()))
+
+
+def test_an_optimizer_that_does_not_hold_the_matrix_is_refused() -> None:
+    _model, units = dense_units(WIDE)
+    with pytest.raises(ModelError, match=r"does not hold a parameter of size \[20, 28\]"):
+        units.keep(torch.arange(4), torch.optim.SGD(nn.Linear(2, 2).parameters(), lr=0.1))
+
+
+def test_states_of_other_sizes_begin_anew() -> None:
+    """Adafactor's row and column statistics cannot be cut as the parameter is."""
+    model, _, units = learned(LowRank(8), WIDE, "sgd")
+    optimizer = torch.optim.Adafactor(model.parameters())
+    loss_of(model, WIDE).backward()
+    optimizer.step()
+    units.keep(torch.arange(4), optimizer)
+    assert all(parameter not in optimizer.state for parameter in units.parameters)
+    model.zero_grad()
+    loss_of(model, WIDE).backward()
+    optimizer.step()
+
+
+@pytest.mark.parametrize(("spec", "shape"), FACTORIZED[:2], ids=str)
+def test_orthogonality_is_the_gradient_of_the_penalty(spec: Structure, shape: tuple[int, int]) -> None:
+    model, _, units = learned(spec, shape, "sgd")
+    model.zero_grad()
+    loss_of(model, shape).backward()
+    before = [p.grad.clone() for p in units.parameters if p.grad is not None]
+    units.repel(0.5)
+    added = [p.grad - old for p, old in zip(units.parameters, before, strict=True) if p.grad is not None]
+
+    def penalty() -> Tensor:
+        total = torch.zeros((), dtype=torch.float64)
+        for rows in spec.by_unit(units.module.factors, units.module.factors).values():
+            unit = rows / rows.norm(dim=1, keepdim=True)
+            total = total + (unit @ unit.T - torch.eye(len(rows))).square().sum()
+        return 0.5 * total
+
+    for gradient, expected in zip(added, torch.autograd.grad(penalty(), units.parameters), strict=True):
+        torch.testing.assert_close(gradient, expected)
+
+
+@pytest.mark.parametrize("score", ["first_order", "element_wise", "uncertainty"])
+def test_importance_averages_over_steps_and_forgets_what_is_gone(score: Score) -> None:
+    importance = Importance(score, 0.75)
+    first = {"a": torch.tensor([[1.0, -3.0], [2.0, 2.0]]), "b": torch.tensor([[-2.0], [4.0]])}
+    second = {"a": torch.tensor([[1.0, 1.0], [0.0, 0.0]]), "b": torch.tensor([[2.0], [0.0]])}
+    importance.update(first)
+    importance.update({"a": torch.full((2, 2), torch.nan), "b": torch.zeros(2, 1)})  # does not count
+    importance.update(second)
+    whole = torch.tensor([0.75 * 2 + 0.25 * 2, 0.75 * 4])
+    a = torch.tensor([[1.0, 2.5], [1.5, 1.5]])
+    b = torch.tensor([2.0, 3.0])
+    if score == "first_order":
+        expected = whole
+    elif score == "element_wise":
+        expected = whole + a.mean(1) + b
+    else:
+        deviation = (torch.tensor([2.0, 0.0]) - whole).abs() * 0.25
+        spread_a = (second["a"].abs() - a).abs() * 0.25
+        spread_b = (second["b"][:, 0].abs() - b).abs() * 0.25
+        expected = whole * deviation + (a * spread_a).mean(1) + b * spread_b
+    torch.testing.assert_close(importance.scores(), expected)
+    other = Importance(score, 0.75)
+    other.load_state_dict(importance.state_dict())
+    other.keep(torch.tensor([1]))
+    torch.testing.assert_close(other.scores(), expected[1:])
+
+
+def test_squares_are_named() -> None:
+    layer = nn.Linear(3, 3)
+    optimizer = torch.optim.AdamW(layer.parameters(), amsgrad=True)
+    layer(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+    assert {name for name in optimizer.state[layer.weight] if name.endswith("sq") or "sqs" in name} <= {
+        *SQUARED,
+        "max_exp_avg_sqs",
+    }
