@@ -228,7 +228,7 @@ def main() -> None:
     parser.add_argument("--compared", nargs="+", type=float, default=[3, 5], help="ratios of all other plans too")
     parser.add_argument("--times", nargs="+", type=float, default=[1.5], help="ratios of milliseconds")
     parser.add_argument("--train-rows", type=int, default=4000)
-    parser.add_argument("--test-rows", type=int, default=1000)
+    parser.add_argument("--test-rows", type=int, default=800)
     parser.add_argument("--calibration-rows", type=int, default=256)
     parser.add_argument("--work", type=Path, default=Path("runs/planning"), help="fine-tuned models are kept here")
     parser.add_argument("--suffix", default="-dense.pt", help="of their file names, after the task's name")

@@ -109,7 +109,7 @@ def test_other_methods_count_bytes_alone() -> None:
 
 
 def test_any_structure_cannot_share() -> None:
-    with pytest.raises(MethodError, match="'auto' makes any matrices"):
+    with pytest.raises(MethodError, match="'auto' makes matrices of any structure"):
         factorformer.plan(MODELS["bert"].build(), "auto", share="inputs")
 
 

@@ -199,9 +199,14 @@ def _check_share(share: Share | None, method: str, structure: type[Structure]) -
         raise MethodError(f"unknown share {one_of(str(share), get_args(Share))}")
     if not structure.shareable:
         able = [name for name, recipe in recipes.RECIPES.items() if recipe.structure.shareable]
+        makes = (
+            "matrices of any structure, most of which"
+            if structure is Structure
+            else f"{structure.kind} matrices, which"
+        )
         raise MethodError(
-            f"share='{share}' needs factors that matrices can share, and '{method}' makes "
-            f"{recipes.get(method).kind} matrices, which have none; methods that do: {', '.join(able) or 'none'}"
+            f"share='{share}' needs factors that matrices can share, and '{method}' makes {makes} "
+            f"have none; methods that do: {', '.join(able) or 'none'}"
         )
 
 

@@ -75,7 +75,7 @@ def test_other_budgets(run: Any, base: Path, tables: Path, tmp_path: Path) -> No
         (["plan", "--method", "auto", "--calibration", "train.jsonl", "--text", "txt"], "has no column 'txt'"),
         (["plan", "--method", "auto", "--calibration", "long.txt"], "holds a text of 42 tokens"),
         (["plan", "--method", "auto", "--ratio", "1000"], "ask for at most"),
-        (["plan", "--method", "auto", "--share", "inputs"], "'auto' makes any matrices"),
+        (["plan", "--method", "auto", "--share", "inputs"], "'auto' makes matrices of any structure"),
         (["compress", "--method", "auto"], "method 'auto' needs text to measure on"),
         (["compress", "--plan", "plan.json", "--budget", "flops"], "leave these options out"),
     ],

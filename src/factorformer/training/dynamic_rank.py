@@ -65,7 +65,7 @@ class DynamicRankSettings:
     """
 
     warmup: float = 0.1
-    final: float = 0.3
+    final: float = 0.5
     interval: int = 8
     sample: int = 4
     score: Score = "first_order"
