@@ -23,7 +23,7 @@ QUICK = 2
 """Rounds of the fits that only choose how a dictionary and its nonzeros divide their bytes."""
 
 ROUNDS = 8
-"""Rounds of the fits that errors are read from: their squared errors are 2 to 10 % above those of full fits."""
+"""Rounds of the fits that errors are read from; the squared errors of full fits are a little smaller."""
 
 SPREAD = 1.6
 """Dictionaries are fitted at the common size times and divided by this, and errors interpolated between."""

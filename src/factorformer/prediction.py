@@ -37,8 +37,8 @@ def relative_sensitivities(
 
     Measured with every matrix truncated to the common size, one at a time. Without calibration data nothing is
     measured: a matrix then counts by its part of all weights that a token meets, each as often as it is used, and
-    predictions are mean errors of the weights. Ours: on MiniLM, where feed-forward matrices are 20 times as sensitive
-    as those of attention, this is nearer to what is measured than counting all matrices alike.
+    predictions are mean errors of the weights. Ours: on MiniLM, where feed-forward matrices are far more sensitive
+    than those of attention, this is nearer to what is measured than counting all matrices alike.
 
     Args:
         model: not changed.
