@@ -104,9 +104,32 @@ def test_data_parallel_wrappers_leave_the_matrices_alone() -> None:
     model, ranks = build("rankdyna")
     names = vars(model)["_ddp_params_and_buffers_to_ignore"]
     ignored = {id(model.get_parameter(name)) for name in names}
-    assert ignored == {id(p) for units in ranks.units for p in units.parameters}
+    assert ignored == {id(p) for units in ranks.units for p in units.parameters.values()}
     ranks.detach()
     assert "_ddp_params_and_buffers_to_ignore" not in vars(model)
+
+
+def test_a_run_that_is_resumed_at_its_end_writes_loadable_checkpoints(tmp_path: Path) -> None:
+    model, ranks = build("rankdyna")
+    trainer(model, ranks, tmp_path / "whole", save_steps=10).train()
+    checkpoint = tmp_path / "whole" / "checkpoint-10"
+    again, resumed = build("rankdyna", checkpoint)
+    assert resumed.finished
+    trainer(again, resumed, tmp_path / "again", save_steps=10).train(resume_from_checkpoint=str(checkpoint))
+    assert inventory(factorformer.load(tmp_path / "again" / "checkpoint-12")).entries == inventory(model).entries
+
+
+def test_trainer_and_ranks_resume_together_or_not_at_all(tmp_path: Path) -> None:
+    model, ranks = build("rankdyna")
+    trainer(model, ranks, tmp_path / "whole", save_steps=2).train()
+    checkpoint = tmp_path / "whole" / "checkpoint-2"  # everything is dense still
+    fresh, unaware = build("rankdyna")
+    running = trainer(fresh, unaware, tmp_path / "one", save_steps=50)
+    with pytest.raises(ModelError, match="begins after step 2, the dynamic ranks after step 0"):
+        running.train(resume_from_checkpoint=str(checkpoint))
+    again, resumed = build("rankdyna", checkpoint)
+    with pytest.raises(ModelError, match="begins after step 0, the dynamic ranks after step 2"):
+        trainer(again, resumed, tmp_path / "two", save_steps=50).train()
 
 
 @pytest.mark.parametrize("option", [{"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 50}])

@@ -16,7 +16,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import factorformer
-from factorformer.errors import CheckpointError, DataError, FactorformerError, MethodError, ModelError
+from factorformer.errors import (
+    CheckpointError,
+    DataError,
+    FactorformerError,
+    MethodError,
+    ModelError,
+    OutputError,
+)
 from factorformer.hf.plugin import attach_all
 from factorformer.nn import FactorizedMatrix
 from factorformer.planning import Plan
@@ -159,6 +166,7 @@ def test_no_matrix_loses_its_last_unit() -> None:
         units.importance.averages = {"unit": torch.full((units.count, 1), float(place > 0))}
     ranks.finish()
     assert ranks.history.final[0] == 1
+    assert ranks.history.steps[-1] == 1
     assert isinstance(model.get_submodule(ranks.history.layers[0]), FactorizedMatrix)
 
 
@@ -279,6 +287,21 @@ def test_a_damaged_checkpoint_is_refused(tmp_path: Path) -> None:
     other.save(tmp_path)
     with pytest.raises(CheckpointError, match="other matrices than those of the plan"):
         DynamicRank(model, plan, resume_from=tmp_path)
+    _, _, same = started()
+    same.save(tmp_path)
+    smaller = factorformer.plan(model, "rankdyna_plain", 3)
+    for options in ({"plan": smaller}, {"settings": DynamicRankSettings(score="uncertainty")}):
+        with pytest.raises(CheckpointError, match="give the same plan and settings"):
+            DynamicRank(model, **{"plan": plan, "settings": QUICK, **options}, resume_from=tmp_path)
+    name = same.units[-1].matrix.name
+    same.units[-1].basis = same.units[-1].basis[:, :-1]
+    same.save(tmp_path)
+    before = [id(p) for p in model.parameters()]
+    with pytest.raises(CheckpointError, match=f"its tensors do not fit layer '{name}'"):
+        DynamicRank(model, plan, settings=QUICK, resume_from=tmp_path)
+    assert [id(p) for p in model.parameters()] == before
+    with pytest.raises(OutputError, match="cannot write the state of dynamic ranks"):
+        same.save(tmp_path / "missing")
 
 
 def test_what_cannot_be_done_is_said_before_anything_changes() -> None:
@@ -312,8 +335,33 @@ def test_what_cannot_be_done_is_said_before_anything_changes() -> None:
 def test_a_loop_that_forgets_the_gradients_is_told() -> None:
     model, _, ranks = started()
     optimizer = torch.optim.AdamW(model.parameters())
-    with pytest.raises(ModelError, match=r"no gradients were seen; call before_step"):
+    with pytest.raises(ModelError, match="no finite gradients were seen"):
         ranks.after_step(STEPS, STEPS, optimizer)
+    with pytest.raises(ModelError, match="no finite gradients were seen"):
+        ranks.finish()
+    assert not hasattr(model.config, "quantization_config")
+
+
+def test_an_optimizer_that_does_not_hold_a_matrix_is_refused_before_anything_changes() -> None:
+    model, _, ranks = started()
+    name = ranks.units[3].matrix.name
+    others = [p for n, p in model.named_parameters() if n != f"{name}.weight"]
+    before = [id(p) for p in model.parameters()]
+    with pytest.raises(ModelError, match=f"the optimizer does not hold '{name}.weight', which changes its size"):
+        learn(model, ranks, tiny.text(), optimizer=torch.optim.SGD(others, lr=0.1))
+    assert [id(p) for p in model.parameters()] == before
+
+
+@pytest.mark.parametrize("method", ["dynamic_kronecker", "dynamic_dense_sparse"])
+def test_low_ratios_are_met_by_every_structure(method: str) -> None:
+    """The start has room for a budget near the dense size."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 128}
+    model = tf.BertModel(tf.BertConfig(**{**tiny._ENCODER, **sizes})).eval()
+    plan = factorformer.plan(model, method, 1.1)
+    ranks = DynamicRank(model, plan, [tiny.text()], QUICK)
+    learn(model, ranks, tiny.text())
+    assert inventory(model).ratio == pytest.approx(plan.ratio, rel=0.03)
 
 
 @pytest.mark.parametrize(
@@ -334,6 +382,7 @@ def test_settings_are_checked(options: dict[str, Any], message: str) -> None:
         DynamicRankSettings(**options)
 
 
+@pytest.mark.usefixtures("no_shape_checks")
 def test_a_history_is_read_back_or_refused(tmp_path: Path) -> None:
     assert RankHistory.load(tmp_path) is None
     history = RankHistory(["a", "b"], ["low_rank"] * 2, [4, 5])
@@ -341,7 +390,9 @@ def test_a_history_is_read_back_or_refused(tmp_path: Path) -> None:
     history.save(tmp_path)
     assert RankHistory.load(tmp_path) == history
     file = tmp_path / "factorformer_ranks.json"
-    for damaged in ("{", "[]", '{"layers": []}', file.read_text().replace('"steps": [8]', '"steps": [8, 9]')):
+    whole = file.read_text()
+    wrong = [('"steps": [8]', '"steps": [8, 9]'), ("[4, 5]", "[0, 5]"), ("[4, 5]", '["4", 5]'), ("0.25", '"much"')]
+    for damaged in ("{", "[]", '{"layers": []}', *(whole.replace(old, new) for old, new in wrong)):
         file.write_text(damaged)
         with pytest.raises(CheckpointError, match=r"cannot read|no history of ranks|damaged history"):
             RankHistory.load(tmp_path)

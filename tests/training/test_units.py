@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from factorformer.calibration import InputMoment, LayerStatistics
-from factorformer.errors import ModelError
 from factorformer.fitting import Metric, fit
 from factorformer.nn import FactorizedLinear
 from factorformer.planning import Matrix
@@ -122,21 +121,27 @@ def test_element_wise_products_are_those_of_factors(shape: tuple[int, int]) -> N
         torch.testing.assert_close(products[name][:8], product)
 
 
-@pytest.mark.parametrize("conv", [False, True], ids=["linear", "conv1d"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_above_break_even_the_matrix_stays_dense_and_loses_groups(shape: tuple[int, int], conv: bool) -> None:
-    model, units = dense_units(shape, "moment", conv=conv)
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
-    loss_of(model, shape).backward()
-    optimizer.step()
-    parts, kept = groups(units), torch.arange(units.count - 2)
-    assert units.keep(kept, optimizer) is units
-    torch.testing.assert_close(dense_weight(model[0]), torch.stack(parts[:-2]).sum(0))
-    assert isinstance(optimizer.param_groups[0]["params"][0], nn.Parameter)
-    assert not isinstance(model[0], FactorizedLinear)
-    momentum = optimizer.state[model[0].weight]["momentum_buffer"]
-    turned = momentum.T if units.turned else momentum
-    torch.testing.assert_close(units.basis @ (units.dual @ turned), turned, rtol=1e-6, atol=1e-9)
+def test_above_break_even_the_matrix_stays_dense_and_whole(shape: tuple[int, int]) -> None:
+    """Fewer groups would take no fewer bytes."""
+    model, units = dense_units(shape, "moment")
+    before = dense_weight(model[0]).clone()
+    largest = max(spec.rank for spec in LowRank.candidates(shape, torch.float64))
+    assert units.keep(torch.arange(largest + 1), torch.optim.SGD(model.parameters(), lr=1e-3)) is units
+    assert torch.equal(dense_weight(model[0]), before)
+    assert units.count == min(shape)
+    assert units.keep(torch.arange(largest), None) is not units
+
+
+def test_groups_follow_the_model_to_another_type() -> None:
+    """As they do to another device."""
+    model, units = dense_units(WIDE)
+    model.float()
+    loss = (model(torch.ones(3, WIDE[1])) - 1).square().sum()
+    loss.backward()
+    units.importance.update(units.products())
+    layer = units.keep(torch.arange(4), None).model[0]
+    assert layer.weight.dtype == torch.float32
 
 
 @pytest.mark.parametrize("conv", [False, True], ids=["linear", "conv1d"])
@@ -253,12 +258,6 @@ def test_importance_is_the_change_of_the_loss_for_small_units() -> None:
             torch.testing.assert_close(change / size, -product, rtol=1e-2, atol=1e-3 * float(products.abs().max()))
 
 
-def test_an_optimizer_that_does_not_hold_the_matrix_is_refused() -> None:
-    _model, units = dense_units(WIDE)
-    with pytest.raises(ModelError, match=r"does not hold a parameter of size \[20, 28\]"):
-        units.keep(torch.arange(4), torch.optim.SGD(nn.Linear(2, 2).parameters(), lr=0.1))
-
-
 def test_states_of_other_sizes_begin_anew() -> None:
     """Adafactor's row and column statistics cannot be cut as the parameter is."""
     model, _, units = learned(LowRank(8), WIDE, "sgd")
@@ -266,7 +265,7 @@ def test_states_of_other_sizes_begin_anew() -> None:
     loss_of(model, WIDE).backward()
     optimizer.step()
     units.keep(torch.arange(4), optimizer)
-    assert all(parameter not in optimizer.state for parameter in units.parameters)
+    assert all(parameter not in optimizer.state for parameter in units.parameters.values())
     model.zero_grad()
     loss_of(model, WIDE).backward()
     optimizer.step()
@@ -277,9 +276,9 @@ def test_orthogonality_is_the_gradient_of_the_penalty(spec: Structure, shape: tu
     model, _, units = learned(spec, shape, "sgd")
     model.zero_grad()
     loss_of(model, shape).backward()
-    before = [p.grad.clone() for p in units.parameters if p.grad is not None]
+    before = [p.grad.clone() for p in units.parameters.values() if p.grad is not None]
     units.repel(0.5)
-    added = [p.grad - old for p, old in zip(units.parameters, before, strict=True) if p.grad is not None]
+    added = [p.grad - old for p, old in zip(units.parameters.values(), before, strict=True) if p.grad is not None]
 
     def penalty() -> Tensor:
         total = torch.zeros((), dtype=torch.float64)
@@ -288,7 +287,7 @@ def test_orthogonality_is_the_gradient_of_the_penalty(spec: Structure, shape: tu
             total = total + (unit @ unit.T - torch.eye(len(rows))).square().sum()
         return 0.5 * total
 
-    for gradient, expected in zip(added, torch.autograd.grad(penalty(), units.parameters), strict=True):
+    for gradient, expected in zip(added, torch.autograd.grad(penalty(), list(units.parameters.values())), strict=True):
         torch.testing.assert_close(gradient, expected)
 
 
@@ -319,12 +318,57 @@ def test_importance_averages_over_steps_and_forgets_what_is_gone(score: Score) -
     torch.testing.assert_close(other.scores(), expected[1:])
 
 
-def test_squares_are_named() -> None:
-    layer = nn.Linear(3, 3)
-    optimizer = torch.optim.AdamW(layer.parameters(), amsgrad=True)
-    layer(torch.ones(1, 3)).sum().backward()
-    optimizer.step()
-    assert {name for name in optimizer.state[layer.weight] if name.endswith("sq") or "sqs" in name} <= {
-        *SQUARED,
-        "max_exp_avg_sqs",
-    }
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        (torch.optim.AdamW, {"amsgrad": True}),
+        (torch.optim.NAdam, {}),
+        (torch.optim.RAdam, {}),
+        (torch.optim.Adamax, {}),
+        (torch.optim.RMSprop, {"momentum": 0.9, "centered": True}),
+        (torch.optim.Adagrad, {}),
+        (torch.optim.Adadelta, {}),
+        (torch.optim.Rprop, {}),
+        (torch.optim.ASGD, {}),
+        (torch.optim.Adafactor, {}),
+        (torch.optim.SGD, {"momentum": 0.9, "nesterov": True}),
+        (torch.optim.SGD, {}),
+    ],
+)
+@pytest.mark.parametrize("shape", [WIDE, TALL], ids=str)
+def test_every_optimizer_goes_on_with_factors(kind: type, options: dict[str, bool], shape: tuple[int, int]) -> None:
+    """Averages of squares stay above zero, and what nothing is known of begins anew."""
+    model, units = dense_units(shape)
+    optimizer = kind(model.parameters(), lr=1e-3, **options)
+    losses = []
+    for step in range(6):
+        optimizer.zero_grad()
+        loss = loss_of(model, shape)
+        loss.backward()
+        losses.append(float(loss.detach()))
+        optimizer.step()
+        if step == 2:
+            units.keep(torch.arange(8), optimizer)
+    assert torch.isfinite(torch.tensor(losses)).all()
+    assert losses[-1] < losses[3]
+    for state in optimizer.state.values():
+        for name, value in state.items():
+            assert name not in SQUARED or (value >= 0).all()
+
+
+def test_names_of_parameters_follow() -> None:
+    model, units = dense_units(WIDE)
+    optimizer = torch.optim.AdamW(model.named_parameters())
+    units = units.keep(torch.arange(8), optimizer)
+    assert optimizer.param_groups[0]["param_names"] == ["0.weight", "0.right", "0.bias"]
+    units.keep(torch.arange(4), optimizer)
+    assert optimizer.param_groups[0]["param_names"] == ["0.weight", "0.right", "0.bias"]
+    held = optimizer.param_groups[0]["params"]
+    assert all(held[i] is model.get_parameter(name) for i, name in enumerate(optimizer.param_groups[0]["param_names"]))
+
+
+def test_one_look_is_not_enough_for_uncertainty() -> None:
+    """Deviations are zero then, and all units would be alike."""
+    importance = Importance("uncertainty", 0.85)
+    importance.update({"a": torch.tensor([[1.0], [2.0]])})
+    assert importance.scores().tolist() == [2.0, 4.0]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from factorformer.errors import ModelError
@@ -57,7 +58,15 @@ class DynamicRankCallback(TrainerCallback):
 
     def __init__(self, ranks: DynamicRank) -> None:
         self.ranks = ranks
-        ranks.changed = attach_all
+        told = ranks.changed
+
+        def changed(model: nn.Module) -> None:
+            attach_all(model)
+            if told is not None and told is not attach_all:
+                told(model)
+
+        ranks.changed = changed
+        ranks.tell()
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -67,6 +76,12 @@ class DynamicRankCallback(TrainerCallback):
             raise ModelError("load_best_model_at_end would load tensors of other ranks: set it to False")
         if args.fsdp or args.deepspeed:
             raise ModelError("dynamic ranks need whole parameters in every process: train without FSDP and DeepSpeed")
+        if state.global_step != self.ranks.done:
+            raise ModelError(
+                f"the Trainer begins after step {state.global_step}, the dynamic ranks after step {self.ranks.done}: "
+                "to resume, give the same checkpoint to DynamicRank(resume_from=) and train(resume_from_checkpoint=)"
+            )
+        self.ranks.align()
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -28,6 +28,7 @@ from factorformer.errors import (
     FactorformerError,
     MethodError,
     ModelError,
+    OutputError,
     one_of,
 )
 from factorformer.fits import fit_matrix, measure
@@ -39,11 +40,15 @@ from factorformer.recipes import default_method, get
 from factorformer.structures import LowRank, Structure, from_dict
 from factorformer.surgery import dense_weight, factorize
 from factorformer.training.importance import Importance, Score
+from factorformer.training.optimizer_state import bare, check_holds
 from factorformer.training.rank_history import RankHistory
 from factorformer.training.units import DenseUnits, FactorUnits, Units
 
 STATE = "dynamic_rank.safetensors"
 """The file in a checkpoint that holds what the model and the optimizer do not: importance, groups, history."""
+
+IGNORED = "_ddp_params_and_buffers_to_ignore"
+"""Where `DistributedDataParallel` looks for names that it is to leave alone."""
 
 ROOM = 1.25
 """Structures other than low-rank begin as the largest that takes the bytes of the dense matrix over this."""
@@ -61,7 +66,7 @@ class DynamicRankSettings:
         score: what importance is, see `Importance`.
         smoothing: what each look at gradients leaves of the average importance before it.
         orthogonality: weight of a penalty on units of one matrix that point in the same direction, as gradient on the
-            factors beside that of the loss; 0 for none.
+            factors of a matrix beside that of the loss; 0 for none. Groups of dense matrices are orthogonal anyway.
     """
 
     warmup: float = 0.1
@@ -110,7 +115,8 @@ class DynamicRank:
 
     In data-parallel training, gradients of these matrices are averaged over all processes as soon as they are there,
     without help of `DistributedDataParallel`, which cannot follow parameters that change; build this object before the
-    model is wrapped. Sharded parameters (FSDP, DeepSpeed ZeRO-3) are not supported.
+    model is wrapped. Weights, groups and importance are those of the first process. Every process has to use the same
+    matrices in every step. Sharded parameters (FSDP, DeepSpeed ZeRO-3) are not supported.
 
     Args:
         model: dense, changed in place.
@@ -120,13 +126,13 @@ class DynamicRank:
         settings: when and by what units are removed.
         resume_from: directory of a checkpoint that `save` was called on, to go on from there: shapes are those of
             then, and the values of tensors are for the caller to load. No calibration is needed.
-        changed: called with the model after matrices became smaller, and at the end.
+        changed: called with the model after matrices were factorized or became smaller.
         progress: told how far calibration and fits are.
 
     Raises:
         DataError: the method needs calibration data that was not given.
         ModelError: a matrix of the plan is not in the model, frozen, or not finite.
-        CheckpointError: `resume_from` is no such checkpoint, or one of another model.
+        CheckpointError: `resume_from` is no such checkpoint, or one of another model, plan or settings.
     """
 
     def __init__(
@@ -142,7 +148,8 @@ class DynamicRank:
     ) -> None:
         self.model, self.settings, self.changed = model, settings or DynamicRankSettings(), changed
         self.budget = sum(entry.compressed.bytes for entry in plan.factorized)
-        self.finished = False
+        self.finished, self.done, self._aligned = False, 0, False
+        self._ignored = vars(model).get(IGNORED)
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
         for entry in plan.factorized:
             _check(model, entry)
@@ -158,6 +165,7 @@ class DynamicRank:
                 [units.full.units for units in self.units],
             )
         self._synchronize()
+        self.tell()
 
     def holds(self, module: nn.Module) -> bool:
         """Whether a layer of the model is one of those that shrink."""
@@ -171,6 +179,7 @@ class DynamicRank:
             done: optimizer steps before this one.
             total: optimizer steps of the whole training.
         """
+        self.align()
         if self.settings.orthogonality > 0:
             for units in self.units:
                 if isinstance(units, FactorUnits):
@@ -191,6 +200,7 @@ class DynamicRank:
         Raises:
             ModelError: no gradients were seen, or the optimizer does not hold the model's parameters.
         """
+        self.done = done
         if self.finished:
             return
         left = self.settings.left(done, total)
@@ -198,9 +208,13 @@ class DynamicRank:
             self._shrink(left, done, optimizer)
 
     def finish(self, optimizer: Optimizer | None = None) -> None:
-        """End the training: the budget is met, if it was not yet, and nothing of this object acts on the model."""
-        if not self.finished and any(units.importance.averages for units in self.units):
-            self._shrink(0.0, self.history.steps[-1] + 1 if self.history.steps else 0, optimizer)
+        """End the training: the budget is met, if it was not yet, and nothing of this object acts on the model.
+
+        Raises:
+            ModelError: no gradients were seen.
+        """
+        if not self.finished:
+            self._shrink(0.0, self.done, optimizer)
         self.detach()
 
     def detach(self) -> None:
@@ -208,11 +222,26 @@ class DynamicRank:
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
-        self.model.__dict__.pop("_ddp_params_and_buffers_to_ignore", None)
-        self._tell()
+        vars(self.model).pop(IGNORED, None)
+        if self._ignored is not None:
+            vars(self.model)[IGNORED] = self._ignored
+
+    def align(self) -> None:
+        """Once, give all processes the weights and groups of the first one, as data-parallel wrappers do."""
+        if not self._aligned and _processes() > 1:
+            for units in self.units:
+                tensors = [parameter.data for parameter in units.parameters.values()]
+                tensors += units.groups() if isinstance(units, DenseUnits) else ()
+                for tensor in tensors:
+                    torch.distributed.broadcast(tensor, 0)
+        self._aligned = True
 
     def save(self, directory: str | os.PathLike[str]) -> None:
-        """Write into a checkpoint what is needed to resume, and the history of ranks beside it."""
+        """Write into a checkpoint what is needed to resume, and the history of ranks beside it.
+
+        Raises:
+            OutputError: it cannot be written there.
+        """
         tensors: dict[str, Tensor] = {}
         for units in self.units:
             name = units.matrix.name
@@ -220,6 +249,9 @@ class DynamicRank:
             if isinstance(units, DenseUnits):
                 tensors |= {f"{name}:basis": units.basis, f"{name}:dual": units.dual}
         description = {
+            "settings": dataclasses.asdict(self.settings),
+            "budget": self.budget,
+            "done": self.done,
             "finished": self.finished,
             "history": self.history.to_dict(),
             "full": [units.full.to_dict() for units in self.units],
@@ -227,10 +259,15 @@ class DynamicRank:
         }
         path = Path(directory) / STATE
         partial = path.with_name(f".{STATE}.partial")
-        save_file(
-            {n: t.detach().cpu().contiguous() for n, t in tensors.items()}, partial, {"ranks": json.dumps(description)}
-        )
-        partial.replace(path)
+        content = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        try:
+            try:
+                save_file(content, partial, {"ranks": json.dumps(description)})
+                partial.replace(path)
+            finally:
+                partial.unlink(missing_ok=True)
+        except (OSError, safetensors.SafetensorError) as error:
+            raise OutputError(f"cannot write the state of dynamic ranks to '{path}': {error}") from error
         self.history.save(directory)
 
     def _restored(self, plan: Plan, directory: Path) -> list[Units]:
@@ -240,61 +277,91 @@ class DynamicRank:
                 description = json.loads((file.metadata() or {})["ranks"])
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             self.history = RankHistory.from_dict(description["history"], f"'{path}'")
-            self.finished = description["finished"]
+            self.finished, self.done = bool(description["finished"]), int(description["done"])
             full = [from_dict(spec) for spec in description["full"]]
-            counts = description["count"]
-        except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
+            smaller = [spec.with_units(count) for spec, count in zip(full, description["count"], strict=True)]
+            settings, budget = description["settings"], description["budget"]
+        except (OSError, ValueError, KeyError, TypeError, ModelError, safetensors.SafetensorError) as error:
             raise CheckpointError(f"cannot resume dynamic ranks from '{directory}': {error}") from error
         names = [entry.matrix.name for entry in plan.factorized]
-        if self.history.layers != names or not len(full) == len(counts) == len(names):
+        if self.history.layers != names or len(full) != len(names):
             raise CheckpointError(f"'{path}' is of a training of other matrices than those of the plan")
+        if settings != dataclasses.asdict(self.settings) or budget != self.budget:
+            raise CheckpointError(
+                f"'{path}' is of a training with {settings} and {budget:,} bytes for all matrices, not with "
+                f"{dataclasses.asdict(self.settings)} and {self.budget:,}: give the same plan and settings"
+            )
         result: list[Units] = []
-        for entry, spec, count in zip(plan.factorized, full, counts, strict=True):
-            name = entry.matrix.name
-            own = {key.removeprefix(f"{name}:"): t for key, t in tensors.items() if key.startswith(f"{name}:")}
-            weight = dense_weight(self.model.get_submodule(name))
-            importance = Importance(self.settings.score, self.settings.smoothing)
-            groups = [own.pop(key, None) for key in ("basis", "dual")]
-            importance.load_state_dict({key: t.to(weight.device) for key, t in own.items()})
-            if groups[0] is not None and groups[1] is not None:
-                basis, dual = (t.to(weight) for t in groups if t is not None)
-                result.append(DenseUnits(self.model, entry.matrix, importance, basis, dual))
-                continue
-            smaller = spec.with_units(count)
-            factors = new_factors(smaller, entry.matrix.shape, weight.device, weight.dtype)
-            with torch.no_grad():
-                smaller.initialize(factors, 1.0)
-            factorize(self.model, entry.matrix, smaller, factors)
-            result.append(FactorUnits(self.model, entry.matrix, spec, importance))
-        self._tell()
+        for entry, spec, cut in zip(plan.factorized, full, smaller, strict=True):
+            prefix = f"{entry.matrix.name}:"
+            own = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+            result.append(self._resumed(entry, spec, cut, own, path))
+        for units, cut in zip(result, smaller, strict=True):  # only when all are right
+            if isinstance(units, FactorUnits):
+                weight = dense_weight(self.model.get_submodule(units.matrix.name))
+                factors = new_factors(cut, units.matrix.shape, weight.device, weight.dtype)
+                with torch.no_grad():
+                    cut.initialize(factors, 1.0)
+                factorize(self.model, units.matrix, cut, factors)
         return result
+
+    def _resumed(self, entry: Entry, full: Structure, smaller: Structure, own: dict[str, Tensor], path: Path) -> Units:
+        """One matrix of a checkpoint; the model is left as it is."""
+        weight = dense_weight(self.model.get_submodule(entry.matrix.name))
+        importance = Importance(self.settings.score, self.settings.smoothing)
+        basis, dual = own.pop("basis", None), own.pop("dual", None)
+        importance.load_state_dict({name: tensor.to(weight.device) for name, tensor in own.items()})
+        short = min(entry.matrix.shape)
+        right = all(len(tensor) == smaller.units for tensor in own.values())
+        if basis is not None and dual is not None:
+            right = right and smaller.units == short and basis.shape == dual.shape == (short, short)
+        else:
+            try:
+                smaller.check(entry.matrix.shape)
+            except ModelError:
+                right = False
+        if not right:
+            raise CheckpointError(
+                f"'{path}' is damaged, or of another model: its tensors do not fit layer '{entry.matrix.name}' of "
+                f"shape {entry.matrix.shape} as {smaller}"
+            )
+        if basis is not None and dual is not None:
+            return DenseUnits(self.model, entry.matrix, importance, basis.to(weight), dual.to(weight))
+        return FactorUnits(self.model, entry.matrix, full, importance)
 
     def _shrink(self, left: float, step: int, optimizer: Optimizer | None) -> None:
         """Remove what does not fit the budget of now; `left` is the part of the way that is still to go."""
+        if optimizer is not None:
+            optimizer = bare(optimizer)
+            named = [(f"{u.matrix.name}.{name}", p) for u in self.units for name, p in u.parameters.items()]
+            check_holds(optimizer, dict(named))
         before = [units.count for units in self.units]
         scores = self._scores()
         for place, kept in enumerate(self._compete(scores, left)):
             if len(kept) < self.units[place].count:
                 self.units[place] = self.units[place].keep(kept, optimizer)
-                scores[place] = scores[place][kept]
+                if self.units[place].count == len(kept):
+                    scores[place] = scores[place][kept]
         self.finished = left == 0
         counts = [units.count for units in self.units]
-        self.history.add(step, counts, [float(score.mean()) for score in scores])
         if counts != before:
+            self.history.add(step, counts, [float(score.mean()) for score in scores])
             self._synchronize()
-            self._tell()
+            self.tell()
 
     def _scores(self) -> list[Tensor]:
         if not any(units.importance.averages for units in self.units):
             raise ModelError(
-                "units cannot be compared: no gradients were seen; call before_step between backward() and "
-                "optimizer.step()"
+                "units cannot be compared: no finite gradients were seen. Either the loss is not finite, or "
+                "before_step was not called between backward() and optimizer.step()"
             )
         scores = [
             units.importance.scores() if units.importance.averages else torch.zeros(units.count) for units in self.units
         ]
+        device = next(iter(self.units[0].parameters.values())).device
+        scores = [score.to(device) for score in scores]
         if _processes() > 1:  # all have the same gradients, but a last bit must not make them differ
-            joined = torch.cat([score.to(scores[0]) for score in scores])
+            joined = torch.cat(scores)
             torch.distributed.broadcast(joined, 0)
             scores = list(joined.split([len(score) for score in scores]))
         return scores
@@ -338,8 +405,9 @@ class DynamicRank:
         masks = chosen.split([len(score) for score in scores])
         return [mask.nonzero()[:, 0].to(score.device) for mask, score in zip(masks, scores, strict=True)]
 
-    def _tell(self) -> None:
-        if self.changed is not None:
+    def tell(self) -> None:
+        """Call `changed`, if any matrix is factorized by now."""
+        if self.changed is not None and any(isinstance(units, FactorUnits) for units in self.units):
             self.changed(self.model)
 
     def _synchronize(self) -> None:
@@ -348,10 +416,10 @@ class DynamicRank:
         for units in self.units:
             for name in (units.matrix.name, *units.matrix.aliases):
                 ignored += [f"{name}.{key}" for key in self.model.get_submodule(name).state_dict() if key != "bias"]
-        self.model.__dict__["_ddp_params_and_buffers_to_ignore"] = ignored
+        vars(self.model)[IGNORED] = [*(self._ignored or ()), *ignored]
         for hook in self._hooks:
             hook.remove()
-        parameters = [parameter for units in self.units for parameter in units.parameters]
+        parameters = [parameter for units in self.units for parameter in units.parameters.values()]
         self._hooks = [parameter.register_post_accumulate_grad_hook(_average) for parameter in parameters]
 
 
@@ -372,7 +440,9 @@ def _check(model: nn.Module, entry: Entry) -> None:
     try:
         module = model.get_submodule(name)
     except AttributeError:
-        raise ModelError(f"the plan does not fit the model: it has no matrix '{name}'") from None
+        raise ModelError(
+            f"the plan does not fit the model: it has no matrix '{name}'; make the plan of this very model"
+        ) from None
     if isinstance(module, FactorizedMatrix):
         raise ModelError(f"layer '{name}' is factorized already: dynamic ranks start from the dense model")
     if not module.get_parameter("weight").requires_grad:
@@ -422,7 +492,7 @@ def _largest(entry: Entry) -> Structure:
     """The largest of the sizes that planners try that leaves room below the dense matrix."""
     assert entry.spec is not None
     matrix, dtype = entry.matrix, getattr(torch, entry.matrix.dtype)
-    most = matrix.cost(None).bytes / ROOM
+    most = max(matrix.cost(None).bytes / ROOM, entry.compressed.bytes)
     fitting = [s for s in entry.spec.candidates(matrix.shape, dtype) if s.bytes(matrix.shape, dtype) <= most]
     return fitting[-1] if fitting else entry.spec
 

@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 Score = Literal["first_order", "element_wise", "uncertainty"]
-WHOLE = "unit"
+UNIT = "unit"
 
 
 class Importance:
@@ -37,20 +37,23 @@ class Importance:
         self.deviations: dict[str, Tensor] = {}
 
     @property
-    def whole(self) -> bool:
+    def one_factor_tells(self) -> bool:
         """Whether products of a single factor are enough."""
         return self.score == "first_order"
 
     def update(self, products: Mapping[str, Float[Tensor, "units entries"]]) -> None:
         """Take in the products of parameters and gradients of one step; steps that are not finite do not count."""
         first = next(iter(products.values()))
-        now = {WHOLE: first.sum(1, keepdim=True).abs()}
-        if not self.whole:
+        now = {UNIT: first.sum(1, keepdim=True).abs()}
+        if not self.one_factor_tells:
             now |= {name: product.abs() for name, product in products.items()}
         if not all(torch.isfinite(values.sum()) for values in now.values()):
             return
         for name, values in now.items():
             average = self.averages.get(name)
+            if average is not None and average.device != values.device:  # the model has moved since
+                self.averages[name] = average = average.to(values.device)
+                self.deviations |= {n: t.to(values.device) for n, t in self.deviations.items() if n == name}
             if average is None:
                 self.averages[name] = values.float()
                 if self.score == "uncertainty":
@@ -63,7 +66,7 @@ class Importance:
     def scores(self) -> Float[Tensor, " units"]:
         """One number for each unit, not negative."""
         parts = self.averages
-        if self.deviations:
+        if any(deviation.any() for deviation in self.deviations.values()):  # none after a single look
             parts = {name: average * self.deviations[name] for name, average in parts.items()}
         return torch.stack([part.mean(1) for part in parts.values()]).sum(0)
 

@@ -20,10 +20,11 @@ class RankHistory:
 
     Args:
         layers: names of the matrices.
-        structures: kinds of their structures.
+        structures: kinds of what each of them becomes.
         full: units that each began with.
         steps: optimizer steps after which units were removed.
-        ranks: for each of these, the units that were left in each matrix.
+        ranks: for each of these, the units that were left in each matrix. A low-rank matrix that has as many as at the
+            start is still the dense matrix.
         scores: for each of these, the mean importance of the units that were left, in each matrix.
     """
 
@@ -67,6 +68,16 @@ class RankHistory:
             len(history.ranks) == len(history.scores) == long
         ):
             raise CheckpointError(f"{where} is a damaged history of ranks: its lists differ in length")
+        texts = [*history.layers, *history.structures]
+        counts = [*history.full, *history.steps, *(count for row in history.ranks for count in row)]
+        scores = [score for row in history.scores for score in row]
+        if not (
+            all(isinstance(text, str) for text in texts)
+            and all(type(count) is int and count > 0 for count in counts)
+            and all(isinstance(score, int | float) for score in scores)
+            and history.steps == sorted(history.steps)
+        ):
+            raise CheckpointError(f"{where} is a damaged history of ranks: it has to hold whole numbers above 0")
         return history
 
     def save(self, directory: str | os.PathLike[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 
 import torch
 from jaxtyping import Float, Int
@@ -18,7 +19,7 @@ from factorformer.planning import Matrix
 from factorformer.structures import LowRank, Structure, largest_rank
 from factorformer.surgery import factorize
 from factorformer.training.importance import Importance
-from factorformer.training.optimizer_state import SQUARED, State, bare, converted, linear, substitute
+from factorformer.training.optimizer_state import LINEAR, SQUARED, State, converted, substitute
 
 
 class Units(ABC):
@@ -42,8 +43,8 @@ class Units(ABC):
 
     @property
     @abstractmethod
-    def parameters(self) -> list[nn.Parameter]:
-        """What is trained now."""
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """What is trained now, by its name in the layer."""
 
     @property
     @abstractmethod
@@ -58,13 +59,13 @@ class Units(ABC):
     def keep(self, kept: Int[Tensor, " units"], optimizer: Optimizer | None) -> Units:
         """Remove all units but these, also from the optimizer; returns what stands for the matrix from then on."""
 
+    @abstractmethod
+    def bytes(self, count: int) -> int:
+        """Stored bytes of the matrix with so many units."""
+
     def unit_bytes(self) -> float:
         """Bytes of one unit, on average."""
         return self.full.bytes(self.matrix.shape, self.dtype) / self.full.units
-
-    def bytes(self, count: int) -> int:
-        """Stored bytes of the matrix with so many units."""
-        return self.full.with_units(count).bytes(self.matrix.shape, self.dtype)
 
 
 class FactorUnits(Units):
@@ -78,49 +79,46 @@ class FactorUnits(Units):
         return module
 
     @property
-    def _values(self) -> dict[str, nn.Parameter]:
-        module = self.module
-        return {name: factor for name, factor in module.factors.items() if isinstance(factor, nn.Parameter)}
-
-    @property
     def count(self) -> int:
         return self.module.spec.units
 
+    def bytes(self, count: int) -> int:
+        return self.full.with_units(count).bytes(self.matrix.shape, self.dtype)
+
     @property
-    def parameters(self) -> list[nn.Parameter]:
-        return list(self._values.values())
+    def parameters(self) -> dict[str, nn.Parameter]:
+        return {name: factor for name, factor in self.module.factors.items() if isinstance(factor, nn.Parameter)}
 
     @property
     def ready(self) -> bool:
-        return all(parameter.grad is not None for parameter in self.parameters)
+        return all(parameter.grad is not None for parameter in self.parameters.values())
 
     @torch.no_grad()
     def products(self) -> dict[str, Tensor]:
         module = self.module
-        values = {name: p * p.grad for name, p in self._values.items() if p.grad is not None}
+        values = {name: p * p.grad for name, p in self.parameters.items() if p.grad is not None}
         return module.spec.by_unit(module.factors, values)
 
     @torch.no_grad()
     def keep(self, kept: Tensor, optimizer: Optimizer | None) -> FactorUnits:
         module = self.module
-        old, selection = self._values, module.spec.select(module.factors, kept, self.full.with_units(len(kept)))
+        old, selection = self.parameters, module.spec.select(module.factors, kept, self.full.with_units(len(kept)))
         module.keep(selection)
         for name in self.matrix.aliases:
             tied = self.model.get_submodule(name)
             assert isinstance(tied, FactorizedMatrix)
             tied._adopt(module.spec, module.factors)
         if optimizer is not None:
-            optimizer = bare(optimizer)
             for name, parameter in old.items():
                 cut = selection.cut[name]
                 state = converted(optimizer.state.get(parameter, {}), parameter, lambda _, t, cut=cut: cut(t).clone())
-                substitute(optimizer, parameter, [self._values[name]], [state])
+                substitute(optimizer, parameter, {name: self.parameters[name]}, [state])
         self.importance.keep(kept)
         return self
 
     def repel(self, weight: float) -> None:
         """Add the gradient of `weight * sum ||R R^T - I||_F^2` over factors, with `R` their units at unit length."""
-        module, values = self.module, self._values
+        module, values = self.module, self.parameters
         leaves = {name: p.detach().requires_grad_() for name, p in values.items()}
         with torch.enable_grad():
             penalty = torch.zeros((), device=next(iter(leaves.values())).device)
@@ -136,15 +134,15 @@ class FactorUnits(Units):
 class DenseUnits(Units):
     """A dense matrix, trained as it is, as the sum of its singular groups.
 
-    With `T` the matrix or its transpose, whichever is wider than tall, and a fixed `basis` of which `dual` is the left
+    With `T` the matrix or its transpose, whichever is wider than tall, and a fixed `basis` of which `dual` is the
     inverse, `T = sum_i basis_i (dual_i T)` whatever training does to `T`. At the start the groups are the singular
     groups `s_i u_i v_i^T` of the weight under the metric. The first-order importance of a group is
     `basis_i^T G (dual_i T)^T` with `G = dL/dT`, which at the start is `s_i dL/ds_i`.
 
-    Above the break-even rank factors would cost more than the matrix, in bytes and in time, and their optimizer too.
-    So removing a group there takes it out of `T` and of linear states of the optimizer, and below the matrix is
-    replaced by its factors, of equal norm for each group. Averages of gradients are then carried over exactly, for they
-    are linear in the gradient, and averages of their squares as if entries were independent.
+    As long as factors of the groups that it would keep are larger than the matrix, removing the others frees neither
+    bytes nor time. It stays dense and whole then, and all its groups go on competing; below that rank it is replaced by
+    its factors, of equal norm for each group. Averages of gradients in the optimizer's state are then carried over
+    exactly, for they are linear in the gradient, and averages of their squares as if entries were independent.
 
     Args:
         model, matrix, importance: as for `Units`.
@@ -204,15 +202,16 @@ class DenseUnits(Units):
         return len(self.dual)
 
     @property
-    def parameters(self) -> list[nn.Parameter]:
-        return [self.weight]
+    def parameters(self) -> dict[str, nn.Parameter]:
+        return {"weight": self.weight}
 
     @property
     def ready(self) -> bool:
         return self.weight.grad is not None
 
     def bytes(self, count: int) -> int:
-        return min(super().bytes(count), self.matrix.cost(None).bytes)
+        factors = LowRank(count).bytes(self.matrix.shape, self.dtype)
+        return min(factors, self.matrix.cost(None).bytes)
 
     def _turn(self, tensor: Tensor) -> Float[Tensor, "short long"]:
         return tensor.T if self.turned else tensor
@@ -221,30 +220,28 @@ class DenseUnits(Units):
     def products(self) -> dict[str, Tensor]:
         weight, gradient = self._turn(self.weight), self.weight.grad
         assert gradient is not None
-        gradient = self._turn(gradient)
-        if self.importance.whole:
-            return {"weight": (self.dual @ (weight @ gradient.T)) * self.basis.T}
-        moving = self.dual @ weight
+        gradient, (basis, dual) = self._turn(gradient), self.groups()
+        if self.importance.one_factor_tells:
+            return {"weight": (dual @ (weight @ gradient.T)) * basis.T}
+        moving = dual @ weight
         names = ("right", "weight") if self.tall else ("weight", "right")
-        products = (gradient @ moving.T * self.basis).T, moving * (self.basis.T @ gradient)
+        products = (gradient @ moving.T * basis).T, moving * (basis.T @ gradient)
         return dict(zip(names, products, strict=True))
+
+    def groups(self) -> tuple[Tensor, Tensor]:
+        """Basis and dual, where the weight is by now and of its type."""
+        self.basis, self.dual = self.basis.to(self.weight), self.dual.to(self.weight)
+        return self.basis, self.dual
 
     @torch.no_grad()
     def keep(self, kept: Tensor, optimizer: Optimizer | None) -> Units:
-        gone = torch.ones(self.count, dtype=torch.bool, device=kept.device)
-        gone[kept] = False
-        lost, lost_dual = self.basis[:, gone], self.dual[gone]
-        self.basis, self.dual = self.basis[:, kept].contiguous(), self.dual[kept]
-        self.importance.keep(kept)
-        optimizer = None if optimizer is None else bare(optimizer)
-        state = {} if optimizer is None else optimizer.state.get(self.weight, {})
-        if self.count > largest_rank(self.matrix.shape):
-            for tensor in (self.weight.data, *linear(state, self.weight)):
-                turned = self._turn(tensor)
-                turned.sub_(lost @ (lost_dual @ turned))
+        if len(kept) > largest_rank(self.matrix.shape):
             return self
+        basis, dual = self.groups()
+        self.importance.keep(kept)
         weight = self.weight
-        first, second = self.basis, self.dual @ self._turn(weight)
+        state = {} if optimizer is None else optimizer.state.get(weight, {})
+        first, second = basis[:, kept], dual[kept] @ self._turn(weight)
         # Factors of equal norm learn at equal speed.
         tiny = torch.finfo(first.dtype).tiny
         balance = (second.norm(dim=1).clamp_min(tiny) / first.norm(dim=0).clamp_min(tiny)).sqrt()
@@ -252,7 +249,7 @@ class DenseUnits(Units):
         states = self._carried(weight, state, first, second)
         pair = (second.T, first.T) if self.tall else (first, second)
         factors = {"weight": pair[0].contiguous(), "right": pair[1].contiguous()}
-        factorize(self.model, self.matrix, LowRank(self.count), factors)
+        factorize(self.model, self.matrix, LowRank(len(kept)), factors)
         units = FactorUnits(self.model, self.matrix, self.full, self.importance)
         if optimizer is not None:
             substitute(optimizer, weight, units.parameters, states[::-1] if self.tall else states)
@@ -261,13 +258,15 @@ class DenseUnits(Units):
     def _carried(self, weight: Tensor, state: State, first: Tensor, second: Tensor) -> list[State]:
         """States of the first and the second factor from that of their product."""
 
-        def placed(tensor: Tensor) -> Tensor:
-            return (tensor.T if self.tall else tensor).contiguous()
+        def carried(
+            name: str, factor: Tensor, product: Callable[[Tensor, Tensor], Tensor], tensor: Tensor
+        ) -> Tensor | None:
+            if name not in (*LINEAR, *SQUARED):
+                return None  # nothing is known of how it was made
+            result = product(self._turn(tensor), factor.square() if name in SQUARED else factor)
+            return (result.T if self.tall else result).contiguous()
 
-        def to_first(name: str, tensor: Tensor) -> Tensor:
-            return placed(self._turn(tensor) @ (second.square() if name in SQUARED else second).T)
-
-        def to_second(name: str, tensor: Tensor) -> Tensor:
-            return placed((first.square() if name in SQUARED else first).T @ self._turn(tensor))
-
-        return [converted(state, weight, to_first), converted(state, weight, to_second)]
+        return [
+            converted(state, weight, lambda name, tensor: carried(name, second, lambda t, f: t @ f.T, tensor)),
+            converted(state, weight, lambda name, tensor: carried(name, first, lambda t, f: f.T @ t, tensor)),
+        ]
