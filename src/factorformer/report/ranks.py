@@ -63,7 +63,7 @@ def heat_map(history: RankHistory, path: Path) -> None:
     # Each column lasts until the next removal; the last one is as wide as the one before.
     edges = [*steps, steps[-1] + (steps[-1] - steps[-2] if len(steps) > 1 else 1)]
     values = [list(row) for row in zip(*columns, strict=True)]
-    image = axis.pcolormesh(edges, range(len(values) + 1), values, vmin=0, vmax=1, cmap="viridis")
+    image = axis.pcolormesh(edges, range(len(values) + 1), values, vmin=0, vmax=1, cmap="viridis", rasterized=True)
     axis.set_yticks([row + 0.5 for row in range(len(values))], history.layers, fontsize=6)
     axis.invert_yaxis()
     axis.set(xlabel="optimizer step", title="units left, of those at the start")
