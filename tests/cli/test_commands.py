@@ -325,7 +325,6 @@ def test_ranks_that_are_found_in_training(run: Any, trained: Path, tables: Path,
 
 
 def test_ranks_as_an_image(run: Any, trained: Path, tables: Path, tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
     data, output, image = tables / "train.jsonl", tmp_path / "small", tmp_path / "ranks.svg"
     training = ["--train", data, "--label", "label", "--epochs", 2, "--batch-size", 4]
     assert run("compress", trained, output, "--method", "rankdyna", "--ratio", 2, *training).exit_code == 0

@@ -39,7 +39,9 @@ def check_image(path: Path) -> None:
     try:
         import matplotlib  # noqa: F401
     except ImportError:
-        raise OutputError("images are drawn by matplotlib, which is not installed: pip install matplotlib") from None
+        raise OutputError(
+            "images are drawn by matplotlib, which is not installed: pip install 'factorformer[plot]'"
+        ) from None
 
 
 def heat_map(history: RankHistory, path: Path) -> None:
