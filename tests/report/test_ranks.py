@@ -59,5 +59,5 @@ def test_what_cannot_be_drawn_is_said(tmp_path: Path, monkeypatch: pytest.Monkey
     with pytest.raises(OutputError, match="cannot write the image"):
         heat_map(history(), tmp_path / "missing" / "map.svg")
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(OutputError, match="pip install 'factorformer.plot.'"):
+    with pytest.raises(OutputError, match=r"pip install 'factorformer.plot.'"):
         heat_map(history(), tmp_path / "map.svg")
