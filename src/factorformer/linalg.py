@@ -66,7 +66,7 @@ def truncation_errors(matrix: Float[Tensor, "m n"]) -> Float[Tensor, " ranks"]:
     Raises:
         ModelError: the matrix holds NaN or infinite values.
 
-    >>> truncation_errors(torch.diag(torch.tensor([3.0, 1.0]))).tolist()
+    >>> [round(error, 6) for error in truncation_errors(torch.diag(torch.tensor([3.0, 1.0]))).tolist()]
     [1.0, 0.1, 0.0]
     """
     scale = matrix.abs().amax()

@@ -35,7 +35,10 @@ def methods(as_json: AsJson = False) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    table = Table("method", "what it does", "needs", "paper", show_lines=True)
+    table = Table(show_lines=True)
+    table.add_column("method", no_wrap=True)
+    for column in ("what it does", "needs", "paper"):
+        table.add_column(column)
     for name, recipe in recipes.RECIPES.items():
         table.add_row(f"[bold]{name}[/bold]", escape(recipe.summary), recipe.needs, escape(recipe.paper))
     console().print(table)

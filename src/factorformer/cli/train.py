@@ -250,10 +250,11 @@ def train(
     from factorformer.cli.from_scratch import DENSE, Job, preview, run
     from factorformer.hf.from_scratch import ScratchSettings, last_checkpoint
 
-    if method != DENSE and recipes.get(method).metric != "plain":
-        usable = [name for name, recipe in recipes.RECIPES.items() if recipe.metric == "plain"]
+    usable = [n for n, recipe in recipes.RECIPES.items() if recipe.metric == "plain" and recipe.allocation != "dynamic"]
+    if method not in (*usable, DENSE):
+        recipes.get(method)  # which knows better what to say of a name that does not exist
         raise MethodError(
-            f"method '{method}' fits factors to a trained model's weights, and a new model has none: "
+            f"method '{method}' begins with a trained model's weights, and a new model has none: "
             f"choose one of {', '.join([*usable, DENSE])}"
         )
     if method == DENSE and (ratio is not None or include is not None or exclude is not None):
