@@ -5,6 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 PYTEST_ARGS ?= -n 2
+KERNELS := hatch_build.py $(wildcard src/factorformer/kernels/compile.py src/factorformer/kernels/csrc/*)
 
 .PHONY: quickstart test
 
@@ -22,7 +23,7 @@ test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 # The stamps lie in the environment, so that they go when it goes.
-$(VENV)/.installed-%: pyproject.toml constraints.txt | $(BIN)/python
+$(VENV)/.installed-%: pyproject.toml constraints.txt $(KERNELS) | $(BIN)/python
 	$(PIP) install --quiet -c constraints.txt -e ".[$*]"
 	@touch $@
 

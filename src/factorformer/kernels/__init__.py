@@ -6,28 +6,49 @@ import torch
 from torch import Tensor
 
 from factorformer.kernels import sparse, support
+from factorformer.kernels.cpu import sparse_matmul as _sparse_matmul
+from factorformer.kernels.cpu import sparse_matmul_transposed as _sparse_matmul_transposed
+from factorformer.kernels.cpu import variant
+from factorformer.kernels.dense import Dense, chain, runs_now, served
 
 
 def sparse_product(
-    x: Tensor, values: Tensor, support: Tensor, atoms: int, blocks: int = 1, *, transposed: bool = False
+    x: Tensor,
+    values: Tensor,
+    support: Tensor,
+    atoms: int,
+    blocks: int = 1,
+    *,
+    scales: Tensor | None = None,
+    bias: Tensor | None = None,
+    transposed: bool = False,
 ) -> Tensor:
-    """`x @ S.T`, `(..., atoms)` to `(..., rows)`, or transposed `x @ S`, `(..., rows)` to `(..., atoms)`.
+    """`x @ S.T + bias`, `(..., atoms)` to `(..., rows)`, or transposed `x @ S`, `(..., rows)` to `(..., atoms)`.
 
     Args:
         x: the input.
-        values: `(rows, nonzeros)`, in the order of their positions.
+        values: `(rows, nonzeros)`, in the order of their positions; floats, or int8 with scales.
         support: packed positions, uint8, `(groups, bytes)`; consecutive rows share one where there are fewer than rows.
         atoms: columns of `S`.
         blocks: equal blocks of columns that each hold the same number of nonzeros.
+        scales: of int8 values, one for each row.
+        bias: `(rows)`; not for the transposed product.
         transposed: which of the two products.
     """
+    shape = (*x.shape[:-1], atoms if transposed else values.shape[0])
+    if runs_now() and served(x, values, scales, bias):
+        flat = x.reshape(-1, x.shape[-1])
+        if transposed:
+            return _sparse_matmul_transposed(flat, values, support, atoms, blocks, scales).view(shape)
+        return _sparse_matmul(flat, values, support, atoms, blocks, scales, bias).view(shape)
+    if scales is not None:
+        values = values.to(x.dtype) * scales.to(x.dtype)[:, None]
     if not x.is_meta and torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
         x, values = x.to(dtype), values.to(dtype)
-    width = atoms if transposed else values.shape[0]
     operator = sparse.sparse_matmul_transposed if transposed else sparse.sparse_matmul
-    flat = x.reshape(-1, x.shape[-1])
-    return operator(flat, values, support, atoms, blocks).view(*x.shape[:-1], width)
+    product = operator(x.reshape(-1, x.shape[-1]), values, support, atoms, blocks).view(shape)
+    return product if bias is None else product + bias.to(product.dtype)
 
 
-__all__ = ["sparse", "sparse_product", "support"]
+__all__ = ["Dense", "chain", "sparse", "sparse_product", "support", "variant"]

@@ -2,8 +2,8 @@
 
 `S: (rows, atoms)` is given as `values: (rows, nonzeros)` and a packed `support` (see `kernels.support`) that each
 `group` of consecutive rows shares. The operators are registered with torch, with their shapes, derivatives, types
-under autocast and FLOPs, so that compilers, exporters and counters know them; another implementation of the same
-operators takes over for a device by registering itself. The reference builds a few rows of `S` at a time.
+under autocast and FLOPs, so that compilers, exporters and counters know them. The compiled kernels take what they can
+on the CPU; everything else goes to the reference, which builds a few rows of `S` at a time.
 """
 
 # Annotations stay types here: torch reads the schemas of operators from them.
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from factorformer.kernels import cpu
 from factorformer.kernels.support import unpack
 
 WORKSPACE = 2**19
@@ -30,6 +31,8 @@ def sparse_positions(support: Tensor, atoms: int, nonzeros: int, blocks: int) ->
 @torch.library.custom_op("factorformer::sparse_matmul", mutates_args=())
 def sparse_matmul(x: Tensor, values: Tensor, support: Tensor, atoms: int, blocks: int) -> Tensor:
     """`x @ S.T`: `(n, atoms)` to `(n, rows)`."""
+    if cpu.serves(x, values):
+        return cpu.sparse_matmul(x, values, support, atoms, blocks, None, None)
     result = x.new_empty(x.shape[0], values.shape[0])
     for rows, part in _parts(values, support, atoms, blocks):
         result[:, rows] = x @ part.T
@@ -39,6 +42,8 @@ def sparse_matmul(x: Tensor, values: Tensor, support: Tensor, atoms: int, blocks
 @torch.library.custom_op("factorformer::sparse_matmul_transposed", mutates_args=())
 def sparse_matmul_transposed(x: Tensor, values: Tensor, support: Tensor, atoms: int, blocks: int) -> Tensor:
     """`x @ S`: `(n, rows)` to `(n, atoms)`."""
+    if cpu.serves(x, values):
+        return cpu.sparse_matmul_transposed(x, values, support, atoms, blocks, None)
     result = x.new_zeros(x.shape[0], atoms, dtype=torch.promote_types(x.dtype, torch.float32))
     for rows, part in _parts(values, support, atoms, blocks):
         result += x[:, rows] @ part
@@ -48,6 +53,8 @@ def sparse_matmul_transposed(x: Tensor, values: Tensor, support: Tensor, atoms: 
 @torch.library.custom_op("factorformer::sparse_outer", mutates_args=())
 def sparse_outer(left: Tensor, right: Tensor, support: Tensor, nonzeros: int, blocks: int) -> Tensor:
     """The entries of `left.T @ right` on the support: `(n, rows)` and `(n, atoms)` to `(rows, nonzeros)`."""
+    if left.dtype == right.dtype and cpu.serves(left, right.contiguous()):
+        return cpu.sparse_outer(left, right, support, nonzeros, blocks)
     rows, atoms = left.shape[1], right.shape[1]
     group = rows // support.shape[0]
     result = left.new_empty(rows, nonzeros)

@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from factorformer.errors import ModelError, one_of
-from factorformer.kernels import sparse_product, support
+from factorformer.kernels import Dense, chain, sparse_product, support
 from factorformer.kernels.sparse import build
 from factorformer.structures.base import Factors, Selection, Shape, Structure, TensorSpec, require_positive
 
@@ -159,13 +159,14 @@ class DenseSparse(Structure):
         return (best + starts[:, None]).flatten(1)
 
     def matmul(self, shape: Shape, factors: Factors, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        dictionary = Dense(factors["dictionary"], columns=self.side == "columns")
         if self.side == "columns":
-            return F.linear(self._sparse(factors, x, transposed=True), factors["dictionary"].T, bias)
-        product = self._sparse(factors, F.linear(x, factors["dictionary"]))
-        return product if bias is None else product + bias.to(product.dtype)
+            return chain(self._sparse(factors, x, transposed=True), (dictionary,), bias)
+        return self._sparse(factors, chain(x, (dictionary,)), bias=bias)
 
-    def _sparse(self, factors: Factors, x: Tensor, *, transposed: bool = False) -> Tensor:
-        return sparse_product(x, factors["weight"], factors["support"], self.atoms, self.blocks, transposed=transposed)
+    def _sparse(self, factors: Factors, x: Tensor, *, bias: Tensor | None = None, transposed: bool = False) -> Tensor:
+        values, packed = factors["weight"], factors["support"]
+        return sparse_product(x, values, packed, self.atoms, self.blocks, bias=bias, transposed=transposed)
 
     def rows(self, shape: Shape, factors: Factors, index: Tensor) -> Tensor:
         if self.side == "columns":

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from factorformer.errors import ModelError
+from factorformer.kernels import Dense, chain
 from factorformer.structures.base import Factors, Selection, Shape, Structure, TensorSpec, require_positive
 
 
@@ -56,7 +57,7 @@ class LowRank(Structure):
         """All factors are values."""
 
     def matmul(self, shape: Shape, factors: Factors, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        return F.linear(F.linear(x, factors["right"]), factors["weight"], bias)
+        return chain(x, (Dense(factors["right"]), Dense(factors["weight"])), bias)
 
     def rows(self, shape: Shape, factors: Factors, index: Tensor) -> Tensor:
         return F.embedding(index, factors["weight"]) @ factors["right"]

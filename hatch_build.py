@@ -1,0 +1,31 @@
+"""Compiles the CPU kernels while the package is built or installed, where a C++ compiler is at hand."""
+
+from __future__ import annotations
+
+import runpy
+import sysconfig
+from pathlib import Path
+from typing import Any
+
+from hatchling.builders.hooks.plugin.interface import BuildHookInterface
+
+
+class KernelBuildHook(BuildHookInterface):
+    """Adds the compiled library to wheels and editable installs; without a compiler they are pure Python."""
+
+    def initialize(self, version: str, build_data: dict[str, Any]) -> None:
+        """Called before files are collected."""
+        if self.target_name != "wheel":
+            return
+        build = runpy.run_path(str(Path(self.root, "src/factorformer/kernels/compile.py")))
+        library: Path = build["LIBRARY"]
+        try:
+            build["compile_library"]()
+        except OSError as error:
+            library.unlink(missing_ok=True)
+            self.app.display_warning(f"factorformer is installed without its CPU kernels: {error}")
+            return
+        build_data["artifacts"].append(str(library.relative_to(self.root)))
+        build_data["pure_python"] = False
+        # Plain C inside: one wheel serves all versions of Python.
+        build_data["tag"] = f"py3-none-{sysconfig.get_platform().replace('-', '_').replace('.', '_')}"

@@ -1,0 +1,79 @@
+"""Compiles the CPU kernels; needs a C++ compiler and nothing else, torch included.
+
+Installation runs this where a compiler is at hand, and goes on without where there is none: the package then multiplies
+with torch alone. `python -m factorformer.kernels.compile` builds the library in place again.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+SOURCES = Path(__file__).with_name("csrc")
+LIBRARY = Path(__file__).with_name("libfactorformer.so")
+
+_WIDE = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mprefer-vector-width=512")
+VARIANTS: dict[str, tuple[str, ...]] = {"baseline": ()}
+"""Flags of each variant; the library takes the last that the processor has."""
+if platform.machine().lower() in ("x86_64", "amd64"):
+    VARIANTS |= {"avx2": ("-mavx2", "-mfma"), "avx512": _WIDE, "avx512_vnni": (*_WIDE, "-mavx512vnni")}
+
+_FLAGS = (
+    *("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"),
+    *("-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"),
+)
+
+
+def compile_library(output: Path = LIBRARY, extra: Sequence[str] = ()) -> None:
+    """Build the library with all variants; it appears whole or not at all.
+
+    Args:
+        output: the file to make.
+        extra: further flags for compiler and linker, such as those of sanitizers.
+
+    Raises:
+        OSError: no compiler, or it failed; the message holds what it said.
+    """
+    compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+    if compiler is None:
+        raise OSError("no C++ compiler: set CXX, or install one")
+    try:
+        _build(compiler.split(), output, ("-fopenmp", *extra))
+    except OSError:
+        # Some compilers come without OpenMP: one thread is better than no library.
+        _build(compiler.split(), output, tuple(extra))
+
+
+def _build(compiler: list[str], output: Path, extra: tuple[str, ...]) -> None:
+    with tempfile.TemporaryDirectory(prefix=".kernels-", dir=output.parent) as folder:
+        objects = [Path(folder, f"{name}.o") for name in (*VARIANTS, "library")]
+        commands = [
+            [*compiler, *_FLAGS, *extra, *flags, f"-DFACTORFORMER_VARIANT={name}", "-c", "variant.cpp", "-o", str(made)]
+            for (name, flags), made in zip(VARIANTS.items(), objects, strict=False)
+        ]
+        commands.append([*compiler, *_FLAGS, *extra, "-c", "library.cpp", "-o", str(objects[-1])])
+        _run(commands)
+        partial = Path(folder, output.name)
+        _run([[*compiler, "-shared", *extra, *map(str, objects), "-o", str(partial)]])
+        partial.replace(output)
+
+
+def _run(commands: list[list[str]]) -> None:
+    """Run commands side by side."""
+    running = [
+        subprocess.Popen(command, cwd=SOURCES, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        for command in commands
+    ]
+    said = [(process.communicate()[0], process.returncode) for process in running]
+    for command, (text, code) in zip(commands, said, strict=True):
+        if code:
+            raise OSError(f"{' '.join(command)} failed: {text.strip()}")
+
+
+if __name__ == "__main__":
+    compile_library()

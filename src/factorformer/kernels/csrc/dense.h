@@ -1,0 +1,419 @@
+// Chains of products with small dense matrices, floats or int8, whose intermediate results never leave the caches.
+//
+// A block of tokens goes through all matrices of the chain before the next one begins. Products with int8 weights
+// quantize their input to one unsigned byte a value, with a scale and a zero point for each token, add up in integers,
+// and are exact but for that; four values of a token share a word, which is what VNNI multiplies.
+
+#pragma once
+
+#include <algorithm>
+
+#include "factorformer.h"
+#include "memory.h"
+#include "simd.h"
+#include "threads.h"
+
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int WIDEST = 4; // vectors of tokens in a block: as many as registers allow beside ROWS_AT_ONCE sums each
+#else
+constexpr int WIDEST = 2;
+#endif
+constexpr int ROWS_AT_ONCE = 6;
+constexpr int LONGEST = 4; // matrices in a chain
+constexpr int TILE = 48; // rows of output that are transposed back at once, a multiple of LANES and ROWS_AT_ONCE
+
+// Words of four weights that lie in memory one after the other, or a row of the transposed matrix apart.
+INLINE int32_t word(const int8_t *from, int64_t left) {
+    int32_t w = 0;
+    std::memcpy(&w, from, left < 4 ? left : 4);
+    return w;
+}
+
+// total + the four products of the bytes of each lane.
+INLINE Ints dot4(Ints total, Words x, int32_t weights) {
+#if defined(__AVX512VNNI__) && defined(__AVX512F__)
+    return (Ints)_mm512_dpbusd_epi32((__m512i)total, (__m512i)x, _mm512_set1_epi32(weights));
+#else
+    for (int i = 0; i < 4; ++i)
+        total += static_cast<int8_t>(weights >> (8 * i)) * (Ints)((x >> (8 * i)) & 255u);
+    return total;
+#endif
+}
+
+INLINE Floats exponential(Floats x) {
+    // 2^n * 2^f with |f| <= 1/2: the series of 2^f to the sixth term has a relative error of 2e-8.
+    const Floats limited = maximum(x, splat(-87.0f)), scaled = limited * splat(1.44269504f);
+    const Floats shifted = scaled + splat(12582912.0f), whole = shifted - splat(12582912.0f);
+    const Floats f = (scaled - whole) * splat(0.69314718f);
+    Floats series = splat(1.0f / 720);
+    for (float term : {1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f}) series = series * f + splat(term);
+    Words bits = (Words)shifted << 23;
+    return (Floats)((Words)series + bits);
+}
+
+// x * Phi(x), with the error function of Abramowitz and Stegun 7.1.26, whose absolute error is below 1.5e-7.
+INLINE Floats gelu_of(Floats x) {
+    const Floats size = (Floats)((Words)x & 0x7fffffffu), z = size * splat(0.70710678f);
+    const Floats t = splat(1.0f) / (splat(1.0f) + splat(0.3275911f) * z);
+    Floats series = splat(1.061405429f);
+    for (float term : {-1.453152027f, 1.421413741f, -0.284496736f, 0.254829592f}) series = series * t + splat(term);
+    const Floats tail = splat(0.5f) * series * t * exponential(-z * z); // Phi(-|x|)
+    return maximum(x, Floats{}) - size * tail;
+}
+
+// to[r][:] = rows [row, row + R) of the matrix times the tokens of a block.
+template <int R, int V> INLINE void float_rows(const float *tokens, const Matrix &m, int64_t row, float *to) {
+    const float *weight = static_cast<const float *>(m.weight);
+    const int64_t step = m.columns ? m.out : 1;
+    const float *rows[R];
+    for (int r = 0; r < R; ++r) rows[r] = weight + (m.columns ? row + r : (row + r) * m.in);
+    Floats sums[R][V] = {};
+    for (int64_t k = 0, at = 0; k < m.in; ++k, at += step) {
+        Floats x[V];
+        for (int v = 0; v < V; ++v) x[v] = load(tokens + (k * V + v) * LANES);
+#pragma GCC unroll 8
+        for (int r = 0; r < R; ++r) {
+            const Floats w = splat(rows[r][at]);
+            for (int v = 0; v < V; ++v) sums[r][v] += w * x[v];
+        }
+    }
+    for (int r = 0; r < R; ++r)
+        for (int v = 0; v < V; ++v) store(to + (r * V + v) * LANES, sums[r][v]);
+}
+
+// What a block of tokens is, to products with int8 weights.
+template <int V> struct Quantized {
+    uint32_t *words; // (in / 4, V * LANES)
+    float scale[V * LANES], zero[V * LANES];
+};
+
+// What a product with int8 weights needs beside them: their sums, for the zero points of what they are multiplied by,
+// and where the weights that share a word lie apart, the words.
+struct Prepared {
+    int32_t *sums;   // (out)
+    uint32_t *words; // (in / 4, out); null where a word lies in memory as it is
+};
+
+// Columns [first, last) of `prepared` for a matrix that is stored as (in, out).
+INLINE void pack_columns(const Matrix &m, int64_t first, int64_t last, const Prepared &to) {
+    const int8_t *weight = static_cast<const int8_t *>(m.weight);
+    std::fill(to.sums + first, to.sums + last, 0);
+    for (int64_t k = 0; k < m.in; k += 4) {
+        uint32_t *words = to.words + k / 4 * m.out;
+        const int8_t *rows[4];
+        for (int i = 0; i < 4; ++i) rows[i] = weight + std::min(k + i, m.in - 1) * m.out;
+        const int used = static_cast<int>(std::min<int64_t>(4, m.in - k));
+        const uint32_t mask = used == 4 ? ~0u : (1u << (8 * used)) - 1;
+        for (int64_t o = first; o < last; ++o) {
+            const uint32_t word = static_cast<uint8_t>(rows[0][o]) | static_cast<uint32_t>(static_cast<uint8_t>(rows[1][o])) << 8 |
+                                  static_cast<uint32_t>(static_cast<uint8_t>(rows[2][o])) << 16 |
+                                  static_cast<uint32_t>(static_cast<uint8_t>(rows[3][o])) << 24;
+            words[o] = word & mask;
+            to.sums[o] += rows[0][o] + (used > 1 ? rows[1][o] : 0) + (used > 2 ? rows[2][o] : 0) + (used > 3 ? rows[3][o] : 0);
+        }
+    }
+}
+
+INLINE void sum_rows(const Matrix &m, int64_t first, int64_t last, const Prepared &to) {
+    const int8_t *weight = static_cast<const int8_t *>(m.weight);
+    for (int64_t row = first; row < last; ++row) {
+        int32_t total = 0;
+        for (int64_t k = 0; k < m.in; ++k) total += weight[row * m.in + k];
+        to.sums[row] = total;
+    }
+}
+
+// From sums of integers to floats; a zero point adds its multiple of the sum of the weights.
+template <int R, int V>
+INLINE void integer_rows(const Quantized<V> &x, const Matrix &m, const Prepared &prepared, int64_t row, float *to) {
+    const int8_t *weight = static_cast<const int8_t *>(m.weight);
+    const int64_t whole = m.columns ? (m.in + 3) / 4 : m.in / 4;
+    const int64_t step = m.columns ? m.out * 4 : 4;
+    Ints sums[R][V] = {};
+    const int8_t *rows[R];
+    for (int r = 0; r < R; ++r)
+        rows[r] = m.columns ? reinterpret_cast<const int8_t *>(prepared.words + row + r) : weight + (row + r) * m.in;
+    const uint32_t *tokens = x.words;
+    for (int64_t k = 0, at = 0; k < whole; ++k, at += step, tokens += V * LANES) {
+        Words block[V];
+        for (int v = 0; v < V; ++v) std::memcpy(&block[v], tokens + v * LANES, sizeof(Words));
+#pragma GCC unroll 8
+        for (int r = 0; r < R; ++r) {
+            const int32_t w = word(rows[r] + at, 4);
+            for (int v = 0; v < V; ++v) sums[r][v] = dot4(sums[r][v], block[v], w);
+        }
+    }
+    if (4 * whole < m.in)
+        for (int r = 0; r < R; ++r)
+            for (int v = 0; v < V; ++v) {
+                Words block;
+                std::memcpy(&block, tokens + v * LANES, sizeof block);
+                sums[r][v] = dot4(sums[r][v], block, word(rows[r] + 4 * whole, m.in - 4 * whole));
+            }
+    for (int r = 0; r < R; ++r) {
+        const float scale = m.columns ? 1.0f : m.scales[row + r];
+        const float correction = static_cast<float>(prepared.sums[row + r]);
+        for (int v = 0; v < V; ++v) {
+            const Floats value = __builtin_convertvector(sums[r][v], Floats);
+            const Floats zero = load(x.zero + v * LANES), factor = load(x.scale + v * LANES);
+            store(to + (r * V + v) * LANES, (value - zero * splat(correction)) * (factor * splat(scale)));
+        }
+    }
+}
+
+// scale and zero point of each lane from its range; zero is always among the values that are exact.
+INLINE void choose_range(Floats low, Floats high, Floats &scale, Floats &zero) {
+    low = minimum(low, Floats{});
+    high = maximum(high, Floats{});
+    scale = maximum((high - low) * splat(1.0f / 255), splat(1e-30f));
+    zero = (-low / scale + splat(12582912.0f)) - splat(12582912.0f);
+}
+
+INLINE Words quantize(Floats x, Floats inverse, Floats zero) {
+    const Floats limited = minimum(maximum(x * inverse + zero, Floats{}), splat(255.0f));
+    return (Words)(limited + splat(12582912.0f)) & 255u;
+}
+
+// Quantize a transposed block (k_end, V * LANES), each k of it times its scale if there are any.
+template <int V> INLINE void quantize_block(const float *block, int64_t k_end, const float *scales, Quantized<V> &to) {
+    constexpr int WIDTH = V * LANES;
+    for (int v = 0; v < V; ++v) {
+        const float *from = block + v * LANES;
+        const auto value = [=](int64_t k) __attribute__((always_inline)) {
+            return scales ? load(from + k * WIDTH) * splat(scales[k]) : load(from + k * WIDTH);
+        };
+        Floats low = {}, high = {};
+        for (int64_t k = 0; k < k_end; ++k) {
+            const Floats x = value(k);
+            low = minimum(low, x);
+            high = maximum(high, x);
+        }
+        Floats scale, zero;
+        choose_range(low, high, scale, zero);
+        store(to.scale + v * LANES, scale);
+        store(to.zero + v * LANES, zero);
+        const Floats inverse = splat(1.0f) / scale;
+        for (int64_t k = 0; k < k_end; k += 4) {
+            Words packed = quantize(value(k), inverse, zero);
+            for (int i = 1; i < 4 && k + i < k_end; ++i) packed |= quantize(value(k + i), inverse, zero) << (8 * i);
+            std::memcpy(to.words + (k / 4) * WIDTH + v * LANES, &packed, sizeof packed);
+        }
+    }
+}
+
+template <int V> struct Stage {
+    const float *tokens;
+    const Quantized<V> *quantized;
+    const Matrix *matrix;
+    const Prepared *prepared;
+
+    template <int R> INLINE void rows(const Stage &s, int64_t row, float *to) {
+        if (s.matrix->integers) integer_rows<R, V>(*s.quantized, *s.matrix, *s.prepared, row, to);
+        else float_rows<R, V>(s.tokens, *s.matrix, row, to);
+    }
+
+    // Rows [first, last) of the product with the block, to (last - first, V * LANES).
+    void multiply(int64_t first, int64_t last, float *to) const {
+        int64_t row = first;
+        for (; row + ROWS_AT_ONCE <= last; row += ROWS_AT_ONCE, to += ROWS_AT_ONCE * V * LANES)
+            rows<ROWS_AT_ONCE>(*this, row, to);
+        switch (last - row) {
+        case 5: rows<5>(*this, row, to); break;
+        case 4: rows<4>(*this, row, to); break;
+        case 3: rows<3>(*this, row, to); break;
+        case 2: rows<2>(*this, row, to); break;
+        case 1: rows<1>(*this, row, to); break;
+        }
+    }
+};
+
+// Weights as floats, in LANES at a time.
+INLINE Floats weights(const Matrix &m, int64_t at) {
+    if (!m.integers) return load(static_cast<const float *>(m.weight) + at);
+    Bytes bytes;
+    std::memcpy(&bytes, static_cast<const int8_t *>(m.weight) + at, sizeof bytes);
+    return __builtin_convertvector(__builtin_convertvector(bytes, Ints), Floats);
+}
+
+INLINE float weight_at(const Matrix &m, int64_t at) {
+    return m.integers ? static_cast<const int8_t *>(m.weight)[at] : static_cast<const float *>(m.weight)[at];
+}
+
+// Rows [first, last) of the product with one token: here the lanes run along the row, or along the rows.
+void multiply_one(const Matrix &m, const float *x, int64_t first, int64_t last, float *y) {
+    if (m.columns) {
+        constexpr int VECTORS = 4;
+        int64_t row = first;
+        for (; row + VECTORS * LANES <= last; row += VECTORS * LANES) {
+            Floats sums[VECTORS] = {};
+            for (int64_t k = 0; k < m.in; ++k) {
+                const Floats value = splat(m.integers ? x[k] * m.scales[k] : x[k]);
+                for (int v = 0; v < VECTORS; ++v) sums[v] += value * weights(m, k * m.out + row + v * LANES);
+            }
+            for (int v = 0; v < VECTORS; ++v) store(y + row + v * LANES, sums[v]);
+        }
+        for (; row < last; ++row) {
+            float total = 0;
+            for (int64_t k = 0; k < m.in; ++k)
+                total += (m.integers ? x[k] * m.scales[k] : x[k]) * weight_at(m, k * m.out + row);
+            y[row] = total;
+        }
+        return;
+    }
+    for (int64_t row = first; row < last; ++row) {
+        const int64_t start = row * m.in;
+        Floats sums[4] = {};
+        int64_t k = 0;
+        for (; k + 4 * LANES <= m.in; k += 4 * LANES)
+            for (int v = 0; v < 4; ++v) sums[v] += load(x + k + v * LANES) * weights(m, start + k + v * LANES);
+        for (; k + LANES <= m.in; k += LANES) sums[0] += load(x + k) * weights(m, start + k);
+        float total = sum((sums[0] + sums[1]) + (sums[2] + sums[3]));
+        for (; k < m.in; ++k) total += x[k] * weight_at(m, start + k);
+        y[row] = m.integers ? total * m.scales[row] : total;
+    }
+}
+
+// A few tokens one by one; int8 weights meet floats here, for which nothing has to be quantized.
+void chain_few(const float *x, int64_t n, const Matrix *m, int64_t count, const float *bias, int32_t activation,
+               float *y) {
+    static thread_local Scratch memory[2];
+    int64_t widest = 1;
+    for (int64_t i = 1; i < count; ++i) widest = std::max(widest, m[i].in);
+    float *hidden[2] = {memory[0].take<float>(widest * n), memory[1].take<float>(widest * n)};
+#pragma omp parallel
+    {
+        for (int64_t i = 0; i < count; ++i) {
+            const bool last = i + 1 == count;
+            const Share share(m[i].out, 4 * LANES);
+            for (int64_t t = 0; t < n; ++t) {
+                const float *from = i ? hidden[i % 2] + t * m[i].in : x + t * m[i].in;
+                float *to = last ? y + t * m[i].out : hidden[(i + 1) % 2] + t * m[i].out;
+                multiply_one(m[i], from, share.begin, share.end, to);
+                if (!last) continue;
+                for (int64_t row = share.begin; row < share.end; ++row) {
+                    if (bias) to[row] += bias[row];
+                    if (activation) to[row] = gelu_of(splat(to[row]))[0];
+                }
+            }
+            if (!last) {
+#pragma omp barrier
+            }
+        }
+    }
+}
+
+struct Buffers {
+    Scratch hidden[2], words, sums, packed;
+};
+
+// Threads share a block of tokens and take rows of each matrix, with a barrier between, or have blocks of their own.
+template <int V>
+void chain_blocks(const float *x, int64_t n, const Matrix *m, int64_t count, const float *bias, int32_t activation,
+                  float *y) {
+    constexpr int WIDTH = V * LANES;
+    static thread_local Buffers common;
+    const int64_t blocks = (n + WIDTH - 1) / WIDTH, in = m[0].in, out = m[count - 1].out;
+    const bool together = blocks < omp_get_max_threads();
+    int64_t widest = in, sums_size = 0, words_size = 0;
+    for (int64_t i = 0; i < count; ++i) {
+        widest = std::max(widest, m[i].in);
+        if (m[i].integers) sums_size += m[i].out;
+        if (m[i].integers && m[i].columns) words_size += (m[i].in + 3) / 4 * m[i].out;
+    }
+    Prepared prepared[LONGEST];
+    int32_t *sums = common.sums.take<int32_t>(sums_size);
+    uint32_t *packed = common.packed.take<uint32_t>(words_size);
+    for (int64_t i = 0; i < count; ++i) {
+        prepared[i] = {sums, packed};
+        if (m[i].integers) sums += m[i].out;
+        if (m[i].integers && m[i].columns) packed += (m[i].in + 3) / 4 * m[i].out;
+    }
+    float *shared[2] = {};
+    uint32_t *shared_words = nullptr;
+    if (together) {
+        for (int part = 0; part < 2; ++part) shared[part] = common.hidden[part].template take<float>(widest * WIDTH);
+        shared_words = common.words.take<uint32_t>((widest + 3) / 4 * WIDTH);
+    }
+    static thread_local Quantized<V> shared_quantized_memory;
+    Quantized<V> *shared_quantized = &shared_quantized_memory;
+#pragma omp parallel
+    {
+        static thread_local Buffers own;
+        const int64_t threads = omp_get_num_threads(), me = omp_get_thread_num();
+        for (int64_t i = 0; i < count; ++i)
+            if (m[i].integers) {
+                const int64_t first = m[i].out * me / threads, last = m[i].out * (me + 1) / threads;
+                if (m[i].columns) pack_columns(m[i], first, last, prepared[i]);
+                else sum_rows(m[i], first, last, prepared[i]);
+            }
+#pragma omp barrier
+        float *hidden[2] = {shared[0], shared[1]};
+        Quantized<V> own_quantized, *quantized = together ? shared_quantized : &own_quantized;
+        uint32_t *words = shared_words;
+        if (!together) {
+            for (int part = 0; part < 2; ++part) hidden[part] = own.hidden[part].template take<float>(widest * WIDTH);
+            words = own.words.template take<uint32_t>((widest + 3) / 4 * WIDTH);
+        }
+        alignas(64) float tile[TILE * WIDTH];
+        const int64_t begin = together ? 0 : blocks * me / threads, end = together ? blocks : blocks * (me + 1) / threads;
+        for (int64_t b = begin; b < end; ++b) {
+            const int64_t t = b * WIDTH;
+            const int tokens = static_cast<int>(std::min<int64_t>(WIDTH, n - t));
+            if (!together || me == 0) transpose_in(x + t * in, in, tokens, in, hidden[0], WIDTH);
+            for (int64_t i = 0; i < count; ++i) {
+                if (m[i].integers && (!together || me == 0)) {
+                    quantized->words = words;
+                    quantize_block<V>(hidden[i % 2], m[i].in, m[i].columns ? m[i].scales : nullptr, *quantized);
+                }
+                if (together) {
+#pragma omp barrier
+                }
+                const Stage<V> stage{hidden[i % 2], quantized, m + i, prepared + i};
+                const int64_t tiles = (m[i].out + TILE - 1) / TILE;
+                const int64_t first = together ? std::min(tiles * me / threads * TILE, m[i].out) : 0;
+                const int64_t last = together ? std::min(tiles * (me + 1) / threads * TILE, m[i].out) : m[i].out;
+                if (i + 1 < count) {
+                    stage.multiply(first, last, hidden[(i + 1) % 2] + first * WIDTH);
+                } else
+                    for (int64_t row = first; row < last; row += TILE) {
+                        const int here = static_cast<int>(std::min<int64_t>(TILE, last - row));
+                        stage.multiply(row, row + here, tile);
+                        if (bias || activation)
+                            for (int r = 0; r < here; ++r)
+                                for (int v = 0; v < V; ++v) {
+                                    float *at = tile + (r * V + v) * LANES;
+                                    Floats value = bias ? load(at) + splat(bias[row + r]) : load(at);
+                                    if (activation) value = gelu_of(value);
+                                    store(at, value);
+                                }
+                        transpose_out(tile, WIDTH, here, tokens, y + t * out + row, out);
+                    }
+                if (together) {
+#pragma omp barrier
+                }
+            }
+        }
+    }
+}
+
+void chain(const float *x, int64_t n, const Matrix *m, int64_t count, const float *bias, int32_t activation, float *y) {
+    if (n <= FEW) chain_few(x, n, m, count, bias, activation, y);
+    else if (n <= LANES) chain_blocks<1>(x, n, m, count, bias, activation, y);
+    else if (n <= 2 * LANES || WIDEST == 2) chain_blocks<2>(x, n, m, count, bias, activation, y);
+    else chain_blocks<WIDEST>(x, n, m, count, bias, activation, y);
+}
+
+void gelu(const float *x, int64_t n, float *y) {
+#pragma omp parallel for schedule(static) if (n > 16384)
+    for (int64_t block = 0; block < n / LANES; ++block) store(y + block * LANES, gelu_of(load(x + block * LANES)));
+    if (n % LANES) {
+        float rest[LANES] = {};
+        std::copy(x + n / LANES * LANES, x + n, rest);
+        store(rest, gelu_of(load(rest)));
+        std::copy(rest, rest + n % LANES, y + n / LANES * LANES);
+    }
+}
+
+} // namespace

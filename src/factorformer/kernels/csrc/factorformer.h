@@ -1,0 +1,41 @@
+// The interface of the library: plain C, so that it needs neither torch nor Python to be built or called.
+//
+// All matrices are dense in memory and row-major; counts are in elements. Nothing here checks an index: supports are
+// checked once, when a layer is built or loaded.
+
+#pragma once
+
+#include <cstdint>
+
+struct Support {
+    const uint8_t *packed; // (groups, bytes)
+    int64_t groups, bytes, rows, nonzeros, atoms, blocks;
+    int32_t code; // of positions: 0 bitmap, 1 one byte, 2 two bytes
+};
+
+struct Values {
+    const void *values;  // (rows, nonzeros)
+    const float *scales; // (rows); null for floats
+    int32_t integers;    // whether values are int8, to be multiplied by the scale of their row
+};
+
+struct Matrix {
+    const void *weight;  // (out, in), or (in, out) if `columns`
+    const float *scales; // one for each row as stored; null for floats
+    int64_t out, in;
+    int32_t integers, columns;
+};
+
+struct Table {
+    const char *name;
+    // y (n, rows) = x (n, atoms) S^T + bias
+    void (*sparse)(const float *x, int64_t n, const Support *, const Values *, const float *bias, float *y);
+    // y (n, atoms) = x (n, rows) S
+    void (*sparse_transposed)(const float *x, int64_t n, const Support *, const Values *, float *y);
+    // y (rows, nonzeros) = the entries of left^T right on the support; left (n, rows), right (n, atoms)
+    void (*sparse_outer)(const float *left, const float *right, int64_t n, const Support *, float *y);
+    // y (n, out) = x W_1^T W_2^T ... + bias, then the activation: 0 none, 1 GELU
+    void (*chain)(const float *x, int64_t n, const Matrix *, int64_t count, const float *bias, int32_t activation,
+                  float *y);
+    void (*gelu)(const float *x, int64_t n, float *y);
+};

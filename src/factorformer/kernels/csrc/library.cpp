@@ -1,0 +1,73 @@
+// What the library exports, and the choice of a variant for the processor at hand.
+
+#include <cstdlib>
+#include <cstring>
+
+#include "factorformer.h"
+
+#define EXPORT extern "C" __attribute__((visibility("default")))
+
+extern "C" {
+extern const Table baseline;
+#if defined(__x86_64__)
+extern const Table avx2, avx512, avx512_vnni;
+#endif
+}
+
+static const Table *choose() {
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    const bool wide = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    const bool can[] = {wide && __builtin_cpu_supports("avx512vnni"), wide,
+                        __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"), true};
+    const Table *const all[] = {&avx512_vnni, &avx512, &avx2, &baseline};
+    const char *wanted = std::getenv("FACTORFORMER_CPU"); // the name of a variant
+    for (int i = 0; i < 4; ++i)
+        if (can[i] && (!wanted || !*wanted || !std::strcmp(wanted, all[i]->name))) return all[i];
+#endif
+    return &baseline;
+}
+
+static const Table *const table = choose();
+
+EXPORT const char *factorformer_variant() { return table->name; }
+
+// Structures are passed as arrays of integers, pointers among them, in the order of their fields: a caller without a C
+// compiler makes them once and keeps them.
+static Support support_of(const int64_t *f) {
+    return {reinterpret_cast<const uint8_t *>(f[0]), f[1], f[2], f[3], f[4], f[5], f[6], static_cast<int32_t>(f[7])};
+}
+
+static Values values_of(const int64_t *f) {
+    return {reinterpret_cast<const void *>(f[8]), reinterpret_cast<const float *>(f[9]), static_cast<int32_t>(f[10])};
+}
+
+EXPORT void factorformer_sparse(const float *x, int64_t n, const int64_t *fields, const float *bias, float *y) {
+    const Support s = support_of(fields);
+    const Values v = values_of(fields);
+    table->sparse(x, n, &s, &v, bias, y);
+}
+
+EXPORT void factorformer_sparse_transposed(const float *x, int64_t n, const int64_t *fields, float *y) {
+    const Support s = support_of(fields);
+    const Values v = values_of(fields);
+    table->sparse_transposed(x, n, &s, &v, y);
+}
+
+EXPORT void factorformer_sparse_outer(const float *left, const float *right, int64_t n, const int64_t *fields, float *y) {
+    const Support s = support_of(fields);
+    table->sparse_outer(left, right, n, &s, y);
+}
+
+// Six fields for each matrix, up to four matrices.
+EXPORT void factorformer_chain(const float *x, int64_t n, const int64_t *fields, int64_t count, const float *bias,
+                               int32_t activation, float *y) {
+    Matrix m[4];
+    for (int64_t i = 0; i < count; ++i, fields += 6)
+        m[i] = {reinterpret_cast<const void *>(fields[0]), reinterpret_cast<const float *>(fields[1]), fields[2],
+                fields[3], static_cast<int32_t>(fields[4]), static_cast<int32_t>(fields[5])};
+    table->chain(x, n, m, count, bias, activation, y);
+}
+
+EXPORT void factorformer_gelu(const float *x, int64_t n, float *y) { table->gelu(x, n, y); }

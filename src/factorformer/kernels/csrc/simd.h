@@ -1,0 +1,110 @@
+// Vectors of as many lanes as the instruction set has, in the compiler's own vector types.
+//
+// Every product here keeps tokens in lanes: a block of `T` rows of input is transposed, so that one weight, broadcast,
+// meets `T` tokens at once, and weights are read in the layout in which they are stored.
+
+#pragma once
+
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <utility>
+
+#if defined(__AVX512F__) || defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+#define INLINE static inline __attribute__((always_inline))
+
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int LANES = 16;
+#elif defined(__AVX2__)
+constexpr int LANES = 8;
+#else
+constexpr int LANES = 4;
+#endif
+
+typedef float Floats __attribute__((vector_size(LANES * 4)));
+typedef int32_t Ints __attribute__((vector_size(LANES * 4)));
+typedef uint32_t Words __attribute__((vector_size(LANES * 4)));
+typedef int8_t Bytes __attribute__((vector_size(LANES)));
+
+INLINE Floats load(const float *from) {
+    Floats v;
+    std::memcpy(&v, from, sizeof v);
+    return v;
+}
+
+INLINE void store(float *to, Floats v) { std::memcpy(to, &v, sizeof v); }
+
+// `x - 0` is `x` for every x, so that nothing but the broadcast is left.
+INLINE Floats splat(float x) { return x - Floats{}; }
+
+INLINE Floats minimum(Floats a, Floats b) { return a < b ? a : b; }
+INLINE Floats maximum(Floats a, Floats b) { return a > b ? a : b; }
+
+template <int S, std::size_t... I>
+INLINE void exchange(Floats &a, Floats &b, std::index_sequence<I...>) {
+    const Floats first = __builtin_shufflevector(a, b, static_cast<int>(I & S ? I - S + LANES : I)...);
+    b = __builtin_shufflevector(a, b, static_cast<int>(I & S ? I + LANES : I + S)...);
+    a = first;
+}
+
+template <int S> INLINE void exchange_all(Floats *rows) {
+    if constexpr (S < LANES) {
+#pragma GCC unroll 16
+        for (int i = 0; i < LANES; ++i)
+            if (!(i & S)) exchange<S>(rows[i], rows[i + S], std::make_index_sequence<LANES>{});
+        exchange_all<2 * S>(rows);
+    }
+}
+
+// The transpose of LANES vectors in place.
+INLINE void transpose(Floats *rows) { exchange_all<1>(rows); }
+
+// `to[k * width + t] = from[t * stride + k]` for t below `tokens`, 0 up to `width`, a multiple of LANES.
+INLINE void transpose_in(const float *from, int64_t stride, int tokens, int64_t k_end, float *to, int width) {
+    for (int first = 0; first < width; first += LANES) {
+        const int here = tokens - first < LANES ? tokens - first : LANES;
+        int64_t k = 0;
+        for (; k + LANES <= k_end; k += LANES) {
+            Floats rows[LANES];
+#pragma GCC unroll 16
+            for (int t = 0; t < LANES; ++t) rows[t] = t < here ? load(from + (first + t) * stride + k) : Floats{};
+            transpose(rows);
+#pragma GCC unroll 16
+            for (int i = 0; i < LANES; ++i) store(to + (k + i) * width + first, rows[i]);
+        }
+        for (; k < k_end; ++k)
+            for (int t = 0; t < LANES; ++t)
+                to[k * width + first + t] = t < here ? from[(first + t) * stride + k] : 0.0f;
+    }
+}
+
+// `to[t * stride + r] = from[r * width + t]` for r below `rows` and t below `tokens`.
+INLINE void transpose_out(const float *from, int width, int rows, int tokens, float *to, int64_t stride) {
+    for (int first = 0; first < tokens; first += LANES) {
+        const int here = tokens - first < LANES ? tokens - first : LANES;
+        int r = 0;
+        for (; r + LANES <= rows; r += LANES) {
+            Floats tile[LANES];
+#pragma GCC unroll 16
+            for (int i = 0; i < LANES; ++i) tile[i] = load(from + (r + i) * width + first);
+            transpose(tile);
+            for (int t = 0; t < here; ++t) store(to + (first + t) * stride + r, tile[t]);
+        }
+        for (; r < rows; ++r)
+            for (int t = 0; t < here; ++t) to[(first + t) * stride + r] = from[r * width + first + t];
+    }
+}
+
+INLINE float sum(Floats v) {
+    float total = 0;
+    for (int lane = 0; lane < LANES; ++lane) total += v[lane];
+    return total;
+}
+
+} // namespace

@@ -1,0 +1,381 @@
+// Products with a sparse matrix S (rows, atoms) that holds the same number of entries in each row.
+//
+// The support of a chunk of rows is decoded to offsets, which then meet one transposed block of tokens after the other:
+// bitmaps and indices, floats and int8 cost the same once they are decoded.
+
+#pragma once
+
+#include <algorithm>
+
+#include "factorformer.h"
+#include "memory.h"
+#include "simd.h"
+#include "threads.h"
+
+namespace {
+
+constexpr int TOKENS = 2 * LANES;           // a block of tokens: its transpose stays in the first cache
+constexpr std::size_t DECODED = 512 * 1024; // bytes of a decoded chunk: it stays in the second cache
+constexpr int64_t SORTED_ROWS = 256;        // rows that are sorted by atom at once: their tokens stay in the first cache
+constexpr int SLACK = 64;                   // offsets that may be written beyond the last
+
+// Positions of one group's nonzeros, times `scale`; up to SLACK entries beyond them are overwritten.
+INLINE void decode_positions(const Support &s, int64_t group, uint32_t scale, uint32_t *to) {
+    const uint8_t *from = s.packed + group * s.bytes;
+    const int64_t block = s.atoms / s.blocks, in_block = s.nonzeros / s.blocks;
+    if (s.code == 0) {
+#if defined(__AVX512F__)
+        const __m512i step = _mm512_set1_epi32(16 * static_cast<int>(scale));
+        __m512i here = _mm512_mullo_epi32(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15),
+                                          _mm512_set1_epi32(static_cast<int>(scale)));
+        for (int64_t byte = 0; byte < s.bytes; byte += 2, here = _mm512_add_epi32(here, step)) {
+            const uint32_t bits = from[byte] | (byte + 1 < s.bytes ? from[byte + 1] << 8 : 0);
+            _mm512_storeu_si512(to, _mm512_maskz_compress_epi32(static_cast<__mmask16>(bits), here));
+            to += __builtin_popcount(bits);
+        }
+#else
+        for (int64_t byte = 0; byte < s.bytes; ++byte)
+            for (uint32_t bits = from[byte]; bits; bits &= bits - 1)
+                *to++ = static_cast<uint32_t>(8 * byte + __builtin_ctz(bits)) * scale;
+#endif
+        return;
+    }
+    for (int64_t b = 0, j = 0; b < s.blocks; ++b)
+        for (int64_t i = 0; i < in_block; ++i, ++j) {
+            const uint32_t position = s.code == 1 ? from[j] : from[2 * j] | from[2 * j + 1] << 8;
+            to[j] = static_cast<uint32_t>(b * block + position) * scale;
+        }
+}
+
+INLINE void decode_values(const Values &v, int64_t row, int64_t nonzeros, float *to) {
+    const int8_t *from = static_cast<const int8_t *>(v.values) + row * nonzeros;
+    const float scale = v.scales[row];
+    for (int64_t j = 0; j < nonzeros; ++j) to[j] = scale * from[j];
+}
+
+// A chunk of rows of S as offsets (groups, nonzeros) and values (rows, nonzeros).
+struct Chunk {
+    Scratch offsets_memory, values_memory;
+    uint32_t *offsets;
+    const float *values;
+    int64_t first, group;
+
+    static int64_t rows(const Support &s, int64_t wanted, bool integers) {
+        const int64_t group = s.rows / s.groups, unit = LANES * group;
+        const int64_t bytes = s.nonzeros * 4 * (integers ? 1 + group : 1); // of a group
+        const int64_t fit = std::max<int64_t>(static_cast<int64_t>(DECODED) / bytes * group / unit * unit, unit);
+        const int64_t pieces = (wanted + fit - 1) / fit;
+        return ((wanted + pieces - 1) / pieces + unit - 1) / unit * unit;
+    }
+
+    // `begin` is a multiple of the group.
+    void decode(const Support &s, const Values &v, int64_t begin, int64_t end, uint32_t scale) {
+        group = s.rows / s.groups;
+        first = begin;
+        const int64_t groups = (end - begin + group - 1) / group;
+        offsets = offsets_memory.take<uint32_t>(groups * s.nonzeros + SLACK);
+        for (int64_t g = 0; g < groups; ++g) decode_positions(s, begin / group + g, scale, offsets + g * s.nonzeros);
+        if (!v.integers) {
+            values = static_cast<const float *>(v.values) + begin * s.nonzeros;
+            return;
+        }
+        float *decoded = values_memory.take<float>((end - begin) * s.nonzeros);
+        for (int64_t row = begin; row < end; ++row) decode_values(v, row, s.nonzeros, decoded + (row - begin) * s.nonzeros);
+        values = decoded;
+    }
+
+    const uint32_t *offsets_of(int64_t row, int64_t nonzeros) const { return offsets + (row - first) / group * nonzeros; }
+    const float *values_of(int64_t row, int64_t nonzeros) const { return values + (row - first) * nonzeros; }
+};
+
+// to[r][:] = the products of `R` rows with the tokens of a block.
+template <int R, int V, bool SHARED>
+INLINE void multiply_rows(const float *tokens, const Chunk &chunk, int64_t row, int64_t nonzeros, float *to) {
+    Floats sums[R][V] = {};
+    const uint32_t *offsets[R];
+    const float *values[R];
+    for (int r = 0; r < R; ++r) {
+        offsets[r] = chunk.offsets_of(row + r, nonzeros);
+        values[r] = chunk.values_of(row + r, nonzeros);
+    }
+    for (int64_t j = 0; j < nonzeros; ++j) {
+        Floats x[V];
+#pragma GCC unroll 8
+        for (int r = 0; r < R; ++r) {
+            const Floats value = splat(values[r][j]);
+            if (r == 0 || !SHARED)
+                for (int v = 0; v < V; ++v) x[v] = load(tokens + offsets[r][j] + v * LANES);
+            for (int v = 0; v < V; ++v) sums[r][v] += value * x[v];
+        }
+    }
+    for (int r = 0; r < R; ++r)
+        for (int v = 0; v < V; ++v) store(to + (r * V + v) * LANES, sums[r][v]);
+}
+
+// y[t][first:last] for the tokens of a block, `R` rows at a time.
+template <int V, int R, bool SHARED>
+void multiply_block(const float *tokens, const Chunk &chunk, const Support &s, int64_t first, int64_t last, int count,
+                    const float *bias, float *y) {
+    constexpr int WIDTH = V * LANES;
+    alignas(64) float tile[LANES * WIDTH];
+    for (int64_t row = first; row < last; row += LANES) {
+        const int here = static_cast<int>(std::min<int64_t>(last - row, LANES));
+        int r = 0;
+        for (; r + R <= here; r += R)
+            multiply_rows<R, V, SHARED>(tokens, chunk, row + r, s.nonzeros, tile + r * WIDTH);
+        for (; r < here; ++r) multiply_rows<1, V, false>(tokens, chunk, row + r, s.nonzeros, tile + r * WIDTH);
+        if (bias)
+            for (int i = 0; i < here * V; ++i)
+                store(tile + i * LANES, load(tile + i * LANES) + splat(bias[row + i / V]));
+        transpose_out(tile, WIDTH, here, count, y + row, s.rows);
+    }
+}
+
+// A few tokens one by one, rows [first, last).
+void multiply_few(const float *x, int64_t n, const Support &s, const Chunk &chunk, const float *bias, float *y,
+                  int64_t first, int64_t last) {
+    for (int64_t row = first; row < last; ++row) {
+        const uint32_t *offsets = chunk.offsets_of(row, s.nonzeros);
+        const float *values = chunk.values_of(row, s.nonzeros);
+        for (int64_t t = 0; t < n; ++t) {
+            const float *token = x + t * s.atoms;
+            float parts[4] = {};
+            int64_t j = 0;
+            for (; j + 4 <= s.nonzeros; j += 4)
+                for (int i = 0; i < 4; ++i) parts[i] += values[j + i] * token[offsets[j + i]];
+            for (; j < s.nonzeros; ++j) parts[0] += values[j] * token[offsets[j]];
+            y[t * s.rows + row] = (parts[0] + parts[1]) + (parts[2] + parts[3]) + (bias ? bias[row] : 0.0f);
+        }
+    }
+}
+
+void sparse(const float *x, int64_t n, const Support *support, const Values *v, const float *bias, float *y) {
+    const Support &s = *support;
+    const int64_t group = s.rows / s.groups;
+    const int width = n <= LANES ? LANES : TOKENS;
+#pragma omp parallel
+    {
+        static thread_local Chunk chunk;
+        static thread_local Scratch block;
+        // Many tokens are split among threads; with few, rows are, so that each is decoded once.
+        const bool by_tokens = n >= 16 * TOKENS * omp_get_num_threads();
+        const Share rows = by_tokens ? Share(1, 1) : Share(s.rows, LANES * group), spans(n, TOKENS);
+        const int64_t first = by_tokens ? 0 : rows.begin, last = by_tokens ? s.rows : rows.end;
+        const int64_t t_first = by_tokens ? spans.begin : 0, t_last = by_tokens ? spans.end : n;
+        const int64_t step = Chunk::rows(s, std::max<int64_t>(last - first, 1), v->integers);
+        float *tokens = block.take<float>(s.atoms * width);
+        for (int64_t row = first; row < last; row += step) {
+            const int64_t end = std::min(row + step, last);
+            chunk.decode(s, *v, row, end, n <= FEW ? 1 : width);
+            if (n <= FEW) {
+                multiply_few(x, n, s, chunk, bias, y, row, end);
+                continue;
+            }
+            for (int64_t t = t_first; t < t_last; t += width) {
+                const int count = static_cast<int>(std::min<int64_t>(width, t_last - t));
+                transpose_in(x + t * s.atoms, s.atoms, count, s.atoms, tokens, width);
+                const auto multiply = width == LANES
+                                          ? (group % 8 == 0   ? multiply_block<1, 8, true>
+                                             : group % 4 == 0 ? multiply_block<1, 4, true>
+                                                              : multiply_block<1, 4, false>)
+                                          : (group % 8 == 0   ? multiply_block<2, 8, true>
+                                             : group % 4 == 0 ? multiply_block<2, 4, true>
+                                                              : multiply_block<2, 4, false>);
+                multiply(tokens, chunk, s, row, end, count, bias, y + t * s.rows);
+            }
+        }
+    }
+}
+
+// sums[atom] += the entries of `R` rows, which share a support, times the tokens of those rows.
+template <int V, int R>
+INLINE void scatter_rows(const float *x, const Chunk &chunk, int64_t row, int64_t nonzeros, float *sums) {
+    const uint32_t *offsets = chunk.offsets_of(row, nonzeros);
+    const float *values = chunk.values_of(row, nonzeros);
+    Floats tokens[R][V];
+    for (int r = 0; r < R; ++r)
+        for (int v = 0; v < V; ++v) tokens[r][v] = load(x + (r * V + v) * LANES);
+    for (int64_t j = 0; j < nonzeros; ++j) {
+        float *to = sums + offsets[j];
+        Floats total[V];
+        for (int v = 0; v < V; ++v) total[v] = load(to + v * LANES);
+        for (int r = 0; r < R; ++r) {
+            const Floats value = splat(values[r * nonzeros + j]);
+            for (int v = 0; v < V; ++v) total[v] += value * tokens[r][v];
+        }
+        for (int v = 0; v < V; ++v) store(to + v * LANES, total[v]);
+    }
+}
+
+// sums (atoms, V * LANES) += the transpose of x[:, first:last] S[first:last] for one block of tokens.
+template <int V, int R>
+void scatter_block(const float *x, int count, const Support &s, const Chunk &chunk, int64_t first, int64_t last,
+                   float *sums) {
+    constexpr int WIDTH = V * LANES;
+    alignas(64) float block[LANES * WIDTH];
+    for (int64_t row = first; row < last; row += LANES) {
+        const int here = static_cast<int>(std::min<int64_t>(last - row, LANES));
+        transpose_in(x + row, s.rows, count, here, block, WIDTH);
+        int r = 0;
+        for (; r + R <= here; r += R) scatter_rows<V, R>(block + r * WIDTH, chunk, row + r, s.nonzeros, sums);
+        for (; r < here; ++r) scatter_rows<V, 1>(block + r * WIDTH, chunk, row + r, s.nonzeros, sums);
+    }
+}
+
+// Rows of a chunk sorted by atom: sums over the entries of an atom stay in registers, and nothing is scattered.
+struct Sorted {
+    struct Entry {
+        float value;
+        uint32_t offset;
+    };
+    Scratch entries_memory, starts_memory;
+    Entry *entries;
+    uint32_t *starts; // (atoms + 1)
+
+    void sort(const Support &s, const Chunk &chunk, int64_t first, int64_t last, uint32_t width) {
+        entries = entries_memory.take<Entry>((last - first) * s.nonzeros);
+        starts = starts_memory.take<uint32_t>(s.atoms + 2) + 1;
+        std::fill(starts - 1, starts + s.atoms + 1, 0);
+        for (int64_t row = first; row < last; ++row) {
+            const uint32_t *offsets = chunk.offsets_of(row, s.nonzeros);
+            for (int64_t j = 0; j < s.nonzeros; ++j) ++starts[offsets[j] / TOKENS + 1];
+        }
+        for (int64_t atom = 0; atom < s.atoms; ++atom) starts[atom + 1] += starts[atom];
+        for (int64_t row = first; row < last; ++row) {
+            const uint32_t *offsets = chunk.offsets_of(row, s.nonzeros);
+            const float *values = chunk.values_of(row, s.nonzeros);
+            const uint32_t offset = static_cast<uint32_t>(row - first) * width;
+            for (int64_t j = 0; j < s.nonzeros; ++j) entries[starts[offsets[j] / TOKENS]++] = {values[j], offset};
+        }
+        --starts; // each start has moved to the next one's
+        starts[0] = 0;
+    }
+
+    // sums (atoms, TOKENS) += for a transposed block (last - first, TOKENS).
+    void multiply(const float *block, int64_t atoms, float *sums) const {
+        for (int64_t atom = 0; atom < atoms; ++atom) {
+            const Entry *entry = entries + starts[atom], *end = entries + starts[atom + 1];
+            float *to = sums + atom * TOKENS;
+            Floats total[4][2] = {{load(to), load(to + LANES)}};
+            for (; entry + 4 <= end; entry += 4)
+#pragma GCC unroll 4
+                for (int i = 0; i < 4; ++i)
+                    for (int v = 0; v < 2; ++v)
+                        total[i][v] += splat(entry[i].value) * load(block + entry[i].offset + v * LANES);
+            for (; entry < end; ++entry)
+                for (int v = 0; v < 2; ++v) total[0][v] += splat(entry->value) * load(block + entry->offset + v * LANES);
+            for (int v = 0; v < 2; ++v)
+                store(to + v * LANES, (total[0][v] + total[1][v]) + (total[2][v] + total[3][v]));
+        }
+    }
+};
+
+void sparse_transposed(const float *x, int64_t n, const Support *support, const Values *v, float *y) {
+    static thread_local Scratch partial_sums;
+    const Support &s = *support;
+    const int64_t group = s.rows / s.groups;
+    const int width = n <= LANES ? LANES : TOKENS, threads = omp_get_max_threads();
+    const int64_t blocks = (n + width - 1) / width;
+    // Few tokens: threads take rows, so that each is decoded once, and their sums are added up.
+    const bool by_rows = threads > 1 && blocks <= 8 * threads;
+    const int64_t size = s.atoms * width * (by_rows ? blocks : 1);
+    float *partial = by_rows ? partial_sums.take<float>(size * threads) : nullptr;
+#pragma omp parallel num_threads(threads)
+    {
+        static thread_local Chunk chunk;
+        static thread_local Sorted sorted;
+        static thread_local Scratch own, block_memory;
+        const Share rows = by_rows ? Share(s.rows, LANES * group) : Share(1, 1), spans(n, width);
+        const int64_t first = by_rows ? rows.begin : 0, last = by_rows ? rows.end : s.rows;
+        const int64_t t_first = by_rows ? 0 : spans.begin, t_last = by_rows ? n : spans.end;
+        float *sums = by_rows ? partial + omp_get_thread_num() * size : own.take<float>(s.atoms * width);
+        const bool sorts = group % 4 != 0 && t_last - t_first > TOKENS;
+        int64_t step = Chunk::rows(s, std::max<int64_t>(last - first, 1), v->integers);
+        const int64_t piece = sorts ? std::max(SORTED_ROWS / (LANES * group), INT64_C(1)) * LANES * group : step;
+        float *block = block_memory.take<float>(sorts ? piece * TOKENS : 0);
+        // All tokens of a span meet one chunk of rows before the next is decoded, in spans whose sums fit the cache.
+        const int64_t span = by_rows ? n : width * std::max<int64_t>(1, DECODED / 4 / (s.atoms * width));
+        if (!by_rows) sums = own.take<float>(s.atoms * span);
+        for (int64_t t_begin = t_first; t_begin < t_last; t_begin += span) {
+            const int64_t t_end = std::min(t_begin + span, t_last);
+            std::memset(sums, 0, (t_end - t_begin + width - 1) / width * width * s.atoms * sizeof(float));
+            for (int64_t row = first; row < last; row += piece) {
+                const int64_t end = std::min(row + piece, last);
+                chunk.decode(s, *v, row, end, width);
+                if (sorts) sorted.sort(s, chunk, row, end, TOKENS);
+                for (int64_t t = t_begin; t < t_end; t += width) {
+                    const int count = static_cast<int>(std::min<int64_t>(width, t_end - t));
+                    float *to = sums + (t - t_begin) * s.atoms;
+                    const float *from = x + t * s.rows;
+                    if (sorts) {
+                        transpose_in(from + row, s.rows, count, end - row, block, TOKENS);
+                        sorted.multiply(block, s.atoms, to);
+                    } else {
+                        const auto scatter = width == LANES
+                                                 ? (group % 4 == 0 ? scatter_block<1, 4> : scatter_block<1, 1>)
+                                                 : (group % 4 == 0 ? scatter_block<2, 4> : scatter_block<2, 1>);
+                        scatter(from, count, s, chunk, row, end, to);
+                    }
+                }
+            }
+            if (!by_rows)
+                for (int64_t t = t_begin; t < t_end; t += width)
+                    transpose_out(sums + (t - t_begin) * s.atoms, width, static_cast<int>(s.atoms),
+                                  static_cast<int>(std::min<int64_t>(width, t_end - t)), y + t * s.atoms, s.atoms);
+        }
+        if (by_rows) {
+#pragma omp barrier
+            const Share part(blocks, 1);
+            for (int64_t b = part.begin; b < part.end; ++b) {
+                float *total = partial + b * width * s.atoms;
+                for (int thread = 1; thread < omp_get_num_threads(); ++thread)
+                    for (int64_t i = 0; i < width * s.atoms; i += LANES)
+                        store(total + i, load(total + i) + load(total + thread * size + i));
+                transpose_out(total, width, static_cast<int>(s.atoms),
+                              static_cast<int>(std::min<int64_t>(width, n - b * width)), y + b * width * s.atoms, s.atoms);
+            }
+        }
+    }
+}
+
+void sparse_outer(const float *left, const float *right, int64_t n, const Support *support, float *y) {
+    constexpr int64_t SPAN = 16 * LANES; // tokens of which both transposes are held
+    const Support &s = *support;
+    const int64_t group = s.rows / s.groups;
+#pragma omp parallel
+    {
+        static thread_local Scratch atoms_block, rows_block, offsets;
+        const Share share(s.rows, LANES);
+        float *atoms = atoms_block.take<float>(s.atoms * SPAN), *rows = rows_block.take<float>(LANES * SPAN);
+        uint32_t *positions = offsets.take<uint32_t>(s.nonzeros + SLACK);
+        if (share.begin < share.end)
+            std::memset(y + share.begin * s.nonzeros, 0, (share.end - share.begin) * s.nonzeros * sizeof(float));
+        for (int64_t t = 0; t < n && share.begin < share.end; t += SPAN) {
+            const int count = static_cast<int>(std::min(SPAN, n - t));
+            const int width = (count + LANES - 1) / LANES * LANES;
+            transpose_in(right + t * s.atoms, s.atoms, count, s.atoms, atoms, width);
+            int64_t decoded = -1;
+            for (int64_t block = share.begin; block < share.end; block += LANES) {
+                const int here = static_cast<int>(std::min<int64_t>(LANES, share.end - block));
+                transpose_in(left + t * s.rows + block, s.rows, count, here, rows, width);
+                for (int r = 0; r < here; ++r) {
+                    if ((block + r) / group != decoded) {
+                        decoded = (block + r) / group;
+                        decode_positions(s, decoded, width, positions);
+                    }
+                    for (int64_t j = 0; j < s.nonzeros; ++j) {
+                        const float *a = atoms + positions[j], *b = rows + r * width;
+                        Floats total[2] = {};
+                        int i = 0;
+                        for (; i + 2 * LANES <= width; i += 2 * LANES)
+                            for (int v = 0; v < 2; ++v) total[v] += load(a + i + v * LANES) * load(b + i + v * LANES);
+                        if (i < width) total[0] += load(a + i) * load(b + i);
+                        y[(block + r) * s.nonzeros + j] += sum(total[0] + total[1]);
+                    }
+                }
+            }
+        }
+    }
+}
+
+} // namespace

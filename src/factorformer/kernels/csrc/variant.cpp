@@ -1,0 +1,12 @@
+// All kernels for one instruction set; compiled several times, each time under another name.
+
+#include "dense.h"
+#include "sparse.h"
+
+#define NAME(x) NAME_OF(x)
+#define NAME_OF(x) #x
+
+extern "C" const Table FACTORFORMER_VARIANT;
+const Table FACTORFORMER_VARIANT = {
+    NAME(FACTORFORMER_VARIANT), sparse, sparse_transposed, sparse_outer, chain, gelu,
+};

@@ -1,0 +1,88 @@
+"""Products with a chain of small dense matrices, `x @ W_1.T @ W_2.T ... + bias`: the dispatch, and the reference.
+
+Where the compiled kernels serve, a block of tokens goes through the whole chain inside of the caches, and int8 weights
+are multiplied as integers; everywhere else, and wherever a gradient is wanted, torch multiplies.
+"""
+
+# Annotations stay types here: torch reads the schemas of operators from them.
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch._C._functorch import peek_interpreter_stack  # pyright: ignore[reportMissingModuleSource]
+
+from factorformer.kernels import cpu
+
+
+class Dense(NamedTuple):
+    """One matrix `W: (out, in)` of a chain.
+
+    Args:
+        weight: `W` in floats or int8, or its transpose.
+        scales: of int8, one for each row as stored.
+        columns: whether `weight` is the transpose, `(in, out)`.
+    """
+
+    weight: Tensor
+    scales: Tensor | None = None
+    columns: bool = False
+
+    def values(self, dtype: torch.dtype) -> Tensor:
+        """`W` in floats, `(out, in)`."""
+        values = self.weight
+        if self.scales is not None:
+            values = values.to(dtype) * self.scales.to(dtype)[:, None]
+        return values.T if self.columns else values
+
+
+def chain(x: Tensor, matrices: Sequence[Dense], bias: Tensor | None = None) -> Tensor:
+    """`x @ W_1.T @ W_2.T ... + bias`: `(..., in)` to `(..., out)`."""
+    weights = [matrix.weight for matrix in matrices]
+    scales = [matrix.scales for matrix in matrices]
+    if len(matrices) <= cpu.LONGEST and served(x, *weights, *scales, bias):
+        columns = [matrix.columns for matrix in matrices]
+        flat = x.reshape(-1, x.shape[-1])
+        operator = cpu.chain if runs_now() else torch.ops.factorformer.chain
+        y = operator(flat, weights, scales, columns, bias)
+        return y.view(*x.shape[:-1], y.shape[-1])
+    for matrix in matrices[:-1]:
+        x = F.linear(x, matrix.values(x.dtype))
+    return F.linear(x, matrices[-1].values(x.dtype), bias)
+
+
+def served(x: Tensor, *others: Tensor | None) -> bool:
+    """Whether the compiled kernels do this product: they are there, and it is for inference alone.
+
+    That is, nothing asks for a derivative, a cast, or a graph that is taken elsewhere.
+    """
+    if not cpu.serves(x, *others) or torch.compiler.is_exporting() or torch.is_autocast_enabled("cpu"):
+        return False
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *others)):
+        return False
+    return torch.compiler.is_compiling() or peek_interpreter_stack() is None
+
+
+def runs_now() -> bool:
+    """Whether a kernel can be called as it is: nothing records, counts or compiles the operators of torch."""
+    return not torch.compiler.is_compiling() and not torch._C._len_torch_dispatch_stack()
+
+
+@torch.library.custom_op("factorformer::chain", mutates_args=())
+def _chain(
+    x: Tensor,
+    weights: list[Tensor],
+    scales: list[Tensor | None],
+    columns: list[bool],
+    bias: Tensor | None,
+) -> Tensor:
+    return cpu.chain(x, weights, scales, columns, bias)
+
+
+@_chain.register_fake
+def _(
+    x: Tensor, weights: list[Tensor], scales: list[Tensor | None], columns: list[bool], bias: Tensor | None
+) -> Tensor:
+    return x.new_empty(x.shape[0], weights[-1].shape[1 if columns[-1] else 0])
