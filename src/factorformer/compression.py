@@ -9,15 +9,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import get_args
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from factorformer import calibration as calibrate
-from factorformer import planning, recipes
+from factorformer import planning, recipes, structures
 from factorformer.calibration import LayerStatistics
 from factorformer.errors import BudgetError, DataError, MethodError, ModelError, one_of
 from factorformer.fits import Factors, fit_group, fit_matrix, fit_stack, measure
 from factorformer.hf.plugin import attach_all
-from factorformer.nn import new_factors
+from factorformer.nn import FactorizedMatrix, new_factors
 from factorformer.planning import Cost, Entry, Matrix, Member, Plan, Scope, Share, Unit
 from factorformer.prediction import fitted_errors, plan_by_loss, relative_sensitivities
 from factorformer.progress import Progress, silent
@@ -66,6 +66,7 @@ def plan(
     *,
     share: Share | None = None,
     budget: Unit = "bytes",
+    int8: bool = False,
     calibration: Iterable[calibrate.Batch] | None = None,
     progress: Progress = silent,
 ) -> Plan:
@@ -89,6 +90,8 @@ def plan(
             none.
         budget: what the ratio counts: bytes, FLOPs of the products for a token, or milliseconds that those of 512 rows
             take on this machine, measured now. Others than bytes are for methods that allocate by loss.
+        int8: store factors in int8 with a scale for each row, and count them so; matrices that stay dense keep their
+            type.
         calibration: batches as for `compress`; with them the cheap fits minimize the error that the method minimizes,
             and without them the plain error of the weights. With them allocation by loss measures how sensitive the
             model is to each matrix.
@@ -112,6 +115,8 @@ def plan(
     _check_budget(budget, name)
     scope = scope or recipe.scope
     matrices, rest = find_matrices(model, scope, include, exclude)
+    if int8:
+        matrices = [matrix if matrix.dense else dataclasses.replace(matrix, int8=True) for matrix in matrices]
     if recipe.allocation == "by_loss":
         draft = Plan(method, scope, ratio, (), rest, budget)
         return plan_by_loss(
@@ -214,7 +219,7 @@ def _can_choose(model: nn.Module, entries: Sequence[Entry]) -> bool:
     """Whether any matrix could be stored in more than one way, and the weights to tell which are there."""
     for entry in entries:
         if entry.spec is not None:
-            dtype = getattr(torch, entry.matrix.dtype)
+            dtype = entry.matrix.values
             several = len(entry.spec.families(entry.matrix.shape, dtype)) > 1
             return several and not dense_weight(model.get_submodule(entry.matrix.name)).is_meta
     return False
@@ -237,6 +242,7 @@ def compress(
     progress: Progress = silent,
     *,
     keep_statistics: bool = False,
+    hold_floats: bool = False,
 ) -> Report:
     """Replace the planned matrices by fitted factors, in place. A Hugging Face model then saves as a compressed one.
 
@@ -250,6 +256,8 @@ def compress(
         plan: from `plan` or `Plan.load`.
         calibration: batches of keyword arguments for the model, with labels if the method needs them.
         progress: told how far the work is.
+        hold_floats: leave factors that the plan wants in int8 as floats that products round, to train on; `quantize`
+            ends that.
         keep_statistics: leave what calibration measured in the report; a moment takes as much memory as a square matrix
             of float64 as wide as the layer's input.
 
@@ -286,9 +294,32 @@ def compress(
         progress("fit", len(fitted), len(names))
     errors = {name: errors[name] for name in names}
     _replace(model, plan, fitted)
+    if not hold_floats:
+        quantize(model)
     seconds = {"calibrate": calibrated - started, "fit": time.perf_counter() - calibrated}
     kept = statistics if keep_statistics else {}
     return Report(method, plan.scope, plan.original, plan.compressed, errors, seconds, kept)
+
+
+def quantize(model: nn.Module) -> None:
+    """Store the factors in int8 that a plan wants so, after the training that rounded them.
+
+    Args:
+        model: from `compress(..., hold_floats=True)`, `initialize` or dynamic ranks; nothing changes in other models.
+    """
+    layers = [m for m in model.modules() if isinstance(m, FactorizedMatrix) and m.rounds]
+    known: dict[int, Factors] = {}  # layers may hold the very same factors, and go on doing so
+    for layer in layers:
+        codes: dict[str, Tensor] = {}
+        for name, factor in layer.factors.items():
+            if id(factor) not in known:
+                made = structures.int8.quantize({name: factor.detach()})
+                held = {key: t if t.dtype == torch.int8 or key == name else nn.Parameter(t) for key, t in made.items()}
+                known[id(factor)] = held
+            codes |= known[id(factor)]
+        layer.quantize(codes)
+    if layers:
+        attach_all(model)
 
 
 def initialize(model: nn.Module, plan: Plan) -> Report:
@@ -351,7 +382,17 @@ def _replace(model: nn.Module, plan: Plan, factors: dict[str, Factors]) -> None:
         assert entry.spec is not None
         shared = entry.spec.shareable if entry.shares is not None or name in sharing else ()
         factorize(model, entry.matrix, entry.spec, factors.pop(name), shared)
+    hold_rounded(model, plan)
     attach_all(model)
+
+
+def hold_rounded(model: nn.Module, plan: Plan) -> None:
+    """Let layers whose factors a plan wants in int8 round them in their products, until `quantize` stores them so."""
+    for entry in plan.factorized:
+        for name in (entry.matrix.name, *entry.matrix.aliases):
+            module = model.get_submodule(name)
+            if isinstance(module, FactorizedMatrix):
+                module.rounds = entry.matrix.int8
 
 
 def _check_fits(plan: Plan, model: nn.Module) -> None:

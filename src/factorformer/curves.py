@@ -83,7 +83,7 @@ class Curve:
         shape = self.matrix.shape
         if isinstance(spec, KroneckerSum) and self.kronecker is not None:
             return float(self.kronecker[min(spec.rank, len(self.kronecker) - 1)])
-        part = spec.bytes(shape, getattr(torch, self.matrix.dtype)) / self.matrix.cost(None).bytes
+        part = spec.bytes(shape, self.matrix.values) / self.matrix.cost(None).bytes
         return min(self.of_low_rank(part) * math.exp(_relative(self.relative[spec.kind], part)), 1.0)
 
     def of_low_rank(self, part: float) -> float:
@@ -191,7 +191,7 @@ def _bare_curve(model: nn.Module, matrix: Matrix, statistics: Mapping[str, Layer
 
 
 def _candidates(structure: type[Structure], matrix: Matrix) -> list[Structure]:
-    return list(structure.candidates(matrix.shape, getattr(torch, matrix.dtype)))
+    return list(structure.candidates(matrix.shape, matrix.values))
 
 
 def _samples(members: Sequence[Matrix]) -> list[Matrix]:
@@ -202,7 +202,7 @@ def _samples(members: Sequence[Matrix]) -> list[Matrix]:
 
 def _part(matrix: Matrix, spec: Structure) -> float:
     """Bytes of a spec as a part of the dense ones."""
-    return spec.bytes(matrix.shape, getattr(torch, matrix.dtype)) / matrix.cost(None).bytes
+    return spec.bytes(matrix.shape, matrix.values) / matrix.cost(None).bytes
 
 
 def _anchors(
@@ -256,7 +256,7 @@ def _ladder(matrix: Matrix, candidates: Sequence[Structure], anchors: Sequence[S
 
     The part of the bytes that is not the factor `weight` (the dictionary) is interpolated between anchors.
     """
-    families = type(candidates[0]).families(matrix.shape, getattr(torch, matrix.dtype)) if candidates else ()
+    families = type(candidates[0]).families(matrix.shape, matrix.values) if candidates else ()
     if len(families) < 2 or not anchors:
         return tuple(candidates)
 

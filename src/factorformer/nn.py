@@ -9,16 +9,21 @@ import torch
 from torch import Tensor, nn
 
 from factorformer.errors import ModelError
-from factorformer.structures import Factors, Selection, Shape, Structure
+from factorformer.structures import Factors, Selection, Shape, Structure, TensorSpec, int8
 
 
 def new_factors(
     spec: Structure, shape: Shape, device: torch.device | str | None = None, dtype: torch.dtype | None = None
 ) -> dict[str, Tensor]:
     """Factors of a structure, all zero: `spec.initialize` fills them."""
+    return _zeros(spec.tensors(shape), device, dtype)
+
+
+def _zeros(
+    tensors: Mapping[str, TensorSpec], device: torch.device | str | None, dtype: torch.dtype | None
+) -> dict[str, Tensor]:
     return {
-        name: torch.zeros(tensor.size, device=device, dtype=tensor.dtype or dtype)
-        for name, tensor in spec.tensors(shape).items()
+        name: torch.zeros(tensor.size, device=device, dtype=tensor.dtype or dtype) for name, tensor in tensors.items()
     }
 
 
@@ -46,6 +51,7 @@ class FactorizedMatrix(nn.Module):
         factors: the tensors to hold; without them new ones are drawn so that the entries of `W` have the variance of
             a fresh `nn.Linear`.
         shared: names of factors that other layers hold too, as the very same parameters.
+        quantized: whether the factors are stored in int8, with scales.
         device, dtype: for new tensors.
 
     Raises:
@@ -55,6 +61,9 @@ class FactorizedMatrix(nn.Module):
     form: TrainingForm | None = None
     """What multiplies in place of the factors, for as long as a training lasts."""
 
+    rounds: bool = False
+    """Whether products round float factors as int8 would, for a training that is to end in int8."""
+
     def __init__(
         self,
         spec: Structure,
@@ -62,25 +71,31 @@ class FactorizedMatrix(nn.Module):
         factors: Factors | None = None,
         *,
         shared: Sequence[str] = (),
+        quantized: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         spec.check(shape, shared)
-        self.shape = shape
+        self.shape, self.quantized = shape, quantized
         self.shared = tuple(shared)
         self.register_load_state_dict_pre_hook(_check_incoming)
-        self._adopt(spec, new_factors(spec, shape, device, dtype) if factors is None else factors)
-        if self.get_parameter("weight").is_meta:
+        if factors is not None:
+            self._adopt(spec, factors)
+        elif quantized:
+            self._adopt(spec, _zeros(int8.stored(spec.tensors(shape)), device, dtype))
+        else:
+            self._adopt(spec, new_factors(spec, shape, device, dtype))
+        if self.values.is_meta:
             return
-        if factors is None:
+        if factors is not None:
+            self.check_factors()
+        elif not quantized:
             with torch.no_grad():
                 spec.initialize(self.factors, std=(3 * shape[1]) ** -0.5)
-        else:
-            self.check_factors()
 
     def _adopt(self, spec: Structure, factors: Mapping[str, Tensor]) -> None:
-        expected = spec.tensors(self.shape)
+        expected = int8.stored(spec.tensors(self.shape)) if self.quantized else spec.tensors(self.shape)
         sizes = {name: tuple(tensor.shape) for name, tensor in factors.items()}
         wanted = {name: tensor.size for name, tensor in expected.items()}
         if sizes != wanted:
@@ -88,6 +103,8 @@ class FactorizedMatrix(nn.Module):
         self.spec = spec
         for name, tensor in factors.items():
             if expected[name].dtype is not None:
+                if name in self._parameters:
+                    del self._parameters[name]
                 self.register_buffer(name, tensor)
             elif isinstance(tensor, nn.Parameter):
                 self.register_parameter(name, tensor)  # tied layers hold the very same parameter
@@ -95,9 +112,43 @@ class FactorizedMatrix(nn.Module):
                 self.register_parameter(name, nn.Parameter(tensor.contiguous()))
 
     @property
+    def tensors(self) -> dict[str, TensorSpec]:
+        """Name, size and type of what is stored."""
+        tensors = self.spec.tensors(self.shape)
+        return int8.stored(tensors) if self.quantized else tensors
+
+    @property
     def factors(self) -> dict[str, Tensor]:
         """The stored tensors by name."""
-        return {name: getattr(self, name) for name in self.spec.tensors(self.shape)}
+        return {name: getattr(self, name) for name in self.tensors}
+
+    @property
+    def sharing(self) -> tuple[str, ...]:
+        """Names of all that a layer of this structure can have in common with others."""
+        ends = ("", int8.SCALE) if self.quantized else ("",)
+        return tuple(name + end for name in self.spec.shareable for end in ends)
+
+    @property
+    def values(self) -> Tensor:
+        """A factor in the floating type of the layer: `weight`, or its scales."""
+        return self.get_parameter("weight" + int8.SCALE if self.quantized else "weight")
+
+    def quantize(self, codes: Factors | None = None) -> None:
+        """Store the factors in int8 from now on, which cannot be trained any further.
+
+        Args:
+            codes: codes and scales of the factors, where other layers hold some of them too.
+
+        Raises:
+            ModelError: they are in int8 already, or the matrix trains in another form.
+        """
+        if self.quantized or self.form is not None:
+            raise ModelError(f"{self.spec} cannot be stored in int8 " + ("twice" if self.quantized else "in training"))
+        codes = int8.quantize(self.factors) if codes is None else codes
+        self.quantized, self.rounds = True, False
+        self._adopt(self.spec, codes)
+        for parameter in (self.get_parameter(name) for name in self.factors if name.endswith(int8.SCALE)):
+            parameter.requires_grad_(False)
 
     def check_factors(self) -> None:
         """Raise `ModelError` if integer factors are out of range; called on all tensors that come from outside."""
@@ -107,7 +158,8 @@ class FactorizedMatrix(nn.Module):
         """`x @ W.T + bias`, `(..., in)` to `(..., out)`."""
         if self.form is not None:
             return self.form.matmul(x, bias)
-        return self.spec.matmul(self.shape, self.factors, x, bias)
+        factors = int8.rounded(self.factors) if self.rounds else self.factors
+        return self.spec.matmul(self.shape, factors, x, bias)
 
     def rows(self, index: Tensor) -> Tensor:
         """`W[index]`, integers `(...)` to `(..., in)`."""
@@ -128,6 +180,8 @@ class FactorizedMatrix(nn.Module):
         """
         if self.form is not None:
             raise ModelError(f"cannot resize {self.spec} while it trains straight through: call finish() first")
+        if self.quantized:
+            raise ModelError(f"cannot resize {self.spec} that is stored in int8: resize before it is quantized")
         resized = self.spec.resize(self.factors, smaller)
         for name in self.shared:
             if resized[name].shape != getattr(self, name).shape:
@@ -160,7 +214,7 @@ class FactorizedMatrix(nn.Module):
 
     def extra_repr(self) -> str:
         """Spec and shape, for `print(model)`."""
-        return f"{self.spec}, shape={self.shape[0]}x{self.shape[1]}"
+        return f"{self.spec}, shape={self.shape[0]}x{self.shape[1]}" + (", int8" if self.quantized else "")
 
 
 def _check_incoming(module: nn.Module, state: Mapping[str, Any], prefix: str, *_: Any) -> None:
@@ -168,7 +222,7 @@ def _check_incoming(module: nn.Module, state: Mapping[str, Any], prefix: str, *_
     assert isinstance(module, FactorizedMatrix)
     factors = module.factors
     incoming = {name: state[prefix + name] for name in factors if isinstance(state.get(prefix + name), Tensor)}
-    whole = module.spec.tensors(module.shape)
+    whole = module.tensors
     for name, tensor in incoming.items():
         if whole[name].dtype is not None and tensor.dtype != whole[name].dtype:
             raise ModelError(f"'{prefix}{name}' is stored as {tensor.dtype}, but has to be {whole[name].dtype}")
@@ -199,10 +253,11 @@ class FactorizedLinear(FactorizedMatrix):
         bias: Tensor | bool | None = None,
         *,
         shared: Sequence[str] = (),
+        quantized: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(spec, shape, factors, shared=shared, device=device, dtype=dtype)
+        super().__init__(spec, shape, factors, shared=shared, quantized=quantized, device=device, dtype=dtype)
         self.out_features, self.in_features = shape
         if bias is True:
             bias = torch.zeros(shape[0], device=device, dtype=dtype)
@@ -227,14 +282,15 @@ class FactorizedEmbedding(FactorizedMatrix):
         padding_idx: int | None = None,
         *,
         shared: Sequence[str] = (),
+        quantized: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(spec, shape, factors, shared=shared, device=device, dtype=dtype)
+        super().__init__(spec, shape, factors, shared=shared, quantized=quantized, device=device, dtype=dtype)
         self.num_embeddings, self.embedding_dim = shape
         self.padding_idx = padding_idx
 
     def forward(self, index: Tensor) -> Tensor:
         """`(...)` to `(..., width)`."""
         # As from `nn.Embedding`, the type is that of the parameters also where products are made in a smaller one.
-        return self.rows(index).to(self.get_parameter("weight").dtype)
+        return self.rows(index).to(self.values.dtype)

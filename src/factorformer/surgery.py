@@ -7,8 +7,8 @@ import fnmatch
 import re
 from collections.abc import Sequence
 
+import transformers
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from factorformer.errors import MethodError, ModelError, one_of
@@ -162,7 +162,7 @@ def _describe(
 
 
 def _role(model: nn.Module, name: str, module: nn.Module) -> Role:
-    head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
+    head = model.get_output_embeddings() if isinstance(model, transformers.PreTrainedModel) else None
     if isinstance(module, nn.Embedding) or module is head:
         return "embedding"
     # So architectures of transformers name these modules, or `self_attn`, `SelfAttention`, `multi_head_attention`.
@@ -180,7 +180,7 @@ def _other_kind(model: nn.Module, owner: nn.Module, path: str, parameter: nn.Par
 
 
 def _word_embeddings(model: nn.Module) -> nn.Module | None:
-    return model.get_input_embeddings() if isinstance(model, PreTrainedModel) else None
+    return model.get_input_embeddings() if isinstance(model, transformers.PreTrainedModel) else None
 
 
 def dense_shape(module: nn.Module) -> Shape | None:
@@ -198,17 +198,24 @@ def dense_weight(module: nn.Module) -> Tensor:
 
 
 def factorized_like(
-    module: nn.Module, spec: Structure, shape: Shape, factors: Factors | None = None, shared: Sequence[str] = ()
+    module: nn.Module,
+    spec: Structure,
+    shape: Shape,
+    factors: Factors | None = None,
+    shared: Sequence[str] = (),
+    *,
+    quantized: bool = False,
 ) -> FactorizedMatrix:
     """A factorized layer to stand in for `module`, with its bias, device and mode.
 
     Without factors (a skeleton for loading) the tensors are created on the current default device and type. Other
-    layers hold those that are named as `shared`.
+    layers hold those that are named as `shared`. They are stored in int8 if `quantized`.
     """
+    options = {"shared": shared, "quantized": quantized}
     if isinstance(module, nn.Embedding):
-        new: FactorizedMatrix = FactorizedEmbedding(spec, shape, factors, module.padding_idx, shared=shared)
+        new: FactorizedMatrix = FactorizedEmbedding(spec, shape, factors, module.padding_idx, **options)
     else:
-        new = FactorizedLinear(spec, shape, factors, getattr(module, "bias", None), shared=shared)
+        new = FactorizedLinear(spec, shape, factors, getattr(module, "bias", None), **options)
     return new.train(module.training)
 
 

@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy
 import torch
-from torch import Tensor
 
 from factorformer.nn import new_factors
 from factorformer.planning import Matrix
@@ -47,7 +46,7 @@ class Timer:
             product, lookup = self.dense[place]
         else:
             points = self.measured[(spec.kind, *place)]
-            size = spec.bytes(matrix.shape, getattr(torch, matrix.dtype))
+            size = spec.bytes(matrix.shape, matrix.values)
             known = [point[0] for point in points]
             product, lookup = (float(numpy.interp(size, known, [point[i] for point in points])) for i in (1, 2))
         return matrix.products * product + (lookup if matrix.lookups else 0.0)
@@ -114,31 +113,65 @@ def _race(
     x = torch.randn(rows, shape[1], device=device, dtype=dtype)
     index = torch.randint(shape[0], (rows,), device=device)
     weight = torch.randn(shape, device=device, dtype=dtype)
-    runs: list[tuple[Callable[[], Tensor], Callable[[], Tensor]]] = [
-        (lambda: torch.nn.functional.linear(x, weight), lambda: torch.nn.functional.embedding(index, weight))
-    ]
+    products: list[Callable[[], object]] = [lambda: torch.nn.functional.linear(x, weight)]
+    lookups: list[Callable[[], object]] = [lambda: torch.nn.functional.embedding(index, weight)]
     for spec in specs:
         factors = new_factors(spec, shape, device, dtype)
         spec.initialize(factors, 1.0)
-        runs.append(
-            (
-                lambda spec=spec, factors=factors: spec.matmul(shape, factors, x),
-                lambda spec=spec, factors=factors: spec.rows(shape, factors, index),
-            )
-        )
-    times: list[tuple[list[float], list[float]]] = [([], []) for _ in runs]
+        products.append(lambda spec=spec, factors=factors: spec.matmul(shape, factors, x))
+        lookups.append(lambda spec=spec, factors=factors: spec.rows(shape, factors, index))
+    times = race([*(products if wanted[0] else ()), *(lookups if wanted[1] else ())], REPEATS, device=device)
+    fastest = iter([min(column) for column in zip(*times, strict=True)])
+    best = [[next(fastest) if use else 0.0 for _ in products] for use in wanted]
+    return list(zip(*best, strict=True))
+
+
+def race(
+    runs: Sequence[Callable[[], object]],
+    rounds: int,
+    *,
+    seconds: float = math.inf,
+    least: int = 3,
+    settle: int = 0,
+    device: torch.device | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> list[list[float]]:
+    """Milliseconds of every run in every round, `(rounds, runs)`: what all comparisons of times are made of.
+
+    In each round every run has one turn, so that whatever else the machine does meanwhile meets all of them alike; the
+    run that was first in a round is last in the next.
+
+    Args:
+        runs: what is timed, without gradients.
+        rounds: at most so many.
+        seconds: no round begins later than this, once there are `least`.
+        least: rounds that are made in any case.
+        settle: uncounted calls at the start of each turn. They bring the weights of the run back into the caches, and
+            outlast the threads of another library that go on spinning for a moment after their work.
+        device: where the runs compute, if not on the CPU.
+        progress: called with the number of rounds done.
+    """
+    order = list(range(len(runs)))
+    times: list[list[float]] = []
+    begun = time.perf_counter()
     with torch.inference_mode():
-        for _ in range(REPEATS):
-            for run, record in zip(runs, times, strict=True):
-                for place in (place for place in (0, 1) if wanted[place]):
-                    _synchronize(device)
-                    started = time.perf_counter()
-                    run[place]()
-                    _synchronize(device)
-                    record[place].append(1000 * (time.perf_counter() - started))
-    return [(min(products, default=0.0), min(lookups, default=0.0)) for products, lookups in times]
+        while len(times) < rounds and (len(times) < least or time.perf_counter() - begun < seconds):
+            row = [0.0] * len(runs)
+            for place in order:
+                for _ in range(settle):
+                    runs[place]()
+                _synchronize(device)
+                started = time.perf_counter()
+                runs[place]()
+                _synchronize(device)
+                row[place] = 1000 * (time.perf_counter() - started)
+            times.append(row)
+            order = [*order[1:], *order[:1]]
+            if progress is not None:
+                progress(len(times))
+    return times
 
 
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
+def _synchronize(device: torch.device | None) -> None:
+    if device is not None and device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -14,13 +14,14 @@ from typing import TYPE_CHECKING, Any
 
 import safetensors
 import transformers
-from transformers import PreTrainedModel
 
 from factorformer.errors import CheckpointError, FactorformerError, OutputError
-from factorformer.structures import Shape, Structure
+from factorformer.structures import int8
 from factorformer.training.straight_through import TEMPORARY
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from factorformer.hf.plugin import FactorformerConfig
 
 Sizes = dict[str, tuple[int, ...]]
@@ -105,11 +106,11 @@ def _tie_groups(model: PreTrainedModel) -> list[set[str]]:
 def _check_factors(config: FactorformerConfig, stored: Sizes) -> None:
     missing, extra, wrong = [], [], []
     for name, layer in config.layers.items():
-        spec, shape = config.structure(name)
+        spec, _ = config.structure(name)
         holders = [name, *layer.get("tied", ())]
         # What a layer shares is stored under the name of another one, and nowhere else.
-        elsewhere = spec.shareable if "shares" in layer else ()
-        sizes = {factor: size for factor, size in _factor_sizes(spec, shape).items() if factor not in elsewhere}
+        elsewhere = {f + end for f in spec.shareable for end in ("", int8.SCALE)} if "shares" in layer else ()
+        sizes = {factor: tensor.size for factor, tensor in config.tensors(name).items() if factor not in elsewhere}
         for factor, size in sizes.items():
             found = [f"{holder}.{factor}" for holder in holders if f"{holder}.{factor}" in stored]
             if not found:
@@ -121,10 +122,6 @@ def _check_factors(config: FactorformerConfig, stored: Sizes) -> None:
         allowed = {f"{holder}.{factor}" for holder in holders for factor in [*sizes, "bias", *TEMPORARY]}
         extra += [n for n in stored if n.startswith(tuple(f"{holder}." for holder in holders)) and n not in allowed]
     _report(missing, extra, wrong)
-
-
-def _factor_sizes(spec: Structure, shape: Shape) -> Sizes:
-    return {factor: tensor.size for factor, tensor in spec.tensors(shape).items()}
 
 
 def _matches(name: str, patterns: Iterable[str]) -> bool:
@@ -160,7 +157,7 @@ def load(directory: str | os.PathLike[str], **kwargs: Any) -> PreTrainedModel:
         raise CheckpointError(f"'{path}' is not a model directory: {error}") from error
     name = (config.get("architectures") or [None])[0] if isinstance(config, dict) else None
     architecture = getattr(transformers, name, None) if name else None
-    if not (isinstance(architecture, type) and issubclass(architecture, PreTrainedModel)):
+    if not (isinstance(architecture, type) and issubclass(architecture, transformers.PreTrainedModel)):
         raise CheckpointError(f"'{path}/config.json' names the model class {name!r}, which transformers does not have")
     try:
         loaded: Any = architecture.from_pretrained(path, output_loading_info=True, **kwargs)

@@ -2,6 +2,9 @@
 
 Importing this module registers the quantization method `factorformer` with transformers. From then on plain
 `from_pretrained` builds the factorized layers that `config.json` describes, before it loads the weights into them.
+
+transformers may be importing its own models at that moment (see `factorformer.registration`): neither this module nor
+what it imports may need `transformers.PreTrainedModel` before a function is called.
 """
 
 # transformers declares these hooks without types, as what their defaults happen to return.
@@ -11,11 +14,11 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from functools import partial
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
+import transformers
 from torch import nn
-from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
@@ -24,9 +27,12 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from factorformer.errors import CheckpointError, FactorformerError, ModelError
 from factorformer.hf.checkpoint import check_tensors
 from factorformer.nn import FactorizedLinear, FactorizedMatrix
-from factorformer.structures import Shape, Structure, from_dict
+from factorformer.structures import Shape, Structure, TensorSpec, from_dict, int8
 from factorformer.surgery import dense_shape, factorized_like, replace_module
 from factorformer.training.straight_through import TEMPORARY
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 METHOD = "factorformer"
 FORMAT = 1
@@ -37,7 +43,8 @@ class FactorformerConfig(QuantizationConfigMixin):
 
     Args:
         layers: for each factorized matrix, by module name, its `shape`, the fields of its structure, the names of
-            modules `tied` to it, and the name of the layer whose factors it `shares`, if it does.
+            modules `tied` to it, the name of the layer whose factors it `shares`, if it does, and `"values": "int8"` if
+            its factors are stored so.
         format: version of this description.
 
     Raises:
@@ -61,7 +68,7 @@ class FactorformerConfig(QuantizationConfigMixin):
             spec.check(shape, self.shared(name))
             owner = self.layers[name].get("shares")
             if owner is not None:
-                self._check_sharing(spec, shape, owner)
+                self._check_sharing(name, spec, shape, owner)
         except (KeyError, IndexError, TypeError, FactorformerError) as error:
             raise CheckpointError(f"config.json describes layer '{name}' wrongly: {error}") from error
         return spec, shape
@@ -73,14 +80,29 @@ class FactorformerConfig(QuantizationConfigMixin):
             return self._read(name)[0].shareable
         return ()
 
+    def quantized(self, name: str) -> bool:
+        """Whether the factors of a layer are stored in int8."""
+        values = self.layers[name].get("values")
+        if values not in (None, "int8"):
+            raise CheckpointError(f"config.json gives layer '{name}' values of type {values!r}: only int8 is known")
+        return values == "int8"
+
+    def tensors(self, name: str) -> dict[str, TensorSpec]:
+        """Name, size and type of what is stored of a layer."""
+        spec, shape = self.structure(name)
+        return int8.stored(spec.tensors(shape)) if self.quantized(name) else spec.tensors(shape)
+
     def _read(self, name: str) -> tuple[Structure, Shape]:
         layer = self.layers[name]
         shape = (int(layer["shape"][0]), int(layer["shape"][1]))
-        return from_dict({key: value for key, value in layer.items() if key not in ("shape", "tied", "shares")}), shape
+        others = ("shape", "tied", "shares", "values")
+        return from_dict({key: value for key, value in layer.items() if key not in others}), shape
 
-    def _check_sharing(self, spec: Structure, shape: Shape, owner: object) -> None:
+    def _check_sharing(self, name: str, spec: Structure, shape: Shape, owner: object) -> None:
         if not isinstance(owner, str) or owner not in self.layers or "shares" in self.layers[owner]:
             raise CheckpointError(f"it shares factors with {owner!r}, which is no layer that has some of its own")
+        if self.quantized(owner) != self.quantized(name):
+            raise CheckpointError(f"it shares factors with '{owner}', and only one of the two stores int8")
         other, size = self._read(owner)
         if not spec.shareable or type(other) is not type(spec):
             raise CheckpointError(f"{spec} cannot share factors with '{owner}', which is {other}")
@@ -112,7 +134,8 @@ class FactorformerQuantizer(HfQuantizer):
                 if dense_shape(module) != shape:
                     kind = f"{type(module).__name__} of shape {dense_shape(module)}"
                     raise CheckpointError(f"config.json gives '{name}' the shape {shape}, but the model has a {kind}")
-                replace_module(model, module, factorized_like(module, spec, shape, shared=config.shared(saved_name)))
+                shared, quantized = config.shared(saved_name), config.quantized(saved_name)
+                replace_module(model, module, factorized_like(module, spec, shape, shared=shared, quantized=quantized))
                 found += 1
         if config.layers and not found:
             raise CheckpointError(
@@ -132,7 +155,7 @@ class FactorformerQuantizer(HfQuantizer):
                 for factor, tensor in module.factors.items():
                     if tensor.device.type != "meta" and not getattr(tensor, "_is_hf_initialized", False):
                         raise CheckpointError(f"tensor '{name}.{factor}' was not loaded from the checkpoint")
-                    wanted = module.spec.tensors(module.shape)[factor].dtype
+                    wanted = module.tensors[factor].dtype
                     if tensor.dtype != wanted and (wanted is not None or not tensor.is_floating_point()):
                         right = "values" if wanted is None else str(wanted)
                         raise CheckpointError(f"tensor '{name}.{factor}' is stored as {tensor.dtype}, not as {right}")
@@ -187,6 +210,8 @@ def describe(model: nn.Module) -> FactorformerConfig:
             layers[tied].setdefault("tied", []).append(name)
             continue
         layers[name] = {"shape": list(module.shape), **module.spec.to_dict()}
+        if module.quantized:
+            layers[name]["values"] = "int8"
         if shares is not None:
             layers[name]["shares"] = shares
     return FactorformerConfig(layers)
@@ -211,7 +236,7 @@ def _sharing(model: nn.Module) -> dict[str, str]:
         f"{name}.{factor}": f"{owner}.{factor}"
         for name, module, _, owner in _layers(model)
         if owner is not None
-        for factor in module.spec.shareable
+        for factor in module.sharing
     }
 
 
@@ -237,7 +262,7 @@ def attach(model: PreTrainedModel, quantizer: FactorformerQuantizer | None = Non
 
 def attach_all(module: nn.Module) -> None:
     """`attach` a model, or those inside of it: a `SentenceTransformer` wraps one."""
-    if isinstance(module, PreTrainedModel):
+    if isinstance(module, transformers.PreTrainedModel):
         attach(module)
         return
     for child in module.children():
@@ -257,7 +282,7 @@ def _share(model: PreTrainedModel, config: FactorformerConfig) -> None:
                     f"{type(model).__name__} has the layer '{name}', but not '{layer['shares']}' whose "
                     f"{' and '.join(module.spec.shareable)} it shares: load the model with all layers of the checkpoint"
                 )
-            for factor in module.spec.shareable:
+            for factor in module.sharing:
                 setattr(module, factor, getattr(owner, factor))
 
 
@@ -269,7 +294,9 @@ def _follow_ties(model: nn.Module, ties: Mapping[str, str]) -> None:
             continue
         module = model.get_submodule(target.removesuffix(".weight"))
         if dense_shape(module) == holder.shape:
-            replace_module(model, module, factorized_like(module, holder.spec, holder.shape))
+            replace_module(
+                model, module, factorized_like(module, holder.spec, holder.shape, quantized=holder.quantized)
+            )
 
 
 def _refuse_to_resize(*_: Any, **__: Any) -> NoReturn:
@@ -286,7 +313,7 @@ def rewrite_ties(model: nn.Module) -> None:
     regular expression; so all names are written as exact expressions.
     """
     for module in model.modules():
-        if not isinstance(module, PreTrainedModel):
+        if not isinstance(module, transformers.PreTrainedModel):
             continue
         ties = {}
         for target, source in module.get_expanded_tied_weights_keys(all_submodels=False).items():
@@ -299,7 +326,7 @@ def rewrite_ties(model: nn.Module) -> None:
         if any(_holder(module, source) is not None for source in ties.values()):
             module._tied_weights_keys = {f"{re.escape(t)}$": f"{re.escape(s)}$" for t, s in ties.items()}
             module._adjust_bias = _leave_bias
-    if isinstance(model, PreTrainedModel):
+    if isinstance(model, transformers.PreTrainedModel):
         expanded, sharing = model.get_expanded_tied_weights_keys(all_submodels=True), _sharing(model)
         if sharing:
             # Saving drops what these expressions match; transformers expands them only where word embeddings are tied.
@@ -364,7 +391,7 @@ def to_dense(model: PreTrainedModel) -> PreTrainedModel:
         replace_module(model, module, new.train(module.training))
     model.__dict__.pop("resize_token_embeddings", None)
     for module in model.modules():
-        if isinstance(module, PreTrainedModel):
+        if isinstance(module, transformers.PreTrainedModel):
             module.__dict__.pop("_tied_weights_keys", None)
             module.__dict__.pop("_adjust_bias", None)
     model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)

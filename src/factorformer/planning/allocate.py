@@ -7,8 +7,6 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Literal, TypeVar
 
-import torch
-
 from factorformer.errors import BudgetError
 from factorformer.planning.cost import Cost, Matrix, Role, total
 from factorformer.planning.plan import KEPT, Entry, Unit, left_dense
@@ -30,7 +28,7 @@ Sizes = Callable[[Matrix], Iterable[Structure]]
 
 def candidates_of(structure: type[Structure]) -> Sizes:
     """The sizes that a structure proposes where nothing is known of a matrix but its shape."""
-    return lambda matrix: structure.candidates(matrix.shape, getattr(torch, matrix.dtype))
+    return lambda matrix: structure.candidates(matrix.shape, matrix.values)
 
 
 def uniform(matrices: Sequence[Matrix], sizes: Sizes, ratio: float, rest: Cost) -> tuple[Entry, ...]:
@@ -164,7 +162,7 @@ class _Ladder:
     """The sizes that a matrix can have, in growing bytes; the last step is dense."""
 
     def __init__(self, matrix: Matrix, sizes: Sizes) -> None:
-        dtype = getattr(torch, matrix.dtype)
+        dtype = matrix.values
         self.specs: list[Structure] = list(sizes(matrix))
         self.role: Role = matrix.role
         self.dense = matrix.cost(None).bytes

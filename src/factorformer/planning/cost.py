@@ -51,6 +51,7 @@ class Matrix:
         dense: why it has to stay dense; None if it can be factorized.
         role: what it does in the model; an output head counts as an embedding, whatever else is not part of attention
             as feed-forward.
+        int8: whether its factors are stored in int8, if it gets any.
     """
 
     name: str
@@ -61,17 +62,22 @@ class Matrix:
     aliases: tuple[str, ...] = ()
     dense: str | None = None
     role: Role = "feed_forward"
+    int8: bool = False
+
+    @property
+    def values(self) -> torch.dtype:
+        """The type in which factors store their values."""
+        return torch.int8 if self.int8 else getattr(torch, self.dtype)
 
     def cost(self, spec: Structure | None, without: Collection[str] = ()) -> Cost:
         """Cost under a structure, or dense for None; factors stored elsewhere are not counted, but multiplied by."""
-        dtype = getattr(torch, self.dtype)
         if spec is None:
             values = self.shape[0] * self.shape[1]
-            return Cost(values, values * dtype.itemsize, round(2 * values * self.products))
+            return Cost(values, values * getattr(torch, self.dtype).itemsize, round(2 * values * self.products))
         flops = self.products * spec.flops(self.shape) + self.lookups * spec.row_flops(self.shape)
         elsewhere = [tensor for name, tensor in spec.tensors(self.shape).items() if name in without]
         return Cost(
             spec.parameters(self.shape) - sum(math.prod(t.size) for t in elsewhere if t.dtype is None),
-            spec.bytes(self.shape, dtype) - sum(t.bytes(dtype) for t in elsewhere),
+            spec.bytes(self.shape, self.values) - sum(t.bytes(self.values) for t in elsewhere),
             round(flops),
         )

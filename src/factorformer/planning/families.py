@@ -67,7 +67,7 @@ def choose_families(
     for group in _groups(entries):
         first = group[0]
         assert first.spec is not None
-        dtype, shape = getattr(torch, first.matrix.dtype), first.matrix.shape
+        dtype, shape = first.matrix.values, first.matrix.shape
         budget = max(entry.compressed.bytes for entry in group)
         ladders, specs = [], []
         for family in first.spec.families(shape, dtype):

@@ -11,7 +11,8 @@ from typing import Any, Literal, get_args
 
 import torch
 
-from factorformer.errors import FactorformerError, MethodError, OutputError, one_of
+from factorformer.errors import FactorformerError, MethodError, one_of
+from factorformer.files import whole_file
 from factorformer.planning.cost import Cost, Matrix, Role, total
 from factorformer.structures import Structure, from_dict
 
@@ -175,16 +176,8 @@ class Plan:
         Raises:
             OutputError: it cannot be written there.
         """
-        target = Path(path)
-        partial = target.with_name(f".{target.name}.partial")
-        try:
-            try:
-                partial.write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
-                partial.replace(target)
-            finally:
-                partial.unlink(missing_ok=True)
-        except OSError as error:
-            raise OutputError(f"cannot write the plan to '{path}': {error.strerror}") from error
+        with whole_file(path, "the plan") as partial:
+            partial.write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Plan:
@@ -265,6 +258,7 @@ def _entry(item: object) -> Entry:
         tuple(aliases),
         _field(item, "dense", str, type(None), where=where),
         role,
+        _field({"int8": False, **item}, "int8", bool, where=where),  # older plans know floats only
     )
     description = _field(item, "spec", dict, type(None), where=where)
     try:
@@ -325,6 +319,6 @@ def _shared(entry: Entry) -> str:
 def _field(content: Mapping[str, Any], name: str, *types: type, where: str = "the plan") -> Any:
     if name not in content:
         raise MethodError(f"{where} is malformed: it has no '{name}'")
-    if not isinstance(content[name], types) or isinstance(content[name], bool):
+    if not isinstance(content[name], types) or (isinstance(content[name], bool) and bool not in types):
         raise MethodError(f"{where} is malformed: '{name}' cannot be {content[name]!r}")
     return content[name]

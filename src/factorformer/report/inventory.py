@@ -50,8 +50,8 @@ def _entry(model: PreTrainedModel, matrix: Matrix, owners: dict[int, str]) -> En
         return Entry(matrix, None, matrix.dense or "")
     if not isinstance(module, FactorizedMatrix):
         return Entry(matrix, None, matrix.dense or "")
-    dtype = str(module.get_parameter("weight").dtype).removeprefix("torch.")
-    found = dataclasses.replace(matrix, dtype=dtype)
+    dtype = str(module.values.dtype).removeprefix("torch.")
+    found = dataclasses.replace(matrix, dtype=dtype, int8=module.quantized)
     owner = matrix.name
     for factor in module.spec.shareable if module.shared else ():
         owner = owners.setdefault(id(getattr(module, factor)), matrix.name)

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from factorformer.errors import CheckpointError, one_of
+from factorformer.structures import int8
 from factorformer.structures.base import Factors, Selection, Shape, Structure, TensorSpec
 from factorformer.structures.dense_sparse import DenseSparse
 from factorformer.structures.kronecker_sum import KroneckerSum, factor_shapes
@@ -47,5 +48,6 @@ __all__ = [
     "TensorSpec",
     "factor_shapes",
     "from_dict",
+    "int8",
     "largest_rank",
 ]

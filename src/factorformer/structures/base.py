@@ -38,8 +38,9 @@ class TensorSpec:
     dtype: torch.dtype | None = None
 
     def bytes(self, dtype: torch.dtype) -> int:
-        """Stored bytes when values are of type `dtype`."""
-        return math.prod(self.size) * (self.dtype or dtype).itemsize
+        """Stored bytes when values are of type `dtype`; with int8 values goes a float32 scale for each row."""
+        scales = 4 * self.size[0] if self.dtype is None and dtype == torch.int8 else 0
+        return math.prod(self.size) * (self.dtype or dtype).itemsize + scales
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,9 +14,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from factorformer.errors import ModelError, one_of
-from factorformer.kernels import Dense, chain, sparse_product, support
+from factorformer.kernels import chain, sparse_product, support
 from factorformer.kernels.sparse import build
 from factorformer.structures.base import Factors, Selection, Shape, Structure, TensorSpec, require_positive
+from factorformer.structures.int8 import SCALE, dense, floats, look_up
 
 Side = Literal["rows", "columns"]
 
@@ -159,26 +160,30 @@ class DenseSparse(Structure):
         return (best + starts[:, None]).flatten(1)
 
     def matmul(self, shape: Shape, factors: Factors, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        dictionary = Dense(factors["dictionary"], columns=self.side == "columns")
+        dictionary = dense(factors, "dictionary", columns=self.side == "columns")
         if self.side == "columns":
             return chain(self._sparse(factors, x, transposed=True), (dictionary,), bias)
         return self._sparse(factors, chain(x, (dictionary,)), bias=bias)
 
     def _sparse(self, factors: Factors, x: Tensor, *, bias: Tensor | None = None, transposed: bool = False) -> Tensor:
         values, packed = factors["weight"], factors["support"]
-        return sparse_product(x, values, packed, self.atoms, self.blocks, bias=bias, transposed=transposed)
+        scales = factors.get("weight" + SCALE)
+        return sparse_product(
+            x, values, packed, self.atoms, self.blocks, scales=scales, bias=bias, transposed=transposed
+        )
 
     def rows(self, shape: Shape, factors: Factors, index: Tensor) -> Tensor:
         if self.side == "columns":
-            return self._sparse(factors, F.embedding(index, factors["dictionary"].T))
-        values = F.embedding(index.flatten(), factors["weight"])
+            return self._sparse(factors, F.embedding(index, floats(factors)["dictionary"].T))
+        values = look_up(factors, "weight", index.flatten())
         supports = factors["support"][torch.div(index.flatten(), self.group, rounding_mode="floor")]
-        rows = build(values, supports, self.atoms, self.blocks) @ factors["dictionary"]
+        rows = build(values, supports, self.atoms, self.blocks) @ floats(factors)["dictionary"]
         return rows.view(*index.shape, shape[1])
 
     def to_dense(self, shape: Shape, factors: Factors) -> Tensor:
-        dense = self.coefficients(factors) @ factors["dictionary"]
-        return dense if self.side == "rows" else dense.T
+        factors = floats(factors)
+        product = self.coefficients(factors) @ factors["dictionary"]
+        return product if self.side == "rows" else product.T
 
     def resize(self, factors: Factors, smaller: Structure) -> dict[str, Tensor]:
         """The leading atoms, and of the entries that refer to them the largest of each row."""

@@ -15,6 +15,7 @@ from torch import Tensor
 from factorformer.errors import ModelError
 from factorformer.linalg import arrange_back
 from factorformer.structures.base import Factors, Selection, Shape, Structure, TensorSpec, require_positive
+from factorformer.structures.int8 import floats
 
 AMPLIFICATION = 4
 """Multiply-adds for each parameter and input row that the default shapes aim at; plain low-rank has 1."""
@@ -125,6 +126,7 @@ class KroneckerSum(Structure):
             if len(blocks) > 1:
                 products = [self.matmul(shape, factors, block, bias) for block in blocks]
                 return torch.cat(products).view(*leading, shape[0])
+        factors = floats(factors, x.dtype)
         x = F.pad(x, (0, padding)) if padding else x
         if self._right_first:
             inner = F.linear(x.reshape(-1, n2), factors["right"].flatten(0, 1))
@@ -139,7 +141,7 @@ class KroneckerSum(Structure):
         return product if bias is None else product + bias.to(product.dtype)
 
     def rows(self, shape: Shape, factors: Factors, index: Tensor) -> Tensor:
-        (m1, n1), (m2, n2) = self.left, self.right
+        (m1, n1), (m2, n2), factors = self.left, self.right, floats(factors)
         first = torch.div(index, m2, rounding_mode="floor").flatten()
         second = (index - first.view_as(index) * m2).flatten()
         if m1 * m2 > shape[0]:  # an index of padding, which would pass for a row, becomes one that look-ups refuse
@@ -156,6 +158,7 @@ class KroneckerSum(Structure):
         return result.view(-1, n1 * n2)[:, : shape[1]].reshape(*index.shape, shape[1])
 
     def to_dense(self, shape: Shape, factors: Factors) -> Tensor:
+        factors = floats(factors)
         terms = factors["weight"].flatten(0, 1) @ factors["right"].transpose(0, 1).flatten(1)
         return arrange_back(terms, self.left, self.right)[: shape[0], : shape[1]]
 

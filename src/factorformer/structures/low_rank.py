@@ -7,12 +7,12 @@ from collections.abc import Collection, Iterator
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from factorformer.errors import ModelError
-from factorformer.kernels import Dense, chain
+from factorformer.kernels import chain
 from factorformer.structures.base import Factors, Selection, Shape, Structure, TensorSpec, require_positive
+from factorformer.structures.int8 import dense, floats, look_up
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,12 +57,13 @@ class LowRank(Structure):
         """All factors are values."""
 
     def matmul(self, shape: Shape, factors: Factors, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        return chain(x, (Dense(factors["right"]), Dense(factors["weight"])), bias)
+        return chain(x, (dense(factors, "right"), dense(factors, "weight")), bias)
 
     def rows(self, shape: Shape, factors: Factors, index: Tensor) -> Tensor:
-        return F.embedding(index, factors["weight"]) @ factors["right"]
+        return look_up(factors, "weight", index) @ floats(factors)["right"]
 
     def to_dense(self, shape: Shape, factors: Factors) -> Tensor:
+        factors = floats(factors)
         return factors["weight"] @ factors["right"]
 
     def resize(self, factors: Factors, smaller: Structure) -> dict[str, Tensor]:

@@ -21,24 +21,16 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from factorformer.calibration import Batch, LayerStatistics
-from factorformer.errors import (
-    CheckpointError,
-    DataError,
-    FactorformerError,
-    MethodError,
-    ModelError,
-    OutputError,
-    one_of,
-)
-from factorformer.fits import fit_matrix, measure
-from factorformer.fitting import Metric
-from factorformer.nn import FactorizedMatrix, new_factors
+from factorformer.calibration import Batch
+from factorformer.errors import CheckpointError, MethodError, ModelError, one_of
+from factorformer.files import whole_file
+from factorformer.nn import new_factors
 from factorformer.planning import Entry, Plan
 from factorformer.progress import Progress, silent
-from factorformer.recipes import default_method, get
-from factorformer.structures import LowRank, Structure, from_dict
+from factorformer.structures import Structure, from_dict
 from factorformer.surgery import dense_weight, factorize
+from factorformer.training.competition import compete
+from factorformer.training.full_size import all_units, check_can_shrink
 from factorformer.training.importance import Importance, Score
 from factorformer.training.optimizer_state import bare, check_holds
 from factorformer.training.rank_history import RankHistory
@@ -49,9 +41,6 @@ STATE = "dynamic_rank.safetensors"
 
 IGNORED = "_ddp_params_and_buffers_to_ignore"
 """Where `DistributedDataParallel` looks for names that it is to leave alone."""
-
-ROOM = 1.25
-"""Structures other than low-rank begin as the largest that takes the bytes of the dense matrix over this."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,12 +141,11 @@ class DynamicRank:
         self._ignored = vars(model).get(IGNORED)
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
         for entry in plan.factorized:
-            _check(model, entry)
+            check_can_shrink(model, entry)
         if resume_from is None:
-            self.units = _start(model, plan, calibration, self.settings, progress)
+            self.units = all_units(model, plan, calibration, self._importance, progress)
         else:
             self.units = self._restored(plan, Path(resume_from))
-        self.fewest = [_fewest(units.full) for units in self.units]
         if resume_from is None:
             self.history = RankHistory(
                 [units.matrix.name for units in self.units],
@@ -257,17 +245,9 @@ class DynamicRank:
             "full": [units.full.to_dict() for units in self.units],
             "count": [units.count for units in self.units],
         }
-        path = Path(directory) / STATE
-        partial = path.with_name(f".{STATE}.partial")
         content = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        try:
-            try:
-                save_file(content, partial, {"ranks": json.dumps(description)})
-                partial.replace(path)
-            finally:
-                partial.unlink(missing_ok=True)
-        except (OSError, safetensors.SafetensorError) as error:
-            raise OutputError(f"cannot write the state of dynamic ranks to '{path}': {error}") from error
+        with whole_file(Path(directory) / STATE, "the state of dynamic ranks") as partial:
+            save_file(content, partial, {"ranks": json.dumps(description)})
         self.history.save(directory)
 
     def _restored(self, plan: Plan, directory: Path) -> list[Units]:
@@ -308,7 +288,7 @@ class DynamicRank:
     def _resumed(self, entry: Entry, full: Structure, smaller: Structure, own: dict[str, Tensor], path: Path) -> Units:
         """One matrix of a checkpoint; the model is left as it is."""
         weight = dense_weight(self.model.get_submodule(entry.matrix.name))
-        importance = Importance(self.settings.score, self.settings.smoothing)
+        importance = self._importance()
         basis, dual = own.pop("basis", None), own.pop("dual", None)
         importance.load_state_dict({name: tensor.to(weight.device) for name, tensor in own.items()})
         short = min(entry.matrix.shape)
@@ -329,6 +309,9 @@ class DynamicRank:
             return DenseUnits(self.model, entry.matrix, importance, basis.to(weight), dual.to(weight))
         return FactorUnits(self.model, entry.matrix, full, importance)
 
+    def _importance(self) -> Importance:
+        return Importance(self.settings.score, self.settings.smoothing)
+
     def _shrink(self, left: float, step: int, optimizer: Optimizer | None) -> None:
         """Remove what does not fit the budget of now; `left` is the part of the way that is still to go."""
         if optimizer is not None:
@@ -337,7 +320,7 @@ class DynamicRank:
             check_holds(optimizer, dict(named))
         before = [units.count for units in self.units]
         scores = self._scores()
-        for place, kept in enumerate(self._compete(scores, left)):
+        for place, kept in enumerate(compete(self.units, scores, self.budget, left)):
             if len(kept) < self.units[place].count:
                 self.units[place] = self.units[place].keep(kept, optimizer)
                 if self.units[place].count == len(kept):
@@ -365,45 +348,6 @@ class DynamicRank:
             torch.distributed.broadcast(joined, 0)
             scores = list(joined.split([len(score) for score in scores]))
         return scores
-
-    def _compete(self, scores: list[Tensor], left: float) -> list[Tensor]:
-        """The units that each matrix keeps: those of the highest importance per byte in all matrices together.
-
-        While matrices are above their break-even rank, removing a unit frees no bytes. The way down is therefore
-        measured in bytes of units, from the full rank of everything to what the units cost that meet the budget.
-        """
-        bytes_of = [units.unit_bytes() for units in self.units]
-        density = torch.cat([score.cpu().double() / size for score, size in zip(scores, bytes_of, strict=True)])
-        owner = torch.cat([torch.full((len(score),), place) for place, score in enumerate(scores)])
-        first = 0
-        for score, fewest in zip(scores, self.fewest, strict=True):
-            best = score.cpu().topk(fewest).indices
-            density[first + best] = float("inf")
-            first += len(score)
-        order = density.argsort(descending=True, stable=True)
-        owner = owner[order]
-
-        def counts(number: int) -> list[int]:
-            return owner[:number].bincount(minlength=len(self.units)).tolist()
-
-        def stored(number: int) -> int:
-            return sum(units.bytes(count) for units, count in zip(self.units, counts(number), strict=True))
-
-        low, high = sum(self.fewest), len(order)
-        while low < high:
-            middle = (low + high + 1) // 2
-            low, high = (middle, high) if stored(middle) <= self.budget else (low, middle - 1)
-        number = low
-        if left > 0:
-            sizes = torch.tensor(bytes_of, dtype=torch.float64)
-            whole = sum(units.full.units * size for units, size in zip(self.units, bytes_of, strict=True))
-            spent = sizes[owner].cumsum(0)
-            allowed = spent[number - 1] + (whole - spent[number - 1]) * left
-            number = max(number, int(torch.searchsorted(spent, allowed, right=True)))
-        chosen = torch.zeros(len(order), dtype=torch.bool)
-        chosen[order[:number]] = True
-        masks = chosen.split([len(score) for score in scores])
-        return [mask.nonzero()[:, 0].to(score.device) for mask, score in zip(masks, scores, strict=True)]
 
     def tell(self) -> None:
         """Call `changed`, if any matrix is factorized by now."""
@@ -433,76 +377,3 @@ def _average(parameter: Tensor) -> None:
 def _processes() -> int:
     distributed = torch.distributed
     return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
-
-
-def _check(model: nn.Module, entry: Entry) -> None:
-    name = entry.matrix.name
-    try:
-        module = model.get_submodule(name)
-    except AttributeError:
-        raise ModelError(
-            f"the plan does not fit the model: it has no matrix '{name}'; make the plan of this very model"
-        ) from None
-    if isinstance(module, FactorizedMatrix):
-        raise ModelError(f"layer '{name}' is factorized already: dynamic ranks start from the dense model")
-    if not module.get_parameter("weight").requires_grad:
-        raise ModelError(f"layer '{name}' is frozen, so nothing can be known of its importance: exclude or unfreeze it")
-    if entry.shares is not None:
-        raise ModelError(f"layer '{name}' is to share factors, which dynamic ranks cannot: plan without sharing")
-
-
-def _start(
-    model: nn.Module,
-    plan: Plan,
-    calibration: Iterable[Batch] | None,
-    settings: DynamicRankSettings,
-    progress: Progress,
-) -> list[Units]:
-    """All matrices at full rank, or at the largest size of their structure."""
-    method = plan.method or default_method(calibrated=calibration is not None)
-    recipe, names = get(method), [entry.matrix.name for entry in plan.factorized]
-    statistics: dict[str, LayerStatistics] = {}
-    if recipe.metric != "plain":
-        if calibration is None:
-            raise DataError(f"method '{method}' needs calibration data ({recipe.needs}): pass calibration batches")
-        statistics = measure(model, names, recipe, calibration, progress)
-    result: list[Units] = []
-    fitted: list[tuple[Entry, Structure, dict[str, Tensor]]] = []
-    for done, entry in enumerate(plan.factorized):
-        name, matrix = entry.matrix.name, entry.matrix
-        importance = Importance(settings.score, settings.smoothing)
-        if isinstance(entry.spec, LowRank):
-            try:
-                weight = dense_weight(model.get_submodule(name))
-                result.append(DenseUnits.of(model, matrix, importance, weight, Metric.of(statistics.get(name))))
-            except FactorformerError as error:
-                raise type(error)(f"layer '{name}': {error}") from error
-        else:
-            assert entry.spec is not None
-            full = _largest(entry)
-            fitted.append((entry, full, fit_matrix(model, name, full, statistics)[0]))
-            result.append(FactorUnits(model, matrix, full, importance))
-        progress("fit", done + 1, len(names))
-    for entry, full, factors in fitted:  # only when all are fitted: an error leaves the model as it was
-        factorize(model, entry.matrix, full, factors)
-    return result
-
-
-def _largest(entry: Entry) -> Structure:
-    """The largest of the sizes that planners try that leaves room below the dense matrix."""
-    assert entry.spec is not None
-    matrix, dtype = entry.matrix, getattr(torch, entry.matrix.dtype)
-    most = max(matrix.cost(None).bytes / ROOM, entry.compressed.bytes)
-    fitting = [s for s in entry.spec.candidates(matrix.shape, dtype) if s.bytes(matrix.shape, dtype) <= most]
-    return fitting[-1] if fitting else entry.spec
-
-
-def _fewest(full: Structure) -> int:
-    """The least number of units that a matrix can have."""
-    for count in (1, 2):
-        try:
-            full.with_units(count)
-            return count
-        except ModelError:
-            continue
-    return full.units

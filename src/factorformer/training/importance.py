@@ -49,11 +49,10 @@ class Importance:
             now |= {name: product.abs() for name, product in products.items()}
         if not all(torch.isfinite(values.sum()) for values in now.values()):
             return
+        for kept in (self.averages, self.deviations):  # the model may have moved since
+            kept.update({name: tensor.to(first.device) for name, tensor in kept.items()})
         for name, values in now.items():
             average = self.averages.get(name)
-            if average is not None and average.device != values.device:  # the model has moved since
-                self.averages[name] = average = average.to(values.device)
-                self.deviations |= {n: t.to(values.device) for n, t in self.deviations.items() if n == name}
             if average is None:
                 self.averages[name] = values.float()
                 if self.score == "uncertainty":

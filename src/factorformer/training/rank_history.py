@@ -8,7 +8,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from factorformer.errors import CheckpointError, OutputError
+from factorformer.errors import CheckpointError
+from factorformer.files import whole_file
 
 FILE = "factorformer_ranks.json"
 """The name of the record in a model directory."""
@@ -86,16 +87,8 @@ class RankHistory:
         Raises:
             OutputError: it cannot be written there.
         """
-        target = Path(directory) / FILE
-        partial = target.with_name(f".{FILE}.partial")
-        try:
-            try:
-                partial.write_text(json.dumps(self.to_dict()) + "\n", encoding="utf-8")
-                partial.replace(target)
-            finally:
-                partial.unlink(missing_ok=True)
-        except OSError as error:
-            raise OutputError(f"cannot write the history of ranks to '{target}': {error.strerror}") from error
+        with whole_file(Path(directory) / FILE, "the history of ranks") as partial:
+            partial.write_text(json.dumps(self.to_dict()) + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, directory: str | os.PathLike[str]) -> RankHistory | None:

@@ -34,7 +34,7 @@ class Units(ABC):
 
     def __init__(self, model: nn.Module, matrix: Matrix, full: Structure, importance: Importance) -> None:
         self.model, self.matrix, self.full, self.importance = model, matrix, full, importance
-        self.dtype: torch.dtype = getattr(torch, matrix.dtype)
+        self.dtype = matrix.values
 
     @property
     @abstractmethod
@@ -210,8 +210,8 @@ class DenseUnits(Units):
         return self.weight.grad is not None
 
     def bytes(self, count: int) -> int:
-        factors = LowRank(count).bytes(self.matrix.shape, self.dtype)
-        return min(factors, self.matrix.cost(None).bytes)
+        spec = None if count > largest_rank(self.matrix.shape) else LowRank(count)
+        return self.matrix.cost(spec).bytes
 
     def _turn(self, tensor: Tensor) -> Float[Tensor, "short long"]:
         return tensor.T if self.turned else tensor
