@@ -11,6 +11,10 @@ by test rows: they give the two figures that are reported, before and after fine
 Methods with dynamic ranks start from the pre-trained model instead, and do all in one round: with --epochs 6 they train
 as long as the others with --dense-epochs 3 --epochs 3. `rankdyna:dense=1` starts from the fine-tuned model as the
 others do. Other settings of a method stand behind its name in the same way, as in `dsformer:freeze=0.6,interval=1`.
+`auto:int8=1` stores factors in int8, which the ratio counts; fine-tuning rounds them.
+
+Peers that only quantize: `torchao-int8` (8 bits, no further training), `torchao-int3` and `torchao-int4` (with torchao's
+own training that rounds the weights), of which bytes are counted as if packed without a gap.
 
 Each finished cell is one JSON line; a run skips what is there already, so it can be stopped and continued.
 """
@@ -49,7 +53,9 @@ SLICE, HELD_OUT, CALIBRATION = 1600, 800, 512
 DISTILLED = "+distill"
 PATTERN = 32
 SETUP = ("train_rows", "precision", "unique_layers")
-WITHOUT_RATIO = ("torchao-int8", "dense-longer")
+WITHOUT_RATIO = ("torchao-int8", "torchao-int4", "torchao-int3", "dense-longer")
+GROUP = 128
+"""Weights that share a scale in torchao's int3 and int4."""
 SETTINGS = training.TrainingSettings()
 
 
@@ -235,20 +241,20 @@ class Bench:
         if method not in recipes.RECIPES:
             return PEERS[method](model, ratio), None
         assert ratio is not None
-        recipe = recipes.get(method)
+        recipe, int8 = recipes.get(method), bool(options.pop("int8", False))
         if recipe.allocation == "dynamic":
             options.pop("dense", None)
-            plan = factorformer.plan(model, method, ratio)
+            plan = factorformer.plan(model, method, ratio, int8=int8)
             return model, DynamicRank(model, plan, batches, DynamicRankSettings(**options))
         dense = model
-        path = self.args.work / "fits" / f"{name}-{recipe.kind}-{recipe.metric}-{ratio:g}-{self._name()}"
+        path = self.args.work / "fits" / f"{name}-{recipe.kind}-{recipe.metric}-{recipe.allocation}-{int8}-{ratio:g}-{self._name()}"
         if path.exists():
             model, statistics = torch.load(path, weights_only=False)
         else:
             model = copy.deepcopy(dense)
             needed = batches if recipe.needs != "nothing" else None
-            plan = factorformer.plan(model, method, ratio, calibration=needed)
-            report = factorformer.compress(model, plan, needed, keep_statistics=True)
+            plan = factorformer.plan(model, method, ratio, int8=int8, calibration=needed)
+            report = factorformer.compress(model, plan, needed, keep_statistics=True, hold_floats=int8)
             statistics = report.statistics
             if recipe.structure is factorformer.DenseSparse:  # others are fitted faster than they are read
                 path.parent.mkdir(parents=True, exist_ok=True)
@@ -279,6 +285,7 @@ class Bench:
                 started, cpu = time.perf_counter(), time.process_time()
                 settings = self.settings(row["learning_rate"], cell.seed)
                 self.train(model, acting, train, settings, teacher)
+                factorformer.quantize(model)
                 if isinstance(acting, DynamicRank):
                     row["ranks"] = acting.history.final
                     if self.args.histories:
@@ -292,7 +299,7 @@ class Bench:
         row["measured_ratio"] = round(original / row["block_bytes"], 4)
         row["metrics"] = training.evaluate(model, self.tokenizer, test, labels)
         row["metric"] = row["metrics"][task.metric]
-        if any(isinstance(module, FactorizedMatrix) for module in model.modules()):
+        if any(isinstance(module, FactorizedMatrix) and not module.quantized for module in model.modules()):
             row["int8_block_bytes"] = round_to_int8(model)
             row["int8_ratio"] = round(original / row["int8_block_bytes"], 4)
             row["int8_metric"] = training.evaluate(model, self.tokenizer, test, labels)[task.metric]
@@ -304,6 +311,10 @@ def block_bytes(model: nn.Module) -> int:
     total = 0
     for name in find_blocks(model) or []:
         state = model.get_submodule(name).state_dict()
+        for child, module in model.get_submodule(name).named_modules():
+            if hasattr(module, "bits"):  # packed without a gap, and two bytes a scale
+                weights = state.pop(f"{child}.weight").numel()
+                total += weights * module.bits // 8 + 2 * weights // GROUP
         for key, tensor in state.items():
             mask = state.get(key.removesuffix("_orig") + "_mask")
             if key.endswith("_mask"):
@@ -361,6 +372,25 @@ def torchao_int8(model: PreTrainedModel, ratio: float | None) -> PreTrainedModel
     return model
 
 
+def torchao_trained(bits: int) -> Callable[[PreTrainedModel, float | None], PreTrainedModel]:
+    """Weights of few bits, symmetric, a scale for each group, and the fine-tuning that goes with them."""
+
+    def reduce(model: PreTrainedModel, ratio: float | None) -> PreTrainedModel:
+        from torchao.quantization import quantize_
+        from torchao.quantization.qat import IntxFakeQuantizeConfig, QATConfig
+
+        names = {m.name for m in find_matrices(model, "blocks")[0]}
+        weights = IntxFakeQuantizeConfig(getattr(torch, f"int{bits}"), group_size=GROUP, is_symmetric=True)
+        quantize_(
+            model, QATConfig(weight_config=weights, step="prepare"), filter_fn=lambda module, name: name in names
+        )
+        for name in names:
+            model.get_submodule(name).bits = bits
+        return model
+
+    return reduce
+
+
 def magnitude_nm(model: PreTrainedModel, ratio: float | None) -> PreTrainedModel:
     """The largest N of every 32 consecutive weights of a row, without a dictionary; which ones stay is fixed."""
     from torch.nn.utils import prune
@@ -387,6 +417,8 @@ PEERS: dict[str, Callable[[PreTrainedModel, float | None], PreTrainedModel]] = {
     "dense-longer": dense_longer,
     "fasterai-svd": fasterai,
     "magnitude-nm": magnitude_nm,
+    "torchao-int3": torchao_trained(3),
+    "torchao-int4": torchao_trained(4),
     "torchao-int8": torchao_int8,
 }
 

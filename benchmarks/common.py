@@ -12,8 +12,11 @@ from typing import Any
 
 import torch
 import transformers
+from torch import Tensor
+from transformers import AutoTokenizer
 
 import factorformer
+from factorformer.hf import data, minilm
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
@@ -44,6 +47,15 @@ TASKS = {
 def default_data() -> Path:
     """The folder that FACTORFORMER_DATA names, or the one that stands beside the repository."""
     return Path(os.environ.get("FACTORFORMER_DATA", HERE.parent.parent / "shared" / "data"))
+
+
+def question_batches(folder: Path, rows: int) -> tuple[list[dict[str, Tensor]], int]:
+    """Training questions of banking77 in batches of 32 for MiniLM, and the number of their classes."""
+    tokenizer = AutoTokenizer.from_pretrained(minilm.directory())
+    table = data.read(folder / "banking77" / "train.tsv").shuffle(seed=0).select(range(rows))
+    labels = data.Labels.of(table, "label")
+    encoded = data.encode(tokenizer, table, data.Columns(("text",), "label"), labels)
+    return [dict(batch) for batch in data.batches(tokenizer, encoded)], len(labels.names)
 
 
 def machine() -> dict[str, Any]:

@@ -18,12 +18,12 @@ from typing import Any
 
 import datasets
 import torch
-from common import RESULTS, default_data, machine
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
+from common import RESULTS, default_data, machine, question_batches
+from transformers import AutoModelForSequenceClassification, PreTrainedModel
 from transformers.utils import logging
 
 import factorformer
-from factorformer.hf import data, minilm
+from factorformer.hf import minilm
 from factorformer.training.dynamic_rank import DynamicRank
 
 
@@ -105,18 +105,14 @@ def main() -> None:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     datasets.disable_progress_bars()
-    tokenizer = AutoTokenizer.from_pretrained(minilm.directory())
-    rows = data.read(args.data / "banking77" / "train.tsv").shuffle(seed=0).select(range(2048))
-    labels = data.Labels.of(rows, "label")
-    encoded = data.encode(tokenizer, rows, data.Columns(("text",), "label"), labels)
-    batches = [dict(batch) for batch in data.batches(tokenizer, encoded)]
+    batches, labels = question_batches(args.data, 2048)
     order = torch.randperm(len(batches), generator=torch.Generator().manual_seed(0)).tolist()
     batches = [batches[place] for place in order]
     cells = []
     for method in args.methods:
         for precision in args.precisions:
             for ratio in args.ratios:
-                cell = measure(method, ratio, precision, batches, len(labels.names), args.steps)
+                cell = measure(method, ratio, precision, batches, labels, args.steps)
                 cells.append(cell)
                 shown = " ".join(f"{value:.2f}" for value in cell["mean_by_tenth"])
                 whole = cell["whole_run_relative_to_dense"]

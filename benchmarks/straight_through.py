@@ -20,12 +20,12 @@ from pathlib import Path
 
 import datasets
 import torch
-from common import RESULTS, default_data, machine
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
+from common import RESULTS, default_data, machine, question_batches
+from transformers import AutoModelForSequenceClassification, PreTrainedModel
 from transformers.utils import logging
 
 import factorformer
-from factorformer.hf import data, minilm
+from factorformer.hf import minilm
 from factorformer.training.straight_through import StraightThrough, StraightThroughSettings
 
 TOTAL = 10**6
@@ -56,14 +56,10 @@ def main() -> None:
     args = parser.parse_args()
     logging.set_verbosity_error()
     datasets.disable_progress_bars()
-    tokenizer = AutoTokenizer.from_pretrained(minilm.directory())
-    rows = data.read(args.data / "banking77" / "train.tsv").shuffle(seed=0).select(range(1024))
-    labels = data.Labels.of(rows, "label")
-    encoded = data.encode(tokenizer, rows, data.Columns(("text",), "label"), labels)
-    batches = [dict(batch) for batch in data.batches(tokenizer, encoded)]
+    batches, labels = question_batches(args.data, 1024)
     cells = []
     for ratio in args.ratios:
-        dense = AutoModelForSequenceClassification.from_pretrained(minilm.directory(), num_labels=len(labels.names))
+        dense = AutoModelForSequenceClassification.from_pretrained(minilm.directory(), num_labels=labels)
         fixed = copy.deepcopy(dense)
         plan = factorformer.plan(fixed, "dense_sparse", ratio)
         report = factorformer.compress(fixed, plan, batches[:8], keep_statistics=True)

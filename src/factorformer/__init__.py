@@ -1,13 +1,22 @@
-"""Factorformer makes Transformers small and fast by storing every weight matrix in factorized form."""
+"""Factorformer makes Transformers small and fast by storing every weight matrix in factorized form.
+
+Importing the package imports neither torch nor transformers; a public name is imported when it is first used.
+"""
+
+import importlib
+import typing
+
+from factorformer import registration as _registration
+
+if typing.TYPE_CHECKING:
+    from factorformer.compression import Report, compress, initialize, plan, quantize
+    from factorformer.errors import FactorformerError
+    from factorformer.hf.checkpoint import load
+    from factorformer.nn import FactorizedEmbedding, FactorizedLinear
+    from factorformer.planning import Plan
+    from factorformer.structures import DenseSparse, KroneckerSum, LowRank, Structure
 
 __version__ = "0.1.0"
-
-from factorformer.compression import Report, compress, initialize, plan
-from factorformer.errors import FactorformerError
-from factorformer.hf.checkpoint import load
-from factorformer.nn import FactorizedEmbedding, FactorizedLinear
-from factorformer.planning import Plan
-from factorformer.structures import DenseSparse, KroneckerSum, LowRank, Structure
 
 __all__ = [
     "DenseSparse",
@@ -24,4 +33,30 @@ __all__ = [
     "initialize",
     "load",
     "plan",
+    "quantize",
 ]
+
+_NAMES = {
+    "compression": ("Report", "compress", "initialize", "plan", "quantize"),
+    "errors": ("FactorformerError",),
+    "hf.checkpoint": ("load",),
+    "nn": ("FactorizedEmbedding", "FactorizedLinear"),
+    "planning": ("Plan",),
+    "structures": ("DenseSparse", "KroneckerSum", "LowRank", "Structure"),
+}
+_HOMES = {name: f"{__name__}.{module}" for module, names in _NAMES.items() for name in names}
+
+
+def __getattr__(name: str) -> typing.Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
+    value = getattr(importlib.import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+_registration.register()

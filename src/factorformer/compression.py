@@ -382,17 +382,7 @@ def _replace(model: nn.Module, plan: Plan, factors: dict[str, Factors]) -> None:
         assert entry.spec is not None
         shared = entry.spec.shareable if entry.shares is not None or name in sharing else ()
         factorize(model, entry.matrix, entry.spec, factors.pop(name), shared)
-    hold_rounded(model, plan)
     attach_all(model)
-
-
-def hold_rounded(model: nn.Module, plan: Plan) -> None:
-    """Let layers whose factors a plan wants in int8 round them in their products, until `quantize` stores them so."""
-    for entry in plan.factorized:
-        for name in (entry.matrix.name, *entry.matrix.aliases):
-            module = model.get_submodule(name)
-            if isinstance(module, FactorizedMatrix):
-                module.rounds = entry.matrix.int8
 
 
 def _check_fits(plan: Plan, model: nn.Module) -> None:

@@ -30,6 +30,10 @@ class CheckpointError(FactorformerError):
     """A compressed model directory that is incomplete, corrupt or does not fit the model."""
 
 
+class ExportError(FactorformerError):
+    """A model that cannot be exported, or an exported file that does not compute what the model does."""
+
+
 class OutputError(FactorformerError):
     """An output path that exists already or cannot be written."""
 

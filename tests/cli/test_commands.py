@@ -39,8 +39,9 @@ SCHEMA = {
     "seed",
     "versions",
     "output",
+    "warnings",
 }
-COMMANDS = ["compress", "finetune", "evaluate", "inspect", "plan", "methods", "quickstart", "train"]
+COMMANDS = ["compress", "finetune", "evaluate", "bench", "inspect", "plan", "methods", "quickstart", "train"]
 
 
 def result_of(done: Any, layers: bool = False) -> dict[str, Any]:

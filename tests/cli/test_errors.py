@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, PreTrainedModel, T5Config, T5ForSequenceClassification
 
-from factorformer.cli import compress as compress_command
+from factorformer.hf import checkpoint
 
 COMMAND = [sys.executable, "-W", "ignore", "-c", "from factorformer.cli import main; main()"]
 
@@ -286,7 +286,7 @@ def test_errors_of_ours_keep_their_traceback(run: Any, base: Path, tmp_path: Pat
     def bug(*_: object, **__: object) -> None:
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr(compress_command, "check_output", bug)
+    monkeypatch.setattr(checkpoint, "check_output", bug)
     with pytest.raises(RuntimeError, match="a bug"):
         run("compress", base, tmp_path / "small")
     assert torch.is_grad_enabled()

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +10,7 @@ import pytest
 import torch
 import transformers as tf
 from tests import tiny
+from tests.hf.processes import two_processes
 from tests.hf.straight_through_worker import build, examples, trainer
 from torch import Tensor
 
@@ -20,8 +18,6 @@ import factorformer
 from factorformer.hf.training import TrainingSettings, train
 from factorformer.structures import DenseSparse
 from factorformer.training.straight_through import StraightThrough
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def state(model: tf.PreTrainedModel) -> dict[str, Tensor]:
@@ -83,15 +79,9 @@ def test_a_checkpoint_on_the_way_loads_as_a_compressed_model(tmp_path: Path) -> 
 
 
 def test_two_processes_agree(tmp_path: Path) -> None:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
-    worker = ROOT / "tests" / "hf" / "straight_through_worker.py"
-    command = [*command, "--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0", str(worker), str(tmp_path)]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    ranks = [torch.load(tmp_path / f"rank-{rank}.pt", weights_only=True) for rank in (0, 1)]
-    assert_equal(*ranks)
-    assert moved(state(build("dsformer")[0]), ranks[0])
+    first, second = two_processes("straight_through_worker", tmp_path)
+    assert_equal(first, second)
+    assert moved(state(build("dsformer")[0]), first)
 
 
 def test_a_training_that_is_interrupted_leaves_plain_factors(

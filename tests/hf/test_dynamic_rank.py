@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +11,7 @@ import torch
 import transformers as tf
 from tests import tiny
 from tests.hf.dynamic_rank_worker import build, trainer
+from tests.hf.processes import two_processes
 from tests.hf.straight_through_worker import examples
 from torch import Tensor
 
@@ -25,7 +23,6 @@ from factorformer.report import inventory
 from factorformer.training.dynamic_rank import DynamicRank, DynamicRankSettings
 from factorformer.training.rank_history import RankHistory
 
-ROOT = Path(__file__).resolve().parents[2]
 METHODS = ["rankdyna", "dynamic_kronecker", "dynamic_dense_sparse"]
 
 
@@ -82,13 +79,7 @@ def test_a_checkpoint_on_the_way_loads_as_a_model(tmp_path: Path) -> None:
 
 
 def test_two_processes_agree_with_one(tmp_path: Path) -> None:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
-    worker = ROOT / "tests" / "hf" / "dynamic_rank_worker.py"
-    command = [*command, "--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0", str(worker), str(tmp_path)]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    first, second = (torch.load(tmp_path / f"rank-{rank}.pt", weights_only=True) for rank in (0, 1))
+    first, second = two_processes("dynamic_rank_worker", tmp_path)
     assert_equal(first["model"], second["model"])
     assert first["history"] == second["history"]
     # Two batches of four are one of eight, if gradients are averaged; Adam would make much of a last bit.

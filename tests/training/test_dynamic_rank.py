@@ -29,6 +29,7 @@ from factorformer.nn import FactorizedMatrix
 from factorformer.planning import Plan
 from factorformer.report import inventory
 from factorformer.structures import LowRank
+from factorformer.training.competition import compete
 from factorformer.training.dynamic_rank import DynamicRank, DynamicRankSettings
 from factorformer.training.rank_history import RankHistory
 from factorformer.training.units import DenseUnits, FactorUnits
@@ -148,7 +149,7 @@ def test_the_most_important_units_per_byte_stay() -> None:
         units.importance.averages = {"unit": score[:, None]}
     sizes = [units.unit_bytes() for units in ranks.units]
     assert len(set(sizes)) > 1
-    kept = ranks._compete(scores, 0.0)
+    kept = compete(ranks.units, scores, ranks.budget)
     worth = [score / size for score, size in zip(scores, sizes, strict=True)]
     least = min(float(w[k].min()) for w, k in zip(worth, kept, strict=True) if len(k) > 1)
     for values, chosen in zip(worth, kept, strict=True):

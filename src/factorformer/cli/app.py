@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from inspect import cleandoc
 from typing import Any
 
@@ -9,9 +11,11 @@ import typer
 from safetensors import SafetensorError
 from typer.core import TyperGroup
 
+from factorformer.cli.bench import bench
 from factorformer.cli.common import quiet
 from factorformer.cli.compress import compress
 from factorformer.cli.evaluate import evaluate
+from factorformer.cli.export import export
 from factorformer.cli.finetune import finetune
 from factorformer.cli.inspect import inspect
 from factorformer.cli.methods import methods
@@ -30,8 +34,7 @@ class Commands(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         """Run the chosen subcommand."""
         try:
-            with quiet():
-                return super().invoke(ctx)
+            return super().invoke(ctx)
         except (FactorformerError, OSError, SafetensorError) as error:
             # A full disk is an OSError from Python, and a SafetensorError from the writer of weights.
             typer.echo(f"error: {' '.join(str(error).split())}", err=True)
@@ -62,5 +65,16 @@ def _page(docstring: str) -> str:
     return "\n\n".join(text if text.startswith("\b") else " ".join(text.split()) for text in paragraphs)
 
 
-for command in (compress, train, finetune, evaluate, inspect, plan, methods, quickstart):
-    app.command(help=_page(command.__doc__ or ""))(command)
+def _quietly(command: Callable[..., None]) -> Callable[..., None]:
+    """The same subcommand without transformers' messages; not around help pages, which do not wait for transformers."""
+
+    @functools.wraps(command)
+    def run(*arguments: Any, **options: Any) -> None:
+        with quiet():
+            command(*arguments, **options)
+
+    return run
+
+
+for command in (compress, train, finetune, evaluate, export, bench, inspect, plan, methods, quickstart):
+    app.command(help=_page(command.__doc__ or ""))(_quietly(command))

@@ -1,4 +1,7 @@
-"""Options that several subcommands share, and how results reach the terminal."""
+"""Options that several subcommands share, and how results reach the terminal.
+
+This and the file of each subcommand import at the top only what a help page needs; the rest takes seconds to import.
+"""
 
 from __future__ import annotations
 
@@ -9,13 +12,14 @@ import sys
 from collections.abc import Iterator
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
-from transformers.utils import logging as transformers_logging
 
-from factorformer.report.result import Result
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from factorformer.report import Result
 
 
 class ScopeChoice(str, Enum):
@@ -209,6 +213,8 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document an
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Silence transformers' own logging and bars for a while; ours go to standard error."""
+    from transformers.utils import logging as transformers_logging
+
     verbosity = transformers_logging.get_verbosity()
     shown = transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()
@@ -238,6 +244,8 @@ def emit(result: Result, *, as_json: bool) -> None:
 
 def console() -> Console:
     """Standard output for tables; wide enough to keep one matrix on one line where no terminal limits it."""
+    from rich.console import Console
+
     wide = not sys.stdout.isatty() and "COLUMNS" not in os.environ
     return Console(width=160 if wide else None)
 

@@ -7,7 +7,6 @@ from typing import Annotated
 
 import typer
 
-from factorformer import recipes
 from factorformer.cli.common import (
     AsJson,
     BatchSize,
@@ -38,8 +37,6 @@ from factorformer.cli.common import (
     note,
 )
 from factorformer.errors import DataError, MethodError
-from factorformer.hf.checkpoint import check_output
-from factorformer.planning import Plan
 
 PlanFile = Annotated[
     Path | None,
@@ -103,6 +100,10 @@ def compress(
       factorformer compress dense/ small/ --ratio 2.8 --train train.tsv \\
           --eval dev.tsv --label label --distill dense/
     """
+    from factorformer import recipes
+    from factorformer.hf.checkpoint import check_output
+    from factorformer.planning import Plan
+
     check_output(output, overwrite=overwrite)
     options = (method, ratio, budget, scope, include, exclude, share)
     if plan is not None and any(option is not None for option in options):

@@ -24,7 +24,6 @@ from factorformer.cli.common import (
     TextColumns,
     emit,
 )
-from factorformer.hf.checkpoint import check_output
 
 TrainFile = Annotated[
     str, typer.Option("--train", metavar="FILE", show_default=False, help="What the model is trained on.")
@@ -72,6 +71,8 @@ def finetune(
       factorformer finetune minilm pairs/ --train mrpc.jsonl \\
           --text sentence1 --text sentence2 --label same
     """
+    from factorformer.hf.checkpoint import check_output
+
     check_output(output, overwrite=overwrite)
     from factorformer.cli.setup import columns_of, load_teacher, note_new_head, read_table, save
     from factorformer.hf.data import Labels, encode

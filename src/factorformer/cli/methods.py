@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from factorformer import recipes
 from factorformer.cli.common import AsJson, console, emit_json
 
 
@@ -15,6 +14,8 @@ def methods(as_json: AsJson = False) -> None:
     'needs' is what the fit wants to see: nothing, text (--calibration or --train), or labelled text (with --label, and
     a model that is fine-tuned for those labels).
     """
+    from factorformer import recipes
+
     if as_json:
         emit_json(
             [

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from factorformer import compression, recipes
+from factorformer.bench.layers import slower_than_dense
 from factorformer.cli.common import note
 from factorformer.cli.setup import (
     fit_plan,
@@ -117,6 +118,9 @@ def run(job: Job) -> Result:
         plan = fit_plan(job.plan, model)
     for line in left_dense(plan.entries, plan.original.bytes):
         note(f"left dense: {line}")
+    warnings = slower_than_dense(plan.entries, model.device)
+    for line in warnings:
+        note(f"slower: {line}")
     chosen = plan.method or recipes.default_method(calibrated=calibration is not None)
     with bars() as progress:
         before = _measure(ready, progress, "evaluate original")
@@ -155,6 +159,7 @@ def run(job: Job) -> Result:
         seconds=seconds,
         seed=None if ready.tokenizer is None else job.seed,
         output=job.output,
+        warnings=warnings,
     )
     history = None if ranks is None else ranks.history
     # Whatever lies beside the weights belongs to the model as it was; a new head makes it a model for something else.

@@ -76,6 +76,7 @@ def plan(
     if output is not None and output.exists() and not overwrite:
         raise OutputError(f"'{output}' exists already: choose another name or allow --overwrite")
     from factorformer import compression
+    from factorformer.bench.layers import slower_than_dense
     from factorformer.cli.setup import columns_of, encoded_text, predictions
     from factorformer.hf.data import batches, sample
     from factorformer.hf.source import check_lengths, find, load_model, load_tokenizer
@@ -105,6 +106,9 @@ def plan(
             calibration=data,
             progress=progress,
         )
+    warnings = slower_than_dense(made.entries, loaded.device)
+    for line in warnings:
+        note(f"slower: {line}")
     if output is not None:
         made.save(output)
     result = Result.of(
@@ -113,6 +117,7 @@ def plan(
         metrics=predictions(made),
         seconds={"plan": time.perf_counter() - started},
         output=None if output is None else str(output),
+        warnings=warnings,
         layers=made.entries,
     )
     emit(result, as_json=as_json)

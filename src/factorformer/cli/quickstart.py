@@ -10,7 +10,6 @@ from typing import Annotated
 import typer
 
 from factorformer.cli.common import AsJson, Overwrite, emit, note
-from factorformer.hf.checkpoint import check_output
 
 Destination = Annotated[
     Path | None,
@@ -37,6 +36,8 @@ def quickstart(output: Destination = None, overwrite: Overwrite = False, as_json
     'majority accuracy' is what always guessing the largest class scores.
     Latencies are the median of repeated forward passes, in milliseconds, of 1 and of 32 texts.
     """
+    from factorformer.hf.checkpoint import check_output
+
     target = _free_name() if output is None else output
     check_output(target, overwrite=overwrite)
     from factorformer.cli.demonstration import demonstrate

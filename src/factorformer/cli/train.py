@@ -7,7 +7,6 @@ from typing import Annotated
 
 import typer
 
-from factorformer import recipes
 from factorformer.cli.common import (
     AsJson,
     Exclude,
@@ -247,6 +246,7 @@ def train(
     pairs = _checked_files(source, target, eval_source, eval_target, text_file, eval_file, text)
     import torch
 
+    from factorformer import recipes
     from factorformer.cli.from_scratch import DENSE, Job, preview, run
     from factorformer.hf.from_scratch import ScratchSettings, last_checkpoint
 

@@ -62,7 +62,7 @@ class DynamicRankCallback(TrainerCallback):
 
         def changed(model: nn.Module) -> None:
             attach_all(model)
-            if told is not None and told is not attach_all:
+            if told is not None:
                 told(model)
 
         ranks.changed = changed

@@ -211,19 +211,24 @@ def check_lengths(model: PreTrainedModel, data: datasets.Dataset, source: str = 
         data: from `data.encode`.
         source: the data's name in the message.
     """
-    tables = ("position_embeddings", "embed_positions", "wpe")
-    table = next((m for name, m in model.named_modules() if name.rpartition(".")[2] in tables), None)
-    positions = getattr(model.config, "max_position_embeddings", None)
-    if table is None or positions is None:
-        return
-    padding = getattr(table, "padding_idx", None)  # RoBERTa counts from behind this one
-    positions -= 0 if padding is None else padding + 1
+    positions = most_tokens(model)
     longest = max(data["length"])
-    if longest > positions:
+    if positions is not None and longest > positions:
         raise DataError(
             f"{source} holds a text of {longest} tokens, and the model has {positions} positions: "
             f"cut texts with a --max-length of at most {positions}"
         )
+
+
+def most_tokens(model: PreTrainedModel) -> int | None:
+    """How long a text may be for a model with a table of positions; None for rotary or relative ones."""
+    tables = ("position_embeddings", "embed_positions", "wpe")
+    table = next((m for name, m in model.named_modules() if name.rpartition(".")[2] in tables), None)
+    positions = getattr(model.config, "max_position_embeddings", None)
+    if table is None or positions is None:
+        return None
+    padding = getattr(table, "padding_idx", None)  # RoBERTa counts from behind this one
+    return positions - (0 if padding is None else padding + 1)
 
 
 def copy_companions(source: Path, target: Path) -> None:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from factorformer.kernels import sparse, support
+from factorformer.kernels import cuda, sparse, support
 from factorformer.kernels.cpu import sparse_matmul as _sparse_matmul
 from factorformer.kernels.cpu import sparse_matmul_transposed as _sparse_matmul_transposed
 from factorformer.kernels.cpu import variant
 from factorformer.kernels.dense import Dense, chain, runs_now, served
+
+cuda.register()
 
 
 def sparse_product(

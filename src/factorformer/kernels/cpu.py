@@ -52,6 +52,7 @@ def _load() -> ctypes.CDLL | None:
         "sparse_outer": (_pointer, _pointer, _count, _fields, _pointer),
         "chain": (_pointer, _count, _fields, _count, _pointer, ctypes.c_int32, _pointer),
         "gelu": (_pointer, _count, _pointer),
+        "attention": (_fields, ctypes.c_float),
     }
     for name, types in arguments.items():
         function = getattr(loaded, f"factorformer_{name}")
@@ -145,6 +146,30 @@ def gelu(x: Tensor) -> Tensor:
     x = x.contiguous()
     y = torch.empty_like(x)
     _loaded().factorformer_gelu(x.data_ptr(), x.numel(), y.data_ptr())
+    return y
+
+
+def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """`softmax(scale * query @ key.T) @ value` over the keys that the mask allows.
+
+    Args:
+        query: `(batch, heads, queries, width)`; of this and the next two, the last dimension lies in one piece.
+        key, value: `(batch, key heads, keys, width)`; a number of consecutive heads may share one of these.
+        mask: booleans that broadcast to `(batch, heads, queries, keys)`; None for all.
+        scale: of the scores.
+
+    Returns:
+        `(batch, queries, heads, width)`.
+    """
+    batch, heads, queries, width = query.shape
+    y = query.new_empty(batch, queries, heads, width)
+    strides = (0, 0, 0, 0) if mask is None else mask.expand(batch, heads, queries, key.shape[2]).stride()
+    numbers = (
+        *(query.data_ptr(), key.data_ptr(), value.data_ptr(), _address(mask), y.data_ptr()),
+        *(batch, heads, key.shape[1], queries, key.shape[2], width),
+        *(*query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *strides),
+    )
+    _loaded().factorformer_attention((ctypes.c_int64 * len(numbers))(*numbers), scale)
     return y
 
 

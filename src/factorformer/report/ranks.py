@@ -9,6 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from factorformer.errors import OutputError
+from factorformer.files import whole_file
 from factorformer.training.rank_history import RankHistory
 
 COLUMNS = 6
@@ -70,12 +71,6 @@ def heat_map(history: RankHistory, path: Path) -> None:
     axis.invert_yaxis()
     axis.set(xlabel="optimizer step", title="units left, of those at the start")
     figure.colorbar(image)
-    partial = path.with_name(f".{path.stem}.partial{path.suffix}")
-    try:
-        try:
-            figure.savefig(partial, dpi=150, metadata={"Date": None} if path.suffix.lower() == ".svg" else None)
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
-    except OSError as error:
-        raise OutputError(f"cannot write the image to '{path}': {error.strerror}") from error
+    kind = path.suffix.lower().removeprefix(".")
+    with whole_file(path, "the image") as partial:
+        figure.savefig(partial, format=kind, dpi=150, metadata={"Date": None} if kind == "svg" else None)

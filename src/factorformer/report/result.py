@@ -11,7 +11,8 @@
   "seconds":         {phase: number},
   "seed":            int or null,
   "versions":        {"factorformer", "torch", "transformers", "python": str},
-  "output":          path of what was written, or null
+  "output":          path of what was written, or null,
+  "warnings":        [what a person should know beside the numbers]
 }
 ```
 
@@ -54,6 +55,7 @@ class Result:
         seconds: wall time by phase.
         seed: of training and sampling; None where nothing is random.
         output: where the command wrote.
+        warnings: what a person should know beside the numbers.
         layers: one entry for each matrix, where the command is about them.
         history: how ranks moved in training, where they did.
 
@@ -69,6 +71,7 @@ class Result:
     seconds: Mapping[str, float] = dataclasses.field(default_factory=dict)
     seed: int | None = None
     output: str | None = None
+    warnings: Sequence[str] = ()
     layers: Sequence[Entry] | None = None
     history: RankHistory | None = None
 
@@ -88,6 +91,7 @@ class Result:
             "seed": self.seed,
             "versions": versions(),
             "output": self.output,
+            "warnings": list(self.warnings),
         }
         if self.layers is not None:
             content["layers"] = [_layer(entry) for entry in self.layers]

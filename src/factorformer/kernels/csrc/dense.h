@@ -7,6 +7,7 @@
 #pragma once
 
 #include <algorithm>
+#include <type_traits>
 
 #include "factorformer.h"
 #include "memory.h"
@@ -63,14 +64,13 @@ INLINE Floats gelu_of(Floats x) {
     return maximum(x, Floats{}) - size * tail;
 }
 
-// to[r][:] = rows [row, row + R) of the matrix times the tokens of a block.
-template <int R, int V> INLINE void float_rows(const float *tokens, const Matrix &m, int64_t row, float *to) {
-    const float *weight = static_cast<const float *>(m.weight);
-    const int64_t step = m.columns ? m.out : 1;
+// to[r][:] = R rows of weights, `apart` from each other and with `step` between their entries, times a block of tokens.
+template <int R, int V>
+INLINE void float_rows(const float *tokens, const float *weight, int64_t apart, int64_t step, int64_t depth, float *to) {
     const float *rows[R];
-    for (int r = 0; r < R; ++r) rows[r] = weight + (m.columns ? row + r : (row + r) * m.in);
+    for (int r = 0; r < R; ++r) rows[r] = weight + r * apart;
     Floats sums[R][V] = {};
-    for (int64_t k = 0, at = 0; k < m.in; ++k, at += step) {
+    for (int64_t k = 0, at = 0; k < depth; ++k, at += step) {
         Floats x[V];
         for (int v = 0; v < V; ++v) x[v] = load(tokens + (k * V + v) * LANES);
 #pragma GCC unroll 8
@@ -81,6 +81,18 @@ template <int R, int V> INLINE void float_rows(const float *tokens, const Matrix
     }
     for (int r = 0; r < R; ++r)
         for (int v = 0; v < V; ++v) store(to + (r * V + v) * LANES, sums[r][v]);
+}
+
+// Calls `rows` for as many rows as registers allow, then for the rest: rows<R>(first) does R of them.
+template <typename Rows> INLINE void in_pieces(int64_t first, int64_t last, const Rows &rows) {
+    for (; first + ROWS_AT_ONCE <= last; first += ROWS_AT_ONCE) rows(first, std::integral_constant<int, ROWS_AT_ONCE>{});
+    switch (last - first) {
+    case 5: rows(first, std::integral_constant<int, 5>{}); break;
+    case 4: rows(first, std::integral_constant<int, 4>{}); break;
+    case 3: rows(first, std::integral_constant<int, 3>{}); break;
+    case 2: rows(first, std::integral_constant<int, 2>{}); break;
+    case 1: rows(first, std::integral_constant<int, 1>{}); break;
+    }
 }
 
 // What a block of tokens is, to products with int8 weights.
@@ -209,23 +221,17 @@ template <int V> struct Stage {
     const Matrix *matrix;
     const Prepared *prepared;
 
-    template <int R> INLINE void rows(const Stage &s, int64_t row, float *to) {
-        if (s.matrix->integers) integer_rows<R, V>(*s.quantized, *s.matrix, *s.prepared, row, to);
-        else float_rows<R, V>(s.tokens, *s.matrix, row, to);
-    }
-
     // Rows [first, last) of the product with the block, to (last - first, V * LANES).
     void multiply(int64_t first, int64_t last, float *to) const {
-        int64_t row = first;
-        for (; row + ROWS_AT_ONCE <= last; row += ROWS_AT_ONCE, to += ROWS_AT_ONCE * V * LANES)
-            rows<ROWS_AT_ONCE>(*this, row, to);
-        switch (last - row) {
-        case 5: rows<5>(*this, row, to); break;
-        case 4: rows<4>(*this, row, to); break;
-        case 3: rows<3>(*this, row, to); break;
-        case 2: rows<2>(*this, row, to); break;
-        case 1: rows<1>(*this, row, to); break;
-        }
+        const Matrix &m = *matrix;
+        in_pieces(first, last, [&](int64_t row, auto count) __attribute__((always_inline)) {
+            constexpr int R = decltype(count)::value;
+            float *place = to + (row - first) * V * LANES;
+            if (m.integers) return integer_rows<R, V>(*quantized, m, *prepared, row, place);
+            const float *weight = static_cast<const float *>(m.weight);
+            if (m.columns) float_rows<R, V>(tokens, weight + row, 1, m.out, m.in, place);
+            else float_rows<R, V>(tokens, weight + row * m.in, m.in, 1, m.in, place);
+        });
     }
 };
 

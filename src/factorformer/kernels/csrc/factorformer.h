@@ -26,6 +26,17 @@ struct Matrix {
     int32_t integers, columns;
 };
 
+// y (batch, queries, heads, width) = softmax(scale q k^T, where allowed) v. Strides are of batch, head and token; those of
+// the mask, one byte each, of batch, head, query and key. Several heads may share those of keys and values.
+struct Attention {
+    const float *q, *k, *v;
+    const uint8_t *mask; // null: all keys
+    float *y;
+    int64_t batch, heads, key_heads, queries, keys, width;
+    int64_t q_stride[3], k_stride[3], v_stride[3], mask_stride[4];
+    float scale;
+};
+
 struct Table {
     const char *name;
     // y (n, rows) = x (n, atoms) S^T + bias
@@ -38,4 +49,5 @@ struct Table {
     void (*chain)(const float *x, int64_t n, const Matrix *, int64_t count, const float *bias, int32_t activation,
                   float *y);
     void (*gelu)(const float *x, int64_t n, float *y);
+    void (*attention)(const Attention *);
 };

@@ -71,3 +71,24 @@ EXPORT void factorformer_chain(const float *x, int64_t n, const int64_t *fields,
 }
 
 EXPORT void factorformer_gelu(const float *x, int64_t n, float *y) { table->gelu(x, n, y); }
+
+// Five pointers, then the integers of the structure in their order.
+EXPORT void factorformer_attention(const int64_t *f, float scale) {
+    Attention a = {reinterpret_cast<const float *>(f[0]),
+                   reinterpret_cast<const float *>(f[1]),
+                   reinterpret_cast<const float *>(f[2]),
+                   reinterpret_cast<const uint8_t *>(f[3]),
+                   reinterpret_cast<float *>(f[4]),
+                   f[5],
+                   f[6],
+                   f[7],
+                   f[8],
+                   f[9],
+                   f[10],
+                   {f[11], f[12], f[13]},
+                   {f[14], f[15], f[16]},
+                   {f[17], f[18], f[19]},
+                   {f[20], f[21], f[22], f[23]},
+                   scale};
+    table->attention(&a);
+}

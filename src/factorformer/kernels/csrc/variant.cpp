@@ -1,5 +1,6 @@
 // All kernels for one instruction set; compiled several times, each time under another name.
 
+#include "attention.h"
 #include "dense.h"
 #include "sparse.h"
 
@@ -8,5 +9,5 @@
 
 extern "C" const Table FACTORFORMER_VARIANT;
 const Table FACTORFORMER_VARIANT = {
-    NAME(FACTORFORMER_VARIANT), sparse, sparse_transposed, sparse_outer, chain, gelu,
+    NAME(FACTORFORMER_VARIANT), sparse, sparse_transposed, sparse_outer, chain, gelu, attention,
 };

@@ -1,0 +1,361 @@
+"""How fast is a compressed MiniLM on this machine, end to end, against what a user would take instead?
+
+    python benchmarks/latency.py --ratios 2.5 5 --methods svd kronecker dense_sparse_plain
+
+For each method and ratio the compressed model runs a race (see `factorformer bench`) against the dense model in eager
+torch, which is the baseline, and compiled; torch's and torchao's dynamic int8; ONNX Runtime with torch's export
+of the dense model, with its own dynamic int8 of that, and with our export; Torch-Pruning, with heads and feed-forward units removed until the blocks hold no more
+parameters than ours; and tensorly-torch, with every linear layer of the blocks factorized to as many parameters. Ours
+runs in eager torch, compiled, and in ONNX Runtime through our export, as it is and in int8. What is not installed is left out and said so.
+
+Nothing is trained: times do not depend on values. One line of JSON for each method, ratio and shape; lines that are
+there already are not measured again, unless `--again` says so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import dataclasses
+import importlib.metadata
+import importlib.util
+import json
+import math
+import os
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import RESULTS, append_line, machine, read_lines
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+import factorformer
+from factorformer.bench.contestants import Contestant, Runner, load, parse
+from factorformer.bench.race import LEAST, SETTLE, WARM_UP, Shape, compare
+from factorformer.errors import FactorformerError
+from factorformer.hf.checkpoint import output_directory
+from factorformer.hf.source import find, load_model, load_tokenizer, most_tokens
+from factorformer.report import inventory
+from factorformer.surgery import find_blocks
+
+CPU = torch.device("cpu")
+PEERS = ("onnx", "onnxruntime", "torchao", "torch-pruning", "tensorly", "tensorly-torch")
+LAYERS = ("attention.self.query", "attention.self.key", "attention.self.value", "attention.output.dense")
+FEED_FORWARD = ("intermediate.dense", "output.dense")
+
+
+def parameters(model: nn.Module) -> int:
+    """In the blocks."""
+    return sum(p.numel() for name in find_blocks(model) for p in model.get_submodule(name).parameters())
+
+
+def runner(model: PreTrainedModel) -> Runner:
+    """A model that another library changed, run by torch."""
+
+    def prepare(ids: Tensor) -> Callable[[], object]:
+        mask = torch.ones_like(ids)
+        return lambda: model(input_ids=ids, attention_mask=mask)
+
+    return Runner(prepare, model.config.vocab_size, model.config.pad_token_id, most_tokens(model), model.eval())
+
+
+def pruned(dense: PreTrainedModel, target: int) -> PreTrainedModel:
+    """Torch-Pruning: the same part of all heads and of all feed-forward units, those of the smallest weights first.
+
+    Args:
+        dense: stays as it is.
+        target: parameters in the blocks; those of the result are fewer by less than one unit for each block.
+    """
+    import torch_pruning as tp
+
+    model = copy.deepcopy(dense)
+    config, blocks = model.config, [model.get_submodule(name) for name in find_blocks(model)]
+    width, head = config.hidden_size, config.hidden_size // config.num_attention_heads
+    # Biases and norms of a block that stay whatever is removed: those after its two last products, and two norms.
+    of_head, of_unit, fixed = head * (4 * width + 3), 2 * width + 1, 6 * width
+    part = (target / len(blocks) - fixed) / (config.num_attention_heads * of_head + config.intermediate_size * of_unit)
+    heads = max(1, round(part * config.num_attention_heads))
+    units = math.floor((target / len(blocks) - fixed - heads * of_head) / of_unit)
+    if units < 1:
+        raise FactorformerError(f"{target:,} parameters in the blocks are too few for one feed-forward unit in each")
+    ids = torch.ones(1, 8, dtype=torch.long)
+    for block in blocks:
+        graph = tp.DependencyGraph()
+        with torch.enable_grad():
+            graph.build_dependency(
+                model,
+                example_inputs={"input_ids": ids, "attention_mask": torch.ones_like(ids)},
+                output_transform=lambda output: output.last_hidden_state.sum(),
+            )
+        attention, up = block.get_submodule("attention.self"), block.get_submodule("intermediate.dense")
+        query = attention.get_submodule("query")
+        rows = query.weight.detach().reshape(config.num_attention_heads, -1).norm(dim=1).argsort()
+        gone = [head * i + j for i in rows[: len(rows) - heads].tolist() for j in range(head)]
+        remove(graph, query, gone, tp.prune_linear_out_channels)
+        rows = up.weight.detach().norm(dim=1).argsort()
+        remove(graph, up, rows[: len(rows) - units].tolist(), tp.prune_linear_out_channels)
+        attention.num_attention_heads, attention.all_head_size = heads, heads * head
+    return model
+
+
+def remove(graph: Any, layer: nn.Module, rows: list[int], how: Any) -> None:
+    """Remove outputs of a layer, and everything that depends on them."""
+    if rows:
+        graph.get_pruning_group(layer, how, idxs=sorted(rows)).prune()
+
+
+def tensorized(dense: PreTrainedModel, target: int, kind: str) -> PreTrainedModel:
+    """tensorly-torch: all linear layers of the blocks, with the same part of their parameters, multiplied as factors.
+
+    Args:
+        dense: stays as it is.
+        target: parameters in the blocks, met within some per cent: ranks are whole numbers.
+        kind: `tucker`, or `blocktt`, which is a sum of Kronecker products.
+    """
+    import tltorch
+    from tltorch.utils import get_tensorized_shape
+
+    model = copy.deepcopy(dense)
+    blocks = [model.get_submodule(name) for name in find_blocks(model)]
+    linear = [(block, name) for block in blocks for name in (*LAYERS, *FEED_FORWARD)]
+    weights = sum(block.get_submodule(name).get_parameter("weight").numel() for block, name in linear)
+    part = 1 - (parameters(model) - target) / weights
+    for block, name in linear:
+        old = block.get_submodule(name)
+        out, inner = old.get_parameter("weight").shape
+        columns, rows = get_tensorized_shape(inner, out, order=2, verbose=False)
+        cores = sum(a * b for a, b in zip(columns, rows, strict=True))
+        rank: Any = part if kind == "tucker" else [1, max(1, round(part * out * inner / cores)), 1]
+        new = tltorch.FactorizedLinear(columns, rows, bias=True, factorization=kind, rank=rank)
+        parent, _, last = name.rpartition(".")
+        setattr(block.get_submodule(parent), last, new)
+    return model
+
+
+class Hidden(nn.Module):
+    """The last hidden state alone, for torch's exporter."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        return self.model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+
+
+class Field:
+    """Who runs against a compressed model, made once where it does not depend on that."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args = args
+        self.dense = load_model(find("minilm")).to(CPU)  # pyright: ignore[reportArgumentType]
+        self.source = self.args.work / "dense"
+        if not self.source.exists():
+            self.save(self.dense, self.source)
+        self.installed = {name: importlib.util.find_spec(name) is not None for name in MODULES}
+        self.ready: dict[str, tuple[Contestant, Runner]] = {}
+
+    def save(self, model: PreTrainedModel, path: Path) -> None:
+        with output_directory(path) as directory:
+            model.save_pretrained(directory)
+            load_tokenizer(find("minilm")).save_pretrained(directory)
+
+    def add(self, label: str, written: str) -> None:
+        """A contestant in the notation of `factorformer bench`, loaded once."""
+        if label not in self.ready:
+            try:
+                contestant = parse(written)
+                self.ready[label] = contestant, load(contestant, torch.get_num_threads(), CPU)
+            except FactorformerError as error:
+                print(f"left out: {label}: {error}", flush=True)
+
+    def made(self, label: str, package: str, make: Callable[[], PreTrainedModel]) -> None:
+        """A contestant that another library makes of the dense model."""
+        if not self.installed[package]:
+            print(f"left out: {label}: {package} is not installed", flush=True)
+            return
+        try:
+            self.ready[label] = Contestant(label, self.source), runner(make())
+        except FactorformerError as error:
+            print(f"left out: {label}: {error}", flush=True)
+
+    def exported(self, source: Path, *, int8: bool) -> Path:
+        """Our ONNX file of a model."""
+        from factorformer.export.onnx import export
+
+        path = source.with_name(f"{source.name}-onnx{'-int8' if int8 else ''}")
+        if not path.exists():
+            model, tokenizer = load_model(source), load_tokenizer(source)
+            export(model, path, tokenizer=tokenizer, int8=int8)
+        return path
+
+    def exported_by_torch(self) -> tuple[Path, Path]:
+        """What a user makes of the dense model without us: torch's ONNX file, and ONNX Runtime's dynamic int8 of it."""
+        import onnx
+        from onnxruntime.quantization import QuantType, quantize_dynamic
+
+        float32, int8 = (self.source.with_name(f"dense-torch-{name}") / "model.onnx" for name in ("onnx", "int8"))
+        if not int8.exists():
+            names = ["input_ids", "attention_mask"]
+            sizes = {0: torch.export.Dim("batch", max=512), 1: torch.export.Dim("tokens", min=2, max=512)}
+            example = tuple(torch.ones(2, 8, dtype=torch.long) for _ in names)
+            for file in (float32, int8):
+                file.parent.mkdir(exist_ok=True)
+                (file.parent / "config.json").write_text((self.source / "config.json").read_text())
+            with torch.no_grad():
+                torch.onnx.export(
+                    Hidden(self.dense),
+                    example,
+                    float32,
+                    dynamic_shapes=tuple(sizes for _ in names),
+                    input_names=names,
+                    opset_version=20,
+                    external_data=False,
+                    verbose=False,
+                )
+            model = onnx.load(float32)
+            del model.graph.value_info[:]  # shapes of the exporter that contradict those that the quantizer infers
+            quantize_dynamic(model, int8, weight_type=QuantType.QInt8)
+        return float32.parent, int8.parent
+
+    def peers(self) -> None:
+        """Everybody who runs the dense model, the baseline first."""
+        source = self.source
+        self.add("dense, eager", str(source))
+        if self.args.compile:
+            self.add("dense, torch.compile", f"compile:{source}")
+        self.add("dense, torch int8", f"int8:{source}")
+        self.add("dense, torchao int8", f"torchao-int8:{source}")
+        if self.args.compile:
+            self.add("dense, torchao int8, torch.compile", f"compile:torchao-int8:{source}")
+        if self.installed["onnxruntime"] and self.installed["onnx"]:
+            by_torch, by_onnxruntime = self.exported_by_torch()
+            self.add("dense, ONNX Runtime", str(by_torch))
+            self.add("dense, ONNX Runtime's int8", str(by_onnxruntime))
+            self.add("dense, our export", str(self.exported(source, int8=False)))
+            self.add("dense, our export in int8", str(self.exported(source, int8=True)))
+        else:
+            print("left out: ONNX Runtime: onnx and onnxruntime are not installed", flush=True)
+
+    def against(self, method: str, ratio: float) -> dict[str, Any]:
+        """Add the compressed model and those of its size; what is known of it."""
+        path = self.args.work / f"{method}-{ratio:g}"
+        if not path.exists():
+            model = copy.deepcopy(self.dense)
+            factorformer.compress(model, factorformer.plan(model, method, ratio))
+            self.save(model, path)
+        ours = load_model(path)
+        target = parameters(ours)
+        self.add("ours, eager", str(path))
+        if self.args.compile:
+            self.add("ours, torch.compile", f"compile:{path}")
+        if self.installed["onnxruntime"] and self.installed["onnx"]:
+            self.add("ours, our export", str(self.exported(path, int8=False)))
+            self.add("ours, our export in int8", str(self.exported(path, int8=True)))
+        self.made("Torch-Pruning", "torch_pruning", lambda: pruned(self.dense, target))
+        for kind in ("tucker", "blocktt"):
+            self.made(f"tensorly-torch, {kind}", "tltorch", lambda kind=kind: tensorized(self.dense, target, kind))
+        return {"ratio": round(inventory(ours).ratio, 4), "parameters_in_blocks": target}
+
+    def race(self, shape: Shape) -> list[dict[str, Any]]:
+        contestants, runners = zip(*self.ready.values(), strict=True)
+        (heat,) = compare(
+            contestants, runners, [shape], rounds=self.args.rounds, seconds=self.args.seconds, seed=self.args.seed
+        )
+        rows = []
+        for label, timing in zip(self.ready, heat.timings, strict=True):
+            contestant, of = self.ready[label]
+            blocks = parameters(of.module) if isinstance(of.module, PreTrainedModel) else None
+            rows.append(
+                {
+                    "name": label,
+                    "speedup": {key: round(value, 4) for key, value in dataclasses.asdict(timing.speedup).items()},
+                    "milliseconds": {
+                        key: round(value, 4) for key, value in dataclasses.asdict(timing.milliseconds).items()
+                    },
+                    "rounds": heat.rounds,
+                    "parameters_in_blocks": blocks if contestant.route == "torch" else None,
+                }
+            )
+        return rows
+
+
+MODULES = ("onnx", "onnxruntime", "torchao", "torch_pruning", "tltorch")
+
+
+def versions() -> dict[str, str]:
+    found = {}
+    for name in PEERS:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--methods", nargs="+", default=["svd", "kronecker", "dense_sparse_plain"])
+    parser.add_argument("--ratios", nargs="+", type=float, default=[2.5], help="of bytes in the blocks")
+    parser.add_argument("--shapes", nargs="+", type=Shape.parse, default=[Shape(1, 32), Shape(8, 64), Shape(32, 128)])
+    parser.add_argument("--also", nargs="*", default=[], help="more contestants, in the notation of factorformer bench")
+    parser.add_argument("--threads", type=int, default=None, help="by default one for each core")
+    parser.add_argument("--rounds", type=int, default=None, help=f"by default as many as fit, at least {LEAST}")
+    parser.add_argument("--seconds", type=float, default=60, help="for each shape")
+    parser.add_argument("--seed", type=int, default=0, help="of the words")
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True, help="torch.compile as well")
+    parser.add_argument("--again", action="store_true", help="measure what is there already")
+    parser.add_argument("--work", type=Path, default=Path("runs/latency"), help="models are kept here")
+    parser.add_argument("--output", type=Path, default=RESULTS / "latency.jsonl")
+    args = parser.parse_args()
+    warnings.simplefilter("ignore")
+    logging.disable_progress_bar()
+    torch.manual_seed(args.seed)
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
+    threads = torch.get_num_threads()
+    lines = [row for row in read_lines(args.output) if row["machine"]["threads"] == threads and not args.again]
+    done = {(row["method"], row["asked_ratio"], row["shape"]) for row in lines}
+    field: Field | None = None
+    for method in args.methods:
+        for ratio in args.ratios:
+            open_shapes = [shape for shape in args.shapes if (method, ratio, str(shape)) not in done]
+            if not open_shapes:
+                continue
+            if field is None:
+                field = Field(args)
+                field.peers()
+            common = dict(field.ready)
+            known = field.against(method, ratio)
+            for written in args.also:
+                field.add(written, written)
+            for shape in open_shapes:
+                row = {
+                    "method": method,
+                    "asked_ratio": ratio,
+                    "shape": str(shape),
+                    **known,
+                    "results": field.race(shape),
+                    "warm_up": WARM_UP,
+                    "settle": SETTLE,
+                    "seed": args.seed,
+                    "load": round(os.getloadavg()[0], 2),
+                    "machine": machine(),
+                    "versions": versions(),
+                }
+                append_line(args.output, row)
+                print(json.dumps({key: row[key] for key in ("method", "asked_ratio", "shape")}), flush=True)
+                for result in row["results"]:
+                    speedup, time = result["speedup"], result["milliseconds"]["median"]
+                    quartiles = f"{speedup['low']:.2f} to {speedup['high']:.2f}"
+                    line = f"  {result['name']:<36} {speedup['median']:6.2f}x  {quartiles}  {time:9.2f} ms"
+                    print(line, flush=True)
+            field.ready = common
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,155 @@
+"""Importing the package costs next to nothing, and still plain transformers loads compressed models afterwards."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from tests.tiny import MODELS
+from transformers import BertTokenizer
+
+import factorformer
+from factorformer.cli.app import app
+
+COMMANDS = [command.name or command.callback.__name__ for command in app.registered_commands if command.callback]
+
+HEAVY = ["datasets", "jaxtyping", "numpy", "onnxruntime", "scipy", "sklearn", "tokenizers", "torch", "transformers"]
+"""Packages that take long to import, and those that bring others along."""
+
+HELP = "import sys; from factorformer.cli import main; sys.argv[:] = ['factorformer', *'{}'.split(), '--help']; main()"
+
+
+def run(code: str, *arguments: object) -> str:
+    """What a program prints in a new interpreter."""
+    command = [sys.executable, "-W", "ignore", "-c", code, *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def seconds(code: str, times: int = 3) -> float:
+    """The shortest of several runs: a busy machine makes some of them longer, and none shorter."""
+
+    def once() -> float:
+        started = time.perf_counter()
+        run(code)
+        return time.perf_counter() - started
+
+    return min(once() for _ in range(times))
+
+
+def imported(code: str) -> set[str]:
+    """The packages that a program has imported when it ends, whether it calls `sys.exit` or not."""
+    at_end = "import atexit, sys; atexit.register(lambda: print('\\n', *sorted(sys.modules)))"
+    return {module.partition(".")[0] for module in run(f"{at_end}\n{code}").splitlines()[-1].split()}
+
+
+def test_importing_the_package_imports_nothing_heavy() -> None:
+    found = imported("import factorformer")
+    assert "factorformer" in found
+    assert not found & {*HEAVY, "rich", "safetensors", "typer"}
+
+
+@pytest.mark.parametrize("command", ["", *COMMANDS])
+def test_a_help_page_imports_nothing_heavy(command: str) -> None:
+    found = imported(HELP.format(command))
+    assert "rich" in found, "there was no page"
+    assert not found & {*HEAVY}
+
+
+def test_seconds() -> None:
+    # Measured: 0.05 and 0.25. What a loaded machine adds must not fail this, and one import of torch must.
+    bare = seconds("pass")
+    assert seconds("import factorformer") - bare < 0.5
+    assert seconds(HELP.format("")) - bare < 1.0
+
+
+@pytest.fixture(scope="module")
+def compressed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("import") / "small"
+    model = MODELS["bert"].build()
+    factorformer.compress(model, factorformer.plan(model, "svd", ratio=2))
+    model.save_pretrained(path)
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "film"]
+    BertTokenizer(vocab={word: i for i, word in enumerate(words)}).save_pretrained(path)
+    return path
+
+
+FACTORIZED = """
+import sys
+assert sum(type(module).__name__ == "FactorizedLinear" for module in model.modules()) > 0
+assert not [finder for finder in sys.meta_path if type(finder).__module__.startswith("factorformer")]
+"""
+
+PROGRAMS = {
+    "before transformers": """
+import factorformer
+from transformers import AutoModel, pipeline
+model = AutoModel.from_pretrained(directory)
+assert len(pipeline("feature-extraction", directory)("a film")[0]) == 4
+""",
+    "after the name of a class": """
+from transformers import AutoModel
+import factorformer
+model = AutoModel.from_pretrained(directory)
+""",
+    "after a model": """
+from transformers import BertConfig, BertModel
+BertModel(BertConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=1, vocab_size=9))
+import factorformer
+model = BertModel.from_pretrained(directory)
+""",
+    "before sentence-transformers": """
+import factorformer
+from sentence_transformers import SentenceTransformer
+model = SentenceTransformer(directory)
+assert model.encode(["a film"]).shape == (1, 32)
+""",
+    "its own reader": """
+import factorformer.hf.plugin
+# transformers may be importing this module when it imports the plug-in.
+assert "transformers.modeling_utils" not in sys.modules
+from factorformer.hf.checkpoint import load
+model = load(directory)
+""",
+    "an import that fails at first, then the registry by itself": """
+import factorformer
+sys.modules["transformers.quantizers.base"] = None
+try:
+    import transformers.quantizers.auto
+    raise AssertionError("the registry was imported without its base")
+except ImportError:
+    del sys.modules["transformers.quantizers.base"]
+import transformers.quantizers.auto as registry
+assert "factorformer" in registry.AUTO_QUANTIZER_MAPPING
+from importlib.machinery import SourceFileLoader
+assert type(registry.__loader__) is type(registry.__spec__.loader) is SourceFileLoader
+from transformers import AutoModel
+model = AutoModel.from_pretrained(directory)
+""",
+}
+
+
+@pytest.mark.parametrize("order", PROGRAMS)
+def test_plain_transformers_loads_a_compressed_model(order: str, compressed: Path) -> None:
+    run(f"import sys\ndirectory = sys.argv[1]\n{PROGRAMS[order]}\n{FACTORIZED}", compressed)
+
+
+def test_public_names_are_those_that_type_checkers_see() -> None:
+    tree = ast.parse(Path(factorformer.__file__).read_text(encoding="utf-8"))
+    (block,) = (node for node in tree.body if isinstance(node, ast.If))
+    seen = {(a.name, node.module) for node in block.body if isinstance(node, ast.ImportFrom) for a in node.names}
+    assert seen == set(factorformer._HOMES.items())
+    assert {name for name, _ in seen} | {"__version__"} == set(factorformer.__all__)
+    assert set(factorformer.__all__) <= set(dir(factorformer))
+
+
+def test_a_name_that_does_not_exist() -> None:
+    with pytest.raises(AttributeError, match="module 'factorformer' has no attribute 'compres'"):
+        factorformer.compres  # type: ignore[attr-defined]  # noqa: B018
+    with pytest.raises(ImportError, match="cannot import name 'compres'"):
+        exec("from factorformer import compres")
