@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from factorformer.errors import ModelError
+from factorformer.kernels import gelu
 from factorformer.structures import Factors, Selection, Shape, Structure, TensorSpec, int8
 
 
@@ -100,7 +101,7 @@ class FactorizedMatrix(nn.Module):
         wanted = {name: tensor.size for name, tensor in expected.items()}
         if sizes != wanted:
             raise ModelError(f"{spec} of a {self.shape[0]}x{self.shape[1]} matrix stores {wanted}, got {sizes}")
-        self.spec = spec
+        self.spec, self._names = spec, tuple(expected)
         for name, tensor in factors.items():
             if expected[name].dtype is not None:
                 if name in self._parameters:
@@ -120,7 +121,7 @@ class FactorizedMatrix(nn.Module):
     @property
     def factors(self) -> dict[str, Tensor]:
         """The stored tensors by name."""
-        return {name: getattr(self, name) for name in self.tensors}
+        return {name: getattr(self, name) for name in self._names}
 
     @property
     def sharing(self) -> tuple[str, ...]:
@@ -245,6 +246,9 @@ class FactorizedLinear(FactorizedMatrix):
     torch.Size([3, 6])
     """
 
+    gelu: bool = False
+    """Whether the output is the GELU of the product; see `hf.fused.fuse`."""
+
     def __init__(
         self,
         spec: Structure,
@@ -268,7 +272,8 @@ class FactorizedLinear(FactorizedMatrix):
 
     def forward(self, x: Tensor) -> Tensor:
         """`(..., in)` to `(..., out)`."""
-        return self.matmul(x, self.bias)
+        product = self.matmul(x, self.bias)
+        return gelu(product, overwrite=True) if self.gelu else product
 
 
 class FactorizedEmbedding(FactorizedMatrix):

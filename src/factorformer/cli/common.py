@@ -85,6 +85,15 @@ Budget = Annotated[
         "they take on this machine, measured now. Others than bytes are for 'auto' and 'whitened_by_loss'.",
     ),
 ]
+Int8 = Annotated[
+    bool,
+    typer.Option(
+        "--int8",
+        rich_help_panel=_BUDGET,
+        help="Store the factors in int8 with a scale for each row. The ratio counts them so: at 4 times the ratio, "
+        "factors have about as many values as without it. Training rounds them.",
+    ),
+]
 Scope = Annotated[
     ScopeChoice | None,
     typer.Option(

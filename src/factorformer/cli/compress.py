@@ -19,6 +19,7 @@ from factorformer.cli.common import (
     Exclude,
     FreezeEmbeddings,
     Include,
+    Int8,
     LabelColumn,
     LearningRate,
     MaxLength,
@@ -55,6 +56,7 @@ def compress(
     method: Method = None,
     ratio: Ratio = None,
     budget: Budget = None,
+    int8: Int8 = False,
     scope: Scope = None,
     include: Include = None,
     exclude: Exclude = None,
@@ -97,6 +99,7 @@ def compress(
     [bold]Examples[/bold]
       factorformer compress minilm small/ --ratio 2 --calibration texts.txt
       factorformer compress minilm small/ --train texts.txt --distill minilm
+      factorformer compress minilm small/ --int8 --ratio 8 --calibration texts.txt
       factorformer compress dense/ small/ --ratio 2.8 --train train.tsv \\
           --eval dev.tsv --label label --distill dense/
     """
@@ -106,8 +109,10 @@ def compress(
 
     check_output(output, overwrite=overwrite)
     options = (method, ratio, budget, scope, include, exclude, share)
-    if plan is not None and any(option is not None for option in options):
-        raise MethodError("--plan holds method, budget, scope, patterns and sharing already: leave these options out")
+    if plan is not None and (int8 or any(option is not None for option in options)):
+        raise MethodError(
+            "--plan holds method, budget, scope, patterns, sharing and int8 already: leave these options out"
+        )
     if distill is not None and train is None:
         raise DataError("--distill needs text to learn on: give --train")
     if train is not None and label is None and distill is None:
@@ -153,6 +158,7 @@ def compress(
         method=method,
         ratio=3.0 if ratio is None else ratio,
         budget="bytes" if budget is None else budget.value,
+        int8=int8,
         scope="blocks" if scope is None else scope.value,
         include=include,
         exclude=exclude,

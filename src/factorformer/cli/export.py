@@ -64,9 +64,8 @@ def export(
     path = find(model)
     suffix = "-onnx-int8" if int8 else "-onnx"
     if output is None:
-        output = (
-            path.with_name(path.resolve().name + suffix) if Path(model).is_dir() else Path(Path(model).name + suffix)
-        )
+        named = path.resolve() if Path(model).is_dir() else Path(Path(model).name)
+        output = named.with_name(named.name + suffix)
     started = time.perf_counter()
     done = onnx.export(path, output, int8=int8, overwrite=overwrite)
     seconds = {"export": time.perf_counter() - started}

@@ -49,6 +49,7 @@ class Job:
     method: str | None
     ratio: float
     budget: Unit
+    int8: bool
     scope: Scope
     include: list[str] | None
     exclude: list[str] | None
@@ -111,6 +112,7 @@ def run(job: Job) -> Result:
                 job.exclude,
                 share=job.share,
                 budget=job.budget,
+                int8=job.int8,
                 calibration=calibration,
                 progress=progress,
             )
@@ -132,7 +134,9 @@ def run(job: Job) -> Result:
             seconds["start"] = time.perf_counter() - begun
         else:
             dense = copy.deepcopy(model) if through else None
-            report = compression.compress(model, plan, calibration, progress, keep_statistics=through)
+            report = compression.compress(
+                model, plan, calibration, progress, keep_statistics=through, hold_floats=ready.train is not None
+            )
             straight = None if dense is None else StraightThrough(model, report.statistics, dense)
             dense, seconds = None, dict(report.seconds)
             del report  # its statistics are large
@@ -150,6 +154,7 @@ def run(job: Job) -> Result:
                 ranks=ranks,
                 progress=progress,
             )
+            compression.quantize(model)
         after = _measure(ready, progress, "evaluate", trained=ready.train is not None)
     seconds["total"] = time.perf_counter() - started
     result = Result.of(

@@ -15,6 +15,7 @@ from factorformer.cli.common import (
     CalibrationRows,
     Exclude,
     Include,
+    Int8,
     MaxLength,
     Method,
     Model,
@@ -40,6 +41,7 @@ def plan(
     method: Method = None,
     ratio: Ratio = None,
     budget: Budget = None,
+    int8: Int8 = False,
     scope: Scope = None,
     include: Include = None,
     exclude: Exclude = None,
@@ -103,6 +105,7 @@ def plan(
             exclude,
             share=None if share is None else share.value,
             budget="bytes" if budget is None else budget.value,
+            int8=int8,
             calibration=data,
             progress=progress,
         )

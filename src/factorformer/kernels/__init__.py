@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from factorformer.kernels import cuda, sparse, support
+from factorformer.kernels import cpu, cuda, sparse, support
 from factorformer.kernels.cpu import sparse_matmul as _sparse_matmul
 from factorformer.kernels.cpu import sparse_matmul_transposed as _sparse_matmul_transposed
 from factorformer.kernels.cpu import variant
-from factorformer.kernels.dense import Dense, chain, runs_now, served
+from factorformer.kernels.dense import Dense, chain, gelu, served
 
 cuda.register()
 
@@ -38,7 +38,7 @@ def sparse_product(
         transposed: which of the two products.
     """
     shape = (*x.shape[:-1], atoms if transposed else values.shape[0])
-    if runs_now() and served(x, values, scales, bias):
+    if served(x, values, scales, bias) and not torch.compiler.is_compiling():
         flat = x.reshape(-1, x.shape[-1])
         if transposed:
             return _sparse_matmul_transposed(flat, values, support, atoms, blocks, scales).view(shape)
@@ -53,4 +53,4 @@ def sparse_product(
     return product if bias is None else product + bias.to(product.dtype)
 
 
-__all__ = ["Dense", "chain", "sparse", "sparse_product", "support", "variant"]
+__all__ = ["Dense", "chain", "cpu", "gelu", "served", "sparse", "sparse_product", "support", "variant"]

@@ -50,7 +50,7 @@ def _load() -> ctypes.CDLL | None:
         "sparse": (_pointer, _count, _fields, _pointer, _pointer),
         "sparse_transposed": (_pointer, _count, _fields, _pointer),
         "sparse_outer": (_pointer, _pointer, _count, _fields, _pointer),
-        "chain": (_pointer, _count, _fields, _count, _pointer, ctypes.c_int32, _pointer),
+        "chain": (_pointer, _count, _fields, _count, _pointer, _pointer),
         "gelu": (_pointer, _count, _pointer),
         "attention": (_fields, ctypes.c_float),
     }
@@ -74,9 +74,12 @@ def variant() -> str:
 
 def serves(x: Tensor, *weights: Tensor | None) -> bool:
     """Whether the library takes these tensors: float32 and int8 in memory, one after the other."""
-    if not AVAILABLE or x.device.type != "cpu" or x.dtype != torch.float32:
+    if not AVAILABLE or not x.is_cpu or x.dtype != torch.float32:
         return False
-    return all(w is None or (w.dtype in _VALUES and w.device.type == "cpu" and w.is_contiguous()) for w in weights)
+    for weight in weights:
+        if weight is not None and not (weight.dtype in _VALUES and weight.is_cpu and weight.is_contiguous()):
+            return False
+    return True
 
 
 def sparse_matmul(
@@ -116,9 +119,8 @@ def chain(
     scales: Sequence[Tensor | None],
     columns: Sequence[bool],
     bias: Tensor | None,
-    gelu: bool = False,
 ) -> Tensor:
-    """`x @ W_1.T @ W_2.T ... + bias` and perhaps its GELU: `(n, in)` to `(n, out)`.
+    """`x @ W_1.T @ W_2.T ... + bias`: `(n, in)` to `(n, out)`.
 
     Args:
         x: the input.
@@ -126,7 +128,6 @@ def chain(
         scales: one for each row as stored.
         columns: which of the weights are stored transposed.
         bias: added to the last product.
-        gelu: apply the exact GELU.
     """
     numbers: list[int] = []
     out = x.shape[-1]
@@ -135,16 +136,12 @@ def chain(
         out, wide = (inner, rows) if column else (rows, inner)
         numbers += (weight.data_ptr(), _address(scale), out, wide, scale is not None, column)
     x, y = x.contiguous(), x.new_empty(x.shape[0], out)
-    _loaded().factorformer_chain(
-        x.data_ptr(), len(x), _array(*numbers), len(weights), _address(bias), gelu, y.data_ptr()
-    )
+    _loaded().factorformer_chain(x.data_ptr(), len(x), _array(*numbers), len(weights), _address(bias), y.data_ptr())
     return y
 
 
-def gelu(x: Tensor) -> Tensor:
-    """The exact GELU, within 2e-7."""
-    x = x.contiguous()
-    y = torch.empty_like(x)
+def gelu(x: Tensor, y: Tensor) -> Tensor:
+    """The exact GELU, within 2e-7; both contiguous, and perhaps the same."""
     _loaded().factorformer_gelu(x.data_ptr(), x.numel(), y.data_ptr())
     return y
 

@@ -45,7 +45,7 @@ def chain(x: Tensor, matrices: Sequence[Dense], bias: Tensor | None = None) -> T
     if len(matrices) <= cpu.LONGEST and served(x, *weights, *scales, bias):
         columns = [matrix.columns for matrix in matrices]
         flat = x.reshape(-1, x.shape[-1])
-        operator = cpu.chain if runs_now() else torch.ops.factorformer.chain
+        operator = torch.ops.factorformer.chain if torch.compiler.is_compiling() else cpu.chain
         y = operator(flat, weights, scales, columns, bias)
         return y.view(*x.shape[:-1], y.shape[-1])
     for matrix in matrices[:-1]:
@@ -56,18 +56,24 @@ def chain(x: Tensor, matrices: Sequence[Dense], bias: Tensor | None = None) -> T
 def served(x: Tensor, *others: Tensor | None) -> bool:
     """Whether the compiled kernels do this product: they are there, and it is for inference alone.
 
-    That is, nothing asks for a derivative, a cast, or a graph that is taken elsewhere.
+    That is, nothing asks for a derivative or a cast, counts operators of torch, or takes their graph elsewhere.
     """
     if not cpu.serves(x, *others) or torch.compiler.is_exporting() or torch.is_autocast_enabled("cpu"):
         return False
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *others)):
-        return False
-    return torch.compiler.is_compiling() or peek_interpreter_stack() is None
+    if torch.is_grad_enabled():
+        for tensor in (x, *others):
+            if tensor is not None and tensor.requires_grad:
+                return False
+    if torch.compiler.is_compiling():
+        return True
+    return not torch._C._len_torch_dispatch_stack() and peek_interpreter_stack() is None
 
 
-def runs_now() -> bool:
-    """Whether a kernel can be called as it is: nothing records, counts or compiles the operators of torch."""
-    return not torch.compiler.is_compiling() and not torch._C._len_torch_dispatch_stack()
+def gelu(x: Tensor, *, overwrite: bool = False) -> Tensor:
+    """The exact GELU, in place of its input if that may be lost and the compiled kernels serve."""
+    if served(x) and x.is_contiguous() and not torch.compiler.is_compiling():
+        return cpu.gelu(x, x if overwrite else torch.empty_like(x))
+    return F.gelu(x)
 
 
 @torch.library.custom_op("factorformer::chain", mutates_args=())

@@ -18,7 +18,7 @@ void attention_block(const Attention &a, int64_t batch, int64_t head, int64_t fi
     const float *k = a.k + batch * a.k_stride[0] + shared * a.k_stride[1];
     const float *v = a.v + batch * a.v_stride[0] + shared * a.v_stride[1];
     transpose_in(q, a.q_stride[2], count, a.width, queries, WIDTH);
-    in_pieces(0, a.keys, [&](int64_t key, auto rows) __attribute__((always_inline)) {
+    in_pieces<ROWS_WITH<V>>(0, a.keys, [&](int64_t key, auto rows) __attribute__((always_inline)) {
         constexpr int R = decltype(rows)::value;
         float_rows<R, V>(queries, k + key * a.k_stride[2], a.k_stride[2], 1, a.width, scores + key * WIDTH);
     });
@@ -45,7 +45,7 @@ void attention_block(const Attention &a, int64_t batch, int64_t head, int64_t fi
             total[i] += p;
             store(at, p);
         }
-    in_pieces(0, a.width, [&](int64_t column, auto rows) __attribute__((always_inline)) {
+    in_pieces<ROWS_WITH<V>>(0, a.width, [&](int64_t column, auto rows) __attribute__((always_inline)) {
         constexpr int R = decltype(rows)::value;
         float_rows<R, V>(scores, v + column, 1, a.v_stride[2], a.keys, result + column * WIDTH);
     });

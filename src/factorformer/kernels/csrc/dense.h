@@ -73,7 +73,7 @@ INLINE void float_rows(const float *tokens, const float *weight, int64_t apart, 
     for (int64_t k = 0, at = 0; k < depth; ++k, at += step) {
         Floats x[V];
         for (int v = 0; v < V; ++v) x[v] = load(tokens + (k * V + v) * LANES);
-#pragma GCC unroll 8
+#pragma GCC unroll 12
         for (int r = 0; r < R; ++r) {
             const Floats w = splat(rows[r][at]);
             for (int v = 0; v < V; ++v) sums[r][v] += w * x[v];
@@ -83,16 +83,13 @@ INLINE void float_rows(const float *tokens, const float *weight, int64_t apart, 
         for (int v = 0; v < V; ++v) store(to + (r * V + v) * LANES, sums[r][v]);
 }
 
-// Calls `rows` for as many rows as registers allow, then for the rest: rows<R>(first) does R of them.
-template <typename Rows> INLINE void in_pieces(int64_t first, int64_t last, const Rows &rows) {
-    for (; first + ROWS_AT_ONCE <= last; first += ROWS_AT_ONCE) rows(first, std::integral_constant<int, ROWS_AT_ONCE>{});
-    switch (last - first) {
-    case 5: rows(first, std::integral_constant<int, 5>{}); break;
-    case 4: rows(first, std::integral_constant<int, 4>{}); break;
-    case 3: rows(first, std::integral_constant<int, 3>{}); break;
-    case 2: rows(first, std::integral_constant<int, 2>{}); break;
-    case 1: rows(first, std::integral_constant<int, 1>{}); break;
-    }
+// How many rows a block of V vectors of tokens meets at once: as many sums as registers hold.
+template <int V> constexpr int ROWS_WITH = V == 1 ? 2 * ROWS_AT_ONCE : ROWS_AT_ONCE;
+
+// Calls `rows` for R rows at a time, and for fewer at the end.
+template <int R, typename Rows> INLINE void in_pieces(int64_t first, int64_t last, const Rows &rows) {
+    for (; first + R <= last; first += R) rows(first, std::integral_constant<int, R>{});
+    if constexpr (R > 1) in_pieces<R / 2>(first, last, rows);
 }
 
 // What a block of tokens is, to products with int8 weights.
@@ -131,8 +128,15 @@ INLINE void pack_columns(const Matrix &m, int64_t first, int64_t last, const Pre
 INLINE void sum_rows(const Matrix &m, int64_t first, int64_t last, const Prepared &to) {
     const int8_t *weight = static_cast<const int8_t *>(m.weight);
     for (int64_t row = first; row < last; ++row) {
+        const int8_t *at = weight + row * m.in;
+        int64_t k = 0;
         int32_t total = 0;
-        for (int64_t k = 0; k < m.in; ++k) total += weight[row * m.in + k];
+#if defined(__AVX512VNNI__) && defined(__AVX512F__)
+        __m512i sums = _mm512_setzero_si512();
+        for (; k + 64 <= m.in; k += 64) sums = _mm512_dpbusd_epi32(sums, _mm512_set1_epi8(1), _mm512_loadu_si512(at + k));
+        total = _mm512_reduce_add_epi32(sums);
+#endif
+        for (; k < m.in; ++k) total += at[k];
         to.sums[row] = total;
     }
 }
@@ -151,7 +155,7 @@ INLINE void integer_rows(const Quantized<V> &x, const Matrix &m, const Prepared 
     for (int64_t k = 0, at = 0; k < whole; ++k, at += step, tokens += V * LANES) {
         Words block[V];
         for (int v = 0; v < V; ++v) std::memcpy(&block[v], tokens + v * LANES, sizeof(Words));
-#pragma GCC unroll 8
+#pragma GCC unroll 12
         for (int r = 0; r < R; ++r) {
             const int32_t w = word(rows[r] + at, 4);
             for (int v = 0; v < V; ++v) sums[r][v] = dot4(sums[r][v], block[v], w);
@@ -224,7 +228,7 @@ template <int V> struct Stage {
     // Rows [first, last) of the product with the block, to (last - first, V * LANES).
     void multiply(int64_t first, int64_t last, float *to) const {
         const Matrix &m = *matrix;
-        in_pieces(first, last, [&](int64_t row, auto count) __attribute__((always_inline)) {
+        in_pieces<ROWS_WITH<V>>(first, last, [&](int64_t row, auto count) __attribute__((always_inline)) {
             constexpr int R = decltype(count)::value;
             float *place = to + (row - first) * V * LANES;
             if (m.integers) return integer_rows<R, V>(*quantized, m, *prepared, row, place);
@@ -282,8 +286,7 @@ void multiply_one(const Matrix &m, const float *x, int64_t first, int64_t last, 
 }
 
 // A few tokens one by one; int8 weights meet floats here, for which nothing has to be quantized.
-void chain_few(const float *x, int64_t n, const Matrix *m, int64_t count, const float *bias, int32_t activation,
-               float *y) {
+void chain_few(const float *x, int64_t n, const Matrix *m, int64_t count, const float *bias, float *y) {
     static thread_local Scratch memory[2];
     int64_t widest = 1;
     for (int64_t i = 1; i < count; ++i) widest = std::max(widest, m[i].in);
@@ -300,7 +303,6 @@ void chain_few(const float *x, int64_t n, const Matrix *m, int64_t count, const 
                 if (!last) continue;
                 for (int64_t row = share.begin; row < share.end; ++row) {
                     if (bias) to[row] += bias[row];
-                    if (activation) to[row] = gelu_of(splat(to[row]))[0];
                 }
             }
             if (!last) {
@@ -316,8 +318,7 @@ struct Buffers {
 
 // Threads share a block of tokens and take rows of each matrix, with a barrier between, or have blocks of their own.
 template <int V>
-void chain_blocks(const float *x, int64_t n, const Matrix *m, int64_t count, const float *bias, int32_t activation,
-                  float *y) {
+void chain_blocks(const float *x, int64_t n, const Matrix *m, int64_t count, const float *bias, float *y) {
     constexpr int WIDTH = V * LANES;
     static thread_local Buffers common;
     const int64_t blocks = (n + WIDTH - 1) / WIDTH, in = m[0].in, out = m[count - 1].out;
@@ -386,14 +387,9 @@ void chain_blocks(const float *x, int64_t n, const Matrix *m, int64_t count, con
                     for (int64_t row = first; row < last; row += TILE) {
                         const int here = static_cast<int>(std::min<int64_t>(TILE, last - row));
                         stage.multiply(row, row + here, tile);
-                        if (bias || activation)
-                            for (int r = 0; r < here; ++r)
-                                for (int v = 0; v < V; ++v) {
-                                    float *at = tile + (r * V + v) * LANES;
-                                    Floats value = bias ? load(at) + splat(bias[row + r]) : load(at);
-                                    if (activation) value = gelu_of(value);
-                                    store(at, value);
-                                }
+                        if (bias)
+                            for (int i = 0; i < here * V; ++i)
+                                store(tile + i * LANES, load(tile + i * LANES) + splat(bias[row + i / V]));
                         transpose_out(tile, WIDTH, here, tokens, y + t * out + row, out);
                     }
                 if (together) {
@@ -404,11 +400,12 @@ void chain_blocks(const float *x, int64_t n, const Matrix *m, int64_t count, con
     }
 }
 
-void chain(const float *x, int64_t n, const Matrix *m, int64_t count, const float *bias, int32_t activation, float *y) {
-    if (n <= FEW) chain_few(x, n, m, count, bias, activation, y);
-    else if (n <= LANES) chain_blocks<1>(x, n, m, count, bias, activation, y);
-    else if (n <= 2 * LANES || WIDEST == 2) chain_blocks<2>(x, n, m, count, bias, activation, y);
-    else chain_blocks<WIDEST>(x, n, m, count, bias, activation, y);
+void chain(const float *x, int64_t n, const Matrix *m, int64_t count, const float *bias, float *y) {
+    const int64_t threads = omp_get_max_threads();
+    if (n <= FEW) chain_few(x, n, m, count, bias, y);
+    else if (n >= threads * WIDEST * LANES) chain_blocks<WIDEST>(x, n, m, count, bias, y);
+    else if (n >= threads * 2 * LANES) chain_blocks<2>(x, n, m, count, bias, y);
+    else chain_blocks<1>(x, n, m, count, bias, y);
 }
 
 void gelu(const float *x, int64_t n, float *y) {

@@ -45,9 +45,9 @@ struct Table {
     void (*sparse_transposed)(const float *x, int64_t n, const Support *, const Values *, float *y);
     // y (rows, nonzeros) = the entries of left^T right on the support; left (n, rows), right (n, atoms)
     void (*sparse_outer)(const float *left, const float *right, int64_t n, const Support *, float *y);
-    // y (n, out) = x W_1^T W_2^T ... + bias, then the activation: 0 none, 1 GELU
-    void (*chain)(const float *x, int64_t n, const Matrix *, int64_t count, const float *bias, int32_t activation,
-                  float *y);
+    // y (n, out) = x W_1^T W_2^T ... + bias
+    void (*chain)(const float *x, int64_t n, const Matrix *, int64_t count, const float *bias, float *y);
+    // y may be x
     void (*gelu)(const float *x, int64_t n, float *y);
     void (*attention)(const Attention *);
 };

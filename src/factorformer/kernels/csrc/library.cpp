@@ -62,12 +62,12 @@ EXPORT void factorformer_sparse_outer(const float *left, const float *right, int
 
 // Six fields for each matrix, up to four matrices.
 EXPORT void factorformer_chain(const float *x, int64_t n, const int64_t *fields, int64_t count, const float *bias,
-                               int32_t activation, float *y) {
+                               float *y) {
     Matrix m[4];
     for (int64_t i = 0; i < count; ++i, fields += 6)
         m[i] = {reinterpret_cast<const void *>(fields[0]), reinterpret_cast<const float *>(fields[1]), fields[2],
                 fields[3], static_cast<int32_t>(fields[4]), static_cast<int32_t>(fields[5])};
-    table->chain(x, n, m, count, bias, activation, y);
+    table->chain(x, n, m, count, bias, y);
 }
 
 EXPORT void factorformer_gelu(const float *x, int64_t n, float *y) { table->gelu(x, n, y); }

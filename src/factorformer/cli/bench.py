@@ -1,0 +1,185 @@
+"""`factorformer bench`."""
+
+from __future__ import annotations
+
+from enum import Enum
+from typing import Annotated
+
+import typer
+
+from factorformer.cli.common import AsJson, console, emit_json, note
+from factorformer.errors import MethodError
+
+
+class DeviceChoice(str, Enum):
+    """Where torch's models run."""
+
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+Benched = Annotated[
+    str,
+    typer.Argument(
+        metavar="DIR",
+        show_default=False,
+        help="What is measured: MODEL or VARIANT:MODEL, where MODEL is a directory, a name on the Hugging Face Hub, "
+        "'minilm', a file in ONNX form, or a directory that `factorformer export` made.",
+    ),
+]
+Against = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--against",
+        metavar="MODEL",
+        show_default=False,
+        help="What to compare with, in the same notation. Can be given several times; ratios are to the first.",
+    ),
+]
+Shapes = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--shape",
+        metavar="BATCHxTOKENS",
+        show_default=False,
+        help="Texts at once, and tokens in each. Can be given several times. By default 1x32, 8x64 and 32x128.",
+    ),
+]
+Threads = Annotated[
+    int | None,
+    typer.Option("--threads", min=1, show_default=False, help="By default as many as torch takes: one for each core."),
+]
+Rounds = Annotated[
+    int | None,
+    typer.Option("--rounds", min=1, show_default=False, help="Passes of each model that count, for each shape."),
+]
+Seconds = Annotated[
+    float | None,
+    typer.Option(
+        "--seconds",
+        min=0.01,
+        show_default=False,
+        help="Without --rounds, the time for each shape: by default 10; with --layers that for each pair of products: "
+        "by default 0.5.",
+    ),
+]
+Device = Annotated[DeviceChoice, typer.Option("--device", help="Where models run that torch runs.")]
+Layers = Annotated[
+    bool, typer.Option("--layers", help="Time each kind of factorized layer against the dense product instead.")
+]
+Tokens = Annotated[
+    list[int] | None,
+    typer.Option(
+        "--tokens",
+        min=1,
+        show_default=False,
+        help="With --layers: rows of input. Can be given several times. By default 1, 16, 128 and 1024.",
+    ),
+]
+Seed = Annotated[int, typer.Option("--seed", min=0, max=2**32 - 1, help="Of the words.")]
+
+DEFAULT_SHAPES = ("1x32", "8x64", "32x128")
+
+
+def bench(
+    model: Benched,
+    against: Against = None,
+    shape: Shapes = None,
+    threads: Threads = None,
+    rounds: Rounds = None,
+    seconds: Seconds = None,
+    device: DeviceChoice = DeviceChoice.cpu,
+    layers: Layers = False,
+    tokens: Tokens = None,
+    seed: Seed = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Measure how fast and how large a model is on this machine, against others.
+
+    All models take turns in one process, so that whatever else the machine does meets all of them alike; ratios are
+    taken within each round. 'speed-up' is the time of the first --against over that of the model, and its quartiles
+    tell how sure it is. Peak memory and the time to load are taken in a new process for each model.
+
+    A variant before a model chooses its route: [bold]compile:[/bold] through torch.compile, [bold]bf16:[/bold] in
+    bfloat16, [bold]int8:[/bold] in torch's dynamic int8, [bold]torchao-int8:[/bold] in torchao's (both of dense models
+    only), [bold]onnx:[/bold] for the model.onnx of a directory that holds other weights as well. They can be combined,
+    such as compile:bf16:small/.
+
+    [bold]With --layers[/bold] each kind of factorized layer is timed against the dense product of the same shape, and
+    the table tells from how many tokens on its factors pay.
+
+    \b
+    [bold]Examples[/bold]
+      factorformer bench small/ --against minilm
+      factorformer bench small/ --against dense/ --against int8:dense/
+      factorformer bench compile:small/ --against dense/ --shape 1x128 --json
+      factorformer bench small-onnx/ --against dense-onnx/ --threads 1
+      factorformer bench small/ --layers
+    """
+    given = {"--against": against, "--shape": shape, "--rounds": rounds}
+    unused = [name for name, value in given.items() if value is not None] if layers else []
+    if unused or (tokens is not None and not layers):
+        wrong = f"--layers times products, not models: leave out {', '.join(unused)}"
+        raise MethodError(wrong if unused else "--tokens is for --layers: the tokens of models are in --shape")
+    if rounds is not None and seconds is not None:
+        raise MethodError("--rounds and --seconds both say when to stop: leave one out")
+    import torch
+
+    from factorformer.bench.contestants import common_vocabulary, load, parse
+    from factorformer.bench.footprint import footprint
+    from factorformer.bench.layers import TOKENS, layer_paces
+    from factorformer.bench.race import Shape, compare
+    from factorformer.hf.source import load_model
+    from factorformer.progress import bars
+    from factorformer.report.bench import BenchResult, show_bench
+
+    if device is DeviceChoice.cuda and not torch.cuda.is_available():
+        raise MethodError("--device cuda: torch finds no GPU here")
+    place, before = torch.device(device.value), torch.get_num_threads()
+    count = threads or before
+    shapes = [Shape.parse(text) for text in shape or DEFAULT_SHAPES]
+    benched, *others = [parse(text) for text in (model, *(against or []))]
+    # Ratios are to the first of the others, which is most often the original.
+    contestants = [*others[:1], benched, *others[1:]]
+    torch.set_num_threads(count)
+    try:
+        with bars() as progress:
+            if layers:
+                if benched.route != "torch" or benched.variants:
+                    raise MethodError(f"--layers reads the factors of a model directory, not '{model}'")
+                loaded = load_model(benched.path).to(place)  # pyright: ignore[reportArgumentType]
+                paces = layer_paces(loaded, tokens or TOKENS, seconds or 0.5, progress)
+                result = BenchResult([], [], [], count, device.value, seed, paces)
+            else:
+                runners = []
+                for contestant in contestants:
+                    progress("load", len(runners), len(contestants))
+                    runners.append(load(contestant, count, place))
+                progress("load", len(runners), len(contestants))
+                heats = compare(
+                    contestants,
+                    runners,
+                    shapes,
+                    rounds=rounds,
+                    seconds=seconds or 10.0,
+                    seed=seed,
+                    device=place,
+                    progress=progress,
+                )
+                words = common_vocabulary(runners)
+                runners.clear()  # what follows has the memory to itself
+                footprints = []
+                largest = max(shapes, key=lambda shape: shape.batch * shape.tokens)
+                for contestant in contestants:
+                    progress("memory and load time", len(footprints), len(contestants))
+                    footprints.append(footprint(contestant, largest, count, device.value, seed, words))
+                progress("memory and load time", len(footprints), len(contestants))
+                result = BenchResult(contestants, footprints, heats, count, device.value, seed)
+    finally:
+        torch.set_num_threads(before)
+    if as_json:
+        emit_json(result.to_dict())
+        return
+    show_bench(result, console())
+    if not layers and against is None:
+        note("ratios are to the model itself: name the original with --against")
