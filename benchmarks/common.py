@@ -17,6 +17,7 @@ from transformers import AutoTokenizer
 
 import factorformer
 from factorformer.hf import data, minilm
+from factorformer.report.machine import processor
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
@@ -60,13 +61,9 @@ def question_batches(folder: Path, rows: int) -> tuple[list[dict[str, Tensor]], 
 
 def machine() -> dict[str, Any]:
     """Processor or GPU, threads, and the versions that decide a figure."""
-    processor = platform.processor() or platform.machine()
-    if Path("/proc/cpuinfo").exists():
-        names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-        processor = names[0].partition(":")[2].strip() if names else processor
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=HERE, capture_output=True, text=True)
     return {
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else processor,
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else processor(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,

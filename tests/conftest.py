@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-pytest.register_assert_rewrite("tests.contracts.structure")
+pytest.register_assert_rewrite("tests.contracts.structure", "tests.contracts.int8")
 
 import datasets  # noqa: E402
 import jaxtyping  # noqa: E402

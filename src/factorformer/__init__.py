@@ -12,6 +12,7 @@ if typing.TYPE_CHECKING:
     from factorformer.compression import Report, compress, initialize, plan, quantize
     from factorformer.errors import FactorformerError
     from factorformer.hf.checkpoint import load
+    from factorformer.hf.fused import fuse
     from factorformer.nn import FactorizedEmbedding, FactorizedLinear
     from factorformer.planning import Plan
     from factorformer.structures import DenseSparse, KroneckerSum, LowRank, Structure
@@ -30,6 +31,7 @@ __all__ = [
     "Structure",
     "__version__",
     "compress",
+    "fuse",
     "initialize",
     "load",
     "plan",
@@ -40,6 +42,7 @@ _NAMES = {
     "compression": ("Report", "compress", "initialize", "plan", "quantize"),
     "errors": ("FactorformerError",),
     "hf.checkpoint": ("load",),
+    "hf.fused": ("fuse",),
     "nn": ("FactorizedEmbedding", "FactorizedLinear"),
     "planning": ("Plan",),
     "structures": ("DenseSparse", "KroneckerSum", "LowRank", "Structure"),

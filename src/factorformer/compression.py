@@ -306,8 +306,15 @@ def quantize(model: nn.Module) -> None:
 
     Args:
         model: from `compress(..., hold_floats=True)`, `initialize` or dynamic ranks; nothing changes in other models.
+
+    Raises:
+        ModelError: layers train straight through still; nothing was changed.
     """
-    layers = [m for m in model.modules() if isinstance(m, FactorizedMatrix) and m.rounds]
+    named = {name: m for name, m in model.named_modules() if isinstance(m, FactorizedMatrix) and m.rounds}
+    training = [name for name, layer in named.items() if layer.form is not None]
+    if training:
+        raise ModelError(f"layer '{training[0]}' trains straight through: call finish() before it is stored in int8")
+    layers = list(named.values())
     known: dict[int, Factors] = {}  # layers may hold the very same factors, and go on doing so
     for layer in layers:
         codes: dict[str, Tensor] = {}

@@ -63,7 +63,7 @@ class FactorizedMatrix(nn.Module):
     """What multiplies in place of the factors, for as long as a training lasts."""
 
     rounds: bool = False
-    """Whether products round float factors as int8 would, for a training that is to end in int8."""
+    """Whether float factors count for what int8 would make of them, for a training that is to end in int8."""
 
     def __init__(
         self,
@@ -111,6 +111,13 @@ class FactorizedMatrix(nn.Module):
                 self.register_parameter(name, tensor)  # tied layers hold the very same parameter
             else:
                 self.register_parameter(name, nn.Parameter(tensor.contiguous()))
+        self.fix_scales()
+
+    def fix_scales(self) -> None:
+        """Keep scales out of training: they belong to codes that stay as they are."""
+        for name in self._names if self.quantized else ():
+            if name.endswith(int8.SCALE):
+                self.get_parameter(name).requires_grad_(False)
 
     @property
     def tensors(self) -> dict[str, TensorSpec]:
@@ -148,8 +155,6 @@ class FactorizedMatrix(nn.Module):
         codes = int8.quantize(self.factors) if codes is None else codes
         self.quantized, self.rounds = True, False
         self._adopt(self.spec, codes)
-        for parameter in (self.get_parameter(name) for name in self.factors if name.endswith(int8.SCALE)):
-            parameter.requires_grad_(False)
 
     def check_factors(self) -> None:
         """Raise `ModelError` if integer factors are out of range; called on all tensors that come from outside."""
@@ -159,25 +164,28 @@ class FactorizedMatrix(nn.Module):
         """`x @ W.T + bias`, `(..., in)` to `(..., out)`."""
         if self.form is not None:
             return self.form.matmul(x, bias)
-        factors = int8.rounded(self.factors) if self.rounds else self.factors
-        return self.spec.matmul(self.shape, factors, x, bias)
+        return self.spec.matmul(self.shape, self._multiplied, x, bias)
 
     def rows(self, index: Tensor) -> Tensor:
         """`W[index]`, integers `(...)` to `(..., in)`."""
-        return self.spec.rows(self.shape, self.factors, index)
+        return self.spec.rows(self.shape, self._multiplied, index)
 
     def to_dense(self) -> Tensor:
         """`W`, `(out, in)`; nothing else builds it."""
         if self.form is not None:
             self.form.pack()
-        return self.spec.to_dense(self.shape, self.factors)
+        return self.spec.to_dense(self.shape, self._multiplied)
+
+    @property
+    def _multiplied(self) -> Factors:
+        return int8.rounded(self.factors) if self.rounds else self.factors
 
     def resize(self, smaller: Structure) -> None:
         """Shrink the factors to a smaller spec of the same kind, keeping the leading units bit for bit.
 
         Raises:
             ModelError: the spec is not smaller or of another kind, or factors would shrink that other layers hold too,
-                or the matrix trains straight through.
+                or the matrix trains straight through or is stored in int8.
         """
         if self.form is not None:
             raise ModelError(f"cannot resize {self.spec} while it trains straight through: call finish() first")
@@ -203,8 +211,10 @@ class FactorizedMatrix(nn.Module):
         """Drop the units that `spec.select` left out; the rest stays bit for bit what it is.
 
         Raises:
-            ModelError: other layers hold a factor too.
+            ModelError: other layers hold a factor too, or the factors are stored in int8.
         """
+        if self.quantized:
+            raise ModelError(f"units of {self.spec} cannot be removed once it is stored in int8")
         if self.shared:
             raise ModelError(f"units of {self.spec} cannot be removed: other layers hold its {self.shared[0]} too")
         factors = {name: cut(getattr(self, name).detach()) for name, cut in selection.cut.items()}

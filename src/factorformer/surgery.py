@@ -7,6 +7,7 @@ import fnmatch
 import re
 from collections.abc import Sequence
 
+import torch
 import transformers
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -26,8 +27,13 @@ def find_blocks(model: nn.Module) -> list[str]:
     for name, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and not any(name.startswith(f"{block}.") for block in blocks):
             children = [(f"{name}.{key}" if name else key, child) for key, child in module.named_children()]
-            blocks += [path for path, child in children if sum(p.dim() >= 2 for p in child.parameters()) >= 2]
+            blocks += [path for path, child in children if sum(t.dim() >= 2 for t in _weights(child)) >= 2]
     return blocks
+
+
+def _weights(module: nn.Module) -> list[Tensor]:
+    """Parameters, and what is stored in int8 in place of some."""
+    return [*module.parameters(), *(buffer for buffer in module.buffers() if buffer.dtype == torch.int8)]
 
 
 def find_matrices(

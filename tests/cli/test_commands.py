@@ -41,7 +41,7 @@ SCHEMA = {
     "output",
     "warnings",
 }
-COMMANDS = ["compress", "finetune", "evaluate", "bench", "inspect", "plan", "methods", "quickstart", "train"]
+COMMANDS = ["compress", "finetune", "evaluate", "export", "bench", "inspect", "plan", "methods", "quickstart", "train"]
 
 
 def result_of(done: Any, layers: bool = False) -> dict[str, Any]:

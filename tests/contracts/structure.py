@@ -7,6 +7,7 @@ import dataclasses
 import json
 import pickle
 from pathlib import Path
+from typing import TypeVar
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from factorformer.nn import FactorizedEmbedding, FactorizedLinear, FactorizedMat
 from factorformer.structures import STRUCTURES, Shape, Structure, from_dict
 
 LEADING = [(), (1,), (5,), (2, 3), (2, 1, 3)]
+Layer = TypeVar("Layer", bound=FactorizedMatrix)
 TYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 4e-2}
 
@@ -60,6 +62,12 @@ class Case:
 
     def index(self, *leading: int) -> Tensor:
         return torch.randint(0, self.shape[0], leading)
+
+
+def quantized(layer: Layer) -> Layer:
+    """The layer, with its factors in int8."""
+    layer.quantize()
+    return layer
 
 
 class LargestResult(TorchDispatchMode):
@@ -428,11 +436,14 @@ def check_graphs(case: Case) -> None:
     for layer, x in (
         (case.linear(torch.float32), case.input(3, dtype=torch.float32)),
         (case.embedding(), case.index(3)),
+        (quantized(case.linear(torch.float32)), case.input(3, dtype=torch.float32)),
     ):
         torch._dynamo.reset()  # one function compiled for many specs is recompiled only so often
         compiled = torch.compile(layer, fullgraph=True, backend="eager")
         assert torch.equal(compiled(x), layer(x))
         exported = torch.export.export(layer.eval(), (x,), dynamic_shapes=({0: torch.export.Dim("rows")},))
         for rows in (3, 5):
-            more = case.input(rows, dtype=torch.float32) if x.is_floating_point() else case.index(rows)
+            # Where a derivative is wanted, no kernel rounds the input.
+            floating = x.is_floating_point()
+            more = case.input(rows, dtype=torch.float32).requires_grad_() if floating else case.index(rows)
             torch.testing.assert_close(exported.module()(more), layer(more))

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from tests.contracts.int8 import Int8Contract
 from tests.contracts.structure import Case, StructureContract, never_dense  # noqa: F401
 
 from factorformer.errors import ModelError
@@ -77,6 +78,11 @@ for shape, (atoms, nonzeros, side, group, blocks), listed in [
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 class TestStructures(StructureContract):
+    pass
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+class TestInt8(Int8Contract):
     pass
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import safetensors
+import torch
 import transformers
 
 from factorformer.errors import CheckpointError, FactorformerError, OutputError
@@ -25,6 +26,9 @@ if TYPE_CHECKING:
     from factorformer.hf.plugin import FactorformerConfig
 
 Sizes = dict[str, tuple[int, ...]]
+
+SAFETENSORS_TYPES = {torch.int8: "I8", torch.uint8: "U8"}
+"""The names that the headers of files give to the types of integers that structures store."""
 
 
 def read_sizes(files: Sequence[str | os.PathLike[str]]) -> Sizes:
@@ -59,12 +63,14 @@ def check_tensors(model: PreTrainedModel, config: FactorformerConfig, files: Seq
         files: the checkpoint's files; None if the caller passed a state dict.
 
     Raises:
-        CheckpointError: a missing, extra or misshapen tensor; the message names up to five of each.
+        CheckpointError: a missing, extra or misshapen tensor; the message names up to five of each. Or integers that are
+            stored as something else.
     """
     if files is None:
         return
     stored = read_sizes(files)
     _check_factors(config, stored)
+    _check_types(config, files)
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     base, present = _base_part(model, expected), _base_part(model, stored)
     wrong = [
@@ -122,6 +128,25 @@ def _check_factors(config: FactorformerConfig, stored: Sizes) -> None:
         allowed = {f"{holder}.{factor}" for holder in holders for factor in [*sizes, "bias", *TEMPORARY]}
         extra += [n for n in stored if n.startswith(tuple(f"{holder}." for holder in holders)) and n not in allowed]
     _report(missing, extra, wrong)
+
+
+def _check_types(config: FactorformerConfig, files: Sequence[str]) -> None:
+    """Integers have to be stored as such: values in their place would be cut off to integers on the way in."""
+    expected = {
+        f"{holder}.{factor}": tensor.dtype
+        for name, layer in config.layers.items()
+        for factor, tensor in config.tensors(name).items()
+        for holder in (name, *layer.get("tied", ()))
+        if tensor.dtype is not None
+    }
+    for file in files:
+        with safetensors.safe_open(file, framework="pt") as tensors:
+            for name in expected.keys() & set(tensors.keys()):
+                found, wanted = tensors.get_slice(name).get_dtype(), expected[name]
+                if found != SAFETENSORS_TYPES[wanted]:
+                    raise CheckpointError(
+                        f"tensor '{name}' is stored as {found}, not as {SAFETENSORS_TYPES[wanted]} ({wanted})"
+                    )
 
 
 def _matches(name: str, patterns: Iterable[str]) -> bool:

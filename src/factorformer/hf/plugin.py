@@ -159,6 +159,7 @@ class FactorformerQuantizer(HfQuantizer):
                     if tensor.dtype != wanted and (wanted is not None or not tensor.is_floating_point()):
                         right = "values" if wanted is None else str(wanted)
                         raise CheckpointError(f"tensor '{name}.{factor}' is stored as {tensor.dtype}, not as {right}")
+                module.fix_scales()  # transformers has made them anew
                 if any(tensor.is_meta for tensor in module.factors.values()):
                     continue
                 try:

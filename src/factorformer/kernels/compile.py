@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -29,12 +30,15 @@ _FLAGS = (
 )
 
 
-def compile_library(output: Path = LIBRARY, extra: Sequence[str] = ()) -> None:
-    """Build the library with all variants; it appears whole or not at all.
+def compile_library(
+    output: Path = LIBRARY, extra: Sequence[str] = (), variants: Sequence[str] = tuple(VARIANTS)
+) -> None:
+    """Build the library; it appears whole or not at all.
 
     Args:
         output: the file to make.
         extra: further flags for compiler and linker, such as those of sanitizers.
+        variants: which to build; all but for tests.
 
     Raises:
         OSError: no compiler, or it failed; the message holds what it said.
@@ -42,19 +46,25 @@ def compile_library(output: Path = LIBRARY, extra: Sequence[str] = ()) -> None:
     compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
         raise OSError("no C++ compiler: set CXX, or install one")
+    output, command = output.absolute(), shlex.split(compiler)
+    if shutil.which(command[0]) is None:
+        raise OSError(f"no C++ compiler '{command[0]}': set CXX to one that is installed")
     try:
-        _build(compiler.split(), output, ("-fopenmp", *extra))
+        _build(command, output, ("-fopenmp", *extra), variants)
     except OSError:
         # Some compilers come without OpenMP: one thread is better than no library.
-        _build(compiler.split(), output, tuple(extra))
+        _build(command, output, tuple(extra), variants)
 
 
-def _build(compiler: list[str], output: Path, extra: tuple[str, ...]) -> None:
+def _build(compiler: list[str], output: Path, extra: tuple[str, ...], variants: Sequence[str]) -> None:
     with tempfile.TemporaryDirectory(prefix=".kernels-", dir=output.parent) as folder:
-        objects = [Path(folder, f"{name}.o") for name in (*VARIANTS, "library")]
+        objects = [Path(folder, f"{name}.o") for name in (*variants, "library")]
         commands = [
-            [*compiler, *_FLAGS, *extra, *flags, f"-DFACTORFORMER_VARIANT={name}", "-c", "variant.cpp", "-o", str(made)]
-            for (name, flags), made in zip(VARIANTS.items(), objects, strict=False)
+            [
+                *(*compiler, *_FLAGS, *extra, *VARIANTS[name], f"-DFACTORFORMER_VARIANT={name}"),
+                *("-c", "variant.cpp", "-o", str(made)),
+            ]
+            for name, made in zip(variants, objects, strict=False)
         ]
         commands.append([*compiler, *_FLAGS, *extra, "-c", "library.cpp", "-o", str(objects[-1])])
         _run(commands)

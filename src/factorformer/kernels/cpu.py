@@ -10,21 +10,29 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
+import warnings
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from factorformer.errors import FactorformerError, one_of
+from factorformer.errors import FactorformerError, ModelError, one_of
 from factorformer.kernels.compile import LIBRARY, VARIANTS
-from factorformer.kernels.support import code_of
+from factorformer.kernels.support import code_of, row_bytes
 
 LONGEST = 4
 """Matrices in a chain, at most."""
 
 REFERENCE = "reference"
+INTERFACE = 1
+"""Of the library; that of `csrc/factorformer.h` when this was written."""
+
 _CODES = {"bitmap": 0, "uint8": 1, "uint16": 2}
 _VALUES = (torch.float32, torch.int8)
+_PLAIN = (Tensor, nn.Parameter)  # other classes may keep their values elsewhere
+WIDEST = 2**16
+"""Columns of an int8 matrix, at most: sums of products with bytes fit into 32 bits."""
+
 _pointer, _count, _fields = ctypes.c_void_p, ctypes.c_int64, ctypes.POINTER(ctypes.c_int64)
 
 
@@ -44,6 +52,15 @@ def _load() -> ctypes.CDLL | None:
     except OSError as error:
         if wanted:
             raise FactorformerError(f"FACTORFORMER_CPU is '{wanted}', but there are no kernels: {error}") from error
+        return None
+    version = getattr(loaded, "factorformer_interface", lambda: 0)()
+    if version != INTERFACE:
+        warnings.warn(
+            "the CPU kernels were compiled from other sources and are not used: install factorformer again, or run "
+            "python -m factorformer.kernels.compile",
+            RuntimeWarning,
+            stacklevel=2,
+        )
         return None
     loaded.factorformer_variant.restype = ctypes.c_char_p
     arguments = {
@@ -74,10 +91,12 @@ def variant() -> str:
 
 def serves(x: Tensor, *weights: Tensor | None) -> bool:
     """Whether the library takes these tensors: float32 and int8 in memory, one after the other."""
-    if not AVAILABLE or not x.is_cpu or x.dtype != torch.float32:
+    if not AVAILABLE or type(x) not in _PLAIN or not x.is_cpu or x.dtype != torch.float32:
         return False
     for weight in weights:
-        if weight is not None and not (weight.dtype in _VALUES and weight.is_cpu and weight.is_contiguous()):
+        if weight is not None and not (
+            type(weight) in _PLAIN and weight.dtype in _VALUES and weight.is_cpu and weight.is_contiguous()
+        ):
             return False
     return True
 
@@ -85,9 +104,13 @@ def serves(x: Tensor, *weights: Tensor | None) -> bool:
 def sparse_matmul(
     x: Tensor, values: Tensor, support: Tensor, atoms: int, blocks: int, scales: Tensor | None, bias: Tensor | None
 ) -> Tensor:
-    """`x @ S.T + bias`, `(n, atoms)` to `(n, rows)`."""
-    x, y = x.contiguous(), x.new_empty(x.shape[0], values.shape[0])
-    fields = _sparse_fields(values, support, atoms, blocks, scales)
+    """`x @ S.T + bias`, `(n, atoms)` to `(n, rows)`.
+
+    Raises:
+        ModelError: the sizes do not fit together.
+    """
+    x, support, y = x.contiguous(), support.contiguous(), x.new_empty(x.shape[0], values.shape[0])
+    fields = _sparse_fields(x.shape[1], atoms, values, support, atoms, blocks, scales, bias)
     _loaded().factorformer_sparse(x.data_ptr(), len(x), fields, _address(bias), y.data_ptr())
     return y
 
@@ -95,20 +118,28 @@ def sparse_matmul(
 def sparse_matmul_transposed(
     x: Tensor, values: Tensor, support: Tensor, atoms: int, blocks: int, scales: Tensor | None
 ) -> Tensor:
-    """`x @ S`, `(n, rows)` to `(n, atoms)`."""
-    x, y = x.contiguous(), x.new_empty(x.shape[0], atoms)
-    fields = _sparse_fields(values, support, atoms, blocks, scales)
+    """`x @ S`, `(n, rows)` to `(n, atoms)`.
+
+    Raises:
+        ModelError: the sizes do not fit together.
+    """
+    x, support, y = x.contiguous(), support.contiguous(), x.new_empty(x.shape[0], atoms)
+    fields = _sparse_fields(x.shape[1], values.shape[0], values, support, atoms, blocks, scales, None)
     _loaded().factorformer_sparse_transposed(x.data_ptr(), len(x), fields, y.data_ptr())
     return y
 
 
 def sparse_outer(left: Tensor, right: Tensor, support: Tensor, nonzeros: int, blocks: int) -> Tensor:
-    """The entries of `left.T @ right` on the support: `(n, rows)` and `(n, atoms)` to `(rows, nonzeros)`."""
-    left, right = left.contiguous(), right.contiguous()
-    (n, rows), atoms = left.shape, right.shape[1]
+    """The entries of `left.T @ right` on the support: `(n, rows)` and `(n, atoms)` to `(rows, nonzeros)`.
+
+    Raises:
+        ModelError: the sizes do not fit together.
+    """
+    left, right, support = left.contiguous(), right.contiguous(), support.contiguous()
+    (n, rows), (others, atoms) = left.shape, right.shape
     y = left.new_empty(rows, nonzeros)
-    code = _CODES[code_of(atoms, nonzeros, blocks)]
-    fields = _array(support.data_ptr(), *support.shape, rows, nonzeros, atoms, blocks, code, 0, 0, 0)
+    where = (support.data_ptr(), *support.shape, rows, nonzeros, atoms, blocks)
+    fields = _sparse_array(n, others, where, 0, 0, False, -1, -1)
     _loaded().factorformer_sparse_outer(left.data_ptr(), right.data_ptr(), n, fields, y.data_ptr())
     return y
 
@@ -128,15 +159,17 @@ def chain(
         scales: one for each row as stored.
         columns: which of the weights are stored transposed.
         bias: added to the last product.
+
+    Raises:
+        ModelError: the sizes do not fit together.
     """
     numbers: list[int] = []
-    out = x.shape[-1]
     for weight, scale, column in zip(weights, scales, columns, strict=True):
-        rows, inner = weight.shape
-        out, wide = (inner, rows) if column else (rows, inner)
-        numbers += (weight.data_ptr(), _address(scale), out, wide, scale is not None, column)
-    x, y = x.contiguous(), x.new_empty(x.shape[0], out)
-    _loaded().factorformer_chain(x.data_ptr(), len(x), _array(*numbers), len(weights), _address(bias), y.data_ptr())
+        numbers += (weight.data_ptr(), *weight.shape, _address(scale), _size(scale), weight.dtype == torch.int8, column)
+    n, width = x.shape
+    fields, out = _chain_array(width, _size(bias), *numbers)
+    x, y = x.contiguous(), x.new_empty(n, out)
+    _loaded().factorformer_chain(x.data_ptr(), n, fields, len(weights), _address(bias), y.data_ptr())
     return y
 
 
@@ -156,9 +189,17 @@ def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, sc
         scale: of the scores.
 
     Returns:
-        `(batch, queries, heads, width)`.
+        `(batch, queries, heads, width)`; the mean of all values where the mask allows no key.
+
+    Raises:
+        ModelError: the sizes do not fit together.
     """
     batch, heads, queries, width = query.shape
+    if key.shape != value.shape or (key.shape[0], key.shape[3]) != (batch, width) or heads % key.shape[1]:
+        raise ModelError(
+            f"attention: a query {tuple(query.shape)} does not go with a key {tuple(key.shape)} and a value "
+            f"{tuple(value.shape)}; all have one batch and width, and key heads divide heads"
+        )
     y = query.new_empty(batch, queries, heads, width)
     strides = (0, 0, 0, 0) if mask is None else mask.expand(batch, heads, queries, key.shape[2]).stride()
     numbers = (
@@ -179,16 +220,79 @@ def _address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def _sparse_fields(values: Tensor, support: Tensor, atoms: int, blocks: int, scales: Tensor | None) -> ctypes.Array:
-    rows, nonzeros = values.shape
-    code = _CODES[code_of(atoms, nonzeros, blocks)]
-    return _array(
-        *(support.data_ptr(), *support.shape, rows, nonzeros, atoms, blocks, code),
-        *(values.data_ptr(), _address(scales), scales is not None),
+def _size(tensor: Tensor | None) -> int:
+    return -1 if tensor is None else tensor.numel()
+
+
+def _sparse_fields(
+    width: int,
+    wanted: int,
+    values: Tensor,
+    support: Tensor,
+    atoms: int,
+    blocks: int,
+    scales: Tensor | None,
+    bias: Tensor | None,
+) -> ctypes.Array:
+    where = (support.data_ptr(), *support.shape, *values.shape, atoms, blocks)
+    integers = values.dtype == torch.int8
+    return _sparse_array(
+        width, wanted, where, values.data_ptr(), _address(scales), integers, _size(scales), _size(bias)
     )
 
 
+# What C reads is made, and its sizes compared, once for each layer: that is faster than anew in each call.
+
+
 @functools.lru_cache(maxsize=4096)
-def _array(*numbers: int) -> ctypes.Array:
-    """The numbers as C reads them; made once for each layer, which is faster than anew in each call."""
+def _sparse_array(
+    width: int,
+    wanted: int,
+    where: tuple[int, ...],
+    values: int,
+    scales: int,
+    integers: bool,
+    scale_size: int,
+    bias_size: int,
+) -> ctypes.Array:
+    _, groups, packed, rows, nonzeros, atoms, blocks = where
+    _require("columns of the input", width, wanted)
+    if min(groups, nonzeros, blocks) < 1 or rows % groups or atoms % blocks or nonzeros % blocks or nonzeros > atoms:
+        raise ModelError(
+            f"a sparse matrix of {rows} rows, {groups} supports, {atoms} atoms, {nonzeros} nonzeros a row and {blocks} "
+            "blocks: supports must divide rows, blocks must divide atoms and nonzeros, nonzeros are at most all atoms"
+        )
+    _require("bytes of a row of the sparse support", packed, row_bytes(atoms, nonzeros, blocks))
+    _require("scales of the sparse matrix", scale_size, rows if integers else -1)
+    if bias_size != -1:
+        _require("values of the bias", bias_size, rows)
+    numbers = (*where, _CODES[code_of(atoms, nonzeros, blocks)], values, scales, integers)
     return (ctypes.c_int64 * len(numbers))(*numbers)
+
+
+@functools.lru_cache(maxsize=4096)
+def _chain_array(width: int, bias_size: int, *numbers: int) -> tuple[ctypes.Array, int]:
+    """The matrices as C reads them, and the columns of the product."""
+    if not 1 <= len(numbers) // 7 <= LONGEST:
+        raise ModelError(f"a chain has 1 to {LONGEST} matrices, got {len(numbers) // 7}")
+    fields: list[int] = []
+    for first in range(0, len(numbers), 7):
+        weight, rows, inner, scales, scale_size, integers, column = numbers[first : first + 7]
+        out, wide = (inner, rows) if column else (rows, inner)
+        _require("columns of the input", width, wide)
+        _require("scales of a matrix", scale_size, rows if integers else -1)
+        if integers and wide > WIDEST:
+            raise ModelError(
+                f"int8 matrices have at most {WIDEST} columns here, got {wide}: set FACTORFORMER_CPU=reference"
+            )
+        fields += (weight, scales, out, wide, integers, column)
+        width = out
+    if bias_size != -1:
+        _require("values of the bias", bias_size, width)
+    return (ctypes.c_int64 * len(fields))(*fields), width
+
+
+def _require(what: str, given: int, wanted: int) -> None:
+    if given != wanted:
+        numbers = ("none" if number == -1 else str(number) for number in (given, wanted))
+        raise ModelError("{}: got {}, but the product takes {}".format(what, *numbers))

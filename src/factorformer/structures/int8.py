@@ -19,8 +19,6 @@ SCALE = "_scale"
 """Ends the name of the scales of a factor."""
 
 LARGEST = 127
-CLIPPINGS = (1.0, 0.97, 0.94, 0.91, 0.88, 0.85)
-"""Parts of a row's largest value that are tried as the largest code: the rest of the row gains what that one loses."""
 
 
 def stored(tensors: Mapping[str, TensorSpec]) -> dict[str, TensorSpec]:
@@ -40,15 +38,17 @@ def is_stored(factors: Factors) -> bool:
 
 @torch.no_grad()
 def quantize(factors: Factors) -> dict[str, Tensor]:
-    """Codes and scales of the values that leave the smallest squared error in each row, by a search over clippings."""
+    """Codes and scales of the values; the largest of each row gets the largest code.
+
+    Rows are not clipped: on factors of MiniLM, clipping for the smallest squared error takes at most 2 % off an error of
+    0.5 to 1.5 %, which is nothing beside that of the fit, and `rounded` would have to search for it in every step.
+    """
     result: dict[str, Tensor] = {}
     for name, tensor in factors.items():
-        if not tensor.is_floating_point():
-            result[name] = tensor
-            continue
-        scale = _scales(tensor)
-        result[name] = _codes(tensor, scale).to(torch.int8)
-        result[name + SCALE] = scale
+        if tensor.is_floating_point():
+            codes, result[name + SCALE] = _quantized(tensor)
+            tensor = codes.to(torch.int8)
+        result[name] = tensor
     return result
 
 
@@ -75,7 +75,7 @@ def look_up(factors: Factors, name: str, index: Tensor) -> Tensor:
 
 
 def rounded(factors: Factors) -> dict[str, Tensor]:
-    """The values that int8 would hold, through which gradients pass as if nothing had been rounded.
+    """The very values that `quantize` would store, through which gradients pass as if nothing had been rounded.
 
     The straight-through estimator of Bengio, Léonard and Courville (arXiv 1308.3432), for training that is to end in
     int8.
@@ -83,35 +83,24 @@ def rounded(factors: Factors) -> dict[str, Tensor]:
     result = dict(factors)
     for name, tensor in factors.items():
         if tensor.is_floating_point():
-            with torch.no_grad():
-                scale = _spread(tensor.detach(), tensor.detach().abs().flatten(1).amax(1) / LARGEST)
-                error = (tensor / scale).round() * scale - tensor
-            result[name] = tensor + error
+            fixed = tensor.detach()
+            result[name] = _values(*_quantized(fixed)) + (tensor - fixed)
     return result
 
 
-def _scales(tensor: Tensor) -> Tensor:
-    """For each row, the scale that leaves the smallest squared error."""
-    whole = tensor.float()
-    largest = whole.abs().flatten(1).amax(1).clamp_min(torch.finfo(torch.float32).tiny * LARGEST)
-    best, least = largest / LARGEST, torch.full_like(largest, torch.inf)
-    for part in CLIPPINGS:
-        scale = (part * largest / LARGEST).to(tensor.dtype).float()
-        error = (_codes(whole, scale) * _spread(whole, scale) - whole).square().flatten(1).sum(1)
-        best, least = torch.where(error < least, scale, best), torch.minimum(error, least)
-    return best.to(tensor.dtype)
+def _quantized(tensor: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes, in floats, and the scales of rows, in the type of the values."""
+    whole = tensor.to(torch.promote_types(tensor.dtype, torch.float32))  # bfloat16 has no 127.5
+    scale = (whole.abs().flatten(1).amax(1) / LARGEST).to(tensor.dtype)
+    divisor = torch.where(scale > 0, scale, 1).to(whole.dtype)  # rows of zeros, or too small for a scale
+    return (whole / _spread(whole, divisor)).round().clamp(-LARGEST, LARGEST), scale
 
 
-def _codes(tensor: Tensor, scale: Tensor) -> Tensor:
-    return (tensor.float() / _spread(tensor, scale.float())).round().clamp(-LARGEST, LARGEST)
-
-
-def _values(codes: Tensor, scale: Tensor, dtype: torch.dtype | None) -> Tensor:
+def _values(codes: Tensor, scale: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     scale = scale.to(dtype or scale.dtype)
     return codes.to(scale.dtype) * _spread(codes, scale)
 
 
 def _spread(tensor: Tensor, scale: Tensor) -> Tensor:
-    """One scale for each row, shaped to meet the rows; never 0."""
-    tiny = torch.finfo(scale.dtype).tiny
-    return scale.clamp_min(tiny).view(-1, *[1] * (tensor.dim() - 1))
+    """One scale for each row, shaped to meet the rows."""
+    return scale.view(-1, *[1] * (tensor.dim() - 1))

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from factorformer.errors import ModelError
+from factorformer.kernels import Dense, chain
 from factorformer.linalg import arrange_back
 from factorformer.structures.base import Factors, Selection, Shape, Structure, TensorSpec, require_positive
 from factorformer.structures.int8 import floats
@@ -120,23 +121,22 @@ class KroneckerSum(Structure):
 
     def matmul(self, shape: Shape, factors: Factors, x: Tensor, bias: Tensor | None = None) -> Tensor:
         (m1, n1), (m2, n2) = self.left, self.right
-        leading, padding = x.shape[:-1], n1 * n2 - shape[1]
+        leading, padding, factors = x.shape[:-1], n1 * n2 - shape[1], floats(factors, x.dtype)
         if x.device.type == "cpu" and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
             blocks = x.reshape(-1, shape[1]).split(ROWS_AT_ONCE)
             if len(blocks) > 1:
                 products = [self.matmul(shape, factors, block, bias) for block in blocks]
                 return torch.cat(products).view(*leading, shape[0])
-        factors = floats(factors, x.dtype)
         x = F.pad(x, (0, padding)) if padding else x
         if self._right_first:
-            inner = F.linear(x.reshape(-1, n2), factors["right"].flatten(0, 1))
+            inner = _product(x.reshape(-1, n2), factors["right"].flatten(0, 1))
             inner = inner.view(-1, n1, m2, self.rank).transpose(1, 2).reshape(-1, n1 * self.rank)
-            product = F.linear(inner, factors["weight"].flatten(1)).view(-1, m2, m1).transpose(1, 2)
+            product = _product(inner, factors["weight"].flatten(1)).view(-1, m2, m1).transpose(1, 2)
         else:
             rows = x.reshape(-1, n1, n2).transpose(1, 2).reshape(-1, n1)
-            inner = F.linear(rows, factors["weight"].transpose(1, 2).reshape(-1, n1))
+            inner = _product(rows, factors["weight"].transpose(1, 2).reshape(-1, n1))
             inner = inner.view(-1, n2, m1, self.rank).permute(0, 2, 3, 1).reshape(-1, self.rank * n2)
-            product = F.linear(inner, factors["right"].flatten(1)).view(-1, m1, m2)
+            product = _product(inner, factors["right"].flatten(1)).view(-1, m1, m2)
         product = product.flatten(1)[:, : shape[0]].reshape(*leading, shape[0])
         return product if bias is None else product + bias.to(product.dtype)
 
@@ -209,6 +209,10 @@ class KroneckerSum(Structure):
     @classmethod
     def families(cls, shape: Shape, dtype: torch.dtype) -> tuple[list[KroneckerSum]]:
         return (list(cls.candidates(shape, dtype)),)
+
+
+def _product(x: Tensor, weight: Tensor) -> Tensor:
+    return chain(x, (Dense(weight),))
 
 
 def factor_shapes(shape: Shape) -> tuple[Shape, Shape]:

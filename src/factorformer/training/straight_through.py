@@ -91,7 +91,7 @@ class StraightThrough:
         for (name, module), *others in holders.values():
             if module.form is not None:
                 raise ModelError(f"layer '{name}' trains straight through already: call finish() of that first")
-            if others or not isinstance(module, FactorizedLinear) or not module.get_parameter("weight").requires_grad:
+            if others or not isinstance(module, FactorizedLinear) or not module.values.requires_grad:
                 continue
             form = SparseForm if isinstance(module.spec, DenseSparse) else ProjectedForm
             original = None if dense is None else _original(dense, name, module)
@@ -100,7 +100,7 @@ class StraightThrough:
         if not self.forms:
             raise ModelError(
                 "straight-through training needs factorized linear layers that are trained and not tied to others: "
-                "compress the model first, or unfreeze them"
+                "compress the model first, unfreeze them, and store them in int8 only when training is over"
             )
 
     def after_step(self, done: int, total: int) -> None:

@@ -23,7 +23,7 @@ void attention_block(const Attention &a, int64_t batch, int64_t head, int64_t fi
         float_rows<R, V>(queries, k + key * a.k_stride[2], a.k_stride[2], 1, a.width, scores + key * WIDTH);
     });
     Floats high[V], total[V] = {};
-    for (int i = 0; i < V; ++i) high[i] = splat(-INFINITY);
+    for (int i = 0; i < V; ++i) high[i] = splat(-3e38f); // finite, for tokens that may see no key
     const uint8_t *allowed = a.mask ? a.mask + batch * a.mask_stride[0] + head * a.mask_stride[1] : nullptr;
     for (int64_t key = 0; key < a.keys; ++key)
         for (int i = 0; i < V; ++i) {
@@ -35,7 +35,7 @@ void attention_block(const Attention &a, int64_t batch, int64_t head, int64_t fi
                 for (int lane = 0; lane < LANES && i * LANES + lane < count; ++lane)
                     if (!allowed[(first + i * LANES + lane) * a.mask_stride[2] + key * a.mask_stride[3]])
                         s[lane] = -INFINITY;
-            high[i] = maximum(high[i], s);
+            high[i] = maximum(s, high[i]);
             store(at, s);
         }
     for (int64_t key = 0; key < a.keys; ++key)

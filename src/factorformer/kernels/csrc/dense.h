@@ -44,8 +44,9 @@ INLINE Ints dot4(Ints total, Words x, int32_t weights) {
 }
 
 INLINE Floats exponential(Floats x) {
-    // 2^n * 2^f with |f| <= 1/2: the series of 2^f to the sixth term has a relative error of 2e-8.
-    const Floats limited = maximum(x, splat(-87.0f)), scaled = limited * splat(1.44269504f);
+    // 2^n * 2^f with |f| <= 1/2: the series of 2^f to the sixth term has a relative error of 2e-8. Of what is not a number,
+    // it stays one that is not.
+    const Floats limited = maximum(splat(-87.0f), x), scaled = limited * splat(1.44269504f);
     const Floats shifted = scaled + splat(12582912.0f), whole = shifted - splat(12582912.0f);
     const Floats f = (scaled - whole) * splat(0.69314718f);
     Floats series = splat(1.0f / 720);
@@ -56,7 +57,8 @@ INLINE Floats exponential(Floats x) {
 
 // x * Phi(x), with the error function of Abramowitz and Stegun 7.1.26, whose absolute error is below 1.5e-7.
 INLINE Floats gelu_of(Floats x) {
-    const Floats size = (Floats)((Words)x & 0x7fffffffu), z = size * splat(0.70710678f);
+    // Beyond 16 the tail is 0, also times infinity.
+    const Floats size = minimum(splat(16.0f), (Floats)((Words)x & 0x7fffffffu)), z = size * splat(0.70710678f);
     const Floats t = splat(1.0f) / (splat(1.0f) + splat(0.3275911f) * z);
     Floats series = splat(1.061405429f);
     for (float term : {-1.453152027f, 1.421413741f, -0.284496736f, 0.254829592f}) series = series * t + splat(term);
@@ -200,15 +202,16 @@ template <int V> INLINE void quantize_block(const float *block, int64_t k_end, c
         const auto value = [=](int64_t k) __attribute__((always_inline)) {
             return scales ? load(from + k * WIDTH) * splat(scales[k]) : load(from + k * WIDTH);
         };
-        Floats low = {}, high = {};
+        Floats low = {}, high = {}, wrong = {}; // `wrong` is 0, or not a number if a value is not or is infinite
         for (int64_t k = 0; k < k_end; ++k) {
             const Floats x = value(k);
             low = minimum(low, x);
             high = maximum(high, x);
+            wrong += x * Floats{};
         }
         Floats scale, zero;
         choose_range(low, high, scale, zero);
-        store(to.scale + v * LANES, scale);
+        store(to.scale + v * LANES, scale + wrong);
         store(to.zero + v * LANES, zero);
         const Floats inverse = splat(1.0f) / scale;
         for (int64_t k = 0; k < k_end; k += 4) {
@@ -242,9 +245,17 @@ template <int V> struct Stage {
 // Weights as floats, in LANES at a time.
 INLINE Floats weights(const Matrix &m, int64_t at) {
     if (!m.integers) return load(static_cast<const float *>(m.weight) + at);
+    const int8_t *from = static_cast<const int8_t *>(m.weight) + at;
+#if defined(__AVX512F__)
+    const Ints whole = (Ints)_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i *>(from)));
+#elif defined(__AVX2__)
+    const Ints whole = (Ints)_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i *>(from)));
+#else
     Bytes bytes;
-    std::memcpy(&bytes, static_cast<const int8_t *>(m.weight) + at, sizeof bytes);
-    return __builtin_convertvector(__builtin_convertvector(bytes, Ints), Floats);
+    std::memcpy(&bytes, from, sizeof bytes);
+    const Ints whole = __builtin_convertvector(bytes, Ints);
+#endif
+    return __builtin_convertvector(whole, Floats);
 }
 
 INLINE float weight_at(const Matrix &m, int64_t at) {

@@ -7,6 +7,8 @@
 
 #include <cstdint>
 
+constexpr int32_t INTERFACE = 1; // counted up when a function changes: callers compare it with theirs
+
 struct Support {
     const uint8_t *packed; // (groups, bytes)
     int64_t groups, bytes, rows, nonzeros, atoms, blocks;

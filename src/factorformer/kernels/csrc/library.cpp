@@ -7,10 +7,10 @@
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
-extern "C" {
-extern const Table baseline;
+extern "C" { // null where a variant was left out
+extern const Table baseline __attribute__((weak));
 #if defined(__x86_64__)
-extern const Table avx2, avx512, avx512_vnni;
+extern const Table avx2 __attribute__((weak)), avx512 __attribute__((weak)), avx512_vnni __attribute__((weak));
 #endif
 }
 
@@ -24,12 +24,14 @@ static const Table *choose() {
     const Table *const all[] = {&avx512_vnni, &avx512, &avx2, &baseline};
     const char *wanted = std::getenv("FACTORFORMER_CPU"); // the name of a variant
     for (int i = 0; i < 4; ++i)
-        if (can[i] && (!wanted || !*wanted || !std::strcmp(wanted, all[i]->name))) return all[i];
+        if (can[i] && all[i] && (!wanted || !*wanted || !std::strcmp(wanted, all[i]->name))) return all[i];
 #endif
     return &baseline;
 }
 
 static const Table *const table = choose();
+
+EXPORT int32_t factorformer_interface() { return INTERFACE; }
 
 EXPORT const char *factorformer_variant() { return table->name; }
 

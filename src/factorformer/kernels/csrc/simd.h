@@ -102,9 +102,13 @@ INLINE void transpose_out(const float *from, int width, int rows, int tokens, fl
 }
 
 INLINE float sum(Floats v) {
+#if defined(__AVX512F__)
+    return _mm512_reduce_add_ps((__m512)v);
+#else
     float total = 0;
     for (int lane = 0; lane < LANES; ++lane) total += v[lane];
     return total;
+#endif
 }
 
 } // namespace

@@ -277,7 +277,7 @@ void sparse_transposed(const float *x, int64_t n, const Support *support, const 
     const int width = n <= LANES ? LANES : TOKENS, threads = omp_get_max_threads();
     const int64_t blocks = (n + width - 1) / width;
     // Few tokens: threads take rows, so that each is decoded once, and their sums are added up.
-    const bool by_rows = threads > 1 && blocks <= 8 * threads;
+    const bool by_rows = threads > 1 && blocks <= std::min(8 * threads, 64);
     const int64_t size = s.atoms * width * (by_rows ? blocks : 1);
     float *partial = by_rows ? partial_sums.take<float>(size * threads) : nullptr;
 #pragma omp parallel num_threads(threads)

@@ -1,0 +1,277 @@
+"""What takes part in a benchmark: a model directory by one of several routes, or an ONNX file."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy
+import torch
+from jaxtyping import Int
+from torch import Tensor, nn
+
+from factorformer.errors import FactorformerError, MethodError, ModelError, one_of
+from factorformer.nn import FactorizedMatrix
+
+VARIANTS = {
+    "fused": "attention and activations by our compiled kernels as well (`factorformer.fuse`)",
+    "compile": "through torch.compile, for each shape anew",
+    "bf16": "weights and activations in bfloat16",
+    "int8": "torch's dynamic int8 of every nn.Linear",
+    "torchao-int8": "torchao's dynamic int8 of every nn.Linear",
+    "onnx": "the model.onnx of a directory that holds other weights as well",
+}
+"""What can stand before a model, and what it means."""
+
+PRECISIONS = ("bf16", "int8", "torchao-int8")
+
+WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
+
+VOCABULARY = 1000
+"""Tokens are drawn below this where no configuration says how many a model knows."""
+
+Tokens = Int[Tensor, "batch tokens"]
+Route = Literal["torch", "onnxruntime"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Contestant:
+    """A model and the route that it takes.
+
+    Args:
+        name: as the user wrote it, e.g. `compile:small/`.
+        path: a model directory, or a file in ONNX form.
+        route: what runs it.
+        variants: names of `VARIANTS`, outermost first.
+    """
+
+    name: str
+    path: Path
+    route: Route = "torch"
+    variants: tuple[str, ...] = ()
+
+    @property
+    def files(self) -> list[Path]:
+        """The files that hold the weights."""
+        if self.route == "onnxruntime":
+            external = [f"{self.path.name}{ending}" for ending in (".data", "_data")]
+            beside = [self.path.with_name(name) for name in external]
+            return [self.path, *(file for file in beside if file.is_file())]
+        return next((sorted(found) for found in (list(self.path.glob(end)) for end in WEIGHTS) if found), [])
+
+
+def parse(text: str) -> Contestant:
+    """Read `[VARIANT:]...MODEL`.
+
+    MODEL is a directory, a name on the Hub, `minilm`, a file `*.onnx`, or a directory with a `model.onnx` and no other
+    weights. Variants can be combined, e.g. `compile:bf16:small/`.
+
+    Raises:
+        MethodError: an unknown variant, or some that do not go together.
+        ModelError: no such model.
+    """
+    variants: list[str] = []
+    rest = text
+    while ":" in rest and not Path(rest).exists():
+        first, _, after = rest.partition(":")
+        if first not in VARIANTS:
+            raise MethodError(f"'{text}': unknown variant {one_of(first, VARIANTS)}")
+        variants.append(first)
+        rest = after
+    precisions = [name for name in variants if name in PRECISIONS]
+    if len(set(variants)) < len(variants) or len(precisions) > 1:
+        raise MethodError(f"'{text}': each variant once, and at most one of {', '.join(PRECISIONS)}")
+    file = _onnx_file(text, Path(rest), forced="onnx" in variants)
+    if file is not None:
+        if set(variants) - {"onnx"}:
+            raise MethodError(f"'{text}': ONNX Runtime runs a file as it is: leave out '{variants[0]}:'")
+        return Contestant(text, file, "onnxruntime")
+    from factorformer.hf.source import find
+
+    return Contestant(text, find(rest), "torch", tuple(variants))
+
+
+def _onnx_file(text: str, path: Path, *, forced: bool) -> Path | None:
+    if path.suffix == ".onnx" and not path.is_dir():
+        if not path.is_file():
+            raise ModelError(f"no such file: '{path}'")
+        return path
+    inside = path / "model.onnx"
+    if forced and not inside.is_file():
+        raise ModelError(f"'{text}': there is no '{inside}'")
+    if inside.is_file() and (forced or not any(any(path.glob(pattern)) for pattern in WEIGHTS)):
+        return inside
+    return None
+
+
+@dataclasses.dataclass(frozen=True)
+class Runner:
+    """A contestant that is ready to run.
+
+    Args:
+        prepare: binds token ids to a forward pass.
+        vocabulary: ids below it are words.
+        padding: the id that is none; None if there is no such.
+        positions: the most tokens that it can read; None if any number.
+        module: what torch runs.
+    """
+
+    prepare: Callable[[Tokens], Callable[[], object]]
+    vocabulary: int
+    padding: int | None
+    positions: int | None
+    module: nn.Module | None = None
+
+
+def load(contestant: Contestant, threads: int, device: torch.device) -> Runner:
+    """Load a contestant.
+
+    Args:
+        contestant: from `parse`.
+        threads: that ONNX Runtime may use; torch's are set for the whole process.
+        device: for the models that torch runs.
+
+    Raises:
+        MethodError: a variant or route that does not run on the device or without a package that is missing.
+        ModelError: the model cannot be loaded, or reads other things than tokens.
+    """
+    if contestant.route == "onnxruntime":
+        return _load_onnx(contestant, threads, device)
+    from factorformer.hf.source import load_model, most_tokens
+
+    model = load_model(contestant.path).to(device)  # pyright: ignore[reportArgumentType]
+    config = model.config
+    if model.main_input_name != "input_ids":
+        raise ModelError(f"'{contestant.name}' reads {model.main_input_name}: only models of text can be compared")
+    if getattr(config, "use_cache", False):
+        # Keys and values are kept for generating, and what is timed is one pass over all tokens.
+        config.use_cache = False
+    known, padding = config.get_text_config().vocab_size, config.get_text_config().pad_token_id
+    positions, encoder_decoder = most_tokens(model), config.is_encoder_decoder
+    run: Any = _changed(contestant, model, device)
+
+    def prepare(ids: Tokens) -> Callable[[], object]:
+        ids = ids.to(device)
+        arguments = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        if encoder_decoder:
+            arguments["decoder_input_ids"] = ids
+        return lambda: run(**arguments)
+
+    return Runner(prepare, known, padding, positions, run)
+
+
+def _changed(contestant: Contestant, model: Any, device: torch.device) -> nn.Module:
+    """The model in its precision, compiled if it is to be."""
+    for name in contestant.variants:
+        if name == "fused":
+            from factorformer.hf.fused import fuse
+
+            model = fuse(model)
+        elif name == "bf16":
+            model = model.to(torch.bfloat16)
+        elif name in PRECISIONS:
+            model = _in_int8(contestant, name, model, device)
+    if "compile" not in contestant.variants:
+        return model
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the compiler imports what torch itself deprecates
+        return torch.compile(model, dynamic=False)  # pyright: ignore
+
+
+def _in_int8(contestant: Contestant, variant: str, model: nn.Module, device: torch.device) -> nn.Module:
+    if device.type != "cpu":
+        raise MethodError(f"'{contestant.name}': '{variant}' runs on the CPU only, not on {device}")
+    factorized = next((name for name, module in model.named_modules() if isinstance(module, FactorizedMatrix)), None)
+    if factorized is not None:
+        raise MethodError(
+            f"'{contestant.name}': '{variant}' turns every nn.Linear into int8, and here '{factorized}' is in factors: "
+            "put the variant before a dense model"
+        )
+    if not any(type(module) is nn.Linear for module in model.modules()):
+        raise MethodError(f"'{contestant.name}': '{variant}' turns every nn.Linear into int8, and here is none")
+    if variant == "int8":
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that it is going to move into torchao
+            from torch.ao.quantization import quantize_dynamic
+
+            return quantize_dynamic(model.float(), {nn.Linear}, dtype=torch.qint8)
+    if importlib.util.find_spec("torchao") is None:
+        raise MethodError(f"'{contestant.name}' needs torchao: pip install torchao")
+    from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_  # pyright: ignore
+
+    quantize_(model, Int8DynamicActivationInt8WeightConfig())
+    return model
+
+
+def _load_onnx(contestant: Contestant, threads: int, device: torch.device) -> Runner:
+    if device.type != "cpu":
+        raise MethodError(f"'{contestant.name}': ONNX Runtime runs on the CPU here, not on {device}")
+    if importlib.util.find_spec("onnxruntime") is None:
+        raise MethodError(f"'{contestant.name}' needs ONNX Runtime: pip install 'factorformer[onnx]'")
+    import onnxruntime  # pyright: ignore
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
+    options.log_severity_level = 4  # errors are raised as well
+    # Threads that spin while they wait for their next work slow down everybody else's turn.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    try:
+        session = onnxruntime.InferenceSession(str(contestant.path), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # of many types, for files that are no models and for operators that it does not know
+        raise ModelError(f"cannot load '{contestant.name}': {first_line(error)}") from error
+    names = [item.name for item in session.get_inputs()]
+    known = {"input_ids", "attention_mask", "token_type_ids", "position_ids"}
+    if "input_ids" not in names or set(names) - known:
+        raise ModelError(
+            f"'{contestant.name}' reads {', '.join(names)}: only models of input_ids (and {', '.join(sorted(known))}) "
+            "can be compared"
+        )
+    config = _config_beside(contestant.path)
+
+    def prepare(ids: Tokens) -> Callable[[], object]:
+        values = {
+            "input_ids": ids,
+            "attention_mask": torch.ones_like(ids),
+            "token_type_ids": torch.zeros_like(ids),
+            "position_ids": torch.arange(ids.shape[1]).expand_as(ids),
+        }
+        feed = {name: numpy.ascontiguousarray(values[name].numpy()) for name in names}
+        return lambda: session.run(None, feed)
+
+    return Runner(prepare, config.get("vocab_size", VOCABULARY), config.get("pad_token_id"), None)
+
+
+def _config_beside(file: Path) -> dict[str, Any]:
+    path = file.with_name("config.json")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def common_vocabulary(runners: Iterable[Runner]) -> int:
+    """Ids below this are words to all of them."""
+    return min(runner.vocabulary for runner in runners)
+
+
+def draw(runners: Sequence[Runner], batch: int, tokens: int, seed: int, vocabulary: int | None = None) -> Tokens:
+    """Random words that all of them know, or below a smaller vocabulary; none is padding."""
+    known = common_vocabulary(runners) if vocabulary is None else min(common_vocabulary(runners), vocabulary)
+    padding = sorted({runner.padding for runner in runners if runner.padding is not None and runner.padding < known})
+    ids = torch.randint(known - len(padding), (batch, tokens), generator=torch.Generator().manual_seed(seed))
+    for skipped in padding:
+        ids[ids >= skipped] += 1
+    return ids
+
+
+def first_line(error: BaseException) -> str:
+    """Of a message that may go on for pages; of ours, all of it."""
+    if isinstance(error, FactorformerError):
+        return str(error)
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

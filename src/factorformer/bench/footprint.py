@@ -1,0 +1,197 @@
+"""Size of the files, time to load, and peak memory of a model: the latter two in a process of its own.
+
+    python -m factorformer.bench.footprint '{"name": "minilm", "shape": "8x64", "threads": 2, ...}'
+
+prints one JSON object as its last line.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from factorformer.bench.contestants import PRECISIONS, Contestant, draw, first_line, load, parse
+from factorformer.bench.race import Shape
+from factorformer.errors import ModelError
+
+LOADS = 3
+"""Loads that count."""
+
+FAILED = 3
+"""Exit code of a process that has written why."""
+
+STATUS = Path("/proc/self/status")
+
+
+@dataclasses.dataclass(frozen=True)
+class Footprint:
+    """What a model takes.
+
+    Args:
+        file_bytes: of its weight files. A variant that changes the weights has no file: then those that `torch.save`
+            makes of its state.
+        load_milliseconds: from files, which the system holds in memory already, to a model that can run: the median of
+            three loads, after one that does not count. A compiler compiles later, in the first pass over a shape.
+        peak_bytes: resident memory at its highest while the model was loaded and ran, less what the process held after
+            its imports. Pages of files that are mapped into memory count.
+        import_bytes: what that is.
+        gpu_peak_bytes: of the GPU's memory; None on a CPU.
+    """
+
+    file_bytes: int
+    load_milliseconds: float
+    peak_bytes: int
+    import_bytes: int
+    gpu_peak_bytes: int | None = None
+
+
+def footprint(
+    contestant: Contestant,
+    shape: Shape,
+    threads: int,
+    device: str = "cpu",
+    seed: int = 0,
+    vocabulary: int | None = None,
+) -> Footprint:
+    """Load a model in a new process, and run it there.
+
+    Args:
+        contestant: from `contestants.parse`.
+        shape: of the input.
+        threads: of torch or of ONNX Runtime.
+        device: for the models that torch runs.
+        seed: of the words.
+        vocabulary: ids of words are below it, for models that do not tell how many they know.
+
+    Raises:
+        ModelError: the process failed.
+    """
+    job: dict[str, Any] = {
+        "name": contestant.name,
+        "shape": str(shape),
+        "threads": threads,
+        "device": device,
+        "seed": seed,
+    }
+    job["vocabulary"] = vocabulary
+    command = [sys.executable, "-W", "ignore", "-m", __name__, json.dumps(job)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode != 0:
+        # A process that the system ended, for want of memory above all, has not said why.
+        ended = f"its process ended with exit code {done.returncode}"
+        why = done.stderr.strip().splitlines()[-1] if done.returncode == FAILED else ended
+        raise ModelError(f"cannot measure the memory of '{contestant.name}': {why}")
+    return Footprint(**json.loads(done.stdout.strip().splitlines()[-1]))
+
+
+def measure(
+    contestant: Contestant, shape: Shape, threads: int, device: torch.device, seed: int, vocabulary: int | None
+) -> Footprint:
+    """The same in this process, which should not have done anything else before."""
+    torch.set_num_threads(threads)
+    _import_what_runs(contestant)
+    imported = _reset_peak()
+    runner = load(contestant, threads, device)
+    run = runner.prepare(draw([runner], shape.batch, shape.tokens, seed, vocabulary))
+    with torch.inference_mode():
+        for _ in range(2):
+            run()
+    peak = _peak()
+    files = sum(file.stat().st_size for file in contestant.files)
+    if runner.module is not None and set(contestant.variants) & set(PRECISIONS):
+        files = _saved(runner.module)
+    gpu = torch.cuda.max_memory_allocated() if device.type == "cuda" else None
+    del runner, run
+    return Footprint(files, _load_time(contestant, threads, device), peak - imported, imported, gpu)
+
+
+def _load_time(contestant: Contestant, threads: int, device: torch.device) -> float:
+    times: list[float] = []
+    for _ in range(LOADS):
+        started = time.perf_counter()
+        load(contestant, threads, device)
+        times.append(1000 * (time.perf_counter() - started))
+    return statistics.median(times)
+
+
+def _import_what_runs(contestant: Contestant) -> None:
+    if contestant.route == "onnxruntime":
+        import onnxruntime  # noqa: F401  # pyright: ignore
+
+        return
+    import transformers
+
+    from factorformer.hf.source import read_config
+
+    for name in read_config(contestant.path).architectures or []:
+        getattr(transformers, name, None)  # its module is imported when it is asked for
+
+
+def _reset_peak() -> int:
+    """Forget how high memory was before, where the system can; what it is now, in bytes."""
+    if STATUS.exists():
+        try:
+            Path("/proc/self/clear_refs").write_text("5")
+        except OSError:
+            return _peak()
+        return _status("VmRSS")
+    return _peak()
+
+
+def _peak() -> int:
+    """The highest resident memory of this process, in bytes."""
+    if STATUS.exists():  # `getrusage` would count what the parent held before it started this one
+        return _status("VmHWM")
+    if os.name == "nt":
+        import psutil
+
+        return psutil.Process().memory_info().peak_wset  # pyright: ignore
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def _status(key: str) -> int:
+    line = next(line for line in STATUS.read_text().splitlines() if line.startswith(f"{key}:"))
+    return int(line.split()[1]) * 1024
+
+
+def _saved(module: torch.nn.Module) -> int:
+    with tempfile.TemporaryFile() as file:
+        torch.save(module.state_dict(), file)
+        return file.tell()
+
+
+def main(arguments: list[str]) -> int:
+    """Carry out a job that `footprint` wrote."""
+    warnings.simplefilter("ignore")
+    job: dict[str, Any] = json.loads(arguments[0])
+    try:
+        found = measure(
+            parse(job["name"]),
+            Shape.parse(job["shape"]),
+            job["threads"],
+            torch.device(job["device"]),
+            job["seed"],
+            job["vocabulary"],
+        )
+    except Exception as error:  # whatever it is, the parent names the model
+        print(first_line(error), file=sys.stderr)
+        return FAILED
+    print(json.dumps(dataclasses.asdict(found)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

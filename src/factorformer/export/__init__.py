@@ -1,0 +1,1 @@
+"""Models as files for other runtimes. `export.onnx.export` writes a directory that ONNX Runtime runs."""

@@ -1,0 +1,259 @@
+"""Models as ONNX files: the factors as they are stored, in a graph that ONNX Runtime runs fast.
+
+Whatever is exported is run, in ONNX Runtime, on batches of two shapes with padding, and compared with torch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import logging
+import os
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from factorformer.errors import ExportError
+from factorformer.export.task import Pooling, Task, input_names, read_longest, read_pooling
+from factorformer.hf.checkpoint import check_output, output_directory
+from factorformer.hf.source import find, load_model, load_tokenizer
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+FILE = "model.onnx"
+OPSET = 23
+"""The first with an operator for attention."""
+
+TOLERANCE = 1e-4
+"""Of the norm of the outputs, by which those of the file may deviate from torch's."""
+
+TOLERANCE_INT8 = 0.7
+"""The same where products are made in int8, after the file with products in float32 has passed.
+
+Random tokens are far from what a model was trained on: they deviate by up to 0.4 where real text does by 0.1. Outputs
+that have nothing to do with each other would deviate by 1.4.
+"""
+
+SHAPES = ((4, 9), (7, 16))
+"""Batch and length of the comparison, neither of them that of the trace."""
+
+LARGEST_FILE = 2**31 - 2**20
+"""Bytes that a file in this format can have, with room for the graph."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Exported:
+    """What `export` wrote.
+
+    Args:
+        path: the directory.
+        file_bytes: of `model.onnx`.
+        inputs: names of its inputs, int64 of `(batch, length)` each.
+        output: the name of its output: `logits`, `last_hidden_state` or `sentence_embedding`.
+        deviation: from torch, the norm of the difference relative to that of the output, of the worse of two batches.
+    """
+
+    path: Path
+    file_bytes: int
+    inputs: tuple[str, ...]
+    output: str
+    deviation: float
+
+
+def export(
+    model: PreTrainedModel | str | os.PathLike[str],
+    path: str | os.PathLike[str],
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    pooling: Pooling | None = None,
+    int8: bool = False,
+    overwrite: bool = False,
+) -> Exported:
+    """Write an encoder, compressed or not, as a directory with `model.onnx`, its configuration and its tokenizer.
+
+    Batch and length are dynamic. The file holds the tensors of the model as they are stored, sparse factors packed and
+    half precision as such; products are made in float32, and with `int8` in int8.
+
+    Args:
+        model: an encoder of text, with a head that gives logits or without one; or its directory, a name on the Hub, or
+            `minilm`. It is left as it is.
+        path: the directory to make; it appears complete or not at all.
+        tokenizer: written beside the model; by default that of the directory.
+        pooling: makes a sentence encoder of an encoder; by default what `modules.json` of the directory says.
+        int8: store weights as int8 with one scale for each output, and quantize activations as they come.
+        overwrite: replace what is there.
+
+    Raises:
+        ExportError: a package is missing, the model is of another kind, or the file does not compute what it does.
+        ModelError: no such model.
+        OutputError: the path exists and `overwrite` is off, or it cannot be written.
+    """
+    _require_packages()
+    from factorformer.export import graph, translation
+
+    check_output(path, overwrite=overwrite)
+    if isinstance(model, PreTrainedModel):
+        whole = copy.deepcopy(model)
+    else:
+        source = find(os.fspath(model))
+        if tokenizer is None:
+            tokenizer = load_tokenizer(source)
+            tokenizer.model_max_length = read_longest(source) or tokenizer.model_max_length
+        whole = load_model(source)
+        if pooling is None and type(whole).__name__.endswith("Model"):
+            pooling = read_pooling(source)
+    dtype = whole.dtype
+    whole.to(device="cpu", dtype=torch.float32).eval().requires_grad_(False)  # pyright: ignore[reportCallIssue]
+    translation.freeze(whole, quantized=True)
+    kind = type(whole).__name__
+    task = Task(whole, input_names(whole, tokenizer), pooling)
+    with torch.no_grad():
+        batches = [_batch(whole, task.names, *shape, seed) for seed, shape in enumerate(SHAPES)]
+        expected = [task(*batch) for batch in batches]
+    size = sum(tensor.nbytes for tensor in whole.state_dict().values())
+    if size > LARGEST_FILE:
+        raise ExportError(f"{kind} takes {size:,} bytes in float32; an ONNX file can have 2 GiB")
+    with output_directory(path, overwrite=overwrite) as directory:
+        file = directory / FILE
+        translated = _translate(task)
+        deviation = _save(translated, file, task, batches, expected, TOLERANCE)
+        if int8:
+            graph.quantize(translated)
+            deviation = _save(translated, file, task, batches, expected, TOLERANCE_INT8)
+        elif dtype in graph.HALVES:
+            graph.store_as(translated, dtype)
+            deviation = _save(translated, file, task, batches, expected, TOLERANCE)
+        config: Any = copy.deepcopy(whole.config)
+        if hasattr(config, "quantization_config"):  # the file needs no plug-in to be read
+            del config.quantization_config
+        config.save_pretrained(directory)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(directory)
+        size = file.stat().st_size
+    return Exported(Path(path), size, tuple(task.names), task.output, deviation)
+
+
+def _require_packages() -> None:
+    try:
+        import onnx  # noqa: F401
+        import onnxruntime  # noqa: F401
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise ExportError(f"export to ONNX needs the package {error.name}: pip install 'factorformer[onnx]'") from error
+    if not hasattr(torch.onnx, "ops"):
+        raise ExportError(f"export to ONNX needs torch 2.9 or newer, and this is {torch.__version__}")
+
+
+def _batch(model: PreTrainedModel, names: list[str], rows: int, length: int, seed: int) -> list[Int[Tensor, "b n"]]:
+    """Random tokens, all rows but the first padded, each to another length."""
+    config, draws = model.config, torch.Generator().manual_seed(seed)
+    longest = getattr(config, "max_position_embeddings", None)
+    if longest is not None:  # models that count positions from behind the padding token have fewer of them
+        length = max(2, min(length, longest - 2 - (config.pad_token_id or 0)))
+    padding = config.pad_token_id or 0
+    ids = torch.randint(0, config.vocab_size, (rows, length), generator=draws)
+    ids = torch.where(ids == padding, (padding + 1) % config.vocab_size, ids)
+    mask = torch.ones_like(ids)
+    for row in range(1, rows):
+        mask[row, -min(row + 1, length - 1) :] = 0
+    ids = torch.where(mask == 0, padding, ids)
+    given = {"input_ids": ids, "attention_mask": mask}
+    if "token_type_ids" in names:
+        given["token_type_ids"] = torch.zeros_like(ids)
+        given["token_type_ids"][:, length // 2 :] = 1
+    return [given[name] for name in names]
+
+
+def _translate(task: Task) -> ir.Model:
+    """The graph of a model, which is of no other use afterwards."""
+    from factorformer.export import graph, translation
+
+    translation.freeze(task.model, quantized=False)
+    translation.replace_attention(task.model)
+    example = _batch(task.model, task.names, 2, 8, seed=len(SHAPES))
+    with _silent(), torch.no_grad():
+        try:
+            program = torch.onnx.export(
+                task,
+                tuple(example),
+                dynamo=True,
+                dynamic_shapes=(tuple({0: "batch", 1: "length"} for _ in task.names),),
+                input_names=task.names,
+                output_names=[task.output],
+                opset_version=OPSET,
+                custom_translation_table=translation.table(),
+                optimize=False,
+                verbose=False,
+            )
+        except torch.onnx.OnnxExporterError as error:
+            cause: BaseException = error
+            while cause.__cause__ is not None and not isinstance(cause, ExportError):
+                cause = cause.__cause__
+            if isinstance(cause, ExportError):
+                raise cause from error
+            raise ExportError(f"torch cannot export {type(task.model).__name__} to ONNX: {_line(cause)}") from error
+        assert program is not None
+        graph.simplify(program.model)
+    return program.model
+
+
+def _save(
+    model: ir.Model, file: Path, task: Task, batches: list[list[Tensor]], expected: list[Tensor], tolerance: float
+) -> float:
+    """Write a file, and see how far it deviates from torch: the norm of the difference, relative to the output.
+
+    Raises:
+        ExportError: by more than the tolerance.
+    """
+    import onnx_ir
+    import onnxruntime
+
+    from factorformer.export import graph
+
+    graph.clean(model)
+    onnx_ir.save(model, file)
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    kind = type(task.model).__name__
+    try:
+        session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+        feeds = [{name: t.numpy() for name, t in zip(task.names, batch, strict=True)} for batch in batches]
+        found = [torch.from_numpy(session.run(None, feed)[0]) for feed in feeds]
+    except Exception as error:  # ONNX Runtime raises types of its own, which share no base
+        raise ExportError(f"ONNX Runtime cannot run the exported {kind}: {_line(error)}") from error
+    pairs = zip(found, expected, strict=True)
+    deviation = max(float((got - wanted).norm() / wanted.norm()) for got, wanted in pairs)
+    if not deviation <= tolerance:
+        raise ExportError(
+            f"{kind} cannot be exported: ONNX Runtime deviates from torch by {deviation:.2g} of the output, "
+            f"more than the {tolerance:g} allowed"
+        )
+    return deviation
+
+
+@contextlib.contextmanager
+def _silent() -> Iterator[None]:
+    """No warnings and no messages of torch's exporter: what goes wrong is an error, and the result is checked."""
+    names = ("torch.onnx", "onnxscript", "onnx_ir")
+    levels = {name: logging.getLogger(name).level for name in names}
+    for name in names:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)
+
+
+def _line(error: Any) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

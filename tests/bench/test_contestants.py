@@ -1,0 +1,157 @@
+"""What a user writes becomes a model that runs, by the route that was asked for; mistakes are explained."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from tests.bench.onnx_file import write_onnx
+from tests.tiny import MODELS
+from transformers import PreTrainedModel
+
+import factorformer
+from factorformer.bench.contestants import Contestant, _in_int8, load, parse
+from factorformer.errors import MethodError, ModelError
+
+CPU = torch.device("cpu")
+IDS = torch.tensor([[3, 4, 5], [6, 7, 8]])
+
+
+def save(model: PreTrainedModel, path: Path) -> Path:
+    model.save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save(MODELS["bert"].build(), tmp_path_factory.mktemp("models") / "dense")
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    model = MODELS["bert"].build()
+    factorformer.compress(model, factorformer.plan(model, "svd", 2))
+    return save(model, tmp_path_factory.mktemp("models") / "small")
+
+
+def output(contestant: Contestant) -> torch.Tensor:
+    run: Callable[[], object] = load(contestant, 1, CPU).prepare(IDS)
+    with torch.inference_mode():
+        found = run()
+    return found.logits  # type: ignore[attr-defined]
+
+
+def test_a_directory_is_run_by_torch(dense: Path) -> None:
+    contestant = parse(str(dense))
+    assert contestant == Contestant(str(dense), dense)
+    assert [file.name for file in contestant.files] == ["model.safetensors"]
+    with torch.inference_mode():
+        expected = MODELS["bert"].build()(IDS).logits
+    assert torch.equal(output(contestant), expected)
+    loaded = load(contestant, 1, CPU)
+    assert (loaded.vocabulary, loaded.padding, loaded.positions) == (99, 0, 24)
+
+
+@pytest.mark.parametrize(("variant", "tolerance"), [("bf16", 0.05), ("int8", 0.05)])
+def test_variants_change_precision(dense: Path, variant: str, tolerance: float) -> None:
+    contestant = parse(f"{variant}:{dense}")
+    assert (contestant.path, contestant.variants) == (dense, (variant,))
+    exact, found = output(parse(str(dense))), output(contestant)
+    assert found.dtype == (torch.bfloat16 if variant == "bf16" else torch.float32)
+    assert 0 < (found.float() - exact).abs().max() < tolerance
+
+
+def test_variants_combine(small: Path) -> None:
+    contestant = parse(f"compile:bf16:{small}")
+    assert contestant.variants == ("compile", "bf16")
+    loaded = load(contestant, 1, CPU)
+    assert isinstance(loaded.module, torch._dynamo.OptimizedModule)
+    assert next(loaded.module.parameters()).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "t5", "albert", "modernbert"])
+def test_other_models_of_text_run(name: str, tmp_path: Path) -> None:
+    path = save(MODELS[name].build(), tmp_path / name)
+    assert output(parse(str(path))).shape[:2] == IDS.shape
+
+
+def test_a_colon_can_be_part_of_a_name(tmp_path: Path) -> None:
+    path = save(MODELS["bert"].build(), tmp_path / "compile:this")
+    assert parse(str(path)).variants == ()
+    assert parse(f"bf16:{path}").path == path
+
+
+@pytest.mark.parametrize(
+    ("text", "error", "message"),
+    [
+        ("in8:DENSE", MethodError, r"unknown variant 'in8' \(did you mean 'int8'\?\); allowed: fused, compile, bf16, int8"),
+        ("int8:bf16:DENSE", MethodError, "at most one of bf16, int8, torchao-int8"),
+        ("compile:compile:DENSE", MethodError, "each variant once"),
+        ("onnx:DENSE", ModelError, "there is no '.*model.onnx'"),
+        ("DENSE/none.onnx", ModelError, "no such file: '.*none.onnx'"),
+        ("DENSE/none", ModelError, "no such model directory"),
+    ],
+)
+def test_a_wrong_name_is_refused(dense: Path, text: str, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        parse(text.replace("DENSE", str(dense)))
+
+
+def test_int8_of_what_is_not_dense_is_refused(small: Path, dense: Path) -> None:
+    with pytest.raises(MethodError, match=r"every nn.Linear into int8, and here '.*query' is in factors"):
+        load(parse(f"int8:{small}"), 1, CPU)
+    layer = torch.nn.Linear(2, 2)
+    with pytest.raises(MethodError, match="runs on the CPU only, not on cuda"):
+        _in_int8(parse(f"int8:{dense}"), "int8", layer, torch.device("cuda"))
+
+
+def test_models_of_other_things_are_refused(tmp_path: Path) -> None:
+    path = save(MODELS["vit"].build(), tmp_path / "vit")
+    with pytest.raises(ModelError, match="reads pixel_values: only models of text"):
+        load(parse(str(path)), 1, CPU)
+
+
+class TestOnnx:
+    @pytest.fixture(autouse=True)
+    def _needs(self) -> None:
+        pytest.importorskip("onnx")
+        pytest.importorskip("onnxruntime")
+
+    def test_a_file_or_a_directory(self, tmp_path: Path) -> None:
+        file = write_onnx(tmp_path / "exported" / "model.onnx")
+        (file.parent / "config.json").write_text('{"vocab_size": 14, "pad_token_id": 2}')
+        contestants = [parse(str(file)), parse(str(file.parent)), parse(f"onnx:{file.parent}")]
+        assert {(c.path, c.route, c.variants) for c in contestants} == {(file, "onnxruntime", ())}
+        loaded = load(contestants[1], 1, CPU)
+        assert (loaded.vocabulary, loaded.padding, loaded.positions, loaded.module) == (14, 2, None, None)
+        (rows,) = loaded.prepare(IDS)()  # type: ignore[misc]
+        assert rows.shape == (2, 3, 4)
+        assert (rows != 0).all()
+
+    def test_data_beside_the_file_counts(self, tmp_path: Path) -> None:
+        file = write_onnx(tmp_path / "model.onnx")
+        file.with_name("model.onnx.data").write_bytes(b"12345")
+        assert [f.name for f in parse(str(file)).files] == ["model.onnx", "model.onnx.data"]
+
+    def test_beside_other_weights_it_has_to_be_asked_for(self, tmp_path: Path) -> None:
+        path = save(MODELS["bert"].build(), tmp_path / "both")
+        write_onnx(path / "model.onnx")
+        assert parse(str(path)).route == "torch"
+        assert parse(f"onnx:{path}").route == "onnxruntime"
+
+    def test_no_variant_of_torch(self, tmp_path: Path) -> None:
+        file = write_onnx(tmp_path / "model.onnx")
+        with pytest.raises(MethodError, match="ONNX Runtime runs a file as it is: leave out 'int8:'"):
+            parse(f"int8:{file}")
+        with pytest.raises(MethodError, match="on the CPU here, not on cuda"):
+            load(parse(str(file)), 1, torch.device("cuda"))
+
+    def test_what_is_no_model_of_tokens(self, tmp_path: Path) -> None:
+        (tmp_path / "broken.onnx").write_bytes(b"no model")
+        with pytest.raises(ModelError, match=r"cannot load '.*broken.onnx'"):
+            load(parse(str(tmp_path / "broken.onnx")), 1, CPU)
+        other = write_onnx(tmp_path / "other.onnx", inputs=("input_ids", "pixels"))
+        with pytest.raises(ModelError, match="reads input_ids, pixels: only models of input_ids"):
+            load(parse(str(other)), 1, CPU)

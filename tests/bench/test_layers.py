@@ -1,0 +1,123 @@
+"""Break-even is read off measured ratios; advice names what is slower and nothing else."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+
+import pytest
+import torch
+from tests.tiny import MODELS
+from torch import Tensor
+
+import factorformer
+from factorformer.bench import layers
+from factorformer.bench.layers import LayerPaces, Pace, layer_paces, slower_than_dense
+from factorformer.bench.race import Spread
+from factorformer.errors import ModelError
+from factorformer.planning import Entry, Matrix
+from factorformer.structures import Factors, KroneckerSum, LowRank, Shape
+
+CPU = torch.device("cpu")
+
+
+def paces(*ratios: float) -> LayerPaces:
+    one = Spread(1, 1, 1)
+    found = tuple(
+        Pace(tokens, Spread(ratio, ratio, ratio), one, one)
+        for tokens, ratio in zip((1, 16, 128, 1024), ratios, strict=True)
+    )
+    return LayerPaces(("a", "b"), (64, 32), LowRank(4), "float32", found)
+
+
+@pytest.mark.parametrize(
+    ("ratios", "break_even", "pays", "verdict"),
+    [
+        ((2, 2, 2, 2), 1, [1, 16, 128, 1024], "always"),
+        ((0.5, 0.5, 0.9, 0.99), None, [], "never"),
+        ((0.5, 0.9, 1, 2), 128, [128, 1024], "from 128 tokens"),
+        ((2, 1, 0.9, 0.5), None, [1, 16], "up to 16 tokens"),
+        ((2, 0.9, 1.5, 1.5), 128, [1, 128, 1024], "at 1, 128, 1024 tokens"),
+    ],
+)
+def test_break_even(ratios: Sequence[float], break_even: int | None, pays: list[int], verdict: str) -> None:
+    found = paces(*ratios)
+    assert (found.break_even, found.pays, found.verdict) == (break_even, pays, verdict)
+    assert found.ideal == 64 * 32 / (4 * 96)
+
+
+def test_every_distinct_layer_is_timed_once() -> None:
+    model = MODELS["bert"].build()
+    factorformer.compress(model, factorformer.plan(model, "svd", 2))
+    found = layer_paces(model, tokens=(8, 2, 8), seconds=0.01)
+    names = [name for layer in found for name in layer.names]
+    assert sorted(names) == sorted(entry.matrix.name for entry in factorformer.plan(MODELS["bert"].build()).factorized)
+    assert len({(layer.shape, layer.spec) for layer in found}) == len(found) >= 3
+    for layer in found:
+        assert [pace.tokens for pace in layer.paces] == [2, 8]
+        assert all(min(pace.dense.low, pace.factors.low, pace.speedup.low) > 0 for pace in layer.paces)
+
+
+def test_a_dense_model_has_no_factors_to_time() -> None:
+    with pytest.raises(ModelError, match="no factorized linear layers"):
+        layer_paces(MODELS["bert"].build())
+
+
+def entry(name: str, spec: object, side: int = 512, dtype: str = "float32", products: int = 1) -> Entry:
+    return Entry(Matrix(name, (side, side), dtype, products=products), spec, "")  # type: ignore[arg-type]
+
+
+class Slow(LowRank):
+    """Rank 8 of a matrix of 512x512 saves 31 of 32 FLOPs, and a hundred products in a row take three times as many."""
+
+    def matmul(self, shape: Shape, factors: Factors, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        return [super(Slow, self).matmul(shape, factors, x, bias) for _ in range(100)][-1]
+
+
+SLOW, FAST = Slow(8), LowRank(8)
+
+
+def test_what_is_slower_is_named_with_its_remedy() -> None:
+    entries = [
+        *(entry(f"layer.{i}.query", SLOW) for i in range(3)),
+        entry("layer.0.key", SLOW),
+        *(entry(f"layer.{i}.key", FAST) for i in (1, 2)),
+        entry("layer.0.dense", None),
+    ]
+    (line,) = slower_than_dense(entries, CPU)
+    assert line.startswith("4 512x512 matrices as low_rank take ")
+    assert "as long as dense at 128 tokens on this machine" in line
+    patterns = re.findall("--exclude '(.*?)'", line)
+    assert patterns == ["layer.*.query", "layer.0.key"]
+    kept = {e.matrix.name for e in entries if any(fnmatchcase(e.matrix.name, p) for p in patterns)}
+    assert kept == {e.matrix.name for e in entries if e.spec == SLOW}
+
+
+def test_where_no_factors_pay_another_method_is_advised() -> None:
+    (line,) = slower_than_dense([entry("layer.0.query", SLOW)], CPU)
+    assert line.startswith("1 512x512 matrix as low_rank takes ")
+    assert line.endswith("none of the factors of this plan pay here: another method or a larger ratio may")
+
+
+def test_silence_where_all_is_well_or_nothing_can_be_measured() -> None:
+    assert slower_than_dense([entry("a", FAST)], CPU) == []
+    assert slower_than_dense([entry("a", SLOW, dtype="bfloat16")], CPU) == []
+    assert slower_than_dense([entry("a", SLOW, products=0)], CPU) == []
+    assert slower_than_dense([entry("a", SLOW)], torch.device("meta")) == []
+    assert slower_than_dense([entry("a", SLOW)], CPU, seconds=-1.0) == []
+    assert slower_than_dense([entry("a", None)], CPU) == []
+
+
+def test_each_size_is_timed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    timed: list[tuple[object, ...]] = []
+    real = layers._pace
+
+    def counted(*arguments: object, **options: object) -> Pace:
+        timed.append(arguments[:2])
+        return real(*arguments, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(layers, "_pace", counted)
+    spec = next(KroneckerSum.candidates((64, 64), torch.float32))
+    slower_than_dense([entry(f"layer.{i}.{n}", s, 64) for i in range(4) for n, s in (("q", FAST), ("k", spec))], CPU)
+    assert timed == [((64, 64), FAST), ((64, 64), spec)]

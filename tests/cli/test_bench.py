@@ -1,0 +1,119 @@
+"""`factorformer bench` measures what it is given, in one JSON document or in tables; mistakes are one line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.bench.onnx_file import write_onnx
+from tests.cli.conftest import WORDS
+
+from factorformer.bench import layers
+
+QUICK = ("--shape", "1x4", "--shape", "2x6", "--rounds", 2, "--threads", 1)
+
+
+@pytest.fixture(scope="module")
+def small(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from typer.testing import CliRunner
+
+    from factorformer.cli.app import app
+
+    path = tmp_path_factory.mktemp("compressed") / "small"
+    done = CliRunner().invoke(app, ["compress", str(base), str(path), "--ratio", "2"], catch_exceptions=False)
+    assert done.exit_code == 0, done.stderr
+    return path
+
+
+def test_a_model_against_another(run: Any, small: Path, tmp_path: Path) -> None:
+    pytest.importorskip("onnx")
+    pytest.importorskip("onnxruntime")
+    file = write_onnx(tmp_path / "small.onnx", words=len(WORDS))
+    done = run("bench", small, "--against", file, *QUICK, "--seed", 5, "--json")
+    assert done.exit_code == 0, done.stderr
+    content = json.loads(done.stdout)
+    names = [str(file), str(small)]
+    assert content["baseline"] == names[0]
+    assert [contestant["name"] for contestant in content["contestants"]] == names
+    assert [contestant["route"] for contestant in content["contestants"]] == ["onnxruntime", "torch"]
+    assert [c["file_bytes"] for c in content["contestants"]] == [
+        f.stat().st_size for f in (file, small / "model.safetensors")
+    ]
+    assert [(s["batch"], s["tokens"], s["rounds"]) for s in content["shapes"]] == [(1, 4, 2), (2, 6, 2)]
+    for shape in content["shapes"]:
+        assert [result["name"] for result in shape["results"]] == names
+        assert shape["results"][0]["speedup"] == {"low": 1, "median": 1, "high": 1}
+        for result in shape["results"]:
+            spread = result["milliseconds"]
+            assert 0 < spread["low"] <= spread["median"] <= spread["high"]
+    assert (content["settings"]["threads"], content["settings"]["seed"]) == (1, 5)
+    assert "onnxruntime" in content["versions"]
+
+
+def test_break_even_of_layers(run: Any, small: Path) -> None:
+    done = run("bench", small, "--layers", "--tokens", 4, "--tokens", 32, "--seconds", 0.01, "--json")
+    assert done.exit_code == 0, done.stderr
+    content = json.loads(done.stdout)
+    assert content["contestants"] == content["shapes"] == []
+    assert sum(len(layer["names"]) for layer in content["layers"]) == 12
+    assert all([pace["tokens"] for pace in layer["tokens"]] == [4, 32] for layer in content["layers"])
+    table = run("bench", small, "--layers", "--tokens", 4, "--seconds", 0.01)
+    assert "low_rank(rank=" in table.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["BASE", "--shape", "8"], "write BATCHxTOKENS"),
+        (["BASE", "--shape", "1x25"], "has 24 positions: ask for at most 1x24"),
+        (["BASE", "--against", "in8:BASE"], "did you mean 'int8'"),
+        (["SMALL", "--against", "int8:SMALL"], "is in factors"),
+        (["BASE/nothing"], "no such model directory"),
+        (["BASE/nothing.onnx"], "no such file"),
+        (["BASE", "--layers"], "no factorized linear layers"),
+        (["int8:BASE", "--layers"], "reads the factors of a model directory"),
+        (["SMALL", "--layers", "--shape", "1x4", "--rounds", "2"], "leave out --shape, --rounds"),
+        (["SMALL", "--tokens", "4"], "--tokens is for --layers"),
+        (["SMALL", "--rounds", "4", "--seconds", "1"], "leave one out"),
+    ],
+)
+def test_mistakes(run: Any, base: Path, small: Path, arguments: list[str], message: str) -> None:
+    done = run("bench", *(a.replace("BASE", str(base)).replace("SMALL", str(small)) for a in arguments))
+    assert done.exit_code == 2
+    assert done.stdout == ""
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("error: ")
+    assert message in last
+
+
+def test_no_gpu(run: Any, base: Path) -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    done = run("bench", base, "--device", "cuda")
+    assert (done.exit_code, done.stdout) == (2, "")
+    assert "torch finds no GPU here" in done.stderr
+
+
+@pytest.mark.parametrize("command", ["plan", "compress"])
+def test_factors_that_do_not_pay_are_named(
+    run: Any, base: Path, tmp_path: Path, command: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = [tmp_path / "small"] if command == "compress" else []
+
+    def warnings() -> list[str]:
+        done = run(command, base, *output, "--ratio", 2, "--json", *(["--overwrite"] if output else []))
+        assert done.exit_code == 0, done.stderr
+        told = [line.removeprefix("slower: ") for line in done.stderr.splitlines() if line.startswith("slower: ")]
+        assert json.loads(done.stdout)["warnings"] == told
+        return told
+
+    monkeypatch.setattr(layers, "NOISE", 0.0)
+    lines = warnings()
+    assert sum(int(line.partition(" ")[0]) for line in lines) == 12
+    assert all("as long as dense at 128 tokens on this machine" in line for line in lines)
+    monkeypatch.setattr(layers, "NOISE", 1e9)
+    assert warnings() == []

@@ -1,0 +1,89 @@
+"""`factorformer export` writes a directory that runs without torch."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from tests.cli.test_commands import result_of
+from tests.cli.test_errors import check
+from transformers import AutoTokenizer
+
+import factorformer
+
+
+def test_a_compressed_sentence_encoder(run: Any, base: Path, tmp_path: Path) -> None:
+    small = tmp_path / "small"
+    assert run("compress", base, small, "--ratio", 2).exit_code == 0
+    content = result_of(run("export", small, "--to", "onnx", "--json"))
+    output = tmp_path / "small-onnx"
+    assert content["output"] == str(output)
+    assert content["metrics"]["file_bytes"] == (output / "model.onnx").stat().st_size
+    assert content["metrics"]["deviation"] < 1e-5
+    assert sorted(file.name for file in output.iterdir()) == [
+        "config.json",
+        "model.onnx",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    ]
+    assert "quantization_config" not in json.loads((output / "config.json").read_text())
+    tokenizer = AutoTokenizer.from_pretrained(output)
+    assert tokenizer.model_max_length == 24
+    inputs = tokenizer(["a good film", "the book"], padding=True, return_tensors="pt")
+    with torch.no_grad():
+        hidden = factorformer.load(small)(**inputs).last_hidden_state
+    mask = inputs["attention_mask"][:, :, None]
+    session = onnxruntime.InferenceSession(output / "model.onnx")
+    found = session.run(["sentence_embedding"], {name: tensor.numpy() for name, tensor in inputs.items()})[0]
+    assert np.allclose(found, ((hidden * mask).sum(1) / mask.sum(1)).numpy(), atol=1e-5)
+
+
+def test_a_classifier_in_int8(run: Any, trained: Path, tmp_path: Path) -> None:
+    """In a process that has neither torch nor transformers nor this package."""
+    output = tmp_path / "exported"
+    content = result_of(run("export", trained, "--output", output, "--int8", "--json"))
+    assert content["metrics"]["deviation"] < 0.2
+    check(run("export", trained, "--output", output), "exists already")
+    code = f"""
+import sys
+sys.modules.update(dict.fromkeys(["torch", "transformers", "factorformer"]))
+import json, numpy, onnxruntime, tokenizers
+tokenizer = tokenizers.Tokenizer.from_file("{output}/tokenizer.json")
+session = onnxruntime.InferenceSession("{output}/model.onnx")
+labels = json.load(open("{output}/config.json"))["id2label"]
+for text in ("good film", "awful book"):
+    read = tokenizer.encode(text)
+    values = {{"input_ids": read.ids, "attention_mask": read.attention_mask, "token_type_ids": read.type_ids}}
+    inputs = {{value.name: numpy.array([values[value.name]], numpy.int64) for value in session.get_inputs()}}
+    print(labels[str(session.run(["logits"], inputs)[0].argmax())])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.split() == ["plus", "minus"], done.stderr
+    assert run("export", trained, "--output", output, "--overwrite").exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nowhere/at/all"], "no such model directory"),
+        (["--to", "pickle"], "Invalid value for '--to'"),
+    ],
+)
+def test_mistakes(run: Any, base: Path, arguments: list[str], message: str) -> None:
+    done = run("export", *([base] if arguments[0].startswith("--") else []), *arguments)
+    assert done.exit_code == 2
+    assert message in done.stderr
+
+
+def test_a_directory_without_a_tokenizer(run: Any, base_copy: Path, tmp_path: Path) -> None:
+    for file in base_copy.glob("tokenizer*"):
+        file.unlink()
+    check(run("export", base_copy, "--output", tmp_path / "out"), "has no tokenizer")
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,306 @@
+"""Exported files compute in ONNX Runtime what torch computes, for batches of any shape, from the factors as stored."""
+
+from __future__ import annotations
+
+import collections
+import copy
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+import transformers as tf
+from tests.tiny import MODELS, VOCABULARY, WIDTH
+
+import factorformer
+from factorformer.errors import ExportError, OutputError
+from factorformer.export import onnx as exporter
+from factorformer.export.onnx import export
+from factorformer.export.task import Pooling
+from factorformer.kernels.support import code_of
+from factorformer.nn import FactorizedEmbedding, FactorizedLinear, FactorizedMatrix
+from factorformer.structures import DenseSparse, KroneckerSum, LowRank, Structure
+
+TALL = 600
+CONSTANTS = 4096
+"""Bytes of numbers that belong to the graph, such as shapes."""
+
+UP, DOWN, SQUARE = (TALL, WIDTH), (WIDTH, TALL), (WIDTH, WIDTH)
+SPECS: dict[str, list[tuple[Structure, tuple[int, int]]]] = {
+    "low_rank": [(LowRank(5), SQUARE), (LowRank(9), UP), (LowRank(12), DOWN)],
+    "kronecker_sum": [
+        (KroneckerSum(2, (8, 4), (4, 8)), SQUARE),
+        (KroneckerSum(2, (TALL, 1), (1, WIDTH)), UP),
+        (KroneckerSum(20, (5, 38), (7, 16)), DOWN),
+    ],
+    "dense_sparse": [
+        (DenseSparse(24, 6), SQUARE),
+        (DenseSparse(28, 2, group=4), UP),
+        (DenseSparse(28, 2, "columns"), DOWN),
+        (DenseSparse(300, 4), UP),
+        (DenseSparse(300, 4, "columns", group=2), DOWN),
+        (DenseSparse(16, 8, blocks=4), UP),
+        (DenseSparse(16, 4, "columns", group=2, blocks=2), DOWN),
+        (DenseSparse(64, 4, blocks=2), UP),
+    ],
+}
+
+
+def encoder(blocks: int, labels: int = 3) -> tf.PreTrainedModel:
+    torch.manual_seed(0)
+    config = tf.BertConfig(
+        hidden_size=WIDTH,
+        num_hidden_layers=blocks,
+        num_attention_heads=4,
+        intermediate_size=TALL,
+        vocab_size=VOCABULARY,
+        max_position_embeddings=64,
+        num_labels=labels,
+        initializer_range=0.2,
+    )
+    return tf.BertForSequenceClassification(config).eval()
+
+
+def structured(kind: str) -> tf.PreTrainedModel:
+    """A classifier that has one block for each of the specs, and no dense matrix of that shape in it."""
+    model = encoder(len(SPECS[kind]))
+    for block, (spec, shape) in zip(model.base_model.encoder.layer, SPECS[kind], strict=True):
+        for parent, name in (
+            (block.attention.self, "query"),
+            (block.attention.output, "dense"),
+            (block.intermediate, "dense"),
+            (block.output, "dense"),
+        ):
+            dense = getattr(parent, name)
+            if tuple(dense.weight.shape) == shape:
+                setattr(parent, name, FactorizedLinear(spec, shape, bias=dense.bias))
+    assert {str(m.spec) for m in model.modules() if isinstance(m, FactorizedMatrix)} == {str(s) for s, _ in SPECS[kind]}
+    return model
+
+
+def batch(rows: int, length: int) -> dict[str, torch.Tensor]:
+    """Random tokens; each row is padded one token more than the one before."""
+    ids = torch.randint(3, VOCABULARY, (rows, length), generator=torch.Generator().manual_seed(rows))
+    mask = (torch.arange(length) < torch.arange(length, length - rows, -1)[:, None]).long()
+    return {"input_ids": ids * mask, "attention_mask": mask, "token_type_ids": ids % 2}
+
+
+def session(directory: Path, optimized: Path | None = None) -> onnxruntime.InferenceSession:
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    if optimized is not None:
+        options.optimized_model_filepath = str(optimized)
+    return onnxruntime.InferenceSession(directory / "model.onnx", options, providers=["CPUExecutionProvider"])
+
+
+def deviation(directory: Path, model: Callable[..., torch.Tensor], shapes: list[tuple[int, int]]) -> float:
+    """The largest difference between ONNX Runtime and torch, relative to the norm of torch's output."""
+    running = session(directory)
+    names = [value.name for value in running.get_inputs()]
+    found = []
+    for shape in shapes:
+        inputs = {name: tensor for name, tensor in batch(*shape).items() if name in names}
+        with torch.inference_mode():
+            expected = model(**inputs)
+        got = running.run(None, {name: tensor.numpy() for name, tensor in inputs.items()})[0]
+        assert got.shape == expected.shape
+        found.append(float((torch.from_numpy(got) - expected).norm() / expected.norm()))
+    return max(found)
+
+
+SHAPES = [(1, 1), (1, 8), (2, 13), (5, 7), (8, 40)]
+
+
+def operators(file: Path) -> collections.Counter[str]:
+    return collections.Counter(node.op_type for node in onnx.load(file).graph.node)
+
+
+def numbers(directory: Path) -> int:
+    """Bytes of all tensors in a file."""
+    return sum(onnx.numpy_helper.to_array(t).nbytes for t in onnx.load(directory / "model.onnx").graph.initializer)
+
+
+def stored(model: torch.nn.Module) -> int:
+    """Bytes of all tensors of a model, each counted once."""
+    tensors = {id(t): t for t in [*model.parameters(), *model.buffers()]}
+    return sum(t.nbytes for t in tensors.values())
+
+
+def test_the_sparse_specs_have_all_codes() -> None:
+    specs = [spec for spec, _ in SPECS["dense_sparse"] if isinstance(spec, DenseSparse)]
+    assert {code_of(s.atoms, s.nonzeros, s.blocks) for s in specs} == {"bitmap", "uint8", "uint16"}
+
+
+@pytest.mark.parametrize("kind", SPECS)
+def test_all_structures(kind: str, tmp_path: Path) -> None:
+    model = structured(kind)
+    before = copy.deepcopy(model.state_dict())
+    done = export(model, tmp_path / "out")
+    assert done.path == tmp_path / "out"
+    assert (done.inputs, done.output) == (("input_ids", "attention_mask", "token_type_ids"), "logits")
+    assert done.deviation < 1e-5
+    assert deviation(tmp_path / "out", lambda **x: model(**x).logits, SHAPES) < 1e-5
+    # No larger than the factors, but for the graph.
+    assert numbers(tmp_path / "out") < stored(model) + CONSTANTS
+    file = tmp_path / "out" / "model.onnx"
+    onnx.checker.check_model(str(file), full_check=True)
+    assert done.file_bytes == file.stat().st_size
+    # What depends on factors alone is evaluated when the file is loaded.
+    session(tmp_path / "out", tmp_path / "optimized.onnx")
+    left = operators(tmp_path / "optimized.onnx")
+    assert not left.keys() & {"ScatterElements", "TopK", "Mod", "Div", "SkipLayerNormalization", "Where", "IsNaN"}
+    assert left["Attention"] == len(SPECS[kind])
+    # The model is left as it was.
+    assert model.config._attn_implementation == "sdpa"
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert all(m.form is None for m in model.modules() if isinstance(m, FactorizedMatrix))
+
+
+@pytest.mark.parametrize("kind", SPECS)
+def test_int8(kind: str, tmp_path: Path) -> None:
+    model = structured(kind)
+    done = export(model, tmp_path / "out", int8=True)
+    assert deviation(tmp_path / "out", lambda **x: model(**x).logits, SHAPES) < 0.15
+    supports = stored(model) - sum(p.nbytes for p in model.parameters())
+    vectors = sum(p.nbytes for p in model.parameters() if p.dim() == 1)
+    assert numbers(tmp_path / "out") < 0.45 * stored(model) + supports + vectors
+    assert done.deviation < 0.2
+    session(tmp_path / "out", tmp_path / "optimized.onnx")
+    left = operators(tmp_path / "optimized.onnx")
+    assert left["MatMul"] == left["MatMulInteger"] == left["Round"] == left["ReduceMax"] == 0
+    assert left["DynamicQuantizeMatMul"] + left["MatMulIntegerToFloat"] >= 6 * len(SPECS[kind])
+
+
+@pytest.mark.parametrize("int8", [False, True])
+def test_factors_that_are_stored_in_int8(int8: bool, tmp_path: Path) -> None:
+    model = structured("dense_sparse")
+    for module in model.modules():
+        if isinstance(module, FactorizedMatrix):
+            module.quantize()
+    export(model, tmp_path / "out", int8=int8)
+    assert deviation(tmp_path / "out", lambda **x: model(**x).logits, SHAPES) < (
+        0.15 if int8 else 0.05
+    )  # torch multiplies in int8
+    assert numbers(tmp_path / "out") < stored(model) + CONSTANTS
+
+
+@pytest.mark.parametrize(
+    ("words", "positions"),
+    [(DenseSparse(24, 3), LowRank(6)), (DenseSparse(24, 3, "columns"), KroneckerSum(3, (16, 4), (4, 8)))],
+)
+def test_factorized_embeddings(words: Structure, positions: Structure, tmp_path: Path) -> None:
+    model = encoder(1)
+    embeddings = model.base_model.embeddings
+    embeddings.word_embeddings = FactorizedEmbedding(words, (VOCABULARY, WIDTH), padding_idx=0)
+    embeddings.position_embeddings = FactorizedEmbedding(positions, (64, WIDTH))
+    export(model, tmp_path / "out")
+    assert deviation(tmp_path / "out", lambda **x: model(**x).logits, SHAPES) < 1e-5
+    assert numbers(tmp_path / "out") < stored(model) + CONSTANTS
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_stored_as_such(dtype: torch.dtype, tmp_path: Path) -> None:
+    model = encoder(1).to(dtype)  # pyright: ignore
+    export(model, tmp_path / "out")
+    assert model.dtype == dtype
+    exact = model.to(torch.float32)  # pyright: ignore
+    assert deviation(tmp_path / "out", lambda **x: exact(**x).logits, SHAPES) < 1e-5
+    assert numbers(tmp_path / "out") < 0.6 * stored(exact)
+
+
+@pytest.mark.parametrize("name", ["bert", "roberta", "distilbert", "albert", "modernbert"])
+def test_architectures(name: str, tmp_path: Path) -> None:
+    model = MODELS[name].build()
+    factorformer.compress(model, factorformer.plan(model, "svd", ratio=2))
+    done = export(model, tmp_path / "out")
+    assert done.output == "logits"
+    assert deviation(tmp_path / "out", lambda **x: model(**x).logits, [(1, 5), (3, 9), (2, 20)]) < 1e-5
+
+
+def test_a_text_of_nothing_but_padding_spoils_no_other(tmp_path: Path) -> None:
+    model = encoder(1)
+    export(model, tmp_path / "out")
+    inputs = {name: tensor.numpy() for name, tensor in batch(3, 9).items()}
+    running = session(tmp_path / "out")
+    before = running.run(None, inputs)[0]
+    inputs["attention_mask"][2] = 0
+    after = running.run(None, inputs)[0]
+    assert np.isfinite(after).all()
+    assert np.allclose(before[:2], after[:2], atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "pooling", [Pooling(("cls", "max")), Pooling(("mean", "mean_sqrt_len_tokens"), normalize=True)]
+)
+def test_pooling_of_a_model_in_memory(pooling: Pooling, tmp_path: Path) -> None:
+    model = encoder(1).base_model
+    done = export(model, tmp_path / "out", pooling=pooling)
+    assert done.output == "sentence_embedding"
+
+    def embed(**inputs: torch.Tensor) -> torch.Tensor:
+        return pooling(model(**inputs).last_hidden_state, inputs["attention_mask"])
+
+    assert deviation(tmp_path / "out", embed, SHAPES[1:]) < 1e-5
+
+
+def test_an_encoder_without_pooling(tmp_path: Path) -> None:
+    model = encoder(1).base_model
+    assert export(model, tmp_path / "out").output == "last_hidden_state"
+    assert deviation(tmp_path / "out", lambda **x: model(**x).last_hidden_state, SHAPES) < 1e-5
+
+
+@pytest.mark.parametrize("int8", [False, True])
+def test_a_real_sentence_encoder(minilm: Path, tmp_path: Path, int8: bool) -> None:
+    from sentence_transformers import SentenceTransformer
+
+    done = export(minilm, tmp_path / "out", int8=int8)
+    assert done.output == "sentence_embedding"
+    texts = ["A man is eating food.", "Somebody has a meal", "The weather is lovely today! " * 80]
+    expected = SentenceTransformer(str(minilm), device="cpu").encode(texts)
+    tokenizer = tf.AutoTokenizer.from_pretrained(tmp_path / "out")
+    inputs = tokenizer(texts, padding=True, truncation=True, return_tensors="np")
+    found = session(tmp_path / "out").run(["sentence_embedding"], {name: inputs[name] for name in done.inputs})[0]
+    assert np.allclose(np.linalg.norm(found, axis=1), 1, atol=1e-5)
+    assert (found * expected).sum(1).min() > (0.97 if int8 else 0.99999)
+    assert done.file_bytes < 0.26 * (minilm / "model.safetensors").stat().st_size if int8 else done.deviation < 1e-5
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "t5", "vit"])
+def test_models_of_another_kind(name: str, tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match=r"only (encoders|models that read text)|cannot be exported; allowed"):
+        export(MODELS[name].build(), tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_causal_classifier(tmp_path: Path) -> None:
+    config = tf.LlamaConfig(
+        hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=64, vocab_size=99, pad_token_id=0
+    )
+    with pytest.raises(ExportError, match=r"LlamaAttention is causal.*only encoders"):
+        export(tf.LlamaForSequenceClassification(config), tmp_path / "out")
+
+
+def test_a_head_and_a_pooling(tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match="has a head: leave pooling out"):
+        export(encoder(1), tmp_path / "out", pooling=Pooling())
+
+
+def test_an_output_that_exists(tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match="exists already"):
+        export(encoder(1), tmp_path)
+
+
+def test_a_file_that_deviates_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(exporter, "TOLERANCE", 0.0)
+    with pytest.raises(ExportError, match=r"deviates from torch by .* of the output, more than the 0 allowed"):
+        export(structured("low_rank"), tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_missing_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "onnxruntime", None)
+    with pytest.raises(ExportError, match=r"needs the package onnxruntime: pip install 'factorformer\[onnx\]'"):
+        export(encoder(1), tmp_path / "out")

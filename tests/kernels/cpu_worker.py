@@ -1,0 +1,241 @@
+"""Fuzzes the compiled kernels against float64: `python tests/kernels/cpu_worker.py VARIANT CASES`.
+
+A process of its own, for the variant is chosen when the library is loaded.
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from factorformer.kernels import Dense, cpu, sparse_product, support
+from factorformer.kernels import chain as dense_chain
+from factorformer.kernels import gelu as dense_gelu
+
+TOKENS = (0, 1, 3, 4, 5, 16, 17, 31, 33, 64, 100, 700)
+THREADS = (1, 2, 3)
+ROUNDING = 3e-6
+"""Of sums of products, relative to the sum of their sizes."""
+
+# Rows, atoms, nonzeros, rows that share a support, blocks, tokens.
+SPARSE = [
+    (1000, 300, 200, 1, 1, 33),  # several chunks of a bitmap
+    (1040, 300, 20, 1, 1, 700),  # pieces that are sorted apart, two bytes a position, several spans
+    (96, 260, 130, 16, 2, 700),
+    (300, 70, 33, 3, 1, 1700),  # tokens split among all threads
+    (48, 65, 7, 1, 1, 4),  # odd bytes of a bitmap
+    (7, 1, 1, 1, 1, 5),
+]
+
+
+def close(found: Tensor, expected: Tensor, tolerance: Tensor) -> None:
+    assert found.shape == expected.shape, (found.shape, expected.shape)
+    error = (found.double() - expected).abs()
+    assert (error <= tolerance + 1e-30).all(), f"off by {error.max()}, {(error / (tolerance + 1e-30)).max()} of allowed"
+
+
+def on_threads() -> Iterator[int]:
+    for threads in THREADS:
+        torch.set_num_threads(threads)
+        yield threads
+
+
+def laid_out(draw: random.Random, x: Tensor) -> Tensor:
+    """The same values, perhaps not in one piece."""
+    way = draw.randrange(3)
+    if way == 0:
+        return x
+    if way == 1:
+        return x.T.contiguous().T
+    return torch.cat((x, x), 1)[:, : x.shape[1]]
+
+
+def some_sparse(draw: random.Random) -> tuple[int, ...]:
+    group, blocks = draw.choice((1, 2, 3, 4, 8, 16)), draw.choice((1, 1, 2, 4))
+    size = draw.choice((draw.randint(1, 40), draw.randint(40, 330)))
+    inside = draw.randint(1, draw.choice((min(size, 4), min(size, 30), size)))
+    return group * draw.randint(1, 40), blocks * size, blocks * inside, group, blocks, draw.choice(TOKENS)
+
+
+def check_sparse(draw: random.Random, case: tuple[int, ...]) -> str:
+    rows, atoms, nonzeros, group, blocks, n = case
+    size = atoms // blocks
+    chosen = torch.rand(rows // group, blocks, size).topk(nonzeros // blocks, dim=2).indices.sort(2).values
+    positions = (chosen + size * torch.arange(blocks)[:, None]).flatten(1)
+    packed = laid_out(draw, support.pack(positions, atoms, blocks))
+    values, scales = torch.randn(rows, nonzeros), None
+    if draw.random() < 0.4:
+        values, scales = torch.randint(-127, 128, (rows, nonzeros), dtype=torch.int8), torch.rand(rows)
+    bias = torch.randn(rows) if draw.random() < 0.5 else None
+    spread = values.double() if scales is None else values.double() * scales.double()[:, None]
+    dense = torch.zeros(rows, atoms, dtype=torch.float64).scatter(1, positions.repeat_interleave(group, 0), spread)
+    x, y = laid_out(draw, torch.randn(n, atoms)), laid_out(draw, torch.randn(n, rows))
+    leading = (2, n // 2) if n % 2 == 0 else (n,)
+    offset = torch.zeros(rows) if bias is None else bias
+    a, b, sizes = x.double(), y.double(), dense.abs()
+    for _ in on_threads():
+        found = sparse_product(x.reshape(*leading, atoms), values, packed, atoms, blocks, scales=scales, bias=bias)
+        close(found.view(n, rows), a @ dense.T + offset, ROUNDING * (a.abs() @ sizes.T + offset.abs()))
+        found = sparse_product(
+            y.reshape(*leading, rows), values, packed, atoms, blocks, scales=scales, transposed=True
+        )
+        close(found.view(n, atoms), b @ dense, ROUNDING * (b.abs() @ sizes))
+        found = torch.ops.factorformer.sparse_outer(y, x, packed, nonzeros, blocks)
+        where = positions.repeat_interleave(group, 0)
+        close(found, (b.T @ a).gather(1, where), ROUNDING * (b.abs().T @ a.abs()).gather(1, where))
+    return support.code_of(atoms, nonzeros, blocks)
+
+
+def integer_product(x: Tensor, matrix: Dense) -> tuple[Tensor, Tensor]:
+    """The product with int8 weights as the kernel does it, and how far few inputs that round otherwise lead."""
+    assert matrix.scales is not None
+    values, scales = (x.float() * matrix.scales, torch.ones(1)) if matrix.columns else (x.float(), matrix.scales)
+    low, high = values.amin(1, keepdim=True).clamp_max(0), values.amax(1, keepdim=True).clamp_min(0)
+    scale = ((high - low) * (1 / 255)).clamp_min(1e-30)
+    zero = (-low / scale).round()
+    codes = (values * (1 / scale) + zero).clamp(0, 255).round().double() - zero.double()
+    weight = (matrix.weight.T if matrix.columns else matrix.weight).double()
+    factor = scale.double() * scales.double()
+    rounding = ROUNDING * (codes.abs() + zero.double()) @ weight.abs().T + 4 * weight.abs().amax(1)
+    return codes @ weight.T * factor, rounding * factor
+
+
+def check_chain(draw: random.Random) -> None:
+    n, count = draw.choice(TOKENS), draw.randint(1, 4)
+    most = 60 if n > 100 else 260
+    sizes = [draw.choice((draw.randint(1, 20), 16 * draw.randint(1, 8), draw.randint(1, most))) for _ in range(count + 1)]
+    matrices = []
+    for wide, out in zip(sizes, sizes[1:], strict=False):
+        columns = draw.random() < 0.4
+        shape = (wide, out) if columns else (out, wide)
+        if draw.random() < 0.5:
+            codes = torch.randint(-127, 128, shape, dtype=torch.int8)
+            matrices.append(Dense(codes, torch.rand(shape[0]) + 0.01, columns))
+        else:
+            matrices.append(Dense(torch.randn(shape), None, columns))
+    x = laid_out(draw, torch.randn(n, sizes[0]) + draw.choice((0, 0, 3, -3)))
+    bias = torch.randn(sizes[-1]) if draw.random() < 0.5 else None
+    expected, tolerance = x.double(), torch.zeros(x.shape, dtype=torch.float64)
+    for matrix in matrices:
+        weight = matrix.values(torch.float64)
+        carried = tolerance @ weight.abs().T
+        if matrix.scales is not None and n > 4 and len(expected):
+            expected, added = integer_product(expected, matrix)
+        else:
+            added = ROUNDING * (expected.abs() @ weight.abs().T)
+            expected = expected @ weight.T
+        tolerance = carried + added
+    if bias is not None:
+        expected, tolerance = expected + bias, tolerance + ROUNDING * bias.abs()
+    for _ in on_threads():
+        close(dense_chain(x, matrices, bias), expected, tolerance)
+
+
+def check_exact_integers() -> None:
+    """Inputs that are whole numbers of their scale lose nothing, so that the sums of integers are seen alone."""
+    for n, wide, out in ((5, 37, 19), (64, 130, 70), (100, 4, 16), (33, 1023, 5)):
+        x = torch.randint(0, 256, (n, wide)).float() - 100
+        x[:, 0], x[:, -1] = -100, 155
+        for columns in (False, True):
+            codes = torch.randint(-127, 128, (wide, out) if columns else (out, wide), dtype=torch.int8)
+            weight = Dense(codes, torch.full((len(codes),), 0.5), columns)
+            expected = x.double() @ weight.values(torch.float64).T
+            for _ in on_threads():
+                close(dense_chain(x, (weight,)), expected, 1e-6 * 127 * 255 * wide * torch.ones(1))
+
+
+def check_gelu() -> None:
+    for n in (*TOKENS, 20_001):
+        x = torch.randn(n) * 4
+        for threads in on_threads():
+            close(dense_gelu(x), F.gelu(x.double()), torch.tensor(4e-7))
+            again = x.clone()
+            assert dense_gelu(again, overwrite=True).data_ptr() == again.data_ptr() or cpu.variant() == "reference"
+            assert threads and (cpu.variant() == "reference" or torch.equal(again, dense_gelu(x)))
+    x = torch.linspace(-20, 20, 100_001)
+    close(dense_gelu(x), F.gelu(x.double()), torch.tensor(4e-7))
+    inf, nan = float("inf"), float("nan")
+    x = torch.tensor([0.0, -0.0, 1e-38, -1e-38, 1e-45, 1e-20, 3e38, -3e38, 1e10, -1e10, inf, nan])
+    found, expected = dense_gelu(x), F.gelu(x)
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=4e-7, equal_nan=True)
+
+
+def masks(batch: int, heads: int, queries: int, keys: int) -> Iterator[Tensor | None]:
+    yield None
+    shapes = (
+        *((keys,), (queries, keys), (1, 1, 1, keys), (batch, 1, 1, keys), (batch, 1, queries, keys)),
+        *((1, heads, queries, keys), (batch, heads, 1, keys), (batch, heads, queries, keys), (batch, 1, queries, 1)),
+    )
+    for shape in shapes:
+        yield torch.rand(shape) < 0.6
+    yield (torch.rand(keys, queries, heads, batch) < 0.6).permute(3, 2, 1, 0)
+    yield torch.zeros(batch, 1, queries, keys, dtype=torch.bool)
+    yield torch.ones(queries, keys, dtype=torch.bool).tril()
+
+
+def check_attention(draw: random.Random) -> None:
+    key_heads = draw.randint(1, 3)
+    batch, heads = draw.randint(1, 3), key_heads * draw.choice((1, 1, 2, 4))
+    queries, keys = draw.choice((1, 2, 7, 16, 17, 40, 70)), draw.choice((1, 2, 5, 16, 33, 600))
+    width, spread = draw.choice((1, 3, 8, 16, 20, 33, 64)), draw.choice((1.0, 1.0, 30.0))
+
+    def states(count: int, tokens: int) -> Tensor:
+        if draw.random() < 0.5:
+            return torch.randn(batch, count, tokens, width)
+        return torch.randn(batch, tokens, count, width + 2)[..., 1 : width + 1].transpose(1, 2)
+
+    q, k, v = states(heads, queries) * spread, states(key_heads, keys), states(key_heads, keys)
+    wide = [t.double().repeat_interleave(heads // key_heads, 1) for t in (k, v)]
+    scores = q.double() @ wide[0].mT * 0.3
+    for mask in masks(batch, heads, queries, keys):
+        seen = scores if mask is None else scores.masked_fill(~mask, -torch.inf)
+        expected = seen.softmax(-1).nan_to_num(1 / keys) @ wide[1]
+        for _ in on_threads():
+            found = cpu.attention(q, k, v, mask, 0.3).transpose(1, 2)
+            close(found, expected, 1e-5 * spread * v.abs().max().double())
+    q[0, 0, 0, 0] = torch.nan
+    assert cpu.attention(q, k, v, None, 0.3)[0, 0, 0].isnan().all()
+    assert not cpu.attention(q, k, v, None, 0.3)[0, 1:].isnan().any()
+
+
+def check_what_is_no_number() -> None:
+    """One token that is not a number, or infinite, is seen in its own result and in no other."""
+    for value in (torch.nan, torch.inf, -torch.inf):
+        for n in (2, 5, 40, 100):
+            x = torch.randn(n, 37)
+            x[1, 3] = value
+            for columns in (False, True):
+                codes = torch.randint(1, 128, (37, 20) if columns else (20, 37), dtype=torch.int8)
+                for matrix in (Dense(codes.float(), None, columns), Dense(codes, torch.rand(len(codes)), columns)):
+                    wrong = (~dense_chain(x, (matrix,)).isfinite()).all(1)
+                    assert wrong.nonzero().flatten().tolist() == [1], (value, n, matrix.scales is None)
+
+
+def main(name: str, cases: int) -> None:
+    assert cpu.variant() == name, cpu.variant()
+    draw = random.Random(0)
+    torch.manual_seed(0)
+    codes = [check_sparse(draw, case) for case in SPARSE]
+    codes += [check_sparse(draw, some_sparse(draw)) for _ in range(cases)]
+    assert set(codes) == {"bitmap", "uint8", "uint16"}
+    check_gelu()
+    if name == cpu.REFERENCE:  # torch multiplies dequantized weights, and has an attention of its own
+        print("done")
+        return
+    for _ in range(cases):
+        check_chain(draw)
+    check_exact_integers()
+    check_what_is_no_number()
+    for _ in range(max(cases // 8, 2)):
+        check_attention(draw)
+    print("done")
+
+
+if __name__ == "__main__":
+    with torch.inference_mode():
+        main(sys.argv[1], int(sys.argv[2]))
