@@ -13,8 +13,8 @@ as long as the others with --dense-epochs 3 --epochs 3. `rankdyna:dense=1` start
 others do. Other settings of a method stand behind its name in the same way, as in `dsformer:freeze=0.6,interval=1`.
 `auto:int8=1` stores factors in int8, which the ratio counts; fine-tuning rounds them.
 
-Peers that only quantize: `torchao-int8` (8 bits, no further training), `torchao-int3` and `torchao-int4` (with torchao's
-own training that rounds the weights), of which bytes are counted as if packed without a gap.
+Peers that only quantize: `torchao-int8` (8 bits, no further training), `torchao-int3` and `torchao-int4` (with
+torchao's own training that rounds the weights), of which bytes are counted as if packed without a gap.
 
 Each finished cell is one JSON line; a run skips what is there already, so it can be stopped and continued.
 """
@@ -33,6 +33,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import torch
 from common import RESULTS, TASKS, Task, append_line, default_data, machine, read_lines
 from torch import nn
@@ -43,6 +44,7 @@ import factorformer
 from factorformer import recipes
 from factorformer.hf import data as task_data
 from factorformer.hf import minilm, training
+from factorformer.hf.checkpoint import output_directory
 from factorformer.nn import FactorizedMatrix
 from factorformer.surgery import find_blocks, find_matrices
 from factorformer.training.dynamic_rank import DynamicRank, DynamicRankSettings
@@ -247,7 +249,11 @@ class Bench:
             plan = factorformer.plan(model, method, ratio, int8=int8)
             return model, DynamicRank(model, plan, batches, DynamicRankSettings(**options))
         dense = model
-        path = self.args.work / "fits" / f"{name}-{recipe.kind}-{recipe.metric}-{recipe.allocation}-{int8}-{ratio:g}-{self._name()}"
+        path = (
+            self.args.work
+            / "fits"
+            / f"{name}-{recipe.kind}-{recipe.metric}-{recipe.allocation}-{int8}-{ratio:g}-{self._name()}"
+        )
         if path.exists():
             model, statistics = torch.load(path, weights_only=False)
         else:
@@ -303,7 +309,31 @@ class Bench:
             row["int8_block_bytes"] = round_to_int8(model)
             row["int8_ratio"] = round(original / row["int8_block_bytes"], 4)
             row["int8_metric"] = training.evaluate(model, self.tokenizer, test, labels)[task.metric]
+        ours = any(isinstance(module, FactorizedMatrix) for module in model.modules())
+        if self.args.keep and (ours or method == "dense"):
+            place = self.args.keep / f"{task.name}-{cell.method.replace(':', '-')}-{cell.ratio or 1:g}-{cell.seed}"
+            with output_directory(place, overwrite=True) as folder:
+                model.save_pretrained(folder)
+                self.tokenizer.save_pretrained(folder)
+            row["onnx_int8_metric"] = self.in_onnx_runtime(place, test, labels)[task.metric]
         return {**row, "test_rows": len(test), "machine": machine()}
+
+    def in_onnx_runtime(self, place: Path, test: datasets.Dataset, labels: task_data.Labels) -> dict[str, float]:
+        """Metrics of the exported int8 file of a model directory, made beside it."""
+        import onnxruntime
+
+        from factorformer.export.onnx import export
+
+        made = export(place, place.with_name(f"{place.name}-onnx-int8"), int8=True, overwrite=True)
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        session = onnxruntime.InferenceSession(str(made.path / "model.onnx"), options)
+        logits, order = [], []
+        for rows, batch in task_data.indexed_batches(self.tokenizer, test, 32):
+            feed = {name: batch[name].numpy() for name in made.inputs}
+            logits.append(session.run(None, feed)[0])
+            order += rows
+        return training.score(np.concatenate(logits)[np.argsort(order)], np.asarray(test["labels"]), labels)
 
 
 def block_bytes(model: nn.Module) -> int:
@@ -381,9 +411,7 @@ def torchao_trained(bits: int) -> Callable[[PreTrainedModel, float | None], PreT
 
         names = {m.name for m in find_matrices(model, "blocks")[0]}
         weights = IntxFakeQuantizeConfig(getattr(torch, f"int{bits}"), group_size=GROUP, is_symmetric=True)
-        quantize_(
-            model, QATConfig(weight_config=weights, step="prepare"), filter_fn=lambda module, name: name in names
-        )
+        quantize_(model, QATConfig(weight_config=weights, step="prepare"), filter_fn=lambda module, name: name in names)
         for name in names:
             model.get_submodule(name).bits = bits
         return model
@@ -484,6 +512,7 @@ def main() -> None:
     parser.add_argument("--model", default=None, help="a model directory; the embedded MiniLM if not given")
     parser.add_argument("--histories", type=Path, help="folder for the histories of dynamic ranks")
     parser.add_argument("--output", type=Path, default=RESULTS / "accuracy.jsonl")
+    parser.add_argument("--keep", type=Path, help="folder for the models, and for what their int8 export scores")
     parser.add_argument("--work", type=Path, default=Path("runs/accuracy"), help="dense models are kept here")
     args = parser.parse_args()
     args.rates = args.output.with_name(args.output.stem + "_rates.jsonl")

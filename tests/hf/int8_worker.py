@@ -13,6 +13,8 @@ from pathlib import Path
 import torch
 from tests.hf.reload_worker import Findings, expected, low_inputs, stored, ties_hold
 from tests.tiny import MODELS, Tiny, logits
+from torch import Tensor
+from transformers import PreTrainedModel
 from transformers.utils import logging
 
 import factorformer
@@ -30,11 +32,17 @@ def check(folder: Path, tiny: Tiny) -> Findings:
     low = tiny.auto.from_pretrained(folder / "model", dtype=torch.bfloat16)
     codes = {name: tensor for name, tensor in model.named_buffers() if tensor.dtype == torch.int8}
     dense = auto.dequantize()
+
+    def same(found: Tensor) -> bool:
+        # How torch adds up products with fused experts depends on where they lie in memory.
+        experts = type(model).__name__.startswith("Mixtral")
+        return torch.allclose(found, reference, rtol=0, atol=1e-6) if experts else torch.equal(found, reference)
+
     whole = {name: layer.to_dense() for name, layer in model.named_modules() if isinstance(layer, FactorizedMatrix)}
     return {
         "quantized": bool(layers) and all(layer.quantized for layer in layers),
-        "load": torch.equal(logits(model, inputs), reference),
-        "auto": torch.equal(logits(tiny.auto.from_pretrained(folder / "model"), inputs), reference),
+        "load": same(logits(model, inputs)),
+        "auto": same(logits(tiny.auto.from_pretrained(folder / "model"), inputs)),
         "tied": ties_hold_everywhere(model),
         "stored once": set(stored(folder / "model"))
         == {name for name, _ in model.named_parameters()}
@@ -52,11 +60,10 @@ def check(folder: Path, tiny: Tiny) -> Findings:
     }
 
 
-def ties_hold_everywhere(model: torch.nn.Module) -> bool:
+def ties_hold_everywhere(model: PreTrainedModel) -> bool:
     """Codes are buffers, which `get_parameter` does not know."""
-    everything = dict(model.named_parameters(remove_duplicate=False)) | dict(
-        model.named_buffers(remove_duplicate=False)
-    )
+    everything: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
+    everything |= dict(model.named_buffers(remove_duplicate=False))
     return all(everything[target] is everything[source] for target, source in model.all_tied_weights_keys.items())
 
 

@@ -39,12 +39,19 @@ ROUNDING = 0.05
 """Relative difference that 8-bit inputs of products may make of a tiny random model."""
 
 
+def dense(name: str, dtype: torch.dtype) -> tf.PreTrainedModel:
+    model = MODELS[name].build()
+    model.to(dtype=dtype)  # pyright: ignore[reportCallIssue]
+    return model
+
+
 def int8_plan(name: str, scope: Scope = "blocks", method: str = "svd", dtype: torch.dtype = torch.float32) -> Plan:
     """A plan for 5 times fewer bytes in float32, or the nearest that few and small matrices admit."""
+    model = dense(name, dtype)
     ratio = 5 * dtype.itemsize / 4 if MODELS[name].ratio == 2 else MODELS[name].ratio
     for _ in range(2):
         try:
-            return factorformer.plan(MODELS[name].build().to(dtype), method, ratio=ratio, scope=scope, int8=True)
+            return factorformer.plan(model, method, ratio=ratio, scope=scope, int8=True)
         except BudgetError as error:
             ratio = float(re.findall(r"(?:ask for at most|the nearest is) ([0-9.]+)$", str(error))[0])
     raise AssertionError("the ratio that the message names cannot be met either")
@@ -108,14 +115,13 @@ def test_bytes_on_disk_are_those_of_the_plan(case: str, saved: Path) -> None:
 
 def test_bytes_are_those_of_codes_and_scales_in_any_type() -> None:
     """A plan counts scales in float32, so it promises no more than a model of a narrower type holds."""
-    model = MODELS["bert"].build().to(torch.bfloat16)
-    plan = int8_plan("bert", dtype=torch.bfloat16)
-    dense = sum(p.numel() * p.element_size() for p in model.parameters())
+    model, plan = dense("bert", torch.bfloat16), int8_plan("bert", dtype=torch.bfloat16)
+    before = sum(p.numel() * p.element_size() for p in model.parameters())
     factorformer.compress(model, plan)
     stored = sum(t.numel() * t.element_size() for t in [*model.parameters(), *model.buffers()])
     stored -= sum(b.numel() * b.element_size() for n, b in model.named_buffers() if n not in model.state_dict())
     spared = sum(2 * sum(t.size[0] for t in e.spec.tensors(e.matrix.shape).values()) for e in plan.factorized if e.spec)
-    assert dense - stored == plan.original.bytes - plan.compressed.bytes + spared
+    assert before - stored == plan.original.bytes - plan.compressed.bytes + spared
 
 
 @pytest.mark.parametrize("method", ["shapeshifter", "dense_sparse_plain", "auto"])
@@ -207,6 +213,8 @@ def test_a_head_that_a_base_model_is_tied_to(tmp_path: Path) -> None:
     tf.AutoModel.from_pretrained(tmp_path / "model").save_pretrained(tmp_path / "base")
     again = tf.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     head, embedding = again.get_output_embeddings(), again.get_input_embeddings()
+    assert isinstance(head, FactorizedMatrix)
+    assert isinstance(embedding, FactorizedMatrix)
     assert all(head.factors[name] is tensor for name, tensor in embedding.factors.items())
     assert torch.equal(logits(again, inputs), logits(model, inputs))
 

@@ -122,7 +122,7 @@ def check_chain(draw: random.Random) -> None:
     bias = torch.randn(sizes[-1]) if draw.random() < 0.5 else None
     expected, tolerance = x.double(), torch.zeros(x.shape, dtype=torch.float64)
     for matrix in matrices:
-        weight = matrix.values(torch.float64)
+        weight = matrix.values(torch.float64).double()
         carried = tolerance @ weight.abs().T
         if matrix.scales is not None and n > 4 and len(expected):
             expected, added = integer_product(expected, matrix)
@@ -150,19 +150,22 @@ def check_exact_integers() -> None:
 
 
 def check_gelu() -> None:
+    compiled = cpu.variant() != cpu.REFERENCE
+    allowed = torch.tensor(4e-7 if compiled else 2e-6)
     for n in (*TOKENS, 20_001):
         x = torch.randn(n) * 4
-        for threads in on_threads():
-            close(dense_gelu(x), F.gelu(x.double()), torch.tensor(4e-7))
-            again = x.clone()
-            assert dense_gelu(again, overwrite=True).data_ptr() == again.data_ptr() or cpu.variant() == "reference"
-            assert threads and (cpu.variant() == "reference" or torch.equal(again, dense_gelu(x)))
+        for _ in on_threads():
+            found, again = dense_gelu(x), x.clone()
+            close(found, F.gelu(x.double()), allowed)
+            overwritten = dense_gelu(again, overwrite=True)
+            assert torch.equal(overwritten, found)
+            assert torch.equal(again, found if compiled else x)
     x = torch.linspace(-20, 20, 100_001)
-    close(dense_gelu(x), F.gelu(x.double()), torch.tensor(4e-7))
-    inf, nan = float("inf"), float("nan")
-    x = torch.tensor([0.0, -0.0, 1e-38, -1e-38, 1e-45, 1e-20, 3e38, -3e38, 1e10, -1e10, inf, nan])
-    found, expected = dense_gelu(x), F.gelu(x)
-    torch.testing.assert_close(found, expected, rtol=1e-6, atol=4e-7, equal_nan=True)
+    close(dense_gelu(x), F.gelu(x.double()), allowed)
+    if compiled:  # torch has no numbers for the ends
+        x = torch.tensor([0.0, -0.0, 1e-38, -1e-38, 1e-45, 1e-20, 3e38, -3e38, 1e10, -1e10, torch.inf, -torch.inf])
+        torch.testing.assert_close(dense_gelu(x), x.clamp_min(0), rtol=0, atol=1e-20)
+        assert dense_gelu(torch.tensor([torch.nan, 1.0])).isnan().tolist() == [True, False]
 
 
 def masks(batch: int, heads: int, queries: int, keys: int) -> Iterator[Tensor | None]:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from factorformer.kernels import support
 from factorformer.planning import Cost, Matrix, total
-from factorformer.structures import KroneckerSum, LowRank
+from factorformer.structures import DenseSparse, KroneckerSum, LowRank
 
 
 def test_costs_add_up() -> None:
@@ -43,3 +44,14 @@ def test_a_sum_of_kronecker_products() -> None:
     assert Matrix("m", (64, 32)).cost(spec) == Cost(3 * (64 + 32), 3 * (64 + 32) * 4, product)
     assert Matrix("words", (64, 32), "float16", 0, 1).cost(spec) == Cost(3 * 96, 3 * 96 * 2, row)
     assert Matrix("words", (64, 32), products=1, lookups=1).cost(spec).flops == product + row
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_int8_costs_a_byte_for_each_value_and_a_scale_for_each_row(dtype: str) -> None:
+    matrix, spec = Matrix("m", (64, 32), dtype, int8=True), DenseSparse(16, 4)
+    assert matrix.values == torch.int8
+    assert matrix.cost(LowRank(4)) == Cost(4 * 96, 4 * 96 + 4 * (64 + 4), 2 * 4 * 96)
+    assert matrix.cost(spec).bytes == (64 * 4 + 16 * 32) + 4 * (64 + 16) + 64 * support.row_bytes(16, 4, 1)
+    assert matrix.cost(spec, without=["dictionary"]).bytes == matrix.cost(spec).bytes - 16 * 32 - 4 * 16
+    # A matrix that stays dense keeps its type.
+    assert matrix.cost(None) == Matrix("m", (64, 32), dtype).cost(None)

@@ -63,8 +63,8 @@ def check_tensors(model: PreTrainedModel, config: FactorformerConfig, files: Seq
         files: the checkpoint's files; None if the caller passed a state dict.
 
     Raises:
-        CheckpointError: a missing, extra or misshapen tensor; the message names up to five of each. Or integers that are
-            stored as something else.
+        CheckpointError: a missing, extra or misshapen tensor, of which the message names up to five of each, or
+            integers that are stored as another type.
     """
     if files is None:
         return

@@ -174,7 +174,7 @@ def chain(
 
 
 def gelu(x: Tensor, y: Tensor) -> Tensor:
-    """The exact GELU, within 2e-7; both contiguous, and perhaps the same."""
+    """The exact GELU, within 4e-7; both contiguous, and perhaps the same."""
     _loaded().factorformer_gelu(x.data_ptr(), x.numel(), y.data_ptr())
     return y
 
