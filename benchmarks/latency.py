@@ -1,13 +1,15 @@
 """How fast is a compressed MiniLM on this machine, end to end, against what a user would take instead?
 
-    python benchmarks/latency.py --ratios 2.5 5 --methods svd kronecker dense_sparse_plain
+    python benchmarks/latency.py --ratios 2.5 --methods svd kronecker dense_sparse_plain
+    python benchmarks/latency.py --ratios 10 --methods svd:int8 kronecker:int8 dense_sparse_plain:int8
 
 For each method and ratio the compressed model runs a race (see `factorformer bench`) against the dense model in eager
 torch, which is the baseline, and compiled; torch's and torchao's dynamic int8; ONNX Runtime with torch's export of the
 dense model, with its own dynamic int8 of that, and with our export; Torch-Pruning, with heads and feed-forward units
 removed until the blocks hold no more parameters than ours; and tensorly-torch, with every linear layer of the blocks
-factorized to about as many parameters. Ours runs in eager torch, compiled, and in ONNX Runtime through our export, as
-it is and in int8. What is not installed, or does not run, is left out and said so.
+factorized to about as many parameters. Ours runs in eager torch, with attention and activations by our kernels too
+(`factorformer.fuse`, which the dense model may have as well), compiled, and in ONNX Runtime through our export, as it
+is and in int8. What is not installed, or does not run, is left out and said so.
 
 Nothing is trained: times do not depend on values. One line of JSON for each method, ratio and shape; lines that are
 there already are not measured again, unless `--again` says so.
@@ -229,6 +231,8 @@ class Field:
         self.add("dense, eager", str(source))
         if self.args.compile:
             self.add("dense, torch.compile", f"compile:{source}")
+        self.add("dense, fused", f"fused:{source}")
+        self.add("dense, torch bf16", f"bf16:{source}")
         self.add("dense, torch int8", f"int8:{source}")
         self.add("dense, torchao int8", f"torchao-int8:{source}")
         if self.args.compile:
@@ -244,14 +248,15 @@ class Field:
 
     def against(self, method: str, ratio: float) -> dict[str, Any]:
         """Add the compressed model and those of its size; what is known of it."""
-        path = self.args.work / f"{method}-{ratio:g}"
+        path = self.args.work / f"{method.replace(':', '-')}-{ratio:g}"
         if not path.exists():
-            model = copy.deepcopy(self.dense)
-            factorformer.compress(model, factorformer.plan(model, method, ratio))
+            model, name = copy.deepcopy(self.dense), method.removesuffix(":int8")
+            factorformer.compress(model, factorformer.plan(model, name, ratio, int8=name != method))
             self.save(model, path)
-        ours = load_model(path)
-        target = parameters(ours)
+        found = inventory(load_model(path), "blocks")
+        target = found.compressed.parameters
         self.add("ours, eager", str(path))
+        self.add("ours, fused", f"fused:{path}")
         if self.args.compile:
             self.add("ours, torch.compile", f"compile:{path}")
         if self.installed["onnxruntime"] and self.installed["onnx"]:
@@ -260,7 +265,7 @@ class Field:
         self.made("Torch-Pruning", "torch_pruning", lambda: pruned(self.dense, target))
         for kind in ("tucker", "blocktt"):
             self.made(f"tensorly-torch, {kind}", "tltorch", lambda kind=kind: tensorized(self.dense, target, kind))
-        return {"ratio": round(inventory(ours).ratio, 4), "parameters_in_blocks": target}
+        return {"ratio": round(found.ratio, 4), "parameters_in_blocks": target}
 
     def race(self, shape: Shape) -> list[dict[str, Any]]:
         for label, (_, of) in list(self.ready.items()):

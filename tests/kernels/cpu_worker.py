@@ -5,6 +5,7 @@ A process of its own, for the variant is chosen when the library is loaded.
 
 from __future__ import annotations
 
+import itertools
 import random
 import sys
 from collections.abc import Iterator
@@ -81,9 +82,7 @@ def check_sparse(draw: random.Random, case: tuple[int, ...]) -> str:
     for _ in on_threads():
         found = sparse_product(x.reshape(*leading, atoms), values, packed, atoms, blocks, scales=scales, bias=bias)
         close(found.view(n, rows), a @ dense.T + offset, ROUNDING * (a.abs() @ sizes.T + offset.abs()))
-        found = sparse_product(
-            y.reshape(*leading, rows), values, packed, atoms, blocks, scales=scales, transposed=True
-        )
+        found = sparse_product(y.reshape(*leading, rows), values, packed, atoms, blocks, scales=scales, transposed=True)
         close(found.view(n, atoms), b @ dense, ROUNDING * (b.abs() @ sizes))
         found = torch.ops.factorformer.sparse_outer(y, x, packed, nonzeros, blocks)
         where = positions.repeat_interleave(group, 0)
@@ -108,9 +107,11 @@ def integer_product(x: Tensor, matrix: Dense) -> tuple[Tensor, Tensor]:
 def check_chain(draw: random.Random) -> None:
     n, count = draw.choice(TOKENS), draw.randint(1, 4)
     most = 60 if n > 100 else 260
-    sizes = [draw.choice((draw.randint(1, 20), 16 * draw.randint(1, 8), draw.randint(1, most))) for _ in range(count + 1)]
+    sizes = [
+        draw.choice((draw.randint(1, 20), 16 * draw.randint(1, 8), draw.randint(1, most))) for _ in range(count + 1)
+    ]
     matrices = []
-    for wide, out in zip(sizes, sizes[1:], strict=False):
+    for wide, out in itertools.pairwise(sizes):
         columns = draw.random() < 0.4
         shape = (wide, out) if columns else (out, wide)
         if draw.random() < 0.5:

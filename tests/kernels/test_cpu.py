@@ -112,8 +112,8 @@ def test_sanitizers_find_nothing(variant: str, package: Path) -> None:
     assert done.stdout.split() == ["done"], done.stderr[-6000:]
     # The sanitizer is at work: it sees a read beyond the end that the library is told to do.
     overread = (
-        "import torch; from factorformer.kernels import cpu; x = torch.ones(64);"
-        "cpu._loaded().factorformer_gelu(x.data_ptr(), 80, torch.empty(80).data_ptr())"
+        "import torch; from factorformer.kernels import cpu; x, y = torch.ones(64), torch.empty(80);"
+        "cpu._loaded().factorformer_gelu(x.data_ptr(), 80, y.data_ptr())"
     )
     done = python("-c", overread, package=package, LD_PRELOAD=runtime, ASAN_OPTIONS=quiet)
     assert "heap-buffer-overflow" in done.stderr

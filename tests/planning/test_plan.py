@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import re
@@ -349,7 +350,9 @@ def test_an_unknown_role_is_answered_with_the_nearest() -> None:
         Plan.from_dict(content)
 
 
-@pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(Matrix)] + ["spec", "reason"])
+@pytest.mark.parametrize(
+    "field", [field.name for field in dataclasses.fields(Matrix) if field.name != "int8"] + ["spec", "reason"]
+)
 def test_entries_lack_nothing(field: str) -> None:
     content = json.loads(json.dumps(a_plan().to_dict()))
     del content["entries"][1][field]
@@ -374,3 +377,31 @@ def test_what_stays_dense_is_told_by_reason() -> None:
         f"expert weights fused in a 3-D parameter: 4 matrices, {experts:,} of {plan.original.bytes:,} bytes in scope"
     )
     assert left_dense(a_plan().entries, a_plan().original.bytes) == []
+
+
+# int8
+
+
+@pytest.mark.parametrize("method", ["svd", "shapeshifter", "dense_sparse_plain"])
+@pytest.mark.parametrize("scope", get_args(Scope))
+def test_a_budget_is_met_in_int8(method: str, scope: Scope) -> None:
+    plan = factorformer.plan(MODELS["bert"].build(), method, ratio=6, scope=scope, int8=True)
+    assert plan.ratio == pytest.approx(6, rel=0.01)
+    for entry in plan.factorized:
+        assert entry.spec is not None
+        assert entry.compressed.bytes == entry.spec.bytes(entry.matrix.shape, torch.int8)
+        assert entry.original.bytes == 4 * entry.matrix.shape[0] * entry.matrix.shape[1]
+
+
+def test_plans_with_int8_survive_json_and_older_ones_are_in_floats() -> None:
+    plan = factorformer.plan(MODELS["bert"].build(), "svd", ratio=6, int8=True)
+    content = json.loads(json.dumps(plan.to_dict()))
+    assert Plan.from_dict(content) == plan
+    older = copy.deepcopy(content)
+    for entry in older["entries"]:
+        del entry["int8"]
+    assert Plan.from_dict(older).compressed.bytes > 2 * plan.compressed.bytes
+    assert not any(entry.matrix.int8 for entry in Plan.from_dict(older).entries)
+    content["entries"][0]["int8"] = "yes"
+    with pytest.raises(MethodError, match=r"'int8' cannot be 'yes'"):
+        Plan.from_dict(content)

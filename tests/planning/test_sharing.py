@@ -250,6 +250,7 @@ BROKEN: list[tuple[int, dict[str, Any], str]] = [
     (1, {"shares": "nobody"}, "the plan has no such entry"),
     (1, {"shares": "0.attn.k"}, "that one has none of its own"),
     (1, {"shares": 3}, "'shares' cannot be 3"),
+    (1, {"int8": True}, "only one of the two is to be stored in int8"),
     (0, {"shares": "0.attn.k"}, "that one has none of its own, but those of '0.attn.q'"),
     (1, {"spec": DenseSparse(20, 4).to_dict()}, "may differ in their sides only"),
     (1, {"spec": DenseSparse(16, 3).to_dict()}, "may differ in their sides only"),

@@ -124,7 +124,7 @@ def layer_paces(
     groups: dict[tuple[Shape, Structure, torch.dtype], list[tuple[str, FactorizedLinear]]] = {}
     for name, module in model.named_modules():
         if isinstance(module, FactorizedLinear):
-            key = (module.shape, module.spec, module.get_parameter("weight").dtype)
+            key = (module.shape, module.spec, module.values.dtype)
             groups.setdefault(key, []).append((name, module))
     if not groups:
         raise ModelError("the model has no factorized linear layers: there is nothing to compare with dense products")

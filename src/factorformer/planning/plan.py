@@ -306,6 +306,8 @@ def _cannot_share(entry: Entry, owner: Entry | None) -> str | None:
         return f"they are {entry.spec} and {owner.spec}, which may differ in their sides only"
     if entry.matrix.dtype != owner.matrix.dtype:
         return f"they are of types {entry.matrix.dtype} and {owner.matrix.dtype}"
+    if entry.matrix.int8 != owner.matrix.int8:
+        return "only one of the two is to be stored in int8"
     sizes = [
         {name: e.spec.tensors(e.matrix.shape)[name].size for name in e.spec.shareable} for e in (entry, owner) if e.spec
     ]
