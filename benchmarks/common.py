@@ -1,5 +1,7 @@
 """What every benchmark shares: the machine it ran on, the tasks, and how results are kept."""
 
+# ruff: noqa: E402
+
 from __future__ import annotations
 
 import dataclasses
@@ -7,8 +9,12 @@ import json
 import os
 import platform
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
+
+# Before transformers, which looks for a package of this name and would take the script beside this one for it.
+sys.modules["kernels"] = None  # type: ignore[assignment]
 
 import torch
 import transformers

@@ -13,18 +13,13 @@ products made, the bytes that a copy moves, and a roofline is drawn from them. O
 
 from __future__ import annotations
 
-# ruff: noqa: E402  # what hides this script from other packages comes first
 import argparse
 import importlib.util
 import math
 import statistics
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-
-# transformers looks for a package of this name, and would take this script for it.
-sys.modules["kernels"] = None  # type: ignore[assignment]
 
 import torch
 import torch.nn.functional as F

@@ -1,4 +1,4 @@
-"""Compiled graphs of all structures equal eager: a process of its own, for compilers cannot trace checked annotations."""
+"""Compiled graphs equal eager: a process of its own, for compilers cannot trace checked annotations."""
 
 from __future__ import annotations
 

@@ -140,9 +140,9 @@ def test_sizes_that_do_not_fit_never_reach_the_kernels() -> None:
             cpu.sparse_matmul(x, given, packed, 5, 1, scale, bias)
     with pytest.raises(ModelError, match="columns of the input: got 7, but the product takes 8"):
         sparse_product(torch.randn(2, 7), values, packed, 5, transposed=True)
-    with pytest.raises(ModelError, match="bytes of a row of the sparse support: got 1, but the product takes 3"):
+    with pytest.raises(ModelError, match="bytes of a row of the sparse support: got 1, but the product takes 6"):
         cpu.sparse_matmul(torch.randn(2, 500), values, packed, 500, 1, None, None)
-    with pytest.raises(ModelError, match="columns of the input: got 2, but the product takes 3"):
+    with pytest.raises(ModelError, match="rows of the second input: got 2, but the product takes 3"):
         cpu.sparse_outer(torch.randn(3, 8), torch.randn(2, 5), packed, 3, 1)
 
 

@@ -139,6 +139,7 @@ def sparse_outer(left: Tensor, right: Tensor, support: Tensor, nonzeros: int, bl
     (n, rows), (others, atoms) = left.shape, right.shape
     y = left.new_empty(rows, nonzeros)
     where = (support.data_ptr(), *support.shape, rows, nonzeros, atoms, blocks)
+    _require("rows of the second input", others, n)
     fields = _sparse_array(n, others, where, 0, 0, False, -1, -1)
     _loaded().factorformer_sparse_outer(left.data_ptr(), right.data_ptr(), n, fields, y.data_ptr())
     return y
