@@ -22,9 +22,10 @@ class KernelBuildHook(BuildHookInterface):
         try:
             build["compile_library"]()
         except OSError as error:
-            library.unlink(missing_ok=True)
-            self.app.display_warning(f"factorformer is installed without its CPU kernels: {error}")
-            return
+            # A library of an earlier installation goes on serving, if it has the interface that is asked for.
+            self.app.display_warning(f"the CPU kernels of factorformer were not compiled: {error}")
+            if not library.exists():
+                return
         build_data["artifacts"].append(str(library.relative_to(self.root)))
         build_data["pure_python"] = False
         # Plain C inside: one wheel serves all versions of Python.

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import pytest
 import torch
+from torch import Tensor
 
 from factorformer import timing
 from factorformer.planning import Matrix
-from factorformer.structures import DenseSparse, KroneckerSum, LowRank, Structure
+from factorformer.structures import DenseSparse, Factors, KroneckerSum, LowRank, Shape, Structure
 from factorformer.timing import measure_times
 
 CPU = torch.device("cpu")
@@ -50,7 +53,7 @@ def test_products_and_look_ups_are_what_a_forward_pass_does() -> None:
 def test_what_is_only_looked_up_is_not_multiplied() -> None:
     words = Matrix("words", (64, 32), products=0, lookups=1, role="embedding")
     timer = measure_times([words], {"words": []}, CPU, 8)
-    assert timer.dense[((64, 32), "float32")][0] == 0 < timer.milliseconds(words, None)
+    assert timer.dense[((64, 32), "float32", False)][0] == 0 < timer.milliseconds(words, None)
 
 
 def test_large_low_rank_takes_longer_than_small() -> None:
@@ -67,6 +70,38 @@ def test_sizes_between_are_interpolated(monkeypatch: pytest.MonkeyPatch) -> None
     timer = measure_times([matrix], {"a": [LowRank(r) for r in range(1, 22)]}, CPU)
     assert [timer.milliseconds(matrix, LowRank(r)) for r in (1, 6, 11, 21)] == [1, 1.5, 2, 3]
     assert timer.milliseconds(matrix, None) == 9
+
+
+class Seen(LowRank):
+    """Low rank that notes the type of the factors by which it multiplies."""
+
+    types: ClassVar[set[torch.dtype]] = set()
+
+    def matmul(self, shape: Shape, factors: Factors, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        self.types.add(factors["weight"].dtype)
+        return super().matmul(shape, factors, x, bias)
+
+
+def test_factors_in_int8_are_timed_as_such_and_found_by_their_bytes() -> None:
+    matrix, stored = Matrix("a", (64, 48)), Matrix("b", (64, 48), int8=True)
+    specs = [Seen(rank) for rank in (2, 8, 16)]
+    for one, expected in ((matrix, torch.float32), (stored, torch.int8)):
+        Seen.types.clear()
+        timer = measure_times([one], {one.name: specs}, CPU, 8)
+        assert Seen.types == {expected}
+        ((_, points),) = timer.measured.items()
+        assert [point[0] for point in points] == [spec.bytes(one.shape, expected) for spec in specs]
+        assert [timer.milliseconds(one, spec) for spec in specs] == [point[1] for point in points]
+    both = measure_times([matrix, stored], {"a": specs, "b": specs}, CPU, 8)
+    assert len(both.measured) == len(both.dense) == 2
+
+
+def test_all_structures_are_timed_in_int8() -> None:
+    matrix = Matrix("a", (64, 48), lookups=1, int8=True)
+    specs = [spec for kind in (LowRank, KroneckerSum, DenseSparse) for spec in kind.candidates((64, 48), torch.int8)]
+    timer = measure_times([matrix], {"a": specs}, CPU, 8)
+    assert len(timer.measured) == 3
+    assert all(timer.milliseconds(matrix, spec) > 0 for spec in specs)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -9,7 +9,7 @@ import typing
 from factorformer import registration as _registration
 
 if typing.TYPE_CHECKING:
-    from factorformer.compression import Report, compress, initialize, plan, quantize
+    from factorformer.compression import Report, compress, hold_floats, initialize, plan, quantize
     from factorformer.errors import FactorformerError
     from factorformer.hf.checkpoint import load
     from factorformer.hf.fused import fuse
@@ -32,6 +32,7 @@ __all__ = [
     "__version__",
     "compress",
     "fuse",
+    "hold_floats",
     "initialize",
     "load",
     "plan",
@@ -39,7 +40,7 @@ __all__ = [
 ]
 
 _NAMES = {
-    "compression": ("Report", "compress", "initialize", "plan", "quantize"),
+    "compression": ("Report", "compress", "hold_floats", "initialize", "plan", "quantize"),
     "errors": ("FactorformerError",),
     "hf.checkpoint": ("load",),
     "hf.fused": ("fuse",),

@@ -24,6 +24,9 @@ from factorformer.progress import Progress, silent
 from factorformer.structures import Structure
 from factorformer.surgery import dense_weight, factorize, find_matrices
 
+RATIO, RATIO_INT8 = 3.0, 10.0
+"""What is made where no ratio is asked for."""
+
 QUICK = 2
 """Rounds of the fits that only choose a size."""
 
@@ -59,7 +62,7 @@ class Report:
 def plan(
     model: nn.Module,
     method: str | None = None,
-    ratio: float = 3.0,
+    ratio: float | None = None,
     scope: Scope | None = None,
     include: Sequence[str] | None = None,
     exclude: Sequence[str] | None = None,
@@ -81,7 +84,7 @@ def plan(
         method: a name that `factorformer methods` lists; None leaves the choice to `compress`: data-aware with
             calibration data, plain without.
         ratio: bytes of the original tensors in scope over the bytes of what replaces them, or another cost if `budget`
-            says so.
+            says so; by default 3, and 10 in int8, which by itself gives 4.
         scope: `blocks` for the linear layers of the Transformer blocks, `all` for the whole model with embeddings; None
             for what the method is made for, which is `all` for `shapeshifter` and `blocks` for the others.
         include, exclude: shell patterns of module names, e.g. `*.attention.*`.
@@ -110,6 +113,7 @@ def plan(
     '2.50'
     """
     name = method or recipes.default_method(calibrated=True)
+    ratio = (RATIO_INT8 if int8 else RATIO) if ratio is None else ratio
     recipe = recipes.get(name)
     _check_share(share, name, recipe.structure)
     _check_budget(budget, name)
@@ -308,9 +312,12 @@ def quantize(model: nn.Module) -> None:
         model: from `compress(..., hold_floats=True)`, `initialize` or dynamic ranks; nothing changes in other models.
 
     Raises:
-        ModelError: layers train straight through still; nothing was changed.
+        ModelError: layers train straight through still, or are not finite; nothing was changed.
     """
     named = {name: m for name, m in model.named_modules() if isinstance(m, FactorizedMatrix) and m.rounds}
+    wrong = [name for name, m in named.items() if not all(bool(t.isfinite().all()) for t in m.factors.values())]
+    if wrong:
+        raise ModelError(f"layer '{wrong[0]}': its factors are not finite, and cannot be stored in int8")
     training = [name for name, layer in named.items() if layer.form is not None]
     if training:
         raise ModelError(f"layer '{training[0]}' trains straight through: call finish() before it is stored in int8")
@@ -327,6 +334,28 @@ def quantize(model: nn.Module) -> None:
         layer.quantize(codes)
     if layers:
         attach_all(model)
+
+
+def hold_floats(model: nn.Module) -> bool:
+    """Turn factors that are stored in int8 into floats that products round, to train on; `quantize` ends that.
+
+    Args:
+        model: from a directory in int8, say; nothing changes in others.
+
+    Returns:
+        Whether there were any.
+    """
+    layers = [m for m in model.modules() if isinstance(m, FactorizedMatrix) and m.quantized]
+    known: dict[int, Tensor] = {}
+    for layer in layers:
+        codes, values = layer.factors, {}
+        for name, tensor in structures.int8.floats(codes).items():
+            held = nn.Parameter(tensor) if tensor.is_floating_point() else tensor
+            values[name] = known.setdefault(id(codes[name]), held)
+        layer.hold_floats(values)
+    if layers:
+        attach_all(model)
+    return bool(layers)
 
 
 def initialize(model: nn.Module, plan: Plan) -> Report:

@@ -156,6 +156,23 @@ class FactorizedMatrix(nn.Module):
         self.quantized, self.rounds = True, False
         self._adopt(self.spec, codes)
 
+    def hold_floats(self, values: Factors | None = None) -> None:
+        """Hold the factors as floats again, which products round: to train what was stored in int8.
+
+        Args:
+            values: the factors, where other layers hold some of them too.
+
+        Raises:
+            ModelError: they are floats already.
+        """
+        if not self.quantized:
+            raise ModelError(f"{self.spec} holds floats already")
+        values = int8.floats(self.factors) if values is None else values
+        for name in self._names:
+            delattr(self, name)
+        self.quantized, self.rounds = False, True
+        self._adopt(self.spec, values)
+
     def check_factors(self) -> None:
         """Raise `ModelError` if integer factors are out of range; called on all tensors that come from outside."""
         self.spec.check_factors(self.shape, self.factors)

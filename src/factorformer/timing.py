@@ -13,7 +13,7 @@ import torch
 
 from factorformer.nn import new_factors
 from factorformer.planning import Matrix
-from factorformer.structures import Shape, Structure
+from factorformer.structures import Shape, Structure, int8
 
 ROWS = 512
 """Rows of input, such as 4 texts of 128 tokens, for which products are measured."""
@@ -31,8 +31,8 @@ class Timer:
 
     Args:
         rows: of input.
-        dense: by shape and type.
-        measured: by structure, shape and type: `(bytes, milliseconds)` in growing bytes.
+        dense: by shape, type, and whether factors are stored in int8: `(product, look-up)` in milliseconds.
+        measured: by structure before these: `(bytes, product, look-up)` in growing bytes.
     """
 
     rows: int
@@ -41,7 +41,7 @@ class Timer:
 
     def milliseconds(self, matrix: Matrix, spec: Structure | None) -> float:
         """Of all products and look-ups of a matrix; between measured sizes, interpolated by bytes."""
-        place = (matrix.shape, matrix.dtype)
+        place = _place(matrix)
         if spec is None:
             product, lookup = self.dense[place]
         else:
@@ -74,22 +74,27 @@ def measure_times(
     dense: dict[tuple[object, ...], tuple[float, float]] = {}
     measured: dict[tuple[object, ...], list[tuple[float, float, float]]] = {}
     for matrix in matrices:
-        place = (matrix.shape, matrix.dtype)
+        place = _place(matrix)
         if place in dense:
             continue
-        dtype = getattr(torch, matrix.dtype)
         chosen: list[Structure] = []
         for kind in dict.fromkeys(spec.kind for spec in sizes[matrix.name]):
-            chosen += _spaced([spec for spec in sizes[matrix.name] if spec.kind == kind], matrix.shape, dtype)
-        same = [other for other in matrices if (other.shape, other.dtype) == place]
+            chosen += _spaced([spec for spec in sizes[matrix.name] if spec.kind == kind], matrix.shape, matrix.values)
+        same = [other for other in matrices if _place(other) == place]
         wanted = any(other.products for other in same), any(other.lookups for other in same)
-        times = _race(matrix.shape, dtype, chosen, device, rows, wanted)
+        times = _race(matrix, chosen, device, rows, wanted)
         dense[place] = times[0]
         for spec, (product, lookup) in zip(chosen, times[1:], strict=True):
-            measured.setdefault((spec.kind, *place), []).append((spec.bytes(matrix.shape, dtype), product, lookup))
+            size = spec.bytes(matrix.shape, matrix.values)
+            measured.setdefault((spec.kind, *place), []).append((size, product, lookup))
         if progress is not None:
             progress(len(dense))
     return Timer(rows, dense, {key: sorted(points) for key, points in measured.items()})
+
+
+def _place(matrix: Matrix) -> tuple[object, ...]:
+    """What matrices have in common whose products take the same time."""
+    return matrix.shape, matrix.dtype, matrix.int8
 
 
 def _spaced(specs: Sequence[Structure], shape: Shape, dtype: torch.dtype) -> list[Structure]:
@@ -102,14 +107,14 @@ def _spaced(specs: Sequence[Structure], shape: Shape, dtype: torch.dtype) -> lis
 
 
 def _race(
-    shape: Shape,
-    dtype: torch.dtype,
+    matrix: Matrix,
     specs: Sequence[Structure],
     device: torch.device,
     rows: int,
     wanted: tuple[bool, bool],
 ) -> list[tuple[float, float]]:
     """Milliseconds of a product and of look-ups, those that are wanted: of the dense matrix, and of each spec."""
+    shape, dtype = matrix.shape, getattr(torch, matrix.dtype)
     x = torch.randn(rows, shape[1], device=device, dtype=dtype)
     index = torch.randint(shape[0], (rows,), device=device)
     weight = torch.randn(shape, device=device, dtype=dtype)
@@ -118,6 +123,7 @@ def _race(
     for spec in specs:
         factors = new_factors(spec, shape, device, dtype)
         spec.initialize(factors, 1.0)
+        factors = int8.quantize(factors) if matrix.int8 else factors
         products.append(lambda spec=spec, factors=factors: spec.matmul(shape, factors, x))
         lookups.append(lambda spec=spec, factors=factors: spec.rows(shape, factors, index))
     times = race([*(products if wanted[0] else ()), *(lookups if wanted[1] else ())], REPEATS, device=device)

@@ -86,7 +86,11 @@ def test_a_colon_can_be_part_of_a_name(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "error", "message"),
     [
-        ("in8:DENSE", MethodError, r"unknown variant 'in8' \(did you mean 'int8'\?\); allowed: fused, compile, bf16, int8"),
+        (
+            "in8:DENSE",
+            MethodError,
+            r"unknown variant 'in8' \(did you mean 'int8'\?\); allowed: fused, compile, bf16, int8",
+        ),
         ("int8:bf16:DENSE", MethodError, "at most one of bf16, int8, torchao-int8"),
         ("compile:compile:DENSE", MethodError, "each variant once"),
         ("onnx:DENSE", ModelError, "there is no '.*model.onnx'"),

@@ -16,6 +16,7 @@ from factorformer.bench import layers
 from factorformer.bench.layers import LayerPaces, Pace, layer_paces, slower_than_dense
 from factorformer.bench.race import Spread
 from factorformer.errors import ModelError
+from factorformer.nn import FactorizedLinear
 from factorformer.planning import Entry, Matrix
 from factorformer.structures import Factors, KroneckerSum, LowRank, Shape
 
@@ -57,6 +58,18 @@ def test_every_distinct_layer_is_timed_once() -> None:
     for layer in found:
         assert [pace.tokens for pace in layer.paces] == [2, 8]
         assert all(min(pace.dense.low, pace.factors.low, pace.speedup.low) > 0 for pace in layer.paces)
+
+
+def test_layers_in_int8_are_timed_apart() -> None:
+    model = MODELS["bert"].build()
+    factorformer.compress(model, factorformer.plan(model, "svd", 2))
+    alike = next(layer for layer in layer_paces(model, tokens=(2,), seconds=0.01) if len(layer.names) > 1)
+    stored = model.get_submodule(alike.names[0])
+    assert isinstance(stored, FactorizedLinear)
+    stored.quantize()
+    found = layer_paces(model, tokens=(2,), seconds=0.01)
+    names = {x.dtype: x.names for x in found if (x.shape, x.spec) == (alike.shape, alike.spec)}
+    assert names == {"int8": alike.names[:1], "float32": alike.names[1:]}
 
 
 def test_a_dense_model_has_no_factors_to_time() -> None:
@@ -107,6 +120,23 @@ def test_silence_where_all_is_well_or_nothing_can_be_measured() -> None:
     assert slower_than_dense([entry("a", SLOW)], torch.device("meta")) == []
     assert slower_than_dense([entry("a", SLOW)], CPU, seconds=-1.0) == []
     assert slower_than_dense([entry("a", None)], CPU) == []
+
+
+def test_factors_in_int8_are_judged_as_such() -> None:
+    types: list[torch.dtype] = []
+
+    class Seen(LowRank):
+        def matmul(self, shape: Shape, factors: Factors, x: Tensor, bias: Tensor | None = None) -> Tensor:
+            types.append(factors["weight"].dtype)
+            return super().matmul(shape, factors, x, bias)
+
+    plain, spec = entry("a", Seen(8), 64), Seen(8)
+    stored = Entry(Matrix("b", (64, 64), int8=True), spec, "")
+    slower_than_dense([stored], CPU)
+    assert set(types) == {torch.int8}
+    types.clear()
+    slower_than_dense([plain, stored], CPU)
+    assert set(types) == {torch.int8, torch.float32}
 
 
 def test_each_size_is_timed_once(monkeypatch: pytest.MonkeyPatch) -> None:

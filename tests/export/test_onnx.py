@@ -304,3 +304,13 @@ def test_a_missing_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setitem(__import__("sys").modules, "onnxruntime", None)
     with pytest.raises(ExportError, match=r"needs the package onnxruntime: pip install 'factorformer\[onnx\]'"):
         export(encoder(1), tmp_path / "out")
+
+
+def test_a_model_is_not_replaced_by_its_export(tmp_path: Path) -> None:
+    model = MODELS["bert"].build()
+    model.save_pretrained(tmp_path / "model")
+    before = {file.name: file.read_bytes() for file in (tmp_path / "model").iterdir()}
+    for target in (tmp_path / "model", tmp_path):
+        with pytest.raises(OutputError, match="holds the model itself: choose another directory"):
+            export(tmp_path / "model", target, overwrite=True)
+    assert {file.name: file.read_bytes() for file in (tmp_path / "model").iterdir()} == before

@@ -163,3 +163,11 @@ def test_blocks_that_do_more_are_left_alone() -> None:
         fused._fuse_pair(block)
         assert not block.linear.gelu
         assert isinstance(block.act, FusedGELU)
+
+
+def test_factors_multiplied_out_after_fusing_keep_the_activation(classifier: tf.PreTrainedModel) -> None:
+    inputs = MODELS["roberta"].inputs()
+    expected = logits(copy.deepcopy(classifier).dequantize(), inputs)
+    twin = fuse(copy.deepcopy(classifier))
+    assert any(isinstance(m, FactorizedLinear) and m.gelu for m in twin.modules())
+    torch.testing.assert_close(logits(twin.dequantize(), inputs), expected, rtol=1e-4, atol=1e-4)

@@ -405,3 +405,38 @@ def test_int8_layers_are_named_in_the_description() -> None:
     for name, module in model.named_modules():
         if isinstance(module, FactorizedMatrix):
             assert int8.is_stored(module.factors), name
+
+
+def test_a_model_in_int8_is_trained_as_floats_and_stored_in_int8_again(tmp_path: Path) -> None:
+    model = MODELS["bert"].build()
+    factorformer.compress(model, factorformer.plan(model, "dense_sparse_plain", 6, int8=True, share="inputs"))
+    model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path)
+    assert factorformer.hold_floats(loaded)
+    assert not factorformer.hold_floats(loaded)
+    factors = [m for m in loaded.modules() if isinstance(m, FactorizedMatrix)]
+    shared = {id(m.dictionary) for m in factors}
+    assert len(shared) < len(factors)
+    stored = logits(model, MODELS["bert"].inputs())
+    torch.testing.assert_close(logits(loaded, MODELS["bert"].inputs()), stored, rtol=ROUNDING, atol=ROUNDING)
+    optimizer = torch.optim.SGD([p for p in loaded.parameters() if p.requires_grad], lr=0.1)
+    before = factors[0].weight.detach().clone()
+    loaded(**MODELS["bert"].inputs()).logits.square().sum().backward()
+    optimizer.step()
+    assert not torch.equal(factors[0].weight, before)
+    expected = logits(loaded, MODELS["bert"].inputs())
+    quantize(loaded)
+    assert {m.dictionary.dtype for m in factors} == {torch.int8}
+    assert len({id(m.dictionary) for m in factors}) == len(shared)
+    torch.testing.assert_close(logits(loaded, MODELS["bert"].inputs()), expected, rtol=ROUNDING, atol=ROUNDING)
+
+
+def test_factors_that_are_not_finite_are_not_stored() -> None:
+    model = MODELS["bert"].build()
+    factorformer.compress(model, factorformer.plan(model, "svd", 6, int8=True), hold_floats=True)
+    layer = model.get_submodule(QUERY)
+    with torch.no_grad():
+        layer.weight[0, 0] = torch.nan
+    with pytest.raises(ModelError, match=f"layer '{QUERY}': its factors are not finite"):
+        quantize(model)
+    assert not layer.quantized

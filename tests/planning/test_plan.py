@@ -144,6 +144,19 @@ def test_a_plan_reads_as_a_table() -> None:
     assert f"scope blocks: {plan.original.bytes:,} -> {plan.compressed.bytes:,} bytes ({plan.ratio:.2f}x)" in text
 
 
+def test_a_plan_says_what_is_stored_in_int8() -> None:
+    plan = factorformer.plan(MODELS["bert"].build(), "svd", 4, int8=True, exclude=["*.query"])
+    lines = {line.split()[0]: line for line in str(plan).splitlines()}
+    for entry in plan.entries:
+        if entry.spec is None:
+            assert (entry.form, entry.values) == ("dense", "float32")
+        else:
+            assert (entry.form, entry.values) == (f"{entry.spec}, int8", "int8")
+        assert f" {entry.form} " in lines[entry.matrix.name]
+    assert {entry.values for entry in plan.entries} == {"float32", "int8"}
+    assert "int8" not in str(a_plan())
+
+
 def test_planning_changes_nothing() -> None:
     model = MODELS["bert"].build()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}

@@ -106,6 +106,19 @@ def test_tables() -> None:
     assert "low_rank(rank=" in table
 
 
+def test_int8_is_shown() -> None:
+    model = bert()
+    plan = factorformer.plan(model, "svd", ratio=4, int8=True, exclude=["*.query"])
+    factorformer.compress(model, plan)
+    found = inventory(model, "blocks")
+    for costs in (plan, found):
+        result = Result.of(costs, layers=costs.entries)
+        layers = result.to_dict()["layers"]
+        assert [layer["values"] for layer in layers] == ["int8" if e.spec else "float32" for e in plan.entries]
+        table = printed(result)
+        assert table.count(", int8 ") == len(plan.factorized) < len(plan.entries)
+
+
 def test_latency_is_measured_in_turns() -> None:
     calls: list[str] = []
 

@@ -17,7 +17,7 @@ from factorformer.errors import ModelError
 from factorformer.nn import FactorizedLinear, new_factors
 from factorformer.planning import Entry
 from factorformer.progress import Progress, silent
-from factorformer.structures import Factors, Shape, Structure
+from factorformer.structures import Factors, Shape, Structure, int8
 from factorformer.timing import race
 
 TOKENS = (1, 16, 128, 1024)
@@ -56,13 +56,13 @@ class Pace:
 
 @dataclasses.dataclass(frozen=True)
 class LayerPaces:
-    """All layers of one shape and structure.
+    """All layers of one shape, structure and type.
 
     Args:
         names: of the layers.
         shape: `(out, in)`.
         spec: their structure.
-        dtype: of the values.
+        dtype: in which the factors are stored: `int8`, or the floating type of the layers.
         paces: in growing numbers of tokens.
     """
 
@@ -110,7 +110,7 @@ class LayerPaces:
 def layer_paces(
     model: nn.Module, tokens: Sequence[int] = TOKENS, seconds: float = 0.5, progress: Progress = silent
 ) -> list[LayerPaces]:
-    """Time every distinct shape and structure among the factorized linear layers of a model.
+    """Time every distinct shape, structure and type among the factorized linear layers of a model.
 
     Args:
         model: compressed; its own factors multiply, on their device.
@@ -121,23 +121,24 @@ def layer_paces(
     Raises:
         ModelError: no factorized linear layer.
     """
-    groups: dict[tuple[Shape, Structure, torch.dtype], list[tuple[str, FactorizedLinear]]] = {}
+    groups: dict[tuple[Shape, Structure, torch.dtype, bool], list[tuple[str, FactorizedLinear]]] = {}
     for name, module in model.named_modules():
         if isinstance(module, FactorizedLinear):
-            key = (module.shape, module.spec, module.values.dtype)
+            key = (module.shape, module.spec, module.values.dtype, module.quantized)
             groups.setdefault(key, []).append((name, module))
     if not groups:
         raise ModelError("the model has no factorized linear layers: there is nothing to compare with dense products")
     found: list[LayerPaces] = []
     counts = sorted(set(tokens))
-    for (shape, spec, dtype), layers in groups.items():
+    for (shape, spec, dtype, quantized), layers in groups.items():
         factors = layers[0][1].factors
         paces = []
         for count in counts:
             paces.append(_pace(shape, spec, factors, dtype, count, seconds))
             progress("products", len(found) * len(counts) + len(paces), len(groups) * len(counts))
         names = tuple(name for name, _ in layers)
-        found.append(LayerPaces(names, shape, spec, str(dtype).removeprefix("torch."), tuple(paces)))
+        stored = "int8" if quantized else str(dtype).removeprefix("torch.")
+        found.append(LayerPaces(names, shape, spec, stored, tuple(paces)))
     return found
 
 
@@ -176,14 +177,15 @@ def slower_than_dense(
         tokens: rows of input.
         seconds: after which no further measurement begins.
     """
-    sizes: dict[tuple[Shape, Structure, str], list[str]] = {}
+    sizes: dict[tuple[Shape, Structure, str, bool], list[str]] = {}
     for entry in entries:
-        if entry.spec is not None and entry.matrix.products:
-            sizes.setdefault((entry.matrix.shape, entry.spec, entry.matrix.dtype), []).append(entry.matrix.name)
+        matrix = entry.matrix
+        if entry.spec is not None and matrix.products:
+            sizes.setdefault((matrix.shape, entry.spec, matrix.dtype, matrix.int8), []).append(matrix.name)
     begun = time.perf_counter()
     slow: dict[tuple[Shape, str], dict[str, float]] = {}
     others: list[str] = []
-    for (shape, spec, dtype), names in sizes.items():
+    for (shape, spec, dtype, quantized), names in sizes.items():
         values = getattr(torch, dtype)
         half = device.type == "cpu" and values.itemsize < 4
         if device.type == "meta" or half or time.perf_counter() - begun > seconds:
@@ -191,6 +193,7 @@ def slower_than_dense(
             continue
         factors = new_factors(spec, shape, device, values)
         spec.initialize(factors, 1.0)
+        factors = int8.quantize(factors) if quantized else factors
         pace = _pace(shape, spec, factors, values, tokens, min(PART, seconds / len(sizes)), settle=0)
         ratio = pace.factors.median / pace.dense.median
         if ratio > NOISE:

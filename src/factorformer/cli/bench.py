@@ -100,10 +100,10 @@ def bench(
     taken within each round. 'speed-up' is the time of the first --against over that of the model, and its quartiles
     tell how sure it is. Peak memory and the time to load are taken in a new process for each model.
 
-    A variant before a model chooses its route: [bold]compile:[/bold] through torch.compile, [bold]bf16:[/bold] in
-    bfloat16, [bold]int8:[/bold] in torch's dynamic int8, [bold]torchao-int8:[/bold] in torchao's (both of dense models
-    only), [bold]onnx:[/bold] for the model.onnx of a directory that holds other weights as well. They can be combined,
-    such as compile:bf16:small/.
+    A variant before a model chooses its route: [bold]fused:[/bold] with attention and activations by the package's own
+    kernels as well, [bold]compile:[/bold] through torch.compile, [bold]bf16:[/bold] in bfloat16, [bold]int8:[/bold] in
+    torch's dynamic int8, [bold]torchao-int8:[/bold] in torchao's (both of dense models only), [bold]onnx:[/bold] for
+    the model.onnx of a directory that holds other weights as well. They can be combined, such as compile:bf16:small/.
 
     [bold]With --layers[/bold] each kind of factorized layer is timed against the dense product of the same shape, and
     the table tells from how many tokens on its factors pay.

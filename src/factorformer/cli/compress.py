@@ -156,7 +156,7 @@ def compress(
         model=model,
         output=str(output),
         method=method,
-        ratio=3.0 if ratio is None else ratio,
+        ratio=ratio,
         budget="bytes" if budget is None else budget.value,
         int8=int8,
         scope="blocks" if scope is None else scope.value,

@@ -59,8 +59,8 @@ def finetune(
     """Train a model on labelled text: the dense baseline, and the teacher for `compress --distill`.
 
     The model gets a head for the labels that the training file holds, or keeps its own if that knows them all.
-    MODEL may be compressed: then its factors are trained. The output is an ordinary Hugging Face model directory with
-    the tokenizer, and the result as factorformer.json.
+    MODEL may be compressed: then its factors are trained, and stay in int8 if they are. The output is an ordinary
+    Hugging Face model directory with the tokenizer, and the result as factorformer.json.
 
     Metrics are accuracy, macro-F1, Matthews correlation (and the F1 of the second of two classes), or Pearson and
     Spearman correlation and mean squared error for a regression.
@@ -74,6 +74,7 @@ def finetune(
     from factorformer.hf.checkpoint import check_output
 
     check_output(output, overwrite=overwrite)
+    from factorformer import compression
     from factorformer.cli.setup import columns_of, load_teacher, note_new_head, read_table, save
     from factorformer.hf.data import Labels, encode
     from factorformer.hf.source import check_lengths, find, load_classifier, load_tokenizer
@@ -98,11 +99,13 @@ def finetune(
             check_lengths(classifier.model, encoded)
     teacher = None if distill is None else load_teacher(distill, classifier.model, labelled=True)
     settings = TrainingSettings(epochs, lr, batch_size, seed, freeze_embeddings=freeze_embeddings)
+    compression.hold_floats(classifier.model)
     metrics: dict[str, float] = {}
     with bars() as progress:
         seconds = {
             "train": train_model(classifier.model, tokenizer, data, settings, teacher=teacher, progress=progress)
         }
+        compression.quantize(classifier.model)
         if eval_data is not None:
             metrics = evaluate_model(classifier.model, tokenizer, eval_data, classifier.labels, progress)
     result = Result.of(

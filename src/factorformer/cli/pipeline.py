@@ -47,7 +47,7 @@ class Job:
     model: str
     output: str
     method: str | None
-    ratio: float
+    ratio: float | None
     budget: Unit
     int8: bool
     scope: Scope

@@ -99,7 +99,7 @@ def plan(
         made = compression.plan(
             loaded,
             method,
-            3.0 if ratio is None else ratio,
+            ratio,
             "blocks" if scope is None else scope.value,
             include,
             exclude,

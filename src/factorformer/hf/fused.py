@@ -28,11 +28,20 @@ OTHER_ARGUMENTS = ("position_bias", "softcap", "s_aux", "cache")
 
 
 class FusedGELU(nn.Module):
-    """The exact GELU, by the compiled kernel where it serves."""
+    """The exact GELU, by the compiled kernel where it serves; nothing where the product before has done it already.
+
+    Args:
+        product: what may have.
+    """
+
+    def __init__(self, product: FactorizedLinear | None = None) -> None:
+        super().__init__()
+        self._product = [product]  # in a list, so that it does not become a part of this module
 
     def forward(self, x: Tensor) -> Tensor:
         """`(...)` to `(...)`."""
-        return gelu(x)
+        product = self._product[0]
+        return x if product is not None and product.gelu else gelu(x)
 
 
 def attention(
@@ -108,7 +117,7 @@ def _fuse_pair(module: nn.Module) -> None:
     with torch.no_grad():
         try:
             before = module(x)
-            setattr(module, name, nn.Identity())
+            setattr(module, name, FusedGELU(linear))
             linear.gelu = True
             same = torch.allclose(module(x), before, rtol=1e-3, atol=1e-4)
         except Exception:  # it takes something else

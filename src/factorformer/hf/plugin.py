@@ -179,12 +179,12 @@ class FactorformerQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        """Factors are ordinary parameters."""
+        """Factors are ordinary parameters, but for those in int8, which stay as they are."""
         return True
 
     @property
     def is_qat_trainable(self) -> bool:
-        """Factors are ordinary parameters."""
+        """As `is_trainable`; `hold_floats` makes factors in int8 trainable."""
         return True
 
     @property
@@ -316,6 +316,7 @@ def rewrite_ties(model: nn.Module) -> None:
     for module in model.modules():
         if not isinstance(module, transformers.PreTrainedModel):
             continue
+        _drop_scales(module)
         ties = {}
         for target, source in module.get_expanded_tied_weights_keys(all_submodels=False).items():
             holder = _holder(module, source)
@@ -335,6 +336,16 @@ def rewrite_ties(model: nn.Module) -> None:
             model._tied_weights_keys = {**(model._tied_weights_keys or {}), **exact}
             model._adjust_bias = _leave_bias
         model.all_tied_weights_keys = {**expanded, **sharing}
+
+
+def _drop_scales(model: PreTrainedModel) -> None:
+    """Forget ties of scales that are gone, for the factors are floats again."""
+    keys = model._tied_weights_keys
+    scales = [target for target in keys or () if target.endswith(f"{int8.SCALE}$")]
+    if scales:
+        names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+        gone = {target for target in scales if not any(re.search(f"^{target}", name) for name in names)}
+        model._tied_weights_keys = {target: source for target, source in dict(keys).items() if target not in gone}
 
 
 def _mark_tied(model: PreTrainedModel, *arguments: Any) -> None:
@@ -388,6 +399,7 @@ def to_dense(model: PreTrainedModel) -> PreTrainedModel:
             weights[key] = nn.Parameter((dense.T if isinstance(new, Conv1D) else dense).contiguous())
         new.weight = weights[key]
         if isinstance(module, FactorizedLinear):
+            module.gelu = False  # what comes after computes it again
             new.register_parameter("bias", module.bias)
         replace_module(model, module, new.train(module.training))
     model.__dict__.pop("resize_token_embeddings", None)

@@ -283,9 +283,7 @@ def _chain_array(width: int, bias_size: int, *numbers: int) -> tuple[ctypes.Arra
         _require("columns of the input", width, wide)
         _require("scales of a matrix", scale_size, rows if integers else -1)
         if integers and wide > WIDEST:
-            raise ModelError(
-                f"int8 matrices have at most {WIDEST} columns here, got {wide}: set FACTORFORMER_CPU=reference"
-            )
+            raise ModelError(f"int8 matrices have at most {WIDEST} columns here, got {wide}")
         fields += (weight, scales, out, wide, integers, column)
         width = out
     if bias_size != -1:

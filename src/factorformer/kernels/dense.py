@@ -43,7 +43,10 @@ def chain(x: Tensor, matrices: Sequence[Dense], bias: Tensor | None = None) -> T
     """`x @ W_1.T @ W_2.T ... + bias`: `(..., in)` to `(..., out)`."""
     weights = [matrix.weight for matrix in matrices]
     scales = [matrix.scales for matrix in matrices]
-    if len(matrices) <= cpu.LONGEST and served(x, *weights, *scales, bias):
+    fits = len(matrices) <= cpu.LONGEST and all(
+        s is None or max(w.shape) <= cpu.WIDEST for w, s in zip(weights, scales, strict=True)
+    )
+    if fits and served(x, *weights, *scales, bias):
         columns = [matrix.columns for matrix in matrices]
         flat = x.reshape(-1, x.shape[-1])
         operator = torch.ops.factorformer.chain if torch.compiler.is_compiling() else cpu.chain

@@ -55,6 +55,16 @@ class Entry:
         shared = () if self.shares is None or self.spec is None else self.spec.shareable
         return self.matrix.cost(self.spec, shared)
 
+    @property
+    def values(self) -> str:
+        """The type in which its values are stored: `int8`, or a floating type such as `float32`."""
+        return "int8" if self.spec is not None and self.matrix.int8 else self.matrix.dtype
+
+    @property
+    def form(self) -> str:
+        """How it is stored, for people: its structure or `dense`, and whether in int8."""
+        return f"{self.spec or 'dense'}" + (", int8" if self.values == "int8" else "")
+
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
@@ -196,12 +206,12 @@ class Plan:
 
     def __str__(self) -> str:
         lines = [
-            f"{'matrix':<52} {'shape':>12} {'becomes':<22} {'parameters':>12} {'bytes':>12} {'FLOPs/token':>12}  reason"
+            f"{'matrix':<52} {'shape':>12} {'becomes':<28} {'parameters':>12} {'bytes':>12} {'FLOPs/token':>12}  reason"
         ]
         for entry in self.entries:
             cost, shape = entry.compressed, "x".join(map(str, entry.matrix.shape))
             lines.append(
-                f"{entry.matrix.name:<52} {shape:>12} {entry.spec or 'dense'!s:<22} {cost.parameters:>12,} "
+                f"{entry.matrix.name:<52} {shape:>12} {entry.form:<28} {cost.parameters:>12,} "
                 f"{cost.bytes:>12,} {cost.flops:>12,}  {entry.reason}"
                 + ("" if entry.shares is None else f"; {_shared(entry)} of {entry.shares}")
             )

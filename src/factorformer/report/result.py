@@ -17,10 +17,11 @@
 ```
 
 A number that is not finite is null. `plan` and `inspect` add `layers`, a list with one object for each weight matrix:
-`name`, `tied`, `shape` (out, in), `structure` (null if dense), `note`, and the same three costs. Where ranks were found
-in training, `inspect` adds `rank_history`: `layers`, their `structures` and `full` ranks, the `steps` after which units
-were removed, and for each of these the `ranks` and the mean `scores` of what was left in each layer. Where a layer has
-so many left that factors would be larger than the matrix, it is dense.
+`name`, `tied`, `shape` (out, in), `structure` (null if dense), `values` (the type in which they are stored: "int8", or
+a floating one), `note`, and the same three costs. Where ranks were found in training, `inspect` adds `rank_history`:
+`layers`, their `structures` and `full` ranks, the `steps` after which units were removed, and for each of these the
+`ranks` and the mean `scores` of what was left in each layer. Where a layer has so many left that factors would be
+larger than the matrix, it is dense.
 """
 
 from __future__ import annotations
@@ -127,6 +128,7 @@ def _layer(entry: Entry) -> dict[str, Any]:
         "tied": list(entry.matrix.aliases),
         "shape": list(entry.matrix.shape),
         "structure": None if entry.spec is None else entry.spec.to_dict(),
+        "values": entry.values,
         "note": entry.reason,
         **_costs(entry.original, entry.compressed),
     }

@@ -64,7 +64,7 @@ def _layers(entries: Iterable[Entry]) -> Table:
         table.add_row(
             escape(" = ".join([entry.matrix.name, *entry.matrix.aliases])),
             "x".join(map(str, entry.matrix.shape)),
-            str(entry.spec or "dense"),
+            entry.form,
             f"{cost.parameters:,}",
             f"{cost.bytes:,}",
             _ratio(entry.original.bytes, cost.bytes),
