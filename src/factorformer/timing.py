@@ -78,9 +78,11 @@ def measure_times(
         if place in dense:
             continue
         chosen: list[Structure] = []
-        for kind in dict.fromkeys(spec.kind for spec in sizes[matrix.name]):
-            chosen += _spaced([spec for spec in sizes[matrix.name] if spec.kind == kind], matrix.shape, matrix.values)
         same = [other for other in matrices if _place(other) == place]
+        # Some of them may have to stay dense, and have no sizes.
+        known = max((sizes[other.name] for other in same), key=len)
+        for kind in dict.fromkeys(spec.kind for spec in known):
+            chosen += _spaced([spec for spec in known if spec.kind == kind], matrix.shape, matrix.values)
         wanted = any(other.products for other in same), any(other.lookups for other in same)
         times = _race(matrix, chosen, device, rows, wanted)
         dense[place] = times[0]

@@ -224,7 +224,7 @@ def _layers_table(layers: Sequence[LayerPaces]) -> Table:
         table.add_row(
             escape(name + (f" and {len(more)} more" if more else "")),
             "x".join(map(str, layer.shape)),
-            str(layer.spec),
+            f"{layer.spec}{', int8' * (layer.dtype == 'int8')}",
             *(f"{pace.speedup.median:.2f}x ({pace.factors.median:.3f})" for pace in layer.paces),
             f"{layer.ideal:.2f}x",
             layer.verdict,
