@@ -27,7 +27,7 @@ HALVES = {torch.float16: np.dtype(np.float16), torch.bfloat16: np.dtype(ml_dtype
 def simplify(model: ir.Model) -> None:
     """Fold what is small, drop what is not used, and keep ONNX Runtime from two fusions slower than their parts.
 
-    Its fused `SkipLayerNormalization` takes several times as long as an addition and a normalization; the sum of two
+    Its fused `SkipLayerNormalization` takes longer than an addition and a normalization; the sum of two
     tensors, written as `Sum` in place of `Add`, is not fused. The same goes for a bias before a GELU.
     """
     optimizer.optimize_ir(model, input_size_limit=LARGEST_CONSTANT, output_size_limit=LARGEST_CONSTANT)

@@ -38,8 +38,8 @@ TOLERANCE = 1e-4
 TOLERANCE_INT8 = 0.7
 """The same where products are made in int8, after the file with products in float32 has passed.
 
-Random tokens are far from what a model was trained on: they deviate by up to 0.4 where real text does by 0.1. Outputs
-that have nothing to do with each other would deviate by 1.4.
+Random tokens are far from what a model was trained on: they deviate far more than real text does. Outputs that have
+nothing to do with each other would deviate by 1.4.
 """
 
 SHAPES = ((4, 9), (7, 16))
