@@ -42,11 +42,12 @@ from transformers.utils import logging
 
 import factorformer
 from factorformer import recipes
-from factorformer.hf import data as task_data
-from factorformer.hf import minilm, training
-from factorformer.hf.checkpoint import output_directory
-from factorformer.nn import FactorizedMatrix
-from factorformer.surgery import find_blocks, find_matrices
+from factorformer.files import output_directory
+from factorformer.hf import minilm
+from factorformer.layers.nn import FactorizedMatrix
+from factorformer.layers.surgery import find_blocks, find_matrices
+from factorformer.tasks import data as task_data
+from factorformer.tasks import finetuning as training
 from factorformer.training.dynamic_rank import DynamicRank, DynamicRankSettings
 from factorformer.training.straight_through import StraightThrough, StraightThroughSettings
 

@@ -22,8 +22,9 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 import factorformer
-from factorformer.hf import data, minilm
+from factorformer.hf import minilm
 from factorformer.report.machine import processor
+from factorformer.tasks import data
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"

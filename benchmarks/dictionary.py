@@ -28,13 +28,14 @@ from sklearn.decomposition import DictionaryLearning, MiniBatchDictionaryLearnin
 from transformers import AutoModel, AutoTokenizer
 from transformers.utils import logging
 
-from factorformer import calibration
-from factorformer.calibration import LayerStatistics
 from factorformer.fitting import Metric, fit
+from factorformer.fitting import statistics as calibration
 from factorformer.fitting.dictionary import fit_dense_sparse
-from factorformer.hf import data, minilm
+from factorformer.fitting.statistics import LayerStatistics
+from factorformer.hf import minilm
+from factorformer.layers.surgery import dense_weight
 from factorformer.structures import DenseSparse, LowRank
-from factorformer.surgery import dense_weight
+from factorformer.tasks import data
 
 LAYERS = {
     "feed-forward up": "encoder.layer.2.intermediate.dense",

@@ -21,8 +21,9 @@ from transformers.utils import logging
 
 import factorformer
 from factorformer import recipes
-from factorformer.hf import data, minilm
-from factorformer.hf.training import compare_embeddings, embed
+from factorformer.hf import minilm
+from factorformer.tasks import data
+from factorformer.tasks.finetuning import compare_embeddings, embed
 
 QUESTIONS = 500
 

@@ -21,10 +21,10 @@ from common import RESULTS, machine
 from transformers import AutoModel, BertConfig, BertModel
 
 import factorformer
-from factorformer.calibration import InputMoment, LayerStatistics
 from factorformer.fitting import Metric, fit
+from factorformer.fitting.statistics import InputMoment, LayerStatistics
 from factorformer.hf import minilm
-from factorformer.surgery import dense_weight
+from factorformer.layers.surgery import dense_weight
 
 
 def weights() -> list[tuple[torch.Tensor, factorformer.LowRank]]:

@@ -28,9 +28,9 @@ from torch import Tensor, nn
 
 from factorformer import DenseSparse, KroneckerSum, LowRank, Structure
 from factorformer.kernels import cpu
-from factorformer.nn import FactorizedLinear
+from factorformer.layers.nn import FactorizedLinear
+from factorformer.planning.evidence.times import race
 from factorformer.structures import int8
-from factorformer.timing import race
 
 SHAPES = [(768, 768), (3072, 768), (768, 3072)]
 ROWS = [1, 16, 128, 1024]

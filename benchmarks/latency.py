@@ -40,10 +40,10 @@ import factorformer
 from factorformer.bench.contestants import Contestant, Runner, draw, first_line, load, parse
 from factorformer.bench.race import LEAST, SETTLE, WARM_UP, Shape, compare
 from factorformer.errors import FactorformerError
-from factorformer.hf.checkpoint import output_directory
+from factorformer.files import output_directory
 from factorformer.hf.source import find, load_model, load_tokenizer, most_tokens
+from factorformer.layers.surgery import find_blocks
 from factorformer.report import inventory
-from factorformer.surgery import find_blocks
 
 CPU = torch.device("cpu")
 PEERS = ("onnx", "onnxruntime", "torchao", "torch-pruning", "tensorly", "tensorly-torch")

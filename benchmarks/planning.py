@@ -27,16 +27,18 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreT
 from transformers.utils import logging
 
 import factorformer
-from factorformer import calibration, planning, recipes
-from factorformer.curves import measure_curves
-from factorformer.fits import fit_matrix
-from factorformer.hf import data as task_data
-from factorformer.hf import minilm, training
+from factorformer import planning, recipes
+from factorformer.fitting import statistics as calibration
+from factorformer.fitting.matrices import fit_matrix
+from factorformer.hf import minilm
+from factorformer.layers.surgery import factorize, find_matrices
 from factorformer.planning import Plan
-from factorformer.prediction import Prediction, fitted_errors, relative_sensitivities
+from factorformer.planning.evidence.curves import measure_curves
+from factorformer.planning.evidence.prediction import Prediction, fitted_errors, relative_sensitivities
 from factorformer.report import latency
 from factorformer.structures import STRUCTURES, LowRank
-from factorformer.surgery import factorize, find_matrices
+from factorformer.tasks import data as task_data
+from factorformer.tasks import finetuning as training
 
 IMAGE = Path(__file__).parent.parent / "docs" / "images" / "planning.svg"
 EVERYWHERE = ("whitened", "whitened_by_loss", "auto")

@@ -42,8 +42,8 @@ from transformers import (
 from transformers.utils import logging
 
 import factorformer
-from factorformer.hf import from_scratch, translation
-from factorformer.hf.tokenization import train_tokenizer
+from factorformer.tasks import from_scratch, translation
+from factorformer.tasks.tokenization import train_tokenizer
 
 RATES = {"dense": 1e-3, "shapeshifter": 2e-3, "low_rank": 2e-3, "narrow": 4e-3}
 """Peak of the learning rate of each system: the best of 200-step trials, a factor of two apart,

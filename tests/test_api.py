@@ -19,8 +19,9 @@ from jaxtyping import TypeCheckError
 import factorformer
 from factorformer import errors, recipes
 from factorformer.fitting import FITTERS
-from factorformer.linalg import leading_eigenvectors
-from factorformer.planning import AllocationName, Scope
+from factorformer.fitting.linalg import leading_eigenvectors
+from factorformer.layers.matrix import Scope
+from factorformer.planning import AllocationName
 from factorformer.structures import STRUCTURES, Structure
 
 SOURCE = Path(factorformer.__file__).parent
@@ -31,28 +32,22 @@ FILES = {
 
 # A module imports only what stands above it. The longest matching name decides.
 ORDER = [
+    "moved",
+    "registration",
     "errors",
     "files",
     "progress",
-    "linalg",
-    "coding",
     "kernels",
     "structures",
-    "calibration",
+    "layers",
     "fitting",
     "planning",
-    "nn",
-    "surgery",
+    "planning.evidence",
     "recipes",
-    "fits",
-    "curves",
-    "sensitivity",
-    "timing",
-    "prediction",
     "training",
-    "hf",
-    "registration",
     "compression",
+    "hf",
+    "tasks",
     "export",
     "bench",
     "report",

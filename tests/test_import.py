@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import subprocess
 import sys
 import time
@@ -14,6 +15,7 @@ from transformers import BertTokenizer
 
 import factorformer
 from factorformer.cli.app import app
+from factorformer.moved import MOVED
 
 COMMANDS = [command.name or command.callback.__name__ for command in app.registered_commands if command.callback]
 
@@ -82,7 +84,7 @@ def compressed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 FACTORIZED = """
 import sys
 assert sum(type(module).__name__ == "FactorizedLinear" for module in model.modules()) > 0
-assert not [finder for finder in sys.meta_path if type(finder).__module__.startswith("factorformer")]
+assert not [finder for finder in sys.meta_path if type(finder).__module__ == "factorformer.registration"]
 """
 
 PROGRAMS = {
@@ -153,3 +155,10 @@ def test_a_name_that_does_not_exist() -> None:
         factorformer.compres  # type: ignore[attr-defined]  # noqa: B018
     with pytest.raises(ImportError, match="cannot import name 'compres'"):
         exec("from factorformer import compres")
+
+
+@pytest.mark.parametrize("old", MOVED)
+def test_old_names_of_modules_import_the_module_itself(old: str) -> None:
+    before = importlib.import_module(MOVED[old]).__spec__
+    assert importlib.import_module(old) is importlib.import_module(MOVED[old])
+    assert importlib.import_module(MOVED[old]).__spec__ is before

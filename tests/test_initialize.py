@@ -15,10 +15,10 @@ from transformers import PreTrainedModel
 import factorformer
 from factorformer import Plan
 from factorformer.errors import ModelError
-from factorformer.nn import FactorizedMatrix
+from factorformer.layers.nn import FactorizedMatrix
+from factorformer.layers.surgery import dense_weight
 from factorformer.planning import Entry
 from factorformer.structures import KroneckerSum, LowRank
-from factorformer.surgery import dense_weight
 
 RATIO = 3.0
 RATIOS = {"vit": 2.5}  # patches and position tables stay dense

@@ -6,6 +6,7 @@ Importing the package imports neither torch nor transformers; a public name is i
 import importlib
 import typing
 
+from factorformer import moved as _moved
 from factorformer import registration as _registration
 
 if typing.TYPE_CHECKING:
@@ -13,7 +14,7 @@ if typing.TYPE_CHECKING:
     from factorformer.errors import FactorformerError
     from factorformer.hf.checkpoint import load
     from factorformer.hf.fused import fuse
-    from factorformer.nn import FactorizedEmbedding, FactorizedLinear
+    from factorformer.layers.nn import FactorizedEmbedding, FactorizedLinear
     from factorformer.planning import Plan
     from factorformer.structures import DenseSparse, KroneckerSum, LowRank, Structure
 
@@ -44,7 +45,7 @@ _NAMES = {
     "errors": ("FactorformerError",),
     "hf.checkpoint": ("load",),
     "hf.fused": ("fuse",),
-    "nn": ("FactorizedEmbedding", "FactorizedLinear"),
+    "layers.nn": ("FactorizedEmbedding", "FactorizedLinear"),
     "planning": ("Plan",),
     "structures": ("DenseSparse", "KroneckerSum", "LowRank", "Structure"),
 }
@@ -64,3 +65,4 @@ def __dir__() -> list[str]:
 
 
 _registration.register()
+_moved.register()

@@ -11,18 +11,18 @@ from typing import get_args
 import torch
 from torch import Tensor, nn
 
-from factorformer import calibration as calibrate
-from factorformer import planning, recipes, structures
-from factorformer.calibration import LayerStatistics
+from factorformer import planning, recipes, registration, structures
 from factorformer.errors import BudgetError, DataError, MethodError, ModelError, one_of
-from factorformer.fits import Factors, fit_group, fit_matrix, fit_stack, measure
-from factorformer.hf.plugin import attach_all
-from factorformer.nn import FactorizedMatrix, new_factors
-from factorformer.planning import Cost, Entry, Matrix, Member, Plan, Scope, Share, Unit
-from factorformer.prediction import fitted_errors, plan_by_loss, relative_sensitivities
+from factorformer.fitting import statistics as calibrate
+from factorformer.fitting.matrices import Factors, fit_group, fit_matrix, fit_stack, measure
+from factorformer.fitting.statistics import LayerStatistics
+from factorformer.layers.matrix import Cost, Matrix, Member, Scope
+from factorformer.layers.nn import FactorizedMatrix, new_factors
+from factorformer.layers.surgery import dense_weight, factorize, find_matrices
+from factorformer.planning import Entry, Plan, Share, Unit
+from factorformer.planning.evidence.prediction import plan_by_loss
 from factorformer.progress import Progress, silent
 from factorformer.structures import Structure
-from factorformer.surgery import dense_weight, factorize, find_matrices
 
 RATIO, RATIO_INT8 = 3.0, 10.0
 """What is made where no ratio is asked for."""
@@ -123,16 +123,15 @@ def plan(
         matrices = [matrix if matrix.dense else dataclasses.replace(matrix, int8=True) for matrix in matrices]
     if recipe.allocation == "by_loss":
         draft = Plan(method, scope, ratio, (), rest, budget)
-        return plan_by_loss(
-            model, recipe, draft, matrices, None if calibration is None else list(calibration), progress
-        )
+        data = None if calibration is None else list(calibration)
+        return plan_by_loss(model, recipe.structures, recipe.metric, draft, matrices, data, progress)
     groups = planning.find_groups(matrices, share)
     stacks = planning.stacked(matrices, groups)
     allocate, candidates = planning.ALLOCATIONS[recipe.allocation], planning.candidates_of(recipe.structure)
     entries = allocate(stacks, candidates, ratio, rest)
     if recipe.training != "from scratch" and _can_choose(model, entries):
         names = [member.name for entry in entries if entry.spec for member in _members(entry.matrix, groups)]
-        statistics = {} if calibration is None else measure(model, names, recipe, calibration, progress)
+        statistics = {} if calibration is None else measure(model, names, recipe.metric, calibration, progress)
 
         def error(matrix: Matrix, spec: Structure) -> float:
             members = groups.get(matrix.name)
@@ -150,44 +149,6 @@ def plan(
             choices = {}
         entries = [_explained(entry, choices) for entry in entries]
     return Plan(method, scope, ratio, planning.expand(matrices, groups, entries), rest)
-
-
-def predict(
-    model: nn.Module,
-    plan: Plan,
-    calibration: Sequence[calibrate.Batch] | None = None,
-    *,
-    sensitivities: Mapping[str, float] | None = None,
-    progress: Progress = silent,
-) -> float:
-    """The relative error that any plan would give the model's output before training, to compare plans by.
-
-    Every matrix is fitted cheaply as the method of the plan fits, its error is taken under the second moment of its
-    input, and errors are weighed by how sensitive the model is to them.
-
-    Args:
-        model: the dense model that the plan was made for; not changed.
-        plan: of any method.
-        calibration: batches as for `compress`; without them the error is the mean one of the weights.
-        sensitivities: by name of the matrix, from `prediction.relative_sensitivities`, to compare several plans faster.
-        progress: told how far the work is.
-
-    Raises:
-        ModelError: the plan does not fit the model, or a weight is not finite.
-        DataError: calibration data that the model cannot run on, or that lacks labels if the method needs them.
-    """
-    _check_fits(plan, model)
-    recipe = recipes.get(plan.method or recipes.default_method(calibrated=calibration is not None))
-    matrices = [entry.matrix for entry in plan.entries if entry.matrix.dense is None]
-    names = [matrix.name for matrix in matrices]
-    judging, fitting = {}, {}
-    if calibration is not None:
-        judging = measure(model, names, recipes.get("whitened"), calibration, progress)
-        fitting = judging if recipe.metric == "input_moment" else measure(model, names, recipe, calibration, progress)
-    if sensitivities is None:
-        sensitivities = relative_sensitivities(model, matrices, judging, max(plan.ratio, 1.0), calibration, progress)
-    errors = fitted_errors(model, plan, fitting, judging, progress)
-    return math.sqrt(math.fsum(sensitivities[name] * squared for name, squared in errors.items()))
 
 
 def _check_budget(budget: Unit, method: str) -> None:
@@ -280,7 +241,7 @@ def compress(
             raise DataError(
                 f"method '{method}' needs calibration data ({recipe.needs}): pass calibration batches, or use 'svd'"
             )
-        statistics = measure(model, names, recipe, calibration, progress)
+        statistics = measure(model, names, recipe.metric, calibration, progress)
     calibrated = time.perf_counter()
     fitted: dict[str, Factors] = {}
     errors: dict[str, float] = {}
@@ -288,7 +249,7 @@ def compress(
     for entry in plan.factorized:
         name = entry.matrix.name
         if name in sharing:
-            for member, (factors, error) in fit_group(model, sharing[name], statistics).items():
+            for member, (factors, error) in fit_group(model, _planned(sharing[name]), statistics).items():
                 fitted[member], errors[member] = factors, error
         elif entry.shares is None:
             assert entry.spec is not None
@@ -333,7 +294,7 @@ def quantize(model: nn.Module) -> None:
             codes |= known[id(factor)]
         layer.quantize(codes)
     if layers:
-        attach_all(model)
+        registration.attach(model)
 
 
 def hold_floats(model: nn.Module) -> bool:
@@ -354,7 +315,7 @@ def hold_floats(model: nn.Module) -> bool:
             values[name] = known.setdefault(id(codes[name]), held)
         layer.hold_floats(values)
     if layers:
-        attach_all(model)
+        registration.attach(model)
     return bool(layers)
 
 
@@ -418,7 +379,11 @@ def _replace(model: nn.Module, plan: Plan, factors: dict[str, Factors]) -> None:
         assert entry.spec is not None
         shared = entry.spec.shareable if entry.shares is not None or name in sharing else ()
         factorize(model, entry.matrix, entry.spec, factors.pop(name), shared)
-    attach_all(model)
+    registration.attach(model)
+
+
+def _planned(entries: Sequence[Entry]) -> list[tuple[Matrix, Structure]]:
+    return [(entry.matrix, entry.spec) for entry in entries if entry.spec is not None]
 
 
 def _check_fits(plan: Plan, model: nn.Module) -> None:

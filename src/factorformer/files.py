@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -44,3 +46,55 @@ def whole_file(path: str | os.PathLike[str], what: str) -> Iterator[Path]:
         # A full disk is an OSError from Python, and a SafetensorError from the writer of weights.
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error
         raise OutputError(f"cannot write {what} to '{path}': {reason}") from error
+
+
+@contextlib.contextmanager
+def output_directory(path: str | os.PathLike[str], *, overwrite: bool = False) -> Iterator[Path]:
+    """A directory that appears under its name only when the block ends without an error.
+
+    Everything is written to a hidden neighbour first, then renamed: an interruption at any moment leaves no directory
+    or a complete one. What is overwritten stays in a hidden neighbour until the new content is in place.
+
+    Args:
+        path: the directory to make.
+        overwrite: replace what is there; the old content is deleted after the new one is in place.
+
+    Raises:
+        OutputError: the path exists and `overwrite` is off, or it cannot be written.
+    """
+    target = Path(path)
+    check_output(target, overwrite=overwrite)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
+    except OSError as error:
+        raise OutputError(f"cannot write to '{target.parent}': {error}") from error
+    try:
+        yield partial
+        partial.chmod(0o755)  # mkdtemp makes private directories
+        old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old-", dir=target.parent)) / "content"
+        try:
+            if target.exists():
+                target.rename(old)
+            partial.rename(target)
+        finally:
+            if old.exists() and not target.exists():
+                old.rename(target)
+            shutil.rmtree(old.parent, ignore_errors=True)
+    except OSError as error:
+        raise OutputError(f"could not write '{target}': {error}; nothing was left behind") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def check_output(path: str | os.PathLike[str], *, overwrite: bool) -> None:
+    """Fail early, before any work is done, where `output_directory` would fail late.
+
+    Raises:
+        OutputError: the path exists and `overwrite` is off, or a file stands there.
+    """
+    target = Path(path)
+    if target.exists() and not target.is_dir():
+        raise OutputError(f"'{target}' is a file: give a directory name that is free")
+    if target.exists() and not overwrite:
+        raise OutputError(f"'{target}' exists already: choose another name or allow --overwrite")

@@ -7,7 +7,8 @@ from typing import Literal
 
 from factorformer.errors import MethodError, one_of
 from factorformer.fitting import MetricName
-from factorformer.planning import AllocationName, Scope
+from factorformer.layers.matrix import Scope
+from factorformer.planning import AllocationName
 from factorformer.structures import STRUCTURES, DenseSparse, KroneckerSum, LowRank, Structure
 
 Training = Literal["none", "fine-tune", "straight-through", "from scratch"]

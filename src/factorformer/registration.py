@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+from collections.abc import Callable
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
@@ -18,6 +19,8 @@ from typing import Any
 REGISTRY = "transformers.quantizers.auto"
 PLUGIN = "factorformer.hf.plugin"
 
+_attach: Callable[[Any], None] | None = None
+
 
 def register() -> None:
     """Enter the format in transformers' registry: now if that is imported, else as soon as it is."""
@@ -25,6 +28,21 @@ def register() -> None:
         importlib.import_module(PLUGIN)
     else:
         sys.meta_path.insert(0, _Finder())
+
+
+def attach_with(attach: Callable[[Any], None]) -> None:
+    """Called by the plug-in when it is imported: what makes a model save as a compressed one."""
+    global _attach
+    _attach = attach
+
+
+def attach(model: Any) -> None:
+    """Make a model of transformers, or those inside of it, save, load and train as what its layers are by now.
+
+    Where transformers was never imported, there are no such models.
+    """
+    if _attach is not None:
+        _attach(model)
 
 
 class _Finder(MetaPathFinder):

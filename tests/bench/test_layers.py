@@ -16,8 +16,9 @@ from factorformer.bench import layers
 from factorformer.bench.layers import LayerPaces, Pace, layer_paces, slower_than_dense
 from factorformer.bench.race import Spread
 from factorformer.errors import ModelError
-from factorformer.nn import FactorizedLinear
-from factorformer.planning import Entry, Matrix
+from factorformer.layers.matrix import Matrix
+from factorformer.layers.nn import FactorizedLinear
+from factorformer.planning import Entry
 from factorformer.structures import Factors, KroneckerSum, LowRank, Shape
 
 CPU = torch.device("cpu")

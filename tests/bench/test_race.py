@@ -10,7 +10,7 @@ import torch
 from factorformer.bench.contestants import Contestant, Runner, draw
 from factorformer.bench.race import LEAST, SETTLE, WARM_UP, Shape, Spread, compare, summarize
 from factorformer.errors import DataError, ModelError
-from factorformer.timing import race
+from factorformer.planning.evidence.times import race
 
 
 @pytest.mark.parametrize("text", ["8", "8x", "x8", "0x4", "4x0", "8x64x2", "8*64", " 8x64", "-1x4", "8x6.5"])

@@ -26,7 +26,7 @@ import factorformer
 from factorformer import recipes
 from factorformer.cli.compress import compress
 from factorformer.cli.finetune import finetune
-from factorformer.hf.training import TrainingSettings
+from factorformer.tasks.finetuning import TrainingSettings
 
 SCHEMA = {
     "bytes",

@@ -20,9 +20,9 @@ from transformers import (
     RobertaModel,
 )
 
-from factorformer.cli import pipeline
+from factorformer.cli._jobs import compress as pipeline
 from factorformer.errors import DataError
-from factorformer.hf.source import check_lengths
+from factorformer.tasks.data import check_lengths
 
 
 def write(path: Path, rows: list[dict[str, Any]]) -> Path:

@@ -14,7 +14,7 @@ from torch.nn.functional import cosine_similarity
 
 from factorformer.errors import CheckpointError, ModelError
 from factorformer.hf import minilm as embedded
-from factorformer.hf.docstrings import stdlib_docstrings
+from factorformer.tasks.docstrings import stdlib_docstrings
 
 
 def test_the_weights_are_those_of_the_original(minilm: Path) -> None:

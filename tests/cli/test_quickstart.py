@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from tests.cli.conftest import BAD, GOOD
 
-from factorformer.cli import demonstration
-from factorformer.hf.docstrings import Task
+from factorformer.cli._jobs import quickstart as demonstration
+from factorformer.tasks.docstrings import Task
 
 TEXTS = [f"{word} {word} {thing}" for thing in ("film", "book") for word in (*GOOD, *BAD)] * 4
 LABELS = (["plus"] * 4 + ["minus"] * 4) * 8

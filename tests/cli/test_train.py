@@ -20,10 +20,10 @@ from tests.cli.test_errors import COMMAND, check
 from transformers import AutoTokenizer, PreTrainedModel
 
 import factorformer
-from factorformer.cli import from_scratch
+from factorformer.cli._jobs import train as from_scratch
 from factorformer.cli.train import train
-from factorformer.hf import translation
-from factorformer.hf.from_scratch import ScratchSettings, _Watch
+from factorformer.tasks import translation
+from factorformer.tasks.from_scratch import ScratchSettings, _Watch
 
 NUMBERS = {"eins": "one", "zwei": "two", "drei": "three", "vier": "four", "fünf": "five", "sechs": "six"}
 TINY = {

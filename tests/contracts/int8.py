@@ -13,7 +13,7 @@ from tests.contracts.structure import TOLERANCE, TYPES, Case, LargestResult, ass
 from torch import Tensor
 
 from factorformer.errors import ModelError
-from factorformer.nn import FactorizedLinear, FactorizedMatrix
+from factorformer.layers.nn import FactorizedLinear, FactorizedMatrix
 from factorformer.structures import int8
 
 INPUTS = [1, 5, 40]

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from factorformer.errors import CheckpointError, FactorformerError, ModelError
-from factorformer.nn import FactorizedEmbedding, FactorizedLinear, FactorizedMatrix
+from factorformer.layers.nn import FactorizedEmbedding, FactorizedLinear, FactorizedMatrix
 from factorformer.structures import STRUCTURES, Shape, Structure, from_dict
 
 LEADING = [(), (1,), (5,), (2, 3), (2, 1, 3)]

@@ -21,7 +21,7 @@ from factorformer.export import onnx as exporter
 from factorformer.export.onnx import export
 from factorformer.export.task import Pooling
 from factorformer.kernels.support import code_of
-from factorformer.nn import FactorizedEmbedding, FactorizedLinear, FactorizedMatrix
+from factorformer.layers.nn import FactorizedEmbedding, FactorizedLinear, FactorizedMatrix
 from factorformer.structures import DenseSparse, KroneckerSum, LowRank, Structure
 
 TALL = 600

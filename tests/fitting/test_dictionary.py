@@ -11,7 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from factorformer.coding import (
+from factorformer.errors import ModelError
+from factorformer.fitting import Metric, fit
+from factorformer.fitting.coding import (
     best_dictionary,
     hard_threshold,
     largest,
@@ -20,10 +22,8 @@ from factorformer.coding import (
     refine_codes,
     solve_codes,
 )
-from factorformer.errors import ModelError
-from factorformer.fitting import Metric, fit
 from factorformer.fitting.dictionary import fit_dense_sparse
-from factorformer.linalg import square_root
+from factorformer.fitting.linalg import square_root
 from factorformer.structures import DenseSparse
 
 METRICS = ["plain", "rows", "columns", "rows-and-columns"]

@@ -8,10 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from factorformer.calibration import InputMoment, LayerStatistics
 from factorformer.errors import ModelError
 from factorformer.fitting import Metric, fit
-from factorformer.linalg import square_root
+from factorformer.fitting.linalg import square_root
+from factorformer.fitting.statistics import InputMoment, LayerStatistics
 from factorformer.structures import LowRank, largest_rank
 
 SHAPES = {"tall": (20, 11), "wide": (11, 20), "square": (14, 14)}

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from factorformer.errors import ModelError
 from factorformer.fitting import Metric, fit
+from factorformer.fitting.linalg import square_root
 from factorformer.fitting.van_loan import alternate
-from factorformer.linalg import rearrange, square_root
-from factorformer.structures import KroneckerSum
+from factorformer.structures import KroneckerSum, rearrange
 
 RANK = 3
 SPECS = {

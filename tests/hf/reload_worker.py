@@ -44,7 +44,7 @@ def low_inputs(inputs: Inputs, dtype: torch.dtype) -> Inputs:
 def with_factorformer(folder: Path, tiny: Tiny) -> Findings:
     """Load in every way that a user has."""
     import factorformer
-    from factorformer.nn import FactorizedMatrix
+    from factorformer.layers.nn import FactorizedMatrix
 
     inputs, reference = tiny.inputs(), expected(folder)
     model = factorformer.load(folder / "model")

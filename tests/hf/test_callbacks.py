@@ -15,8 +15,8 @@ from tests.hf.straight_through_worker import build, examples, trainer
 from torch import Tensor
 
 import factorformer
-from factorformer.hf.training import TrainingSettings, train
 from factorformer.structures import DenseSparse
+from factorformer.tasks.finetuning import TrainingSettings, train
 from factorformer.training.straight_through import StraightThrough
 
 

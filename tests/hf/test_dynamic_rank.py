@@ -17,9 +17,9 @@ from torch import Tensor
 
 import factorformer
 from factorformer.errors import ModelError
-from factorformer.hf.training import TrainingSettings, train
-from factorformer.nn import FactorizedMatrix
+from factorformer.layers.nn import FactorizedMatrix
 from factorformer.report import inventory
+from factorformer.tasks.finetuning import TrainingSettings, train
 from factorformer.training.dynamic_rank import DynamicRank, DynamicRankSettings
 from factorformer.training.rank_history import RankHistory
 

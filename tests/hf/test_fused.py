@@ -17,7 +17,7 @@ from factorformer.errors import ModelError
 from factorformer.hf import fused
 from factorformer.hf.fused import ATTENTION, FusedGELU, fuse
 from factorformer.kernels import cpu
-from factorformer.nn import FactorizedLinear
+from factorformer.layers.nn import FactorizedLinear
 
 NAMES = ["bert", "roberta", "distilbert", "vit", "gpt2", "llama", "t5", "modernbert", "whisper"]
 compiled = pytest.mark.skipif(not cpu.AVAILABLE, reason="the kernels are not compiled here")

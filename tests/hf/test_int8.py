@@ -25,8 +25,9 @@ import factorformer
 from factorformer.compression import quantize
 from factorformer.errors import BudgetError, CheckpointError, ModelError
 from factorformer.hf.plugin import describe
-from factorformer.nn import FactorizedMatrix
-from factorformer.planning import Plan, Scope
+from factorformer.layers.matrix import Scope
+from factorformer.layers.nn import FactorizedMatrix
+from factorformer.planning import Plan
 from factorformer.report import inventory
 from factorformer.structures import int8
 from factorformer.training.dynamic_rank import DynamicRank, DynamicRankSettings

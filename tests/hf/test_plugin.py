@@ -17,9 +17,10 @@ from tests.tiny import MODELS, logits
 
 import factorformer
 from factorformer.errors import CheckpointError, ModelError
-from factorformer.hf.plugin import FORMAT, FactorformerConfig, describe
-from factorformer.nn import FactorizedEmbedding, FactorizedLinear, FactorizedMatrix
-from factorformer.planning import Scope
+from factorformer.hf.config import FORMAT, FactorformerConfig
+from factorformer.hf.plugin import describe
+from factorformer.layers.matrix import Scope
+from factorformer.layers.nn import FactorizedEmbedding, FactorizedLinear, FactorizedMatrix
 from factorformer.structures import LowRank
 
 

@@ -14,7 +14,7 @@ from tests.hf.reload_worker import Findings
 from tests.tiny import MODELS, logits
 
 import factorformer
-from factorformer.nn import FactorizedMatrix
+from factorformer.layers.nn import FactorizedMatrix
 
 ROOT = Path(__file__).resolve().parents[2]
 CASES = [f"{name}@{scope}" for name in MODELS for scope in ("blocks", "all")]

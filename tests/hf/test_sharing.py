@@ -15,11 +15,12 @@ from tests.tiny import MODELS, VOCABULARY, logits
 
 import factorformer
 from factorformer.errors import CheckpointError, ModelError
-from factorformer.nn import FactorizedMatrix
-from factorformer.planning import Cost, Entry, Plan, expand, find_groups, stacked
+from factorformer.layers.matrix import Cost
+from factorformer.layers.nn import FactorizedMatrix
+from factorformer.layers.surgery import find_matrices
+from factorformer.planning import Entry, Plan, expand, find_groups, stacked
 from factorformer.report import inventory
 from factorformer.structures import DenseSparse
-from factorformer.surgery import find_matrices
 
 QUERY = "bert.encoder.layer.0.attention.self.query"
 KEY = "bert.encoder.layer.0.attention.self.key"

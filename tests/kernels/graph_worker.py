@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from factorformer import DenseSparse, KroneckerSum, LowRank
-from factorformer.nn import FactorizedLinear
+from factorformer.layers.nn import FactorizedLinear
 
 SHAPE = (24, 20)
 STRUCTURES = [

@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from factorformer import DenseSparse, LowRank
 from factorformer.kernels import Dense, chain, cpu, dense, sparse_product, support
-from factorformer.nn import FactorizedLinear
+from factorformer.layers.nn import FactorizedLinear
 
 compiled = pytest.mark.skipif(not cpu.AVAILABLE, reason="the kernels are not compiled here")
 

@@ -13,7 +13,8 @@ from hypothesis import Phase, assume, given, settings
 from hypothesis import strategies as st
 
 from factorformer.errors import BudgetError
-from factorformer.planning import Cost, Entry, Matrix, Role, total
+from factorformer.layers.matrix import Cost, Matrix, Role, total
+from factorformer.planning import Entry
 from factorformer.planning.allocate import ALLOCATIONS, RANKS, TOLERANCE, by_role, candidates_of, uniform
 from factorformer.structures import KroneckerSum, LowRank, Structure
 

@@ -9,7 +9,8 @@ from tests.tiny import MODELS, text
 
 import factorformer
 from factorformer.errors import ModelError
-from factorformer.planning import Entry, Matrix, choose_families
+from factorformer.layers.matrix import Matrix
+from factorformer.planning import Entry, choose_families
 from factorformer.structures import DenseSparse, KroneckerSum, LowRank, Structure
 
 SHAPE = (96, 48)

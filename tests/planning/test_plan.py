@@ -16,7 +16,8 @@ from tests.tiny import MODELS
 import factorformer
 from factorformer import Plan
 from factorformer.errors import BudgetError, MethodError, ModelError
-from factorformer.planning import Cost, Entry, Matrix, Scope, left_dense
+from factorformer.layers.matrix import Cost, Matrix, Scope
+from factorformer.planning import Entry, left_dense
 from factorformer.recipes import RECIPES
 from factorformer.structures import KroneckerSum, LowRank
 

@@ -16,9 +16,10 @@ from torch import Tensor, nn
 import factorformer
 from factorformer import Plan
 from factorformer.errors import MethodError
-from factorformer.planning import Cost, Entry, Matrix, Share, expand, find_groups, stacked
+from factorformer.layers.matrix import Cost, Matrix
+from factorformer.layers.surgery import dense_weight, find_matrices
+from factorformer.planning import Entry, Share, expand, find_groups, stacked
 from factorformer.structures import DenseSparse
-from factorformer.surgery import dense_weight, find_matrices
 
 METHOD = "dense_sparse_plain"
 

@@ -21,7 +21,7 @@ from transformers import (
 )
 
 import factorformer
-from factorformer.planning import Cost, Scope
+from factorformer.layers.matrix import Cost, Scope
 from factorformer.report import Result, inventory, latency
 from factorformer.report.tables import show
 

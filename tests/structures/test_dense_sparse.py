@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from factorformer.errors import ModelError
-from factorformer.nn import FactorizedLinear
+from factorformer.layers.nn import FactorizedLinear
 from factorformer.structures import DenseSparse, largest_rank
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from factorformer.errors import ModelError
-from factorformer.nn import FactorizedEmbedding, FactorizedLinear
+from factorformer.layers.nn import FactorizedEmbedding, FactorizedLinear
 from factorformer.structures import KroneckerSum, LowRank, Shape, factor_shapes
 from factorformer.structures.kronecker_sum import ROWS_AT_ONCE
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from factorformer.errors import ModelError
-from factorformer.nn import FactorizedLinear
+from factorformer.layers.nn import FactorizedLinear
 from factorformer.structures import DenseSparse, KroneckerSum, LowRank, Structure
 
 SHAPE = (24, 20)

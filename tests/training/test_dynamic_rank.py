@@ -25,7 +25,7 @@ from factorformer.errors import (
     OutputError,
 )
 from factorformer.hf.plugin import attach_all
-from factorformer.nn import FactorizedMatrix
+from factorformer.layers.nn import FactorizedMatrix
 from factorformer.planning import Plan
 from factorformer.report import inventory
 from factorformer.structures import LowRank

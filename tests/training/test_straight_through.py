@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from factorformer.calibration import InputMoment, LayerStatistics
 from factorformer.errors import MethodError, ModelError
 from factorformer.fitting import Metric, fit
-from factorformer.nn import FactorizedEmbedding, FactorizedLinear
+from factorformer.fitting.statistics import InputMoment, LayerStatistics
+from factorformer.layers.nn import FactorizedEmbedding, FactorizedLinear
 from factorformer.structures import DenseSparse, KroneckerSum, LowRank, Structure
 from factorformer.training.straight_through import StraightThrough, StraightThroughSettings, _largest_eigenvalue
 

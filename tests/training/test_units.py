@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from factorformer.calibration import InputMoment, LayerStatistics
 from factorformer.fitting import Metric, fit
-from factorformer.nn import FactorizedLinear
-from factorformer.planning import Matrix
+from factorformer.fitting.statistics import InputMoment, LayerStatistics
+from factorformer.layers.matrix import Matrix
+from factorformer.layers.nn import FactorizedLinear
+from factorformer.layers.surgery import dense_weight
 from factorformer.structures import DenseSparse, KroneckerSum, LowRank, Structure
-from factorformer.surgery import dense_weight
 from factorformer.training.importance import Importance, Score
 from factorformer.training.optimizer_state import SQUARED
 from factorformer.training.units import DenseUnits, FactorUnits

@@ -16,7 +16,7 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from factorformer.errors import FactorformerError, MethodError, ModelError, one_of
-from factorformer.nn import FactorizedMatrix
+from factorformer.layers.nn import FactorizedMatrix
 
 VARIANTS = {
     "fused": "attention and activations by our compiled kernels as well (`factorformer.fuse`)",

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 from factorformer.bench.race import Spread
 from factorformer.errors import ModelError
-from factorformer.nn import FactorizedLinear, new_factors
+from factorformer.layers.nn import FactorizedLinear, new_factors
 from factorformer.planning import Entry
+from factorformer.planning.evidence.times import race
 from factorformer.progress import Progress, silent
 from factorformer.structures import Factors, Shape, Structure, int8
-from factorformer.timing import race
 
 TOKENS = (1, 16, 128, 1024)
 """Rows of input at which products are timed by default."""

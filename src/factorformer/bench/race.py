@@ -12,8 +12,8 @@ import torch
 
 from factorformer.bench.contestants import Contestant, Runner, draw, first_line
 from factorformer.errors import DataError, ModelError
+from factorformer.planning.evidence.times import race
 from factorformer.progress import Progress, silent
-from factorformer.timing import race
 
 WARM_UP = 3
 """Passes of each model over each shape before the first that counts."""

@@ -11,8 +11,8 @@ import typer
 from safetensors import SafetensorError
 from typer.core import TyperGroup
 
+from factorformer.cli._options import quiet
 from factorformer.cli.bench import bench
-from factorformer.cli.common import quiet
 from factorformer.cli.compress import compress
 from factorformer.cli.evaluate import evaluate
 from factorformer.cli.export import export

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from factorformer.cli.common import AsJson, console, emit_json, note
+from factorformer.cli._options import AsJson, console, emit_json, note
 from factorformer.errors import MethodError
 
 

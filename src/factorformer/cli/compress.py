@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from factorformer.cli.common import (
+from factorformer.cli._options import (
     AsJson,
     BatchSize,
     Budget,
@@ -104,7 +104,7 @@ def compress(
           --eval dev.tsv --label label --distill dense/
     """
     from factorformer import recipes
-    from factorformer.hf.checkpoint import check_output
+    from factorformer.files import check_output
     from factorformer.planning import Plan
 
     check_output(output, overwrite=overwrite)
@@ -148,8 +148,8 @@ def compress(
     if recipe.allocation == "dynamic" and train is None:
         note(f"method '{chosen}' finds its ranks in training: without --train, all matrices shrink alike")
 
-    from factorformer.cli.pipeline import Job, run
-    from factorformer.cli.setup import columns_of
+    from factorformer.cli._inputs import columns_of
+    from factorformer.cli._jobs.compress import Job, run
 
     note(f"method: {chosen}" + ("" if method else f" (the default {'with' if measured else 'without'} text)"))
     job = Job(

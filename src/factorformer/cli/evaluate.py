@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from factorformer.cli.common import MODELS, AsJson, MaxLength, TextColumns, emit
+from factorformer.cli._options import MODELS, AsJson, MaxLength, TextColumns, emit
 
 Evaluated = Annotated[str, typer.Argument(metavar="DIR", show_default=False, help=MODELS)]
 DataFile = Annotated[
@@ -40,12 +40,13 @@ def evaluate(
       factorformer evaluate small/ --data test.tsv
       factorformer evaluate small/ --data test.jsonl --text question --label intent
     """
-    from factorformer.cli.setup import columns_of, read_table
-    from factorformer.hf.data import encode
-    from factorformer.hf.source import check_lengths, find, labels_for, load_model, load_tokenizer
-    from factorformer.hf.training import evaluate as evaluate_model
+    from factorformer.cli._inputs import columns_of, read_table
+    from factorformer.hf.source import find, load_model, load_tokenizer
     from factorformer.progress import bars
     from factorformer.report import Result, inventory
+    from factorformer.tasks.classification import labels_for
+    from factorformer.tasks.data import check_lengths, encode
+    from factorformer.tasks.finetuning import evaluate as evaluate_model
 
     path = find(model)
     columns = columns_of(text, label)

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from factorformer.cli.common import MODELS, AsJson, Overwrite, emit
+from factorformer.cli._options import MODELS, AsJson, Overwrite, emit
 
 
 class Format(str, Enum):

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from factorformer.cli.common import (
+from factorformer.cli._options import (
     AsJson,
     BatchSize,
     Distill,
@@ -71,18 +71,19 @@ def finetune(
       factorformer finetune minilm pairs/ --train mrpc.jsonl \\
           --text sentence1 --text sentence2 --label same
     """
-    from factorformer.hf.checkpoint import check_output
+    from factorformer.files import check_output
 
     check_output(output, overwrite=overwrite)
     from factorformer import compression
-    from factorformer.cli.setup import columns_of, load_teacher, note_new_head, read_table, save
-    from factorformer.hf.data import Labels, encode
-    from factorformer.hf.source import check_lengths, find, load_classifier, load_tokenizer
-    from factorformer.hf.training import TrainingSettings
-    from factorformer.hf.training import evaluate as evaluate_model
-    from factorformer.hf.training import train as train_model
+    from factorformer.cli._inputs import columns_of, load_teacher, note_new_head, read_table, save
+    from factorformer.hf.source import find, load_tokenizer
     from factorformer.progress import bars
     from factorformer.report import Result, inventory
+    from factorformer.tasks.classification import load_classifier
+    from factorformer.tasks.data import Labels, check_lengths, encode
+    from factorformer.tasks.finetuning import TrainingSettings
+    from factorformer.tasks.finetuning import evaluate as evaluate_model
+    from factorformer.tasks.finetuning import train as train_model
 
     started = time.perf_counter()
     path = find(model)

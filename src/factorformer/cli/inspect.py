@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from factorformer.cli.common import MODELS, AsJson, Overwrite, ScopeChoice, emit
+from factorformer.cli._options import MODELS, AsJson, Overwrite, ScopeChoice, emit
 from factorformer.errors import MethodError, OutputError
 
 Inspected = Annotated[str, typer.Argument(metavar="DIR", show_default=False, help=MODELS)]

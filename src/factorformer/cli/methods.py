@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from factorformer.cli.common import AsJson, console, emit_json
+from factorformer.cli._options import AsJson, console, emit_json
 
 
 def methods(as_json: AsJson = False) -> None:

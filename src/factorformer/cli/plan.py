@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from factorformer.cli.common import (
+from factorformer.cli._options import (
     AsJson,
     Budget,
     CalibrationFile,
@@ -79,11 +79,11 @@ def plan(
         raise OutputError(f"'{output}' exists already: choose another name or allow --overwrite")
     from factorformer import compression
     from factorformer.bench.layers import slower_than_dense
-    from factorformer.cli.setup import columns_of, encoded_text, predictions
-    from factorformer.hf.data import batches, sample
-    from factorformer.hf.source import check_lengths, find, load_model, load_tokenizer
+    from factorformer.cli._inputs import columns_of, encoded_text, predictions
+    from factorformer.hf.source import find, load_model, load_tokenizer
     from factorformer.progress import bars
     from factorformer.report import Result
+    from factorformer.tasks.data import batches, check_lengths, sample
 
     if calibration is None and text is not None:
         note("nothing is read without --calibration: --text is not used")

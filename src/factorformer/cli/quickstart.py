@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from factorformer.cli.common import AsJson, Overwrite, emit, note
+from factorformer.cli._options import AsJson, Overwrite, emit, note
 
 Destination = Annotated[
     Path | None,
@@ -36,11 +36,11 @@ def quickstart(output: Destination = None, overwrite: Overwrite = False, as_json
     'majority accuracy' is what always guessing the largest class scores.
     Latencies are the median of repeated forward passes, in milliseconds, of 1 and of 32 texts.
     """
-    from factorformer.hf.checkpoint import check_output
+    from factorformer.files import check_output
 
     target = _free_name() if output is None else output
     check_output(target, overwrite=overwrite)
-    from factorformer.cli.demonstration import demonstrate
+    from factorformer.cli._jobs.quickstart import demonstrate
     from factorformer.report.result import BEFORE
 
     result = demonstrate(target, overwrite=overwrite)

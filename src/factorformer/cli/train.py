@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from factorformer.cli.common import (
+from factorformer.cli._options import (
     AsJson,
     Exclude,
     Include,
@@ -247,8 +247,8 @@ def train(
     import torch
 
     from factorformer import recipes
-    from factorformer.cli.from_scratch import DENSE, Job, preview, run
-    from factorformer.hf.from_scratch import ScratchSettings, last_checkpoint
+    from factorformer.cli._jobs.train import DENSE, Job, preview, run
+    from factorformer.tasks.from_scratch import ScratchSettings, last_checkpoint
 
     usable = [n for n, recipe in recipes.RECIPES.items() if recipe.metric == "plain" and recipe.allocation != "dynamic"]
     if method not in (*usable, DENSE):

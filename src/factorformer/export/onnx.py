@@ -22,7 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from factorformer.errors import ExportError, OutputError
 from factorformer.export.task import Pooling, Task, input_names, read_longest, read_pooling
-from factorformer.hf.checkpoint import check_output, output_directory
+from factorformer.files import check_output, output_directory
 from factorformer.hf.source import find, load_model, load_tokenizer
 
 if TYPE_CHECKING:
@@ -97,7 +97,8 @@ def export(
         OutputError: the path exists and `overwrite` is off, or it cannot be written.
     """
     _require_packages()
-    from factorformer.export import graph, translation
+    from factorformer.export import graph
+    from factorformer.export import lowering as translation
 
     check_output(path, overwrite=overwrite)
     if isinstance(model, PreTrainedModel):
@@ -176,7 +177,8 @@ def _batch(model: PreTrainedModel, names: list[str], rows: int, length: int, see
 
 def _translate(task: Task) -> ir.Model:
     """The graph of a model, which is of no other use afterwards."""
-    from factorformer.export import graph, translation
+    from factorformer.export import graph
+    from factorformer.export import lowering as translation
 
     translation.freeze(task.model, quantized=False)
     translation.replace_attention(task.model)

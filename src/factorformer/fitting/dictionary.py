@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from factorformer.coding import best_dictionary, orthonormal_dictionary, refine_codes
 from factorformer.errors import ModelError
+from factorformer.fitting.coding import best_dictionary, orthonormal_dictionary, refine_codes
 from factorformer.fitting.metric import Metric
 from factorformer.structures import DenseSparse
 

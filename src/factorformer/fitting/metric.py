@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from factorformer.calibration import LayerStatistics
+from factorformer.fitting.statistics import LayerStatistics
 
 MetricName = Literal["plain", "fisher_rows", "input_moment"]
 

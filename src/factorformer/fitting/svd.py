@@ -6,8 +6,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from factorformer.fitting.linalg import leading_singular_vectors
 from factorformer.fitting.metric import Metric
-from factorformer.linalg import leading_singular_vectors
 from factorformer.structures import LowRank
 
 

@@ -12,16 +12,9 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from factorformer.fitting.linalg import leading_singular_vectors, separable_moment, separable_weights, square_root
 from factorformer.fitting.metric import Metric
-from factorformer.linalg import (
-    arrange_back,
-    leading_singular_vectors,
-    rearrange,
-    separable_moment,
-    separable_weights,
-    square_root,
-)
-from factorformer.structures import KroneckerSum
+from factorformer.structures import KroneckerSum, arrange_back, rearrange
 
 SWEEPS = 20
 """At most this many rounds over both factors."""

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import re
-import shutil
-import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,14 +13,13 @@ import safetensors
 import torch
 import transformers
 
-from factorformer.errors import CheckpointError, FactorformerError, OutputError
+from factorformer.errors import CheckpointError, FactorformerError
+from factorformer.hf.config import FactorformerConfig
+from factorformer.layers.nn import TEMPORARY
 from factorformer.structures import int8
-from factorformer.training.straight_through import TEMPORARY
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-    from factorformer.hf.plugin import FactorformerConfig
 
 Sizes = dict[str, tuple[int, ...]]
 
@@ -198,55 +194,3 @@ def load(directory: str | os.PathLike[str], **kwargs: Any) -> PreTrainedModel:
     if problems:
         raise CheckpointError(f"'{path}' does not fit {name}: {'; '.join(problems)}")
     return model
-
-
-@contextlib.contextmanager
-def output_directory(path: str | os.PathLike[str], *, overwrite: bool = False) -> Iterator[Path]:
-    """A directory that appears under its name only when the block ends without an error.
-
-    Everything is written to a hidden neighbour first, then renamed: an interruption at any moment leaves no directory
-    or a complete one. What is overwritten stays in a hidden neighbour until the new content is in place.
-
-    Args:
-        path: the directory to make.
-        overwrite: replace what is there; the old content is deleted after the new one is in place.
-
-    Raises:
-        OutputError: the path exists and `overwrite` is off, or it cannot be written.
-    """
-    target = Path(path)
-    check_output(target, overwrite=overwrite)
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
-    except OSError as error:
-        raise OutputError(f"cannot write to '{target.parent}': {error}") from error
-    try:
-        yield partial
-        partial.chmod(0o755)  # mkdtemp makes private directories
-        old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old-", dir=target.parent)) / "content"
-        try:
-            if target.exists():
-                target.rename(old)
-            partial.rename(target)
-        finally:
-            if old.exists() and not target.exists():
-                old.rename(target)
-            shutil.rmtree(old.parent, ignore_errors=True)
-    except OSError as error:
-        raise OutputError(f"could not write '{target}': {error}; nothing was left behind") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def check_output(path: str | os.PathLike[str], *, overwrite: bool) -> None:
-    """Fail early, before any work is done, where `output_directory` would fail late.
-
-    Raises:
-        OutputError: the path exists and `overwrite` is off, or a file stands there.
-    """
-    target = Path(path)
-    if target.exists() and not target.is_dir():
-        raise OutputError(f"'{target}' is a file: give a directory name that is free")
-    if target.exists() and not overwrite:
-        raise OutputError(f"'{target}' exists already: choose another name or allow --overwrite")

@@ -18,7 +18,7 @@ from transformers.masking_utils import sdpa_mask
 from factorformer.errors import ModelError
 from factorformer.kernels import cpu, gelu
 from factorformer.kernels.dense import served
-from factorformer.nn import FactorizedLinear
+from factorformer.layers.nn import FactorizedLinear
 
 ATTENTION = "factorformer"
 """Name of the attention implementation."""

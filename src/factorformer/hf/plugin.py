@@ -22,94 +22,17 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
-from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from factorformer.errors import CheckpointError, FactorformerError, ModelError
+from factorformer import registration
+from factorformer.errors import CheckpointError, ModelError
 from factorformer.hf.checkpoint import check_tensors
-from factorformer.nn import FactorizedLinear, FactorizedMatrix
-from factorformer.structures import Shape, Structure, TensorSpec, from_dict, int8
-from factorformer.surgery import dense_shape, factorized_like, replace_module
-from factorformer.training.straight_through import TEMPORARY
+from factorformer.hf.config import METHOD, FactorformerConfig
+from factorformer.layers.nn import TEMPORARY, FactorizedLinear, FactorizedMatrix
+from factorformer.layers.surgery import dense_shape, factorized_like, replace_module
+from factorformer.structures import int8
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-METHOD = "factorformer"
-FORMAT = 1
-
-
-class FactorformerConfig(QuantizationConfigMixin):
-    """The `quantization_config` of a compressed model.
-
-    Args:
-        layers: for each factorized matrix, by module name, its `shape`, the fields of its structure, the names of
-            modules `tied` to it, the name of the layer whose factors it `shares`, if it does, and `"values": "int8"` if
-            its factors are stored so.
-        format: version of this description.
-
-    Raises:
-        CheckpointError: a description that this version cannot read.
-    """
-
-    def __init__(self, layers: Mapping[str, Mapping[str, Any]] | None = None, format: int = FORMAT, **_: Any) -> None:
-        if format != FORMAT:
-            raise CheckpointError(f"the model was saved in format {format}, this version reads format {FORMAT}")
-        self.quant_method = METHOD  # pyright: ignore[reportAttributeAccessIssue]  # a name, as for every plug-in
-        self.format = format
-        try:
-            self.layers = {name: dict(layer) for name, layer in (layers or {}).items()}
-        except (AttributeError, TypeError, ValueError) as error:
-            raise CheckpointError(f"config.json describes no layers but {layers!r}") from error
-
-    def structure(self, name: str) -> tuple[Structure, Shape]:
-        """Spec and shape of a layer."""
-        try:
-            spec, shape = self._read(name)
-            spec.check(shape, self.shared(name))
-            owner = self.layers[name].get("shares")
-            if owner is not None:
-                self._check_sharing(name, spec, shape, owner)
-        except (KeyError, IndexError, TypeError, FactorformerError) as error:
-            raise CheckpointError(f"config.json describes layer '{name}' wrongly: {error}") from error
-        return spec, shape
-
-    def shared(self, name: str) -> tuple[str, ...]:
-        """Names of the factors that a layer has in common with others, whether it owns them or not."""
-        sharing = {owner for layer in self.layers.values() if isinstance(owner := layer.get("shares"), str)}
-        if "shares" in self.layers[name] or name in sharing:
-            return self._read(name)[0].shareable
-        return ()
-
-    def quantized(self, name: str) -> bool:
-        """Whether the factors of a layer are stored in int8."""
-        values = self.layers[name].get("values")
-        if values not in (None, "int8"):
-            raise CheckpointError(f"config.json gives layer '{name}' values of type {values!r}: only int8 is known")
-        return values == "int8"
-
-    def tensors(self, name: str) -> dict[str, TensorSpec]:
-        """Name, size and type of what is stored of a layer."""
-        spec, shape = self.structure(name)
-        return int8.stored(spec.tensors(shape)) if self.quantized(name) else spec.tensors(shape)
-
-    def _read(self, name: str) -> tuple[Structure, Shape]:
-        layer = self.layers[name]
-        shape = (int(layer["shape"][0]), int(layer["shape"][1]))
-        others = ("shape", "tied", "shares", "values")
-        return from_dict({key: value for key, value in layer.items() if key not in others}), shape
-
-    def _check_sharing(self, name: str, spec: Structure, shape: Shape, owner: object) -> None:
-        if not isinstance(owner, str) or owner not in self.layers or "shares" in self.layers[owner]:
-            raise CheckpointError(f"it shares factors with {owner!r}, which is no layer that has some of its own")
-        if self.quantized(owner) != self.quantized(name):
-            raise CheckpointError(f"it shares factors with '{owner}', and only one of the two stores int8")
-        other, size = self._read(owner)
-        if not spec.shareable or type(other) is not type(spec):
-            raise CheckpointError(f"{spec} cannot share factors with '{owner}', which is {other}")
-        for factor in spec.shareable:
-            ours, theirs = spec.tensors(shape)[factor].size, other.tensors(size)[factor].size
-            if ours != theirs:
-                raise CheckpointError(f"its {factor} has the size {list(ours)}, that of '{owner}' {list(theirs)}")
 
 
 class FactorformerQuantizer(HfQuantizer):
@@ -196,11 +119,6 @@ class FactorformerQuantizer(HfQuantizer):
         # Where no type is asked for, transformers gives that of config.json, which the model need not have by now.
         dense = to_dense(model)
         return dense if dtype in (None, model.config.dtype) else dense.to(dtype)  # pyright: ignore[reportArgumentType]
-
-
-# Called as functions, so that type checkers still see the classes.
-register_quantization_config(METHOD)(FactorformerConfig)
-register_quantizer(METHOD)(FactorformerQuantizer)
 
 
 def describe(model: nn.Module) -> FactorformerConfig:
@@ -409,3 +327,9 @@ def to_dense(model: PreTrainedModel) -> PreTrainedModel:
             module.__dict__.pop("_adjust_bias", None)
     model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
     return model
+
+
+# Called as functions, so that type checkers still see the classes.
+register_quantization_config(METHOD)(FactorformerConfig)
+register_quantizer(METHOD)(FactorformerQuantizer)
+registration.attach_with(attach_all)

@@ -2,32 +2,25 @@
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
 import json
 import re
 import shutil
 from pathlib import Path
 from typing import Any
 
-import datasets
 import torch
 from huggingface_hub import snapshot_download
 from transformers import (
     AutoConfig,
-    AutoModelForSequenceClassification,
     AutoTokenizer,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    set_seed,
 )
 
-from factorformer.errors import CheckpointError, DataError, FactorformerError, ModelError
+from factorformer.errors import CheckpointError, FactorformerError, ModelError
 from factorformer.hf import minilm
 from factorformer.hf.checkpoint import load
-from factorformer.hf.data import Labels
-from factorformer.training.rank_history import FILE as RANKS
 
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".ot", ".tflite", ".gguf", ".index.json")
 """How names of weight files end."""
@@ -102,122 +95,7 @@ def load_model(path: Path, dtype: torch.dtype | None = None) -> PreTrainedModel:
         ModelError: a class that transformers does not have, or weights that are not finite.
     """
     read_config(path)
-    return _ready(load(path, **({} if dtype is None else {"dtype": dtype})))
-
-
-@dataclasses.dataclass(frozen=True)
-class Classifier:
-    """A model with a head for the labels of a task.
-
-    Args:
-        model: any `...ForSequenceClassification`.
-        labels: of the task, in the order of the head's outputs.
-        trained: the head came with the model; a new one has random weights.
-        replaced: what the head predicted that a new one took the place of; None if there was none.
-    """
-
-    model: PreTrainedModel
-    labels: Labels
-    trained: bool
-    replaced: Labels | None = None
-
-
-def load_classifier(path: Path, labels: Labels, seed: int = 0, dtype: torch.dtype | None = torch.float32) -> Classifier:
-    """A model with a sequence-classification head: its own if that knows the task's labels, else a new one.
-
-    Args:
-        path: the model directory, dense or compressed.
-        labels: as the data has them; the order of a head that is kept goes before theirs.
-        seed: of a new head.
-        dtype: of the weights: full precision for training; None keeps the one on disk.
-
-    Raises:
-        CheckpointError: weights other than the head's are missing or misshapen.
-        ModelError: an architecture without such heads, or weights that are not finite.
-    """
-    config = read_config(path)
-    head = head_labels(config)
-    kept = _agree(head, labels) if head is not None else None
-    if kept is not None:
-        return Classifier(load_model(path, dtype), kept, trained=True)
-    config.num_labels = max(len(labels.names), 1)
-    if labels.kind == "classification":
-        config.id2label = dict(enumerate(labels.names))
-        config.label2id = {name: i for i, name in enumerate(labels.names)}
-        config.problem_type = "single_label_classification"
-    else:
-        config.problem_type = "regression"
-    if config.pad_token_id is None:
-        config.pad_token_id = load_tokenizer(path).pad_token_id
-    set_seed(seed)
-    model, info = _from_pretrained(
-        AutoModelForSequenceClassification, path, config=config, dtype=dtype or "auto", ignore_mismatched_sizes=True
-    )
-    inside = f"{model.base_model_prefix}."
-    wrong = [[str(k) for k in info[kind]] for kind in ("missing_keys", "mismatched_keys")]
-    # A checkpoint from masked-language modelling has no pooler: it belongs to the head and is new as well.
-    _refuse(path, *[[key for key in keys if inside in key and ".pooler." not in key] for keys in wrong])
-    return Classifier(_ready(model), labels, trained=False, replaced=head)
-
-
-def head_labels(config: PretrainedConfig) -> Labels | None:
-    """What the sequence-classification head of a saved model predicts; None if it has no such head."""
-    if not (config.architectures or [""])[0].endswith("ForSequenceClassification"):
-        return None
-    if config.problem_type == "regression" or config.num_labels == 1:
-        return Labels("regression")
-    return Labels("classification", tuple(name for _, name in sorted((config.id2label or {}).items())))
-
-
-def labels_for(path: Path, rows: datasets.Dataset, column: str) -> Labels:
-    """How labelled data reads under the head that a model has: labels are matched by name, or else by number.
-
-    Raises:
-        ModelError: the model has no sequence-classification head.
-    """
-    head = head_labels(read_config(path))
-    if head is None:
-        raise ModelError(f"'{path}' has no sequence-classification head: train one with `factorformer finetune`")
-    for labels in (head, _numbered(head)):
-        with contextlib.suppress(DataError):
-            labels.ids(rows, column)
-            return labels
-    return head  # whoever reads the labels with it meets the error that names them
-
-
-def _agree(head: Labels, data: Labels) -> Labels | None:
-    """The head's labels as the data writes them, by name or by number; None if the head does not know all of them.
-
-    Numbers may mean anything: unless the head has no names but numbers, the data has to hold all of them.
-    """
-    if head.kind == "regression" or data.kind == "regression":
-        return head if head.kind == data.kind else None
-    if set(data.names) <= set(head.names):
-        return head
-    numbered, unnamed = _numbered(head), head.names == tuple(f"LABEL_{i}" for i in range(len(head.names)))
-    numbers = set(numbered.names)
-    return numbered if set(data.names) == numbers or (unnamed and set(data.names) <= numbers) else None
-
-
-def _numbered(head: Labels) -> Labels:
-    return Labels(head.kind, tuple(str(i) for i in range(len(head.names))))
-
-
-def check_lengths(model: PreTrainedModel, data: datasets.Dataset, source: str = "the data") -> None:
-    """Raise `DataError` if a row is longer than a model with a table of positions can read.
-
-    Args:
-        model: dense or compressed; models with rotary or relative positions read anything.
-        data: from `data.encode`.
-        source: the data's name in the message.
-    """
-    positions = most_tokens(model)
-    longest = max(data["length"])
-    if positions is not None and longest > positions:
-        raise DataError(
-            f"{source} holds a text of {longest} tokens, and the model has {positions} positions: "
-            f"cut texts with a --max-length of at most {positions}"
-        )
+    return ready(load(path, **({} if dtype is None else {"dtype": dtype})))
 
 
 def most_tokens(model: PreTrainedModel) -> int | None:
@@ -238,7 +116,7 @@ def copy_companions(source: Path, target: Path) -> None:
     modules that `modules.json` lists. Weights, hidden files, the model card and the original's records stay behind.
     """
     for file in source.iterdir():
-        left = file.name.startswith((".", "README", "factorformer.json", RANKS)) or file.name.endswith(WEIGHTS)
+        left = file.name.startswith((".", "README", "factorformer")) or file.name.endswith(WEIGHTS)
         if file.is_file() and not left and not (target / file.name).exists():
             shutil.copyfile(file, target / file.name)
     for folder in _module_folders(source):
@@ -271,7 +149,8 @@ def read_config(path: Path) -> PretrainedConfig:
         raise CheckpointError(f"cannot read '{path}/config.json': {_short(error)}") from error
 
 
-def _from_pretrained(architecture: Any, path: Path, **options: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
+def from_pretrained(architecture: Any, path: Path, **options: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """A model and what transformers says of its tensors; any failure is a `CheckpointError`."""
     try:
         return architecture.from_pretrained(path, output_loading_info=True, **options)
     except FactorformerError:
@@ -280,14 +159,16 @@ def _from_pretrained(architecture: Any, path: Path, **options: Any) -> tuple[Pre
         raise CheckpointError(f"cannot load '{path}': {_short(error)}") from error
 
 
-def _refuse(path: Path, missing: list[str], misshapen: list[Any]) -> None:
+def refuse(path: Path, missing: list[str], misshapen: list[Any]) -> None:
+    """Raise `CheckpointError` if weights of a model are missing or misshapen."""
     for what, keys in (("lacks", missing), ("has other shapes for", misshapen)):
         if keys:
             names = sorted(map(str, keys))
             raise CheckpointError(f"'{path}' {what} {len(names)} weights of its model: {', '.join(names[:5])}")
 
 
-def _ready(model: PreTrainedModel) -> PreTrainedModel:
+def ready(model: PreTrainedModel) -> PreTrainedModel:
+    """The model in evaluation mode, on the device it is to run on; `ModelError` if a weight is not finite."""
     for name, parameter in model.named_parameters():
         if not torch.isfinite(parameter).all():
             raise ModelError(f"the weight '{name}' holds NaN or infinite values")

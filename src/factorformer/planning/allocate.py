@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Literal, TypeVar
 
 from factorformer.errors import BudgetError
-from factorformer.planning.cost import Cost, Matrix, Role, total
+from factorformer.layers.matrix import Cost, Matrix, Role, total
 from factorformer.planning.plan import KEPT, Entry, Unit, left_dense
 from factorformer.structures import Structure
 

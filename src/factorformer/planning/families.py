@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from factorformer.planning.cost import Matrix
+from factorformer.layers.matrix import Matrix
 from factorformer.planning.plan import Entry
 from factorformer.structures import Structure
 

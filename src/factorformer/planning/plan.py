@@ -13,10 +13,9 @@ import torch
 
 from factorformer.errors import FactorformerError, MethodError, one_of
 from factorformer.files import whole_file
-from factorformer.planning.cost import Cost, Matrix, Role, total
+from factorformer.layers.matrix import Cost, Matrix, Role, Scope, total
 from factorformer.structures import Structure, from_dict
 
-Scope = Literal["blocks", "all"]
 Unit = Literal["bytes", "flops", "milliseconds"]
 """What a budget counts."""
 

@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
-from factorformer.planning.cost import Matrix
+from factorformer.layers.matrix import Matrix, Member
 from factorformer.planning.plan import Entry
 from factorformer.structures import Structure
 
@@ -22,25 +22,6 @@ _READERS = (
 _KEYS = r"(k|v|key|value)(_proj|_lin)?"
 _OUTPUT = r"o|o_proj|out_proj|out_lin|Wo|c_proj|dense|output\.dense"
 _CROSS = r"EncDecAttention|encoder_attn|cross_?attn|cross_?attention"
-
-
-@dataclasses.dataclass(frozen=True)
-class Member:
-    """One matrix of a group.
-
-    Args:
-        matrix: what it is.
-        side: whether its rows or its columns are rows of the group's stack.
-    """
-
-    matrix: Matrix
-    side: Literal["rows", "columns"]
-
-    @property
-    def sides(self) -> tuple[int, int]:
-        """`(long, short)`: how many rows it has in the stack, and how long they are."""
-        out, inner = self.matrix.shape
-        return (out, inner) if self.side == "rows" else (inner, out)
 
 
 Groups = Mapping[str, tuple[Member, ...]]

@@ -7,9 +7,10 @@ import dataclasses
 import torch
 from transformers import PreTrainedModel
 
-from factorformer.nn import FactorizedMatrix
-from factorformer.planning import Entry, Matrix, Plan, Scope
-from factorformer.surgery import find_matrices
+from factorformer.layers.matrix import Matrix, Scope
+from factorformer.layers.nn import FactorizedMatrix
+from factorformer.layers.surgery import find_matrices
+from factorformer.planning import Entry, Plan
 
 
 def inventory(model: PreTrainedModel, scope: Scope = "blocks") -> Plan:

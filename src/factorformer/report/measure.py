@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from torch import Tensor, nn
 
-from factorformer.timing import race
+from factorformer.planning.evidence.times import race
 
 
 def latency(models: Sequence[nn.Module], inputs: Mapping[str, Tensor], repeats: int = 15) -> list[float]:

@@ -37,7 +37,8 @@ import transformers
 
 from factorformer import __version__
 from factorformer.compression import Report
-from factorformer.planning import Cost, Entry, Plan, Scope
+from factorformer.layers.matrix import Cost, Scope
+from factorformer.planning import Entry, Plan
 from factorformer.training.rank_history import RankHistory
 
 BEFORE = "original_"

@@ -9,7 +9,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from factorformer.planning import Entry, Scope
+from factorformer.layers.matrix import Scope
+from factorformer.planning import Entry
 from factorformer.report.ranks import ranks_table
 from factorformer.report.result import BEFORE, Result
 

@@ -10,7 +10,7 @@ from factorformer.errors import CheckpointError, one_of
 from factorformer.structures import int8
 from factorformer.structures.base import Factors, Selection, Shape, Structure, TensorSpec
 from factorformer.structures.dense_sparse import DenseSparse
-from factorformer.structures.kronecker_sum import KroneckerSum, factor_shapes
+from factorformer.structures.kronecker_sum import KroneckerSum, arrange_back, factor_shapes, rearrange
 from factorformer.structures.low_rank import LowRank, largest_rank
 
 STRUCTURES: dict[str, type[Structure]] = {s.kind: s for s in (LowRank, KroneckerSum, DenseSparse)}
@@ -46,8 +46,10 @@ __all__ = [
     "Shape",
     "Structure",
     "TensorSpec",
+    "arrange_back",
     "factor_shapes",
     "from_dict",
     "int8",
     "largest_rank",
+    "rearrange",
 ]

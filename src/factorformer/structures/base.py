@@ -1,8 +1,8 @@
 """What a structure is: a frozen description of a factorized matrix and the pure functions on its factors.
 
 A *spec* (`LowRank(rank=64)`) says how a matrix of shape `(out, in)` is stored. The tensors themselves, the
-*factors*, are a plain mapping from names to tensors; modules in `factorformer.nn` own them. A spec knows nothing of
-how its factors were found.
+*factors*, are a plain mapping from names to tensors; modules in `factorformer.layers.nn` own them. A spec knows nothing
+of how its factors were found.
 """
 
 from __future__ import annotations

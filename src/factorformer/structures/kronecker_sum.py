@@ -10,11 +10,11 @@ from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Float
 from torch import Tensor
 
 from factorformer.errors import ModelError
 from factorformer.kernels import Dense, chain
-from factorformer.linalg import arrange_back
 from factorformer.structures.base import Factors, Selection, Shape, Structure, TensorSpec, require_positive
 from factorformer.structures.int8 import floats
 
@@ -262,3 +262,33 @@ def _largest_rank(shape: Shape, left: Shape, right: Shape) -> int:
     """Terms that are fewer than the rearranged matrix's rank and stored in less than the dense matrix."""
     sizes = math.prod(left), math.prod(right)
     return min(*sizes, (shape[0] * shape[1] - 1) // sum(sizes))
+
+
+def rearrange(
+    matrix: Float[Tensor, "out inner"], left: tuple[int, int], right: tuple[int, int]
+) -> Float[Tensor, "left_size right_size"]:
+    """The rearrangement that turns a Kronecker product into an outer product (Van Loan and Pitsianis, 1993).
+
+    With `left = (m1, n1)` and `right = (m2, n2)`, entry `[i1 * m2 + i2, j1 * n2 + j2]` goes to
+    `[i1 * n1 + j1, i2 * n2 + j2]`, so that `A (x) B` becomes `vec(A) vec(B)^T`, a sum of `k` such products a matrix of
+    rank `k`, and Frobenius norms stay what they are.
+
+    Args:
+        matrix: `(out, in)`, padded with zeros to `(m1 * m2, n1 * n2)`.
+        left: shape of the first factor.
+        right: shape of the second factor.
+
+    Returns:
+        `(m1 * n1, m2 * n2)`.
+    """
+    (m1, n1), (m2, n2) = left, right
+    padded = F.pad(matrix, (0, n1 * n2 - matrix.shape[1], 0, m1 * m2 - matrix.shape[0]))
+    return padded.reshape(m1, m2, n1, n2).transpose(1, 2).reshape(m1 * n1, m2 * n2)
+
+
+def arrange_back(
+    rearranged: Float[Tensor, "left_size right_size"], left: tuple[int, int], right: tuple[int, int]
+) -> Float[Tensor, "padded_out padded_inner"]:
+    """The matrix `(m1 * m2, n1 * n2)` whose `rearrange` is the given one, padding included."""
+    (m1, n1), (m2, n2) = left, right
+    return rearranged.reshape(m1, n1, m2, n2).transpose(1, 2).reshape(m1 * m2, n1 * n2)

@@ -21,14 +21,14 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from factorformer.calibration import Batch
 from factorformer.errors import CheckpointError, MethodError, ModelError, one_of
 from factorformer.files import whole_file
-from factorformer.nn import new_factors
+from factorformer.fitting.statistics import Batch
+from factorformer.layers.nn import new_factors
+from factorformer.layers.surgery import dense_weight, factorize
 from factorformer.planning import Entry, Plan
 from factorformer.progress import Progress, silent
 from factorformer.structures import Structure, from_dict
-from factorformer.surgery import dense_weight, factorize
 from factorformer.training.competition import compete
 from factorformer.training.full_size import all_units, check_can_shrink
 from factorformer.training.importance import Importance, Score

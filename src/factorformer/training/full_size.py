@@ -6,16 +6,16 @@ from collections.abc import Callable, Iterable
 
 from torch import Tensor, nn
 
-from factorformer.calibration import Batch, LayerStatistics
 from factorformer.errors import DataError, FactorformerError, ModelError
-from factorformer.fits import fit_matrix, measure
 from factorformer.fitting import Metric
-from factorformer.nn import FactorizedMatrix
+from factorformer.fitting.matrices import fit_matrix, measure
+from factorformer.fitting.statistics import Batch, LayerStatistics
+from factorformer.layers.nn import FactorizedMatrix
+from factorformer.layers.surgery import dense_weight, factorize
 from factorformer.planning import Entry, Plan
 from factorformer.progress import Progress
 from factorformer.recipes import default_method, get
 from factorformer.structures import LowRank, Structure
-from factorformer.surgery import dense_weight, factorize
 from factorformer.training.importance import Importance
 from factorformer.training.units import DenseUnits, FactorUnits, Units
 
@@ -70,7 +70,7 @@ def all_units(
     if recipe.metric != "plain":
         if calibration is None:
             raise DataError(f"method '{method}' needs calibration data ({recipe.needs}): pass calibration batches")
-        statistics = measure(model, names, recipe, calibration, progress)
+        statistics = measure(model, names, recipe.metric, calibration, progress)
     result: list[Units] = []
     fitted: list[tuple[Entry, Structure, dict[str, Tensor]]] = []
     for done, entry in enumerate(plan.factorized):

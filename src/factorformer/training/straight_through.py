@@ -20,16 +20,15 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from factorformer.calibration import LayerStatistics
 from factorformer.errors import MethodError, ModelError
 from factorformer.fitting import Metric, fit
+from factorformer.fitting.statistics import LayerStatistics
 from factorformer.kernels.support import unpack
-from factorformer.nn import FactorizedLinear, FactorizedMatrix
+from factorformer.layers.nn import TEMPORARY, FactorizedLinear, FactorizedMatrix
+from factorformer.layers.surgery import dense_shape, dense_weight
 from factorformer.structures import DenseSparse, Structure
-from factorformer.surgery import dense_shape, dense_weight
 
-SHADOW, PROJECTION, FROZEN, MOMENT = TEMPORARY = ("shadow", "projection", "frozen", "moment")
-"""Tensors of a matrix that exist only while it trains straight through."""
+SHADOW, PROJECTION, FROZEN, MOMENT = TEMPORARY
 
 LAST = 10
 """Times the usual proximal steps, before the support is frozen."""

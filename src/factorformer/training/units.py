@@ -9,15 +9,14 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from transformers.pytorch_utils import Conv1D
 
 from factorformer.errors import ModelError
 from factorformer.fitting import Metric
-from factorformer.linalg import leading_eigenvectors
-from factorformer.nn import FactorizedMatrix
-from factorformer.planning import Matrix
+from factorformer.fitting.linalg import leading_eigenvectors
+from factorformer.layers.matrix import Matrix
+from factorformer.layers.nn import FactorizedMatrix
+from factorformer.layers.surgery import factorize, is_transposed
 from factorformer.structures import LowRank, Structure, largest_rank
-from factorformer.surgery import factorize
 from factorformer.training.importance import Importance
 from factorformer.training.optimizer_state import LINEAR, SQUARED, State, converted, substitute
 
@@ -161,7 +160,7 @@ class DenseUnits(Units):
         super().__init__(model, matrix, LowRank(min(matrix.shape)), importance)
         self.basis, self.dual = basis, dual
         self.tall = matrix.shape[0] > matrix.shape[1]
-        self.turned = self.tall != isinstance(model.get_submodule(matrix.name), Conv1D)
+        self.turned = self.tall != is_transposed(model.get_submodule(matrix.name))
 
     @classmethod
     def of(cls, model: nn.Module, matrix: Matrix, importance: Importance, weight: Tensor, metric: Metric) -> DenseUnits:

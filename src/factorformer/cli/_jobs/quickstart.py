@@ -1,0 +1,162 @@
+"""What `quickstart` does, step by step."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import datasets
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from factorformer import compression
+from factorformer.cli._inputs import RESULT_FILE, write
+from factorformer.cli._options import note
+from factorformer.errors import CheckpointError
+from factorformer.files import output_directory
+from factorformer.hf.source import find, load_model, load_tokenizer
+from factorformer.progress import Progress, bars
+from factorformer.report import Result, inventory, latency
+from factorformer.report.result import BEFORE
+from factorformer.tasks.classification import load_classifier
+from factorformer.tasks.data import Columns, Labels, batches, encode, sample
+from factorformer.tasks.docstrings import stdlib_docstrings
+from factorformer.tasks.finetuning import TrainingSettings, evaluate, train
+
+# Sized so that everything takes some four minutes on two cores, nearly all of it in these training steps:
+# epochs * TRAIN_ROWS / BATCH_SIZE, 225 for either model.
+MODEL = "minilm"
+RATIO = 3.0
+MAX_LENGTH = 64
+TRAIN_ROWS = 3600
+CALIBRATION_ROWS = 512
+BATCH_SIZE = 32
+DENSE_EPOCHS = 2
+COMPRESSED_EPOCHS = 2
+LEARNING_RATE = 3e-4
+CHECKED_ROWS = 64
+"""Rows whose logits have to survive saving and loading bit for bit."""
+TIMED_BATCHES = (1, 32)
+
+
+def demonstrate(target: Path, *, overwrite: bool) -> Result:
+    """Fine-tune, compress, fine-tune again, measure, save, load in a new process."""
+    started = time.perf_counter()
+    path = find(MODEL)
+    task = stdlib_docstrings()
+    rows = {
+        "train": _table(task.train_texts[:TRAIN_ROWS], task.train_labels[:TRAIN_ROWS]),
+        "test": _table(task.test_texts, task.test_labels),
+    }
+    note(
+        f"{len(rows['train'])} docstrings to train on, {len(rows['test'])} to test on, {len(task.labels)} classes; "
+        f"always guessing the largest class scores {task.majority_accuracy:.3f}"
+    )
+    tokenizer = load_tokenizer(path)
+    columns, labels = Columns(("text",), "label"), Labels("classification", tuple(task.labels))
+    data = {name: encode(tokenizer, table, columns, labels, MAX_LENGTH) for name, table in rows.items()}
+    settings = TrainingSettings(DENSE_EPOCHS, LEARNING_RATE, BATCH_SIZE)
+    dense = load_classifier(path, labels, settings.seed).model
+    with bars() as progress:
+        seconds = {
+            "train_original": train(
+                dense, tokenizer, data["train"], settings, progress=progress, phase="train original"
+            )
+        }
+        original = evaluate(dense, tokenizer, data["test"], labels, progress, "evaluate original")
+        small = _copy(dense)
+        fit_on = sample(data["train"], CALIBRATION_ROWS, settings.seed).remove_columns("labels")
+        plan = compression.plan(small, ratio=RATIO)
+        report = compression.compress(small, plan, batches(tokenizer, fit_on, BATCH_SIZE), progress)
+        settings = dataclasses.replace(settings, epochs=COMPRESSED_EPOCHS)
+        seconds |= report.seconds
+        seconds["train"] = train(
+            small, tokenizer, data["train"], settings, teacher=dense, progress=progress, phase="train compressed"
+        )
+        metrics = evaluate(small, tokenizer, data["test"], labels, progress, "evaluate compressed")
+        metrics |= {BEFORE + name: value for name, value in original.items()}
+        metrics |= _latencies(dense, small, tokenizer, data["test"], progress)
+    metrics["majority_accuracy"] = task.majority_accuracy
+    found = {
+        "original": (dense, Result.of(inventory(dense), metrics=original, seed=settings.seed)),
+        "compressed": (small, Result.of(report, method=report.method, metrics=metrics, seed=settings.seed)),
+    }
+    with output_directory(target, overwrite=overwrite) as partial:
+        for name, table in rows.items():
+            lines = (json.dumps(row) + "\n" for row in table)
+            (partial / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
+        for name, (model, result) in found.items():
+            result = dataclasses.replace(result, output=str(target / name))
+            write(result, model, partial / name, tokenizer=tokenizer)
+            prefix = BEFORE if name == "original" else ""
+            metrics[f"{prefix}file_bytes"] = (partial / name / "model.safetensors").stat().st_size
+        checked = data["test"].select(range(CHECKED_ROWS)).remove_columns("labels")
+        _check_reload(partial / "compressed", small, next(batches(tokenizer, checked, CHECKED_ROWS)))
+        seconds["total"] = time.perf_counter() - started
+        result = dataclasses.replace(found["compressed"][1], metrics=metrics, seconds=seconds, output=str(target))
+        (partial / RESULT_FILE).write_text(json.dumps(result.to_dict(), indent=1) + "\n", encoding="utf-8")
+    note(f"loaded in a new process: the logits of {CHECKED_ROWS} test rows are identical, bit for bit")
+    return result
+
+
+def _table(texts: list[str], labels: list[str]) -> datasets.Dataset:
+    return datasets.Dataset.from_dict({"text": texts, "label": labels})
+
+
+def _copy(model: PreTrainedModel) -> PreTrainedModel:
+    with tempfile.TemporaryDirectory() as scratch:
+        model.save_pretrained(scratch)
+        return load_model(Path(scratch))
+
+
+def _latencies(
+    dense: PreTrainedModel,
+    small: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    data: datasets.Dataset,
+    progress: Progress,
+) -> dict[str, float]:
+    result: dict[str, float] = {}
+    for done, size in enumerate(TIMED_BATCHES):
+        batch = next(batches(tokenizer, data.select(range(size)).remove_columns("labels"), size))
+        slow, fast = latency([dense, small], batch)
+        result |= {f"{BEFORE}latency_ms_batch_{size}": slow, f"latency_ms_batch_{size}": fast}
+        progress("measure latency", done + 1, len(TIMED_BATCHES))
+    return result
+
+
+RELOAD = """
+import sys, torch, factorformer
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForSequenceClassification
+directory, inputs, logits = sys.argv[1:]
+torch.set_num_threads({threads})
+model = AutoModelForSequenceClassification.from_pretrained(directory).eval()
+with torch.inference_mode():
+    save_file({{"logits": model(**load_file(inputs)).logits.clone()}}, logits)
+"""
+"""A user's program in a new process: nothing of the running one can help it."""
+
+
+def _check_reload(directory: Path, model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> None:
+    with torch.inference_mode():
+        expected = model.cpu().eval()(**inputs).logits
+    with tempfile.TemporaryDirectory() as scratch:
+        given, found = Path(scratch) / "inputs.safetensors", Path(scratch) / "logits.safetensors"
+        save_file({name: value.contiguous() for name, value in inputs.items()}, given)
+        program = RELOAD.format(threads=torch.get_num_threads())
+        command = [sys.executable, "-W", "ignore", "-c", program, str(directory), str(given), str(found)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode != 0:
+            last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+            raise CheckpointError(f"the saved model does not load in a new process: {last}")
+        if not torch.equal(load_file(found)["logits"], expected):
+            raise CheckpointError("the saved model gives other logits in a new process")

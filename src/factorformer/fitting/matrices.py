@@ -1,0 +1,118 @@
+"""Fits of a model's matrices: one by one, or as one where they share factors."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from factorformer.errors import FactorformerError
+from factorformer.fitting import Metric, MetricName, fit
+from factorformer.fitting import statistics as calibrate
+from factorformer.fitting.linalg import square_root
+from factorformer.fitting.statistics import LayerStatistics
+from factorformer.layers.matrix import Matrix, Member
+from factorformer.layers.surgery import dense_weight
+from factorformer.progress import Progress
+from factorformer.structures import Structure
+
+Factors = dict[str, Tensor]
+
+
+def measure(
+    model: nn.Module,
+    names: Sequence[str],
+    metric: MetricName,
+    calibration: Iterable[calibrate.Batch],
+    progress: Progress,
+) -> dict[str, LayerStatistics]:
+    """What a metric has to know of these layers; nothing if it is plain."""
+    if metric == "plain":
+        return {}
+    return calibrate.collect(
+        model,
+        names,
+        calibration,
+        moments=metric == "input_moment",
+        fisher=metric == "fisher_rows",
+        progress=lambda done: progress("calibrate", done, None),
+    )
+
+
+def fit_matrix(
+    model: nn.Module, name: str, spec: Structure, statistics: Mapping[str, LayerStatistics], rounds: int | None = None
+) -> tuple[Factors, float]:
+    """Factors of one matrix, and their error."""
+    try:
+        weight = dense_weight(model.get_submodule(name))
+        return fit(weight, spec, Metric.of(statistics.get(name)), rounds=rounds)
+    except FactorformerError as error:
+        raise type(error)(f"layer '{name}': {error}") from error
+
+
+def fit_stack(
+    model: nn.Module,
+    members: Sequence[Member],
+    spec: Structure,
+    statistics: Mapping[str, LayerStatistics],
+    rounds: int | None = None,
+) -> tuple[Factors, float]:
+    """Factors of the tall matrix whose rows are the rows, or the columns, of all members, and their error."""
+    weights = [dense_weight(model.get_submodule(member.matrix.name)) for member in members]
+    rows = torch.cat([w if member.side == "rows" else w.T for w, member in zip(weights, members, strict=True)])
+    try:
+        return fit(rows, spec, _stacked_metric(members, statistics), rounds=rounds)
+    except FactorformerError as error:
+        names = ", ".join(f"'{member.matrix.name}'" for member in members)
+        raise type(error)(f"layers {names}, which share factors: {error}") from error
+
+
+def _stacked_metric(members: Sequence[Member], statistics: Mapping[str, LayerStatistics]) -> Metric:
+    """The mean of the members' input moments, and their Fisher rows one after the other.
+
+    A member whose columns are in the stack has its input along the stack, and no Fisher row for each of its columns: it
+    has no part in the moment, and its rows weigh as much as the mean of the others.
+    """
+    measured = [statistics.get(m.matrix.name) if m.side == "rows" else None for m in members]
+    moments = [s.inputs for s in measured if s is not None and s.inputs is not None]
+    columns = None
+    if moments:
+        same = all(moment is moments[0] for moment in moments)
+        columns = moments[0].root() if same else square_root(torch.stack([m.moment() for m in moments]).mean(0))
+    importance = [None if s is None else s.rows for s in measured]
+    known = [rows for rows in importance if rows is not None]
+    if not known:
+        return Metric(None, columns)
+    usual = torch.cat(known).mean()
+    parts = [
+        usual.expand(member.sides[0]) if rows is None else rows
+        for rows, member in zip(importance, members, strict=True)
+    ]
+    return Metric(Metric.of(LayerStatistics(rows=torch.cat(parts))).rows, columns)
+
+
+def fit_group(
+    model: nn.Module, planned: Sequence[tuple[Matrix, Structure]], statistics: Mapping[str, LayerStatistics]
+) -> dict[str, tuple[Factors, float]]:
+    """Factors of matrices that share some, fitted as one, by name; and the error of each under its own metric."""
+    specs = {matrix.name: spec for matrix, spec in planned}
+    members = [Member(matrix, getattr(spec, "side")) for matrix, spec in planned]  # noqa: B009  # of any structure
+    stack = dataclasses.replace(planned[0][1], side="rows")
+    joint, _ = fit_stack(model, members, stack, statistics)
+    common: Factors = {name: nn.Parameter(joint.pop(name)) for name in stack.shareable}
+    total, first = sum(member.sides[0] for member in members), 0
+    fitted: dict[str, tuple[Factors, float]] = {}
+    for member in members:
+        name, last = member.matrix.name, first + member.sides[0]
+        own = {
+            factor: tensor[first * len(tensor) // total : last * len(tensor) // total].clone()
+            for factor, tensor in joint.items()
+        }
+        # Here the member's own factors could be fitted again, under its own metric, with the common ones held fixed.
+        first, spec, weight = last, specs[name], dense_weight(model.get_submodule(name))
+        with torch.no_grad():
+            dense = spec.to_dense(member.matrix.shape, own | common)
+        fitted[name] = (own | common, Metric.of(statistics.get(name)).relative_error(weight, dense))
+    return fitted

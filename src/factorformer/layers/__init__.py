@@ -1,0 +1,1 @@
+"""Factorized layers, and how they take the place of dense ones."""

@@ -1,0 +1,105 @@
+"""What a weight matrix costs, dense and factorized: parameters, bytes, and FLOPs per token."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Collection, Iterable
+from typing import Literal
+
+import torch
+
+from factorformer.structures import Shape, Structure
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """Parameters (stored values), bytes (indices included), and FLOPs per token (a multiply-add counts as two).
+
+    >>> Cost(1, 4, 2) + Cost(2, 8, 4)
+    Cost(parameters=3, bytes=12, flops=6)
+    """
+
+    parameters: int = 0
+    bytes: int = 0
+    flops: int = 0
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(self.parameters + other.parameters, self.bytes + other.bytes, self.flops + other.flops)
+
+
+def total(costs: Iterable[Cost]) -> Cost:
+    """The sum of costs."""
+    return sum(costs, Cost())
+
+
+Role = Literal["attention", "feed_forward", "embedding"]
+
+Scope = Literal["blocks", "all"]
+"""What of a model is changed and counted: its Transformer blocks, or all of it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Matrix:
+    """A weight matrix of a model, stored once, whatever the number of places that use it.
+
+    Args:
+        name: the module that owns it.
+        shape: `(out, in)`; an embedding is `(rows, width)`.
+        dtype: the floating type of its values, e.g. `float32`.
+        products: how often a token is multiplied by it in one forward pass: more than once in shared layers, by a part
+            of it where experts are chosen.
+        lookups: how often a token looks up one of its rows.
+        aliases: other modules tied to the same values.
+        dense: why it has to stay dense; None if it can be factorized.
+        role: what it does in the model; an output head counts as an embedding, whatever else is not part of attention
+            as feed-forward.
+        int8: whether its factors are stored in int8, if it gets any.
+    """
+
+    name: str
+    shape: Shape
+    dtype: str = "float32"
+    products: float = 1
+    lookups: int = 0
+    aliases: tuple[str, ...] = ()
+    dense: str | None = None
+    role: Role = "feed_forward"
+    int8: bool = False
+
+    @property
+    def values(self) -> torch.dtype:
+        """The type in which factors store their values."""
+        return torch.int8 if self.int8 else getattr(torch, self.dtype)
+
+    def cost(self, spec: Structure | None, without: Collection[str] = ()) -> Cost:
+        """Cost under a structure, or dense for None; factors stored elsewhere are not counted, but multiplied by."""
+        if spec is None:
+            values = self.shape[0] * self.shape[1]
+            return Cost(values, values * getattr(torch, self.dtype).itemsize, round(2 * values * self.products))
+        flops = self.products * spec.flops(self.shape) + self.lookups * spec.row_flops(self.shape)
+        elsewhere = [tensor for name, tensor in spec.tensors(self.shape).items() if name in without]
+        return Cost(
+            spec.parameters(self.shape) - sum(math.prod(t.size) for t in elsewhere if t.dtype is None),
+            spec.bytes(self.shape, self.values) - sum(t.bytes(self.values) for t in elsewhere),
+            round(flops),
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Member:
+    """One matrix of a group.
+
+    Args:
+        matrix: what it is.
+        side: whether its rows or its columns are rows of the group's stack.
+    """
+
+    matrix: Matrix
+    side: Literal["rows", "columns"]
+
+    @property
+    def sides(self) -> tuple[int, int]:
+        """`(long, short)`: how many rows it has in the stack, and how long they are."""
+        out, inner = self.matrix.shape
+        return (out, inner) if self.side == "rows" else (inner, out)

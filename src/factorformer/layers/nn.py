@@ -1,0 +1,332 @@
+"""Layers whose weight is in factorized form; they replace `nn.Linear`, `Conv1D` and `nn.Embedding`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from factorformer.errors import ModelError
+from factorformer.kernels import gelu
+from factorformer.structures import Factors, Selection, Shape, Structure, TensorSpec, int8
+
+
+def new_factors(
+    spec: Structure, shape: Shape, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+) -> dict[str, Tensor]:
+    """Factors of a structure, all zero: `spec.initialize` fills them."""
+    return _zeros(spec.tensors(shape), device, dtype)
+
+
+def _zeros(
+    tensors: Mapping[str, TensorSpec], device: torch.device | str | None, dtype: torch.dtype | None
+) -> dict[str, Tensor]:
+    return {
+        name: torch.zeros(tensor.size, device=device, dtype=tensor.dtype or dtype) for name, tensor in tensors.items()
+    }
+
+
+TEMPORARY = ("shadow", "projection", "frozen", "moment")
+"""Tensors that a matrix holds beside its factors only while it trains in another form."""
+
+
+class TrainingForm(Protocol):
+    """What a matrix is while it trains in another form than that of its factors."""
+
+    def matmul(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """The product in that form."""
+        ...
+
+    def pack(self) -> None:
+        """Write what the form is worth now into the factors."""
+        ...
+
+
+class FactorizedMatrix(nn.Module):
+    """A matrix `W` of shape `(out, in)` that is only ever stored as the factors of `spec`.
+
+    The factors are registered directly under their own names (`weight`, `right`, ...), values as parameters and
+    integers as buffers, so a state dict holds exactly what the structure stores.
+
+    Args:
+        spec: the structure of the matrix.
+        shape: `(out, in)`.
+        factors: the tensors to hold; without them new ones are drawn so that the entries of `W` have the variance of
+            a fresh `nn.Linear`.
+        shared: names of factors that other layers hold too, as the very same parameters.
+        quantized: whether the factors are stored in int8, with scales.
+        device, dtype: for new tensors.
+
+    Raises:
+        ModelError: the shape does not admit the structure, or a factor is missing, extra or misshapen.
+    """
+
+    form: TrainingForm | None = None
+    """What multiplies in place of the factors, for as long as a training lasts."""
+
+    rounds: bool = False
+    """Whether float factors count for what int8 would make of them, for a training that is to end in int8."""
+
+    def __init__(
+        self,
+        spec: Structure,
+        shape: Shape,
+        factors: Factors | None = None,
+        *,
+        shared: Sequence[str] = (),
+        quantized: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        spec.check(shape, shared)
+        self.shape, self.quantized = shape, quantized
+        self.shared = tuple(shared)
+        self.register_load_state_dict_pre_hook(_check_incoming)
+        if factors is not None:
+            self._adopt(spec, factors)
+        elif quantized:
+            self._adopt(spec, _zeros(int8.stored(spec.tensors(shape)), device, dtype))
+        else:
+            self._adopt(spec, new_factors(spec, shape, device, dtype))
+        if self.values.is_meta:
+            return
+        if factors is not None:
+            self.check_factors()
+        elif not quantized:
+            with torch.no_grad():
+                spec.initialize(self.factors, std=(3 * shape[1]) ** -0.5)
+
+    def _adopt(self, spec: Structure, factors: Mapping[str, Tensor]) -> None:
+        expected = int8.stored(spec.tensors(self.shape)) if self.quantized else spec.tensors(self.shape)
+        sizes = {name: tuple(tensor.shape) for name, tensor in factors.items()}
+        wanted = {name: tensor.size for name, tensor in expected.items()}
+        if sizes != wanted:
+            raise ModelError(f"{spec} of a {self.shape[0]}x{self.shape[1]} matrix stores {wanted}, got {sizes}")
+        self.spec, self._names = spec, tuple(expected)
+        for name, tensor in factors.items():
+            if expected[name].dtype is not None:
+                if name in self._parameters:
+                    del self._parameters[name]
+                self.register_buffer(name, tensor)
+            elif isinstance(tensor, nn.Parameter):
+                self.register_parameter(name, tensor)  # tied layers hold the very same parameter
+            else:
+                self.register_parameter(name, nn.Parameter(tensor.contiguous()))
+        self.fix_scales()
+
+    def fix_scales(self) -> None:
+        """Keep scales out of training: they belong to codes that stay as they are."""
+        for name in self._names if self.quantized else ():
+            if name.endswith(int8.SCALE):
+                self.get_parameter(name).requires_grad_(False)
+
+    @property
+    def tensors(self) -> dict[str, TensorSpec]:
+        """Name, size and type of what is stored."""
+        tensors = self.spec.tensors(self.shape)
+        return int8.stored(tensors) if self.quantized else tensors
+
+    @property
+    def factors(self) -> dict[str, Tensor]:
+        """The stored tensors by name."""
+        return {name: getattr(self, name) for name in self._names}
+
+    @property
+    def sharing(self) -> tuple[str, ...]:
+        """Names of all that a layer of this structure can have in common with others."""
+        ends = ("", int8.SCALE) if self.quantized else ("",)
+        return tuple(name + end for name in self.spec.shareable for end in ends)
+
+    @property
+    def values(self) -> Tensor:
+        """A factor in the floating type of the layer: `weight`, or its scales."""
+        return self.get_parameter("weight" + int8.SCALE if self.quantized else "weight")
+
+    def quantize(self, codes: Factors | None = None) -> None:
+        """Store the factors in int8 from now on, which cannot be trained any further.
+
+        Args:
+            codes: codes and scales of the factors, where other layers hold some of them too.
+
+        Raises:
+            ModelError: they are in int8 already, or the matrix trains in another form.
+        """
+        if self.quantized or self.form is not None:
+            raise ModelError(f"{self.spec} cannot be stored in int8 " + ("twice" if self.quantized else "in training"))
+        codes = int8.quantize(self.factors) if codes is None else codes
+        self.quantized, self.rounds = True, False
+        self._adopt(self.spec, codes)
+
+    def hold_floats(self, values: Factors | None = None) -> None:
+        """Hold the factors as floats again, which products round: to train what was stored in int8.
+
+        Args:
+            values: the factors, where other layers hold some of them too.
+
+        Raises:
+            ModelError: they are floats already.
+        """
+        if not self.quantized:
+            raise ModelError(f"{self.spec} holds floats already")
+        values = int8.floats(self.factors) if values is None else values
+        for name in self._names:
+            delattr(self, name)
+        self.quantized, self.rounds = False, True
+        self._adopt(self.spec, values)
+
+    def check_factors(self) -> None:
+        """Raise `ModelError` if integer factors are out of range; called on all tensors that come from outside."""
+        self.spec.check_factors(self.shape, self.factors)
+
+    def matmul(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """`x @ W.T + bias`, `(..., in)` to `(..., out)`."""
+        if self.form is not None:
+            return self.form.matmul(x, bias)
+        return self.spec.matmul(self.shape, self._multiplied, x, bias)
+
+    def rows(self, index: Tensor) -> Tensor:
+        """`W[index]`, integers `(...)` to `(..., in)`."""
+        return self.spec.rows(self.shape, self._multiplied, index)
+
+    def to_dense(self) -> Tensor:
+        """`W`, `(out, in)`; nothing else builds it."""
+        if self.form is not None:
+            self.form.pack()
+        return self.spec.to_dense(self.shape, self._multiplied)
+
+    @property
+    def _multiplied(self) -> Factors:
+        return int8.rounded(self.factors) if self.rounds else self.factors
+
+    def resize(self, smaller: Structure) -> None:
+        """Shrink the factors to a smaller spec of the same kind, keeping the leading units bit for bit.
+
+        Raises:
+            ModelError: the spec is not smaller or of another kind, or factors would shrink that other layers hold too,
+                or the matrix trains straight through or is stored in int8.
+        """
+        if self.form is not None:
+            raise ModelError(f"cannot resize {self.spec} while it trains straight through: call finish() first")
+        if self.quantized:
+            raise ModelError(f"cannot resize {self.spec} that is stored in int8: resize before it is quantized")
+        resized = self.spec.resize(self.factors, smaller)
+        for name in self.shared:
+            if resized[name].shape != getattr(self, name).shape:
+                raise ModelError(
+                    f"cannot resize {self.spec} to {smaller}: other layers hold its {name} too, which would go from "
+                    f"{list(getattr(self, name).shape)} to {list(resized[name].shape)} for this one alone; keep that "
+                    "size, or replace the layer by one that has the factor to itself"
+                )
+        factors = {
+            name: getattr(self, name) if name in self.shared else t.detach().clone() for name, t in resized.items()
+        }
+        trainable = {name: getattr(self, name).requires_grad for name in factors}
+        self._adopt(smaller, factors)
+        for name, flag in trainable.items():
+            getattr(self, name).requires_grad_(flag)
+
+    def keep(self, selection: Selection) -> None:
+        """Drop the units that `spec.select` left out; the rest stays bit for bit what it is.
+
+        Raises:
+            ModelError: other layers hold a factor too, or the factors are stored in int8.
+        """
+        if self.quantized:
+            raise ModelError(f"units of {self.spec} cannot be removed once it is stored in int8")
+        if self.shared:
+            raise ModelError(f"units of {self.spec} cannot be removed: other layers hold its {self.shared[0]} too")
+        factors = {name: cut(getattr(self, name).detach()) for name, cut in selection.cut.items()}
+        trainable = {name: getattr(self, name).requires_grad for name in factors}
+        self._adopt(selection.spec, {**factors, **selection.fixed})
+        for name, flag in trainable.items():
+            getattr(self, name).requires_grad_(flag)
+
+    def extra_repr(self) -> str:
+        """Spec and shape, for `print(model)`."""
+        return f"{self.spec}, shape={self.shape[0]}x{self.shape[1]}" + (", int8" if self.quantized else "")
+
+
+def _check_incoming(module: nn.Module, state: Mapping[str, Any], prefix: str, *_: Any) -> None:
+    """Refuse integers out of range before they replace what the layer holds; sizes are for torch to compare."""
+    assert isinstance(module, FactorizedMatrix)
+    factors = module.factors
+    incoming = {name: state[prefix + name] for name in factors if isinstance(state.get(prefix + name), Tensor)}
+    whole = module.tensors
+    for name, tensor in incoming.items():
+        if whole[name].dtype is not None and tensor.dtype != whole[name].dtype:
+            raise ModelError(f"'{prefix}{name}' is stored as {tensor.dtype}, but has to be {whole[name].dtype}")
+    if any(
+        t.is_meta or t.shape != factors[n].shape or t.dtype.is_floating_point != factors[n].dtype.is_floating_point
+        for n, t in incoming.items()
+    ):
+        return
+    try:
+        module.spec.check_factors(module.shape, factors | incoming)
+    except ModelError as error:
+        raise ModelError(f"layer '{prefix.removesuffix('.')}': {error}" if prefix else str(error)) from error
+
+
+class FactorizedLinear(FactorizedMatrix):
+    """`y = x W^T + b` with `W` in factorized form.
+
+    >>> from factorformer import LowRank
+    >>> FactorizedLinear(LowRank(rank=2), (6, 8))(torch.zeros(3, 8)).shape
+    torch.Size([3, 6])
+    """
+
+    gelu: bool = False
+    """Whether the output is the GELU of the product; see `hf.fused.fuse`."""
+
+    def __init__(
+        self,
+        spec: Structure,
+        shape: Shape,
+        factors: Factors | None = None,
+        bias: Tensor | bool | None = None,
+        *,
+        shared: Sequence[str] = (),
+        quantized: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(spec, shape, factors, shared=shared, quantized=quantized, device=device, dtype=dtype)
+        self.out_features, self.in_features = shape
+        if bias is True:
+            bias = torch.zeros(shape[0], device=device, dtype=dtype)
+        if bias is None or bias is False:
+            self.register_parameter("bias", None)
+        else:
+            self.bias = bias if isinstance(bias, nn.Parameter) else nn.Parameter(bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`(..., in)` to `(..., out)`."""
+        product = self.matmul(x, self.bias)
+        return gelu(product, overwrite=True) if self.gelu else product
+
+
+class FactorizedEmbedding(FactorizedMatrix):
+    """Rows of a factorized matrix: `(...)` integers to `(..., width)`. Only the rows asked for are evaluated."""
+
+    def __init__(
+        self,
+        spec: Structure,
+        shape: Shape,
+        factors: Factors | None = None,
+        padding_idx: int | None = None,
+        *,
+        shared: Sequence[str] = (),
+        quantized: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(spec, shape, factors, shared=shared, quantized=quantized, device=device, dtype=dtype)
+        self.num_embeddings, self.embedding_dim = shape
+        self.padding_idx = padding_idx
+
+    def forward(self, index: Tensor) -> Tensor:
+        """`(...)` to `(..., width)`."""
+        # As from `nn.Embedding`, the type is that of the parameters also where products are made in a smaller one.
+        return self.rows(index).to(self.values.dtype)

@@ -1,0 +1,1 @@
+"""What plans by loss are made of: error curves, sensitivities, times."""

@@ -1,0 +1,283 @@
+"""The error of a matrix against its size, for every structure, before anything is fitted for good."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+import numpy
+import torch
+from torch import nn
+
+from factorformer.errors import FactorformerError
+from factorformer.fitting import Metric
+from factorformer.fitting.linalg import truncation_errors
+from factorformer.fitting.matrices import fit_matrix
+from factorformer.fitting.statistics import LayerStatistics
+from factorformer.layers.matrix import Matrix
+from factorformer.layers.surgery import dense_weight
+from factorformer.planning import Entry, choose_families
+from factorformer.structures import DenseSparse, KroneckerSum, LowRank, Structure, rearrange
+
+QUICK = 2
+"""Rounds of the fits that only choose how a dictionary and its nonzeros divide their bytes."""
+
+ROUNDS = 8
+"""Rounds of the fits that errors are read from; the squared errors of full fits are a little smaller."""
+
+SPREAD = 1.6
+"""Dictionaries are fitted at the common size times and divided by this, and errors interpolated between."""
+
+FLATTENING = 1 / 3
+"""Below the smaller of the two sizes, dictionaries lose their lead over low rank at this part of the slope between: on
+MiniLM's feed-forward outputs they have 0.19 of its squared error at a half of the bytes, 0.53 at a fifth, and 0.74 at a
+twelfth."""
+
+SMALL = 2**18
+"""Entries up to which three matrices of a kind are fitted, the first, the middle and the last; of larger ones one."""
+
+LEAST = 1e-12
+"""Squared errors below this count as this, so that they have a logarithm."""
+
+USUAL: Mapping[str, tuple[tuple[float, float], ...]] = {
+    "kronecker_sum": ((1 / 3, 1.3),),
+    "dense_sparse": ((1 / 2, 0.5), (1 / 5, 0.75)),
+}
+"""Squared errors relative to low rank, by part of the dense bytes: those of MiniLM, for models without weights."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Curve:
+    """The squared relative error that a matrix has under every spec, in the metric of a method.
+
+    Low rank is exact: the tail of singular values. Other structures are priced by their bytes: `relative` says by
+    what factor their squared error differs from that of low rank of as many bytes, interpolated between logarithms.
+
+    Args:
+        matrix: which one.
+        low_rank: squared relative errors of ranks 0, 1, ...
+        kronecker: the same of sums of so many Kronecker products of the default shapes, where the closed form is the
+            optimum; None where it is not.
+        relative: by structure, `(part of the dense bytes, factor)`, largest part first.
+        sizes: the specs to choose among, by structure, in growing bytes.
+    """
+
+    matrix: Matrix
+    low_rank: torch.Tensor
+    kronecker: torch.Tensor | None
+    relative: Mapping[str, tuple[tuple[float, float], ...]]
+    sizes: Mapping[str, tuple[Structure, ...]]
+
+    @property
+    def specs(self) -> Iterator[Structure]:
+        """Everything that the matrix can become, but for dense."""
+        for sizes in self.sizes.values():
+            yield from sizes
+
+    def squared_error(self, spec: Structure | None) -> float:
+        """Under a spec; 0 for dense."""
+        if spec is None:
+            return 0.0
+        if isinstance(spec, LowRank):
+            return float(self.low_rank[min(spec.rank, len(self.low_rank) - 1)])
+        shape = self.matrix.shape
+        if isinstance(spec, KroneckerSum) and self.kronecker is not None:
+            return float(self.kronecker[min(spec.rank, len(self.kronecker) - 1)])
+        part = spec.bytes(shape, self.matrix.values) / self.matrix.cost(None).bytes
+        return min(self.of_low_rank(part) * math.exp(_relative(self.relative[spec.kind], part)), 1.0)
+
+    def of_low_rank(self, part: float) -> float:
+        """The squared error of low rank of a part of the dense bytes, a fraction of a rank included."""
+        rank = part * math.prod(self.matrix.shape) / sum(self.matrix.shape)
+        below = min(int(rank), len(self.low_rank) - 2)
+        first, second = (math.log(max(float(self.low_rank[i]), LEAST)) for i in (below, below + 1))
+        return math.exp(first + (second - first) * min(rank - below, 1.0))
+
+
+def measure_curves(
+    model: nn.Module,
+    matrices: Sequence[Matrix],
+    structures: Sequence[type[Structure]],
+    statistics: Mapping[str, LayerStatistics],
+    ratio: float,
+    progress: Callable[[int], None] | None = None,
+) -> dict[str, Curve]:
+    """Error curves of matrices: one decomposition of each, and a few quick fits for each kind of matrix.
+
+    Low rank takes the singular values of the weight under the metric (`R W L`), a plain sum of Kronecker products
+    those of the rearranged weight (Van Loan and Pitsianis, 1993): both are the exact errors of the fit. Under other
+    metrics the closed form for Kronecker sums is a start only, whose squared error is 1.5 to 12 times that of the fit
+    on MiniLM; and for dictionaries there is none. But relative to low rank of as many bytes their squared errors are
+    nearly the same for all matrices of one shape and role, and so measured on one to three of them by fits of few
+    rounds: a sum of Kronecker products at the common size, and a dictionary at two sizes, each with the division of
+    its bytes that fits best.
+
+    Args:
+        model: not changed.
+        matrices: those that can be factorized.
+        structures: what they can become.
+        statistics: what the metric knows of each layer; without, errors are plain ones of the weights.
+        ratio: dense bytes over the bytes that matrices have on average, around which the curves should be right.
+        progress: called with the number of matrices and fits done.
+
+    Returns:
+        Curves by name. Where weights are on the meta device, a usual curve stands for every matrix.
+
+    Raises:
+        ModelError: a weight that is not finite; the message names the layer.
+    """
+    others = [structure for structure in structures if structure is not LowRank]
+    done = 0
+
+    def step() -> None:
+        nonlocal done
+        done += 1
+        if progress is not None:
+            progress(done)
+
+    def error(matrix: Matrix, spec: Structure, rounds: int = QUICK) -> float:
+        found = fit_matrix(model, matrix.name, spec, statistics, rounds)[1]
+        step()
+        return found
+
+    bare = {matrix.name: _bare_curve(model, matrix, statistics, KroneckerSum in others) for matrix in matrices}
+    for _ in bare:
+        step()
+    alike: dict[object, list[Matrix]] = {}
+    for matrix in matrices:
+        alike.setdefault((matrix.shape, matrix.dtype, matrix.role), []).append(matrix)
+    curves: dict[str, Curve] = {}
+    for members in alike.values():
+        relative: dict[str, tuple[tuple[float, float], ...]] = {}
+        sizes: dict[str, tuple[Structure, ...]] = {}
+        for structure in structures:
+            kind, candidates = structure.kind, _candidates(structure, members[0])
+            on_meta = dense_weight(model.get_submodule(members[0].name)).is_meta
+            closed = structure is LowRank or (structure is KroneckerSum and bare[members[0].name].kronecker is not None)
+            anchors: list[tuple[Structure, float]] = []
+            if not (closed or on_meta):
+                samples = [bare[matrix.name] for matrix in _samples(members)]
+                anchors = _anchors(structure, samples, candidates, ratio, error)
+                if not anchors:
+                    continue
+            relative[kind] = (
+                USUAL.get(kind, ())
+                if not anchors
+                else tuple((_part(members[0], spec), factor) for spec, factor in anchors)
+            )
+            sizes[kind] = _ladder(members[0], candidates, [spec for spec, _ in anchors])
+        for matrix in members:
+            curves[matrix.name] = dataclasses.replace(bare[matrix.name], relative=relative, sizes=sizes)
+    return {matrix.name: curves[matrix.name] for matrix in matrices}
+
+
+def _bare_curve(model: nn.Module, matrix: Matrix, statistics: Mapping[str, LayerStatistics], kronecker: bool) -> Curve:
+    """What decompositions tell."""
+    weight = dense_weight(model.get_submodule(matrix.name))
+    if weight.is_meta:
+        # So the squared errors of MiniLM's matrices fall with the part of the bytes, near the middle of the range.
+        ranks = torch.arange(min(matrix.shape) + 1, dtype=torch.float64)
+        usual = torch.exp(-4 * ranks * sum(matrix.shape) / math.prod(matrix.shape))
+        return Curve(matrix, usual, None, {}, {})
+    metric = Metric.of(statistics.get(matrix.name))
+    try:
+        low_rank, terms = truncation_errors(metric.apply(weight)), None
+        if kronecker and metric.rows is None and metric.columns is None:
+            first = next(KroneckerSum.candidates(matrix.shape, weight.dtype), None)
+            terms = None if first is None else truncation_errors(rearrange(weight.float(), first.left, first.right))
+    except FactorformerError as error:
+        raise type(error)(f"layer '{matrix.name}': {error}") from error
+    return Curve(matrix, low_rank.cpu(), None if terms is None else terms.cpu(), {}, {})
+
+
+def _candidates(structure: type[Structure], matrix: Matrix) -> list[Structure]:
+    return list(structure.candidates(matrix.shape, matrix.values))
+
+
+def _samples(members: Sequence[Matrix]) -> list[Matrix]:
+    middle = len(members) // 2
+    few = math.prod(members[0].shape) <= SMALL
+    return [members[i] for i in sorted({0, middle, len(members) - 1} if few else {middle})]
+
+
+def _part(matrix: Matrix, spec: Structure) -> float:
+    """Bytes of a spec as a part of the dense ones."""
+    return spec.bytes(matrix.shape, matrix.values) / matrix.cost(None).bytes
+
+
+def _anchors(
+    structure: type[Structure],
+    samples: Sequence[Curve],
+    candidates: Sequence[Structure],
+    ratio: float,
+    error: Callable[[Matrix, Structure, int], float],
+) -> list[tuple[Structure, float]]:
+    """Specs that were fitted, and by what factor their squared errors differ from low rank's, the largest first."""
+    parts = [SPREAD / ratio, 1 / ratio / SPREAD] if structure is DenseSparse else [1 / ratio]
+    middle = samples[len(samples) // 2].matrix
+    found: list[tuple[Structure, float]] = []
+    for part in parts:
+        within = [spec for spec in candidates if _part(middle, spec) <= min(part, 0.8)] or list(candidates[:1])
+        if not within:
+            break
+        spec = within[-1]
+        choice = choose_families([Entry(middle, spec, "")], lambda matrix, spec: error(matrix, spec, QUICK))
+        for chosen in choice.values():
+            spec = [spec for spec in chosen.ladder if _part(middle, spec) <= _part(middle, within[-1])][-1]
+        if spec not in [other for other, _ in found]:
+            logarithms = [
+                math.log(max(error(curve.matrix, spec, ROUNDS) ** 2, LEAST) / curve.of_low_rank(_part(middle, spec)))
+                for curve in samples
+            ]
+            # Weights that are of low rank exactly would send the factor anywhere.
+            found.append((spec, math.exp(min(max(sum(logarithms) / len(samples), -5), 5))))
+    return found
+
+
+def _interpolate(anchors: Sequence[tuple[float, float]], part: float) -> float:
+    """A logarithm, linear in that of the part; constant beyond the anchors."""
+    known = sorted(anchors)
+    return float(numpy.interp(math.log(part), [math.log(p) for p, _ in known], [math.log(f) for _, f in known]))
+
+
+def _relative(anchors: Sequence[tuple[float, float]], part: float) -> float:
+    """The logarithm of a factor: between anchors interpolated, below them at a part of the slope and up to 0."""
+    found = _interpolate(anchors, part)
+    known = sorted((math.log(p), math.log(f)) for p, f in anchors)
+    if len(known) > 1 and math.log(part) < known[0][0]:
+        slope = (known[1][1] - known[0][1]) / (known[1][0] - known[0][0])
+        beyond = found + FLATTENING * slope * (math.log(part) - known[0][0])
+        found = max(found, min(beyond, 0.0))
+    return found
+
+
+def _ladder(matrix: Matrix, candidates: Sequence[Structure], anchors: Sequence[Structure]) -> tuple[Structure, ...]:
+    """The sizes of a structure: where its bytes can be divided in many ways, those that divide them as the anchors do.
+
+    The part of the bytes that is not the factor `weight` (the dictionary) is interpolated between anchors.
+    """
+    families = type(candidates[0]).families(matrix.shape, matrix.values) if candidates else ()
+    if len(families) < 2 or not anchors:
+        return tuple(candidates)
+
+    def share(spec: Structure) -> float:
+        sizes = spec.tensors(matrix.shape)
+        return 1 - math.prod(sizes["weight"].size) / spec.parameters(matrix.shape)
+
+    shares = [(_part(matrix, spec), share(spec)) for spec in anchors]
+    width = families[1][0].tensors(matrix.shape)["dictionary"].size[0]
+    width /= families[0][0].tensors(matrix.shape)["dictionary"].size[0]
+    near = [
+        spec
+        for family in families
+        for spec in family
+        if abs(math.log(share(spec)) - _interpolate(shares, _part(matrix, spec))) <= math.log(width) / 2
+    ]
+    if not near:
+        return tuple(candidates)
+    # Sizes below the smallest dictionary that families know are those of the candidates.
+    parts = {_part(matrix, spec): spec for spec in near}
+    least = min(parts)
+    parts |= {_part(matrix, spec): spec for spec in candidates if _part(matrix, spec) < least}
+    return tuple(parts[part] for part in sorted(parts))

@@ -1,0 +1,220 @@
+"""Plans by loss: every model, method and budget; predictions that order plans as the model does."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from pathlib import Path
+from typing import get_args
+
+import pytest
+import torch
+import transformers as tf
+from scipy.stats import spearmanr
+from tests.tiny import MODELS, text
+
+import factorformer
+from factorformer import Plan, recipes
+from factorformer.errors import BudgetError, DataError, MethodError, ModelError
+from factorformer.layers.surgery import find_matrices
+from factorformer.planning import Unit
+from factorformer.planning.evidence.curves import measure_curves
+from factorformer.structures import DenseSparse, KroneckerSum, LowRank
+from factorformer.tasks.data import Columns, batches, encode, read, sample
+
+BY_LOSS = [name for name, recipe in recipes.RECIPES.items() if recipe.allocation == "by_loss"]
+
+
+def planned(name: str, method: str, ratio: float, **options: object) -> Plan:
+    """A plan of a tiny model; of the nearest ratio where this one falls between two sizes."""
+    try:
+        return factorformer.plan(MODELS[name].build(), method, ratio, **options)  # type: ignore[arg-type]
+    except BudgetError as error:
+        (near,) = re.findall(r"(?:ask for at most|the nearest is) ([0-9.]+)$", str(error))
+        return factorformer.plan(MODELS[name].build(), method, float(near), **options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("method", BY_LOSS)
+@pytest.mark.parametrize("name", MODELS)
+def test_every_architecture_is_planned_and_compressed(name: str, method: str) -> None:
+    tiny = MODELS[name]
+    model, data = tiny.build(), [tiny.inputs()]
+    plan = planned(name, method, tiny.ratio, calibration=data)
+    assert plan.original.bytes == pytest.approx(plan.target * plan.compressed.bytes, rel=0.01)
+    assert plan.predicted is not None
+    assert plan.predicted > 0
+    report = factorformer.compress(model, plan, data)
+    assert report.ratio == pytest.approx(plan.ratio)
+    with torch.inference_mode():
+        assert torch.isfinite(next(iter(model(**tiny.inputs()).values()))).all()
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2", "llama-tied", "t5", "albert"])
+def test_the_whole_model_is_planned(name: str) -> None:
+    model, data = MODELS[name].build(), [MODELS[name].inputs()]
+    plan = planned(name, "auto", 2, scope="all", calibration=data)
+    factorformer.compress(model, plan, data)
+    assert plan.compressed.bytes == sum(t.numel() * t.element_size() for t in unique(model))
+
+
+def unique(model: torch.nn.Module) -> list[torch.Tensor]:
+    """What is stored, but for buffers that hold no factors."""
+    supports = [buffer for name, buffer in model.named_buffers() if name.endswith("support")]
+    return [*model.parameters(), *supports]
+
+
+@pytest.mark.parametrize("method", BY_LOSS)
+@pytest.mark.parametrize("calibrated", [False, True])
+def test_budgets_of_flops(method: str, calibrated: bool) -> None:
+    data = [text(8)] if calibrated else None
+    plan = planned("bert", method, 2, budget="flops", calibration=data)
+    assert plan.budget == "flops"
+    assert plan.original.flops == pytest.approx(plan.target * plan.compressed.flops, rel=0.01)
+
+
+def test_budgets_of_milliseconds(monkeypatch: pytest.MonkeyPatch) -> None:
+    # A machine on which a product takes as long as its factors have bytes, but those of dictionaries twice as long.
+    def milliseconds(self: object, matrix, spec) -> float:
+        return matrix.cost(spec).bytes * (2 if isinstance(spec, DenseSparse) else 1)
+
+    monkeypatch.setattr("factorformer.planning.evidence.times.Timer.milliseconds", milliseconds)
+    plan = planned("bert", "auto", 2, budget="milliseconds", calibration=[text(8)])
+    assert plan.milliseconds is not None
+    before, after = plan.milliseconds
+    assert before == pytest.approx(plan.target * after, rel=0.01)
+    assert "ms" in str(plan)
+    assert not any(isinstance(entry.spec, DenseSparse) for entry in plan.factorized)
+
+
+def test_measured_times_decide() -> None:
+    sizes = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 1, "num_attention_heads": 4}
+    model = tf.BertModel(tf.BertConfig(**sizes, vocab_size=50))
+    # A ratio that no matrix can meet by staying dense: between dense and the largest rank there is nothing.
+    plan = factorformer.plan(model, "whitened_by_loss", 4, budget="milliseconds")
+    assert plan.milliseconds is not None
+    assert plan.milliseconds[0] == pytest.approx(4 * plan.milliseconds[1], rel=0.01)
+
+
+@pytest.mark.usefixtures("no_shape_checks")
+def test_other_methods_count_bytes_alone() -> None:
+    model = MODELS["bert"].build()
+    for budget in set(get_args(Unit)) - {"bytes"}:
+        with pytest.raises(
+            MethodError, match=f"a budget in {budget} .* 'svd' .*methods that do: whitened_by_loss, auto"
+        ):
+            factorformer.plan(model, "svd", budget=budget)
+    with pytest.raises(MethodError, match=r"unknown budget 'byte' \(did you mean 'bytes'\?\)"):
+        factorformer.plan(model, "auto", budget="byte")  # type: ignore[arg-type]
+
+
+def test_any_structure_cannot_share() -> None:
+    with pytest.raises(MethodError, match="'auto' makes matrices of any structure"):
+        factorformer.plan(MODELS["bert"].build(), "auto", share="inputs")
+
+
+def test_plans_round_trip_and_older_ones_are_read(tmp_path: Path) -> None:
+    plan = planned("bert", "auto", 2, budget="flops")
+    plan.save(tmp_path / "plan.json")
+    assert Plan.load(tmp_path / "plan.json") == plan
+    timed = dataclasses.replace(plan, milliseconds=(2.5, 1.0))
+    assert Plan.from_dict(json.loads(json.dumps(timed.to_dict()))) == timed
+    content = plan.to_dict()
+    older = {key: value for key, value in content.items() if key not in ("budget", "predicted", "milliseconds")}
+    read = Plan.from_dict(older)
+    assert (read.budget, read.predicted, read.milliseconds) == ("bytes", None, None)
+    for change in ({"budget": "x"}, {"budget": 3}, {"predicted": "x"}, {"milliseconds": [1]}, {"milliseconds": "x"}):
+        with pytest.raises(MethodError, match=f"malformed.*{next(iter(change))}"):
+            Plan.from_dict({**content, **change})
+
+
+def test_reasons_say_why() -> None:
+    plan = planned("bert", "auto", 2.5, calibration=[text(8)])
+    assert all(re.match(r"sensitivity [0-9.e+-]+x the mean; ", entry.reason) for entry in plan.entries)
+    assert any("times the loss" in entry.reason for entry in plan.factorized)
+    assert f"predicted error before training: {plan.predicted:.3f}" in str(plan)
+
+
+def test_structures_are_mixed_where_matrices_differ() -> None:
+    model = tf.BertModel(
+        tf.BertConfig(hidden_size=48, num_hidden_layers=3, num_attention_heads=2, intermediate_size=192, vocab_size=99)
+    )
+    weights = {}
+    for layer, kind in zip(model.encoder.layer, ("low rank", "kronecker", "sparse"), strict=True):
+        if kind == "low rank":
+            weight = torch.randn(192, 12) @ torch.randn(12, 48)
+        elif kind == "kronecker":
+            spec = KroneckerSum.of((192, 48), 6)
+            weight = torch.zeros(192, 48)
+            for _ in range(6):
+                weight += torch.kron(torch.randn(spec.left), torch.randn(spec.right))
+        else:
+            codes = torch.zeros(192, 40)
+            codes.scatter_(1, torch.rand(192, 40).topk(4).indices, torch.randn(192, 4))
+            weight = codes @ torch.randn(40, 48)
+        layer.intermediate.dense.weight.data = weight / weight.std() / 7
+        weights[kind] = layer.intermediate.dense
+    found = {}
+    for number, kind in enumerate(weights):
+        matrices = [m for m in find_matrices(model, include=[f"*.{number}.intermediate.dense"])[0] if m.dense is None]
+        (curve,) = measure_curves(model, matrices, (LowRank, KroneckerSum, DenseSparse), {}, 3).values()
+        half = [spec for spec in curve.specs if spec.bytes((192, 48)) <= 0.5 * 4 * 192 * 48]
+        found[kind] = type(min(half, key=curve.squared_error))
+    assert found == {"low rank": LowRank, "kronecker": KroneckerSum, "sparse": DenseSparse}
+
+
+def test_predictions_order_plans_as_the_model_does() -> None:
+    model, data = MODELS["roberta"].build(), [text(16, 20)]
+    expected = model(**data[0]).logits.detach()
+    predicted, measured = [], []
+    for method in BY_LOSS:
+        for ratio in (1.3, 1.6, 2, 2.5, 3, 4):
+            try:
+                plan = factorformer.plan(MODELS["roberta"].build(), method, ratio, calibration=data)
+            except BudgetError:
+                continue
+            predicted.append(plan.predicted)
+            compressed = MODELS["roberta"].build()
+            factorformer.compress(compressed, plan, data)
+            measured.append(float((compressed(**data[0]).logits.detach() - expected).norm()))
+    assert len(predicted) >= 8
+    assert spearmanr(predicted, measured)[0] > 0.7
+
+
+def test_mistakes_have_one_error() -> None:
+    model = MODELS["bert"].build()
+    with pytest.raises(DataError, match="calibration data is empty"):
+        factorformer.plan(model, "auto", 2, calibration=[])
+    with pytest.raises(BudgetError, match="ask for at most"):
+        factorformer.plan(model, "auto", 1e6)
+    model.bert.encoder.layer[1].output.dense.weight.data[0, 0] = float("nan")
+    with pytest.raises(ModelError, match=r"layer 'bert.encoder.layer.1.output.dense': .*NaN"):
+        factorformer.plan(model, "auto", 2)
+
+
+def test_models_without_weights_are_planned_by_usual_curves() -> None:
+    with torch.device("meta"):
+        model = MODELS["bert"].make()
+    plan = factorformer.plan(model, "auto", 2)
+    assert plan.ratio == pytest.approx(2, rel=0.01)
+    factorformer.compress(MODELS["bert"].build(), plan, [text(8)])
+
+
+def test_a_plan_by_loss_keeps_more_of_minilm_than_a_uniform_one(minilm: Path, data: Path) -> None:
+    tokenizer = tf.AutoTokenizer.from_pretrained(minilm)
+    rows = encode(tokenizer, sample(read(data / "banking77" / "train.tsv"), 96), Columns(("text",)), max_length=32)
+    calibration = list(batches(tokenizer, rows))
+    kept = {}
+    for method in ("whitened", "whitened_by_loss"):
+        model = tf.AutoModel.from_pretrained(minilm).eval()
+        with torch.inference_mode():
+            before = [model(**batch).last_hidden_state for batch in calibration]
+        plan = factorformer.plan(model, method, 3, calibration=calibration)
+        assert plan.ratio == pytest.approx(3, rel=0.01)
+        factorformer.compress(model, plan, calibration)
+        with torch.inference_mode():
+            after = [model(**batch).last_hidden_state for batch in calibration]
+        kept[method] = torch.cat(
+            [torch.cosine_similarity(a, b, -1).flatten() for a, b in zip(before, after, strict=True)]
+        ).mean()
+    assert kept["whitened_by_loss"] > kept["whitened"]

@@ -1,0 +1,170 @@
+"""Budgets are spent where they gain most: optimal wherever they are met exactly, and met where sizes allow."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import re
+from collections.abc import Iterator
+
+import jaxtyping
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from factorformer.errors import BudgetError
+from factorformer.layers.matrix import Matrix
+from factorformer.planning import Entry, Option
+from factorformer.planning.allocate import TOLERANCE
+from factorformer.planning.knapsack import by_loss
+from factorformer.structures import KroneckerSum, LowRank
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _without_shape_checks() -> Iterator[None]:
+    """Annotations unchecked, as in `test_allocate`."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
+def options_of(points: list[tuple[int, int]], dense: int) -> list[Option]:
+    """Low rank at these costs and losses, and dense."""
+    found = [Option(LowRank(rank), cost, loss) for rank, (cost, loss) in enumerate(points, 1)]
+    return [*found, Option(None, dense, 0.0)]
+
+
+def chosen(entries: tuple[Entry, ...], options: dict[str, list[Option]]) -> list[Option]:
+    return [next(o for o in options[e.matrix.name] if o.spec == e.spec) for e in entries]
+
+
+def brute_force(options: dict[str, list[Option]], budget: float) -> float:
+    """The smallest loss that any choice within the budget has."""
+    choices = itertools.product(*options.values())
+    return min(sum(o.loss for o in choice) for choice in choices if sum(o.cost for o in choice) <= budget + 1e-9)
+
+
+MODELS = st.lists(
+    st.lists(st.tuples(st.integers(1, 60), st.integers(1, 100)), min_size=1, max_size=5), min_size=1, max_size=4
+)
+
+
+@settings(max_examples=200)
+@given(model=MODELS, ratio=st.floats(1, 8), rest=st.integers(0, 20))
+def test_what_a_budget_buys_is_optimal_at_its_own_cost(
+    model: list[list[tuple[int, int]]], ratio: float, rest: int
+) -> None:
+    options = {f"{i}": options_of(points, 64) for i, points in enumerate(model)}
+    matrices = [Matrix(name, (16, 16)) for name in options]
+    original = 64 * len(options) + rest
+    try:
+        entries = by_loss(matrices, options, ratio, rest)
+    except BudgetError as error:
+        (near,) = re.findall(r"(?:ask for at most|the nearest is) ([0-9.]+)$", str(error))
+        ratio = float(near)
+        entries = by_loss(matrices, options, ratio, rest)
+    assert [entry.matrix for entry in entries] == matrices
+    found = chosen(entries, options)
+    cost = sum(option.cost for option in found) + rest
+    assert cost * ratio == pytest.approx(original, rel=TOLERANCE * 1.001)
+    # Options between the hull and the frontier fill what is left over; the loss is at most one hull step from the best.
+    best = brute_force(options, cost - rest)
+    assert best <= sum(option.loss for option in found) <= best + max(o.loss for os in options.values() for o in os)
+
+
+@settings(max_examples=200)
+@given(model=MODELS, steps=st.integers(0, 12))
+def test_budgets_met_exactly_along_the_hull_are_spent_optimally(model: list[list[tuple[int, int]]], steps: int) -> None:
+    options = {f"{i}": options_of(points, 64) for i, points in enumerate(model)}
+    # The theorem, from outside: take the best choice for a Lagrangian price, and hand in what it costs as the budget.
+    price = math.exp(steps / 2 - 3)
+    priced = [min(os, key=lambda o: (o.loss + price * o.cost, o.cost)) for os in options.values()]
+    cost = sum(option.cost for option in priced)
+    entries = by_loss([Matrix(name, (16, 16)) for name in options], options, 64 * len(options) / cost, 0)
+    found = chosen(entries, options)
+    assert sum(option.cost for option in found) == cost
+    assert sum(option.loss for option in found) == pytest.approx(sum(option.loss for option in priced))
+    assert sum(option.loss for option in found) == pytest.approx(brute_force(options, cost))
+
+
+def test_many_matrices_meet_their_budget_closely() -> None:
+    matrices = [Matrix(f"{i}", (384, 384)) for i in range(24)]
+    options = {
+        m.name: [
+            *(Option(LowRank(r), m.cost(LowRank(r)).bytes, (1 + i) * math.exp(-r / (20 + i))) for r in range(1, 192)),
+            Option(None, m.cost(None).bytes, 0.0),
+        ]
+        for i, m in enumerate(matrices)
+    }
+    for ratio in (1.1, 1.5, 2, 3, 5, 10, 30):
+        entries = by_loss(matrices, options, ratio, 1000)
+        cost = sum(entry.compressed.bytes for entry in entries) + 1000
+        original = sum(entry.original.bytes for entry in entries) + 1000
+        assert original / ratio * 0.995 <= cost <= original / ratio * 1.0001
+
+
+def test_what_matters_more_gets_more() -> None:
+    matrices = [Matrix(name, (64, 64)) for name in ("little", "much")]
+    options = {
+        m.name: [
+            *(Option(LowRank(r), m.cost(LowRank(r)).bytes, weight * math.exp(-r / 8)) for r in range(1, 32)),
+            Option(None, m.cost(None).bytes, 0.0),
+        ]
+        for m, weight in zip(matrices, (1, 20), strict=True)
+    }
+    entries = {entry.matrix.name: entry for entry in by_loss(matrices, options, 3.2, 0)}
+    assert entries["much"].compressed.bytes > 2 * entries["little"].compressed.bytes
+
+
+def test_reasons_name_the_runner_up() -> None:
+    shape, kronecker = (16, 16), KroneckerSum.of((16, 16), 2)
+
+    def reason(*others: Option, ratio: float = 2) -> str:
+        (entry,) = by_loss([Matrix("a", shape)], {"a": [*others, Option(None, 10, 0)]}, ratio, 0)
+        return entry.reason
+
+    assert "kronecker_sum would have 3.00 times the loss" in reason(Option(LowRank(2), 5, 1), Option(kronecker, 5, 3))
+    assert "kronecker_sum would cost more" in reason(Option(LowRank(2), 5, 2), Option(kronecker, 8, 3))
+    assert reason(Option(LowRank(2), 5, 2)).endswith("whose error is worth what it costs")
+    assert reason(Option(LowRank(2), 5, 2), ratio=1).startswith("the budget allows the dense matrix: low_rank(rank=2)")
+    assert reason(Option(LowRank(2), 12, 2), ratio=1).endswith("nothing else costs less")
+    (entry,) = by_loss([Matrix("a", shape, dense="excluded")], {"a": [Option(None, 10, 0)]}, 1, 0)
+    assert entry.reason == "excluded"
+
+
+def test_a_free_look_up_stays_dense() -> None:
+    words = Matrix("words", (64, 16), products=0, lookups=1, role="embedding")
+    layer = Matrix("layer", (16, 16))
+    options = {
+        "words": [Option(LowRank(2), 64, 0.1), Option(None, 0, 0.0)],
+        "layer": [Option(LowRank(4), 256, 0.5), Option(None, 512, 0.0)],
+    }
+    entries = by_loss([words, layer], options, 2, 0, "flops")
+    assert [entry.spec for entry in entries] == [None, LowRank(4)]
+
+
+@pytest.mark.parametrize("ratio", [0.99, 0, float("nan")])
+def test_a_ratio_below_one_is_refused(ratio: float) -> None:
+    with pytest.raises(BudgetError, match="at least 1"):
+        by_loss([Matrix("a", (16, 16))], {"a": options_of([(5, 1)], 10)}, ratio, 0)
+
+
+def test_an_impossible_ratio_names_the_largest() -> None:
+    options = {"a": options_of([(5, 1)], 20)}
+    with pytest.raises(BudgetError, match=r"0 of 20 flops in scope stay as they are; ask for at most 4"):
+        by_loss([Matrix("a", (16, 16))], options, 5, 0, "flops")
+    with pytest.raises(BudgetError, match=r"1 of 21 milliseconds in scope stay as they are; ask for at most 3.5"):
+        by_loss([Matrix("a", (16, 16))], options, 5, 1.0, "milliseconds")
+    assert by_loss([Matrix("a", (16, 16))], options, 4, 0)[0].spec == LowRank(1)
+
+
+def test_a_ratio_between_two_sizes_names_the_nearest() -> None:
+    options = {"a": options_of([(5, 3), (8, 1)], 20)}
+    with pytest.raises(BudgetError, match=r"within 1% in bytes; the nearest is 4"):
+        by_loss([Matrix("a", (16, 16))], options, 3.5, 0)
+    assert by_loss([Matrix("a", (16, 16))], options, 4, 0)[0].spec == LowRank(1)
+
+
+def test_nothing_to_factorize() -> None:
+    with pytest.raises(BudgetError, match=r"at the smallest size of every matrix the ratio is 1, .*ask for at most 1"):
+        by_loss([Matrix("a", (16, 16), dense="excluded")], {"a": [Option(None, 10, 0)]}, 2, 0)
