@@ -43,20 +43,24 @@ def test_calibration_keeps_what_the_plain_fit_loses(minilm: Path, data: Path, tm
     assert found["whitened"]["similarity_spearman"] > found["svd"]["similarity_spearman"] + 0.2
 
 
-def test_a_dictionary_keeps_more_than_low_rank(minilm: Path, data: Path, tmp_path: Path) -> None:
+def test_a_dictionary_loses_less_than_low_rank(minilm: Path, data: Path, tmp_path: Path) -> None:
     tokenizer = tf.AutoTokenizer.from_pretrained(minilm)
     columns = Columns(("text",))
     train = encode(tokenizer, sample(read(data / "banking77" / "train.tsv"), 300), columns, max_length=64)
     test = encode(tokenizer, sample(read(data / "banking77" / "test.tsv"), 100), columns, max_length=64)
     original = embed(tf.AutoModel.from_pretrained(minilm), tokenizer, test)
-    model = tf.AutoModel.from_pretrained(minilm).eval()
-    plan = factorformer.plan(model, "cospadi", ratio=2)
-    assert plan.ratio == pytest.approx(2, rel=0.01)
+    lost = {}
+    for method in ("whitened", "cospadi"):
+        model = tf.AutoModel.from_pretrained(minilm).eval()
+        # One block of six at half of its bytes.
+        plan = factorformer.plan(model, method, ratio=12 / 11, include=["encoder.layer.2.*"])
+        assert len(plan.factorized) == 6
+        factorformer.compress(model, plan, batches(tokenizer, train))
+        compressed = embed(model, tokenizer, test)
+        lost[method] = 1 - compare_embeddings(original, compressed)["embedding_cosine"]
     assert all("left the least error" in entry.reason for entry in plan.factorized)
-    factorformer.compress(model, plan, batches(tokenizer, train))
-    compressed = embed(model, tokenizer, test)
-    # Low rank under the same metric is tested above to reach 0.82, and reaches little more.
-    assert compare_embeddings(original, compressed)["embedding_cosine"] >= 0.92
+    # Measured 0.43 here and 0.56 in block 5: the worse of the two with a margin of 1.3.
+    assert lost["cospadi"] < 0.73 * lost["whitened"]
     model.save_pretrained(tmp_path)
     assert torch.equal(embed(factorformer.load(tmp_path), tokenizer, test), compressed)
 
