@@ -96,8 +96,8 @@ def square_root(moment: Float[Tensor, "n n"]) -> Float[Tensor, "n n"]:
     root, info = torch.linalg.cholesky_ex(moment.double())
     if int(info) != 0 or not torch.isfinite(root).all():
         raise ModelError(
-            f"the metric is not positive definite (leading minor {int(info)}): some inputs of the "
-            "layer are infinite, NaN, or so large that others vanish beside them: look for such activations in calibration"
+            f"the metric is not positive definite (leading minor {int(info)}): some inputs of the layer are infinite, "
+            "NaN, or so large that others vanish beside them; look for such activations in the calibration data"
         )
     return root
 

@@ -99,8 +99,8 @@ class StraightThrough:
             self.forms[name] = form(module, Metric.of(measured), original, self.settings)
         if not self.forms:
             raise ModelError(
-                "straight-through training needs factorized linear layers with a sparse support (dense_sparse), trained "
-                "and not tied to others: compress the model first, unfreeze them, and store them in int8 only "
+                "straight-through training needs factorized linear layers with a sparse support (dense_sparse), "
+                "trained and not tied to others: compress the model first, unfreeze them, and store them in int8 only "
                 "when training is over"
             )
 
