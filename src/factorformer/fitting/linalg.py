@@ -97,7 +97,7 @@ def square_root(moment: Float[Tensor, "n n"]) -> Float[Tensor, "n n"]:
     if int(info) != 0 or not torch.isfinite(root).all():
         raise ModelError(
             f"the metric is not positive definite (leading minor {int(info)}): some inputs of the layer are infinite, "
-            "NaN, or so large that others vanish beside them; look for such activations in the calibration data"
+            "NaN, constant, or so large that others vanish beside them; look for them in the calibration data"
         )
     return root
 
