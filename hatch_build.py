@@ -20,13 +20,16 @@ class KernelBuildHook(BuildHookInterface):
         build = runpy.run_path(str(Path(self.root, "src/factorformer/kernels/compile.py")))
         library: Path = build["LIBRARY"]
         try:
-            build["compile_library"]()
+            build["install"]()
         except OSError as error:
-            # A library of an earlier installation goes on serving, if it has the interface that is asked for.
+            # pip hides this: where a compiler failed, the package says so again when it is used. A library of an
+            # earlier installation goes on serving, if it was made of these very sources.
             self.app.display_warning(f"the CPU kernels of factorformer were not compiled: {error}")
-            if not library.exists():
-                return
-        build_data["artifacts"].append(str(library.relative_to(self.root)))
+        for made in (library, build["FAILED"]):
+            if made.exists():
+                build_data["artifacts"].append(str(made.relative_to(self.root)))
+        if not library.exists():
+            return
         build_data["pure_python"] = False
         # Plain C inside: one wheel serves all versions of Python.
         build_data["tag"] = f"py3-none-{sysconfig.get_platform().replace('-', '_').replace('.', '_')}"

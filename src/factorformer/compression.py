@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from factorformer import planning, recipes, registration, structures
 from factorformer.errors import BudgetError, DataError, MethodError, ModelError, one_of
+from factorformer.fitting import QUICK
 from factorformer.fitting import statistics as calibrate
 from factorformer.fitting.matrices import Factors, fit_group, fit_matrix, fit_stack, measure
 from factorformer.fitting.statistics import LayerStatistics
@@ -26,9 +27,6 @@ from factorformer.structures import Structure
 
 RATIO, RATIO_INT8 = 3.0, 10.0
 """What is made where no ratio is asked for."""
-
-QUICK = 2
-"""Rounds of the fits that only choose a size."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -275,7 +273,7 @@ def quantize(model: nn.Module) -> None:
     Raises:
         ModelError: layers train straight through still, or are not finite; nothing was changed.
     """
-    named = {name: m for name, m in model.named_modules() if isinstance(m, FactorizedMatrix) and m.rounds}
+    named = {name: m for name, m in model.named_modules() if isinstance(m, FactorizedMatrix) and m.fake_quantized}
     wrong = [name for name, m in named.items() if not all(bool(t.isfinite().all()) for t in m.factors.values())]
     if wrong:
         raise ModelError(f"layer '{wrong[0]}': its factors are not finite, and cannot be stored in int8")

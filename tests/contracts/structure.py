@@ -34,15 +34,11 @@ class Case:
     Args:
         spec: what the matrix is.
         shape: `(out, in)`.
-        smaller: a spec that `resize` can shrink to.
-        refused: specs that it cannot.
         listed: whether it is among the candidates for its shape; sizes that only a caller would choose are not.
     """
 
     spec: Structure
     shape: Shape
-    smaller: Structure
-    refused: tuple[Structure, ...]
     listed: bool = True
 
     def __str__(self) -> str:
@@ -110,16 +106,15 @@ class StructureContract:
 
     # The product
 
-    @pytest.mark.parametrize("leading", LEADING, ids=str)
-    @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
-    def test_matmul_equals_the_dense_product(self, case: Case, leading: tuple[int, ...], bias: bool) -> None:
-        layer, x = case.linear(bias=bias), case.input(*leading)
-        expected = x @ layer.to_dense().T + (layer.bias if bias else 0)
-        assert layer(x).shape == (*leading, case.shape[0])
-        assert_close(layer(x), expected, 1e-12)
-
-    def test_matmul_of_no_rows(self, case: Case) -> None:
-        assert case.linear()(case.input(0)).shape == (0, case.shape[0])
+    def test_matmul_equals_the_dense_product(self, case: Case) -> None:
+        for bias in (True, False):
+            layer = case.linear(bias=bias)
+            dense, added = layer.to_dense(), layer.bias if bias else 0
+            for leading in LEADING:
+                x = case.input(*leading)
+                assert layer(x).shape == (*leading, case.shape[0]), leading
+                assert_close(layer(x), x @ dense.T + added, 1e-12)
+            assert layer(case.input(0)).shape == (0, case.shape[0])
 
     def test_gradients_equal_the_dense_ones(self, case: Case) -> None:
         layer, x = case.linear(), case.input(2, 3).requires_grad_()
@@ -158,8 +153,6 @@ class StructureContract:
         assert_close(first.sum(), (layer(x) * target).sum(), 1e-12)
 
     def test_all_units_are_the_matrix(self, case: Case) -> None:
-        if getattr(case.spec, "blocks", 1) > 1:
-            pytest.skip("blocks of atoms lose atoms together or not at all")
         layer = case.linear()
         before = {name: tensor.detach().clone() for name, tensor in layer.factors.items()}
         layer.keep(case.spec.select(layer.factors, torch.arange(case.spec.units), case.spec))
@@ -168,7 +161,7 @@ class StructureContract:
             assert torch.equal(tensor, before[name])
 
     def test_some_units_are_a_smaller_matrix(self, case: Case) -> None:
-        if getattr(case.spec, "blocks", 1) > 1 or case.spec.units < 3:
+        if case.spec.units < 3:
             pytest.skip("there is nothing to remove")
         layer, x = case.linear(), case.input(3)
         kept = torch.arange(case.spec.units)[1:]
@@ -185,11 +178,27 @@ class StructureContract:
 
     # Rows
 
-    @pytest.mark.parametrize("leading", LEADING, ids=str)
-    def test_rows_equal_the_rows_of_the_dense_matrix(self, case: Case, leading: tuple[int, ...]) -> None:
-        layer, index = case.embedding(), case.index(*leading)
-        assert layer(index).shape == (*leading, case.shape[1])
-        assert_close(layer(index), layer.to_dense()[index], 1e-12)
+    def test_rows_equal_the_rows_of_the_dense_matrix(self, case: Case) -> None:
+        layer = case.embedding()
+        dense = layer.to_dense()
+        for leading in LEADING:
+            index = case.index(*leading)
+            assert layer(index).shape == (*leading, case.shape[1]), leading
+            assert_close(layer(index), dense[index], 1e-12)
+
+    def test_gradients_of_the_padding_row_are_masked(self, case: Case) -> None:
+        """As in `nn.Embedding`: its row counts for nothing in the backward pass, and is looked up all the same."""
+        plain, index = case.embedding(), torch.tensor([[0, 1], [1, 2]])
+        layer = FactorizedEmbedding(case.spec, case.shape, plain.factors, padding_idx=1 - case.shape[0])
+        assert layer.padding_idx == 1
+        assert torch.equal(layer(index), plain(index))
+        target = torch.randn(2, 2, case.shape[1], dtype=torch.float64)
+        (layer(index) * target).sum().backward()
+        found = [p.grad.clone() for p in layer.parameters() if p.grad is not None]
+        layer.zero_grad()
+        (plain(index) * target * (index != 1)[..., None]).sum().backward()
+        for one, parameter in zip(found, plain.parameters(), strict=True):
+            assert_close(one, parameter.grad, 1e-12)  # type: ignore[arg-type]
 
     def test_gradients_of_repeated_rows_add_up(self, case: Case) -> None:
         layer, index = case.embedding(), torch.tensor([0, 1, 0])
@@ -202,30 +211,27 @@ class StructureContract:
     # Nothing densifies
 
     @pytest.mark.usefixtures("never_dense")
-    @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-    def test_only_to_dense_builds_the_matrix(self, case: Case, training: bool) -> None:
-        linear, embedding = case.linear().train(training), case.embedding().train(training)
-        with LargestResult() as largest:
-            (linear(case.input(1)).sum() + embedding(case.index(1)).sum()).backward()
-        assert all(p.grad is not None for p in [*linear.parameters(), *embedding.parameters()])
-        assert largest.elements < case.shape[0] * case.shape[1]
+    def test_only_to_dense_builds_the_matrix(self, case: Case) -> None:
+        for training in (True, False):
+            linear, embedding = case.linear().train(training), case.embedding().train(training)
+            with LargestResult() as largest:
+                (linear(case.input(1)).sum() + embedding(case.index(1)).sum()).backward()
+            assert all(p.grad is not None for p in [*linear.parameters(), *embedding.parameters()])
+            assert largest.elements < case.shape[0] * case.shape[1]
 
     # What is stored
 
-    @pytest.mark.parametrize("dtype", TYPES, ids=str)
-    def test_counts_are_what_is_stored(self, case: Case, dtype: torch.dtype) -> None:
-        state = case.linear(dtype, bias=False).state_dict()
-        floating = [t for t in state.values() if t.is_floating_point()]
-        assert {t.dtype for t in floating} == {dtype}
-        assert case.spec.parameters(case.shape) == sum(t.numel() for t in floating)
-        assert case.spec.bytes(case.shape, dtype) == sum(t.numel() * t.element_size() for t in state.values())
-        assert {name: t.size for name, t in case.spec.tensors(case.shape).items()} == {
-            name: tuple(t.shape) for name, t in state.items()
-        }
-
-    @pytest.mark.parametrize("dtype", TYPES, ids=str)
-    def test_is_smaller_than_the_dense_matrix(self, case: Case, dtype: torch.dtype) -> None:
-        assert case.spec.bytes(case.shape, dtype) < case.shape[0] * case.shape[1] * dtype.itemsize
+    def test_counts_are_what_is_stored(self, case: Case) -> None:
+        for dtype in TYPES:
+            state = case.linear(dtype, bias=False).state_dict()
+            floating = [t for t in state.values() if t.is_floating_point()]
+            assert {t.dtype for t in floating} == {dtype}
+            assert case.spec.parameters(case.shape) == sum(t.numel() for t in floating)
+            assert case.spec.bytes(case.shape, dtype) == sum(t.numel() * t.element_size() for t in state.values())
+            assert case.spec.bytes(case.shape, dtype) < case.shape[0] * case.shape[1] * dtype.itemsize
+            assert {name: t.size for name, t in case.spec.tensors(case.shape).items()} == {
+                name: tuple(t.shape) for name, t in state.items()
+            }
 
     def test_has_a_weight_that_no_dense_layer_would_take(self, case: Case) -> None:
         size = case.spec.tensors(case.shape)["weight"].size
@@ -243,7 +249,6 @@ class StructureContract:
             with FlopCounterMode(display=False) as counter, torch.no_grad():
                 layer(x)
             assert counter.get_total_flops() == 8 * flops
-        assert case.smaller.flops(case.shape) < 2 * case.shape[0] * case.shape[1]
         assert 0 < case.spec.row_flops(case.shape) <= case.spec.flops(case.shape)
 
     def test_state_survives_a_file_bit_for_bit(self, case: Case, tmp_path: Path) -> None:
@@ -264,14 +269,26 @@ class StructureContract:
 
     # Precision
 
-    @pytest.mark.parametrize("dtype", TYPES[1:], ids=str)
-    def test_low_precision_stays_close(self, case: Case, dtype: torch.dtype) -> None:
+    def test_low_precision_stays_close(self, case: Case) -> None:
         exact, x, index = case.linear(), case.input(4), case.index(4)
         expected, rows = exact(x), exact.rows(index)
-        layer = copy.deepcopy(exact).to(dtype)
-        assert layer(x.to(dtype)).dtype == layer.rows(index).dtype == dtype
-        assert_close(layer(x.to(dtype)).double(), expected, TOLERANCE[dtype])
-        assert_close(layer.rows(index).double(), rows, TOLERANCE[dtype])
+        for dtype in TYPES[1:]:
+            layer = copy.deepcopy(exact).to(dtype)
+            assert layer(x.to(dtype)).dtype == layer.rows(index).dtype == dtype
+            assert_close(layer(x.to(dtype)).double(), expected, TOLERANCE[dtype])
+            assert_close(layer.rows(index).double(), rows, TOLERANCE[dtype])
+
+    def test_every_cast_leaves_integers_alone(self, case: Case) -> None:
+        """`Module.type` casts them as well, and a kernel would read numbers for bytes."""
+        for layer in (case.linear(), quantized(case.linear())):
+            expected = {name: tensor.clone() for name, tensor in layer.factors.items()}
+            layer.type(torch.float32)
+            for name, tensor in layer.factors.items():
+                whole = layer.tensors[name].dtype
+                assert tensor.dtype == (whole or torch.float32)
+                assert whole is None or torch.equal(tensor, expected[name])
+            x = case.input(3, dtype=torch.float32)
+            assert_close(layer(x), x @ layer.to_dense().T + layer.bias, 2e-2 if layer.quantized else 1e-5)
 
     def test_autocast(self, case: Case) -> None:
         layer, x = case.linear(torch.float32), case.input(4, dtype=torch.float32)
@@ -285,60 +302,22 @@ class StructureContract:
         with torch.autocast("cpu", dtype=torch.bfloat16):
             assert layer(index).dtype == torch.float32  # as from `nn.Embedding`
 
-    # Sizes
+    # Export
 
-    def test_resize_keeps_the_leading_units(self, case: Case) -> None:
-        layer = case.linear()
-        before = {name: t.detach().clone() for name, t in layer.factors.items()}
-        layer.resize(case.smaller)
-        assert layer.spec == case.smaller
-        assert set(layer.state_dict()) == {*before, "bias"}
-        indexed = any(tensor.dtype is not None for tensor in case.spec.tensors(case.shape).values())
-        for name, tensor in layer.factors.items():
-            leading = tuple(slice(0, size) for size in tensor.shape)
-            assert indexed or torch.equal(tensor, before[name][leading])
-            assert tensor.is_contiguous()
-        x = case.input(3)
-        assert_close(layer(x), x @ layer.to_dense().T + layer.bias, 1e-12)
-
-    def test_resize_frees_memory_and_keeps_what_is_trained(self, case: Case) -> None:
-        layer = case.linear()
-        layer.weight.requires_grad_(False)
-        flags = {name: t.requires_grad for name, t in layer.factors.items()}
-        layer.resize(case.smaller)
-        assert {name: t.requires_grad for name, t in layer.factors.items()} == flags
-        stored = sum(t.untyped_storage().nbytes() for t in layer.factors.values())
-        assert stored == case.smaller.bytes(case.shape, torch.float64)
-
-    def test_resize_to_the_same_size_changes_nothing(self, case: Case) -> None:
-        layer, x = case.linear(), case.input(3)
-        expected = layer(x)
-        layer.resize(case.spec)
-        assert torch.equal(layer(x), expected)
-
-    def test_resize_refuses_to_grow(self, case: Case) -> None:
-        for spec in case.refused:
-            layer = case.linear()
-            before = {name: t.detach().clone() for name, t in layer.factors.items()}
-            with pytest.raises(ModelError, match="resize"):
-                layer.resize(spec)
-            assert layer.spec == case.spec
-            assert all(torch.equal(t, before[name]) for name, t in layer.factors.items())
-
-    @pytest.mark.parametrize("dtype", TYPES[1:], ids=str)
-    def test_candidates_grow_and_stay_below_the_dense_matrix(self, case: Case, dtype: torch.dtype) -> None:
-        candidates = list(type(case.spec).candidates(case.shape, dtype))
-        assert (case.spec in candidates) == case.listed
-        sizes = [candidate.bytes(case.shape, dtype) for candidate in candidates]
-        assert sizes == sorted(sizes)
-        assert sizes[-1] < case.shape[0] * case.shape[1] * dtype.itemsize
-        for candidate in candidates:
-            candidate.check(case.shape)
-
-    def test_no_candidate_where_nothing_is_gained(self, case: Case) -> None:
-        assert list(type(case.spec).candidates((1, 1), torch.float32)) == []
+    def test_exported_products_are_the_same(self, case: Case) -> None:
+        layer, x, index = case.linear(bias=False), case.input(3), case.index(2, 2)
+        chain = case.spec.dense_factors(layer.factors)
+        if chain:
+            product = x
+            for factor in chain:
+                product = product @ factor.T
+            assert_close(product, layer(x), 1e-12)
+        assert_close(case.spec.exported_rows(case.shape, layer.factors, index), layer.rows(index), 1e-12)
 
     # Descriptions
+
+    def test_is_among_the_candidates_or_not(self, case: Case) -> None:
+        assert (case.spec in list(type(case.spec).candidates(case.shape, torch.float32))) == case.listed
 
     def test_description_survives_json(self, case: Case) -> None:
         description = json.loads(json.dumps(case.spec.to_dict()))
@@ -369,23 +348,6 @@ class StructureContract:
             setattr(case.spec, field, 1)
         assert str(case.spec).startswith(f"{case.spec.kind}(")
         assert str(case.spec) in repr(case.linear())
-
-    # Start
-
-    def test_initialization_has_the_requested_spread(self, case: Case) -> None:
-        shape = (400, 300)
-        spec = next(s for s in type(case.spec).candidates(shape, torch.float64) if s.bytes(shape) > 4 * 16 * sum(shape))
-        layer = FactorizedLinear(spec, shape, dtype=torch.float64)
-        spec.initialize({name: t.detach() for name, t in layer.factors.items()}, std=0.3)
-        dense = layer.to_dense()
-        assert dense.std().item() == pytest.approx(0.3, rel=0.05)
-        assert dense.mean().abs().item() < 0.01
-
-    def test_new_layers_start_like_dense_ones(self, case: Case) -> None:
-        shape = (400, 300)
-        spec = next(s for s in type(case.spec).candidates(shape, torch.float64) if s.bytes(shape) > 4 * 16 * sum(shape))
-        dense = FactorizedLinear(spec, shape, dtype=torch.float64).to_dense()
-        assert dense.std().item() == pytest.approx(nn.Linear(300, 400).weight.std().item(), rel=0.05)
 
     # As a module among others
 
@@ -428,6 +390,46 @@ class StructureContract:
     def test_a_shape_without_gain_is_refused(self, case: Case) -> None:
         with pytest.raises(ModelError, match="dense"):
             FactorizedLinear(case.spec, (2, 2))
+
+
+class KindContract:
+    """What does not depend on sizes. Inherit, and parametrize `structure`."""
+
+    def test_candidates_grow_and_stay_below_the_dense_matrix(self, structure: type[Structure]) -> None:
+        for shape in ((24, 16), (16, 24), (5, 7), (48, 20)):
+            for dtype in TYPES[1:]:
+                candidates = list(structure.candidates(shape, dtype))
+                sizes = [candidate.bytes(shape, dtype) for candidate in candidates]
+                assert sizes == sorted(sizes)
+                assert sizes[-1] < shape[0] * shape[1] * dtype.itemsize
+                for candidate in candidates:
+                    candidate.check(shape)
+        assert list(structure.candidates((1, 1), torch.float32)) == []
+
+    def test_families_grow_as_well(self, structure: type[Structure]) -> None:
+        shape = (96, 48)
+        families = structure.families(shape, torch.float32)
+        assert families
+        for family in families:
+            sizes = [spec.bytes(shape) for spec in family]
+            assert sizes == sorted(sizes)
+            for spec in family:
+                spec.check(shape)
+
+    def test_new_layers_start_like_dense_ones(self, structure: type[Structure]) -> None:
+        shape = (400, 300)
+        spec = next(s for s in structure.candidates(shape, torch.float64) if s.bytes(shape) > 4 * 16 * sum(shape))
+        layer = FactorizedLinear(spec, shape, dtype=torch.float64)
+        assert layer.to_dense().std().item() == pytest.approx(nn.Linear(300, 400).weight.std().item(), rel=0.05)
+        spec.initialize({name: t.detach() for name, t in layer.factors.items()}, std=0.3)
+        dense = layer.to_dense()
+        assert dense.std().item() == pytest.approx(0.3, rel=0.05)
+        assert dense.mean().abs().item() < 0.01
+
+    def test_usual_errors_are_ordered(self, structure: type[Structure]) -> None:
+        parts = [part for part, _ in structure.relative_errors]
+        assert parts == sorted(parts, reverse=True)
+        assert all(0 < part < 1 and factor > 0 for part, factor in structure.relative_errors)
 
 
 def check_graphs(case: Case) -> None:

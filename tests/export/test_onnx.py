@@ -38,13 +38,11 @@ SPECS: dict[str, list[tuple[Structure, tuple[int, int]]]] = {
     ],
     "dense_sparse": [
         (DenseSparse(24, 6), SQUARE),
-        (DenseSparse(28, 2, group=4), UP),
+        (DenseSparse(28, 2), UP),
         (DenseSparse(28, 2, "columns"), DOWN),
         (DenseSparse(300, 4), UP),
-        (DenseSparse(300, 4, "columns", group=2), DOWN),
-        (DenseSparse(16, 8, blocks=4), UP),
-        (DenseSparse(16, 4, "columns", group=2, blocks=2), DOWN),
-        (DenseSparse(64, 4, blocks=2), UP),
+        (DenseSparse(300, 4, "columns"), DOWN),
+        (DenseSparse(16, 8), UP),
     ],
 }
 

@@ -7,8 +7,6 @@ import itertools
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from torch import Tensor
 
 from factorformer.errors import ModelError
@@ -17,10 +15,8 @@ from factorformer.fitting.coding import (
     best_dictionary,
     hard_threshold,
     largest,
-    matching_pursuit,
     orthonormal_dictionary,
     refine_codes,
-    solve_codes,
 )
 from factorformer.fitting.dictionary import fit_dense_sparse
 from factorformer.fitting.linalg import square_root
@@ -32,12 +28,7 @@ SPECS = {
     "wide": ((16, 60), DenseSparse(12, 3, "columns")),
     "square": ((32, 32), DenseSparse(12, 4)),
     "across": ((16, 40), DenseSparse(8, 5)),
-    "groups": ((60, 16), DenseSparse(12, 3, group=4)),
-    "wide-groups": ((16, 60), DenseSparse(12, 3, "columns", group=4)),
-    "blocks": ((60, 16), DenseSparse(12, 4, blocks=2)),
-    "wide-blocks": ((16, 60), DenseSparse(12, 4, "columns", blocks=2)),
     "overcomplete": ((90, 12), DenseSparse(16, 2)),
-    "overcomplete-blocks": ((90, 12), DenseSparse(16, 2, blocks=2)),
     "one": ((60, 16), DenseSparse(8, 1)),
 }
 cases = pytest.mark.parametrize(("shape", "spec"), SPECS.values(), ids=SPECS)
@@ -81,51 +72,20 @@ def unit_atoms(atoms: int, width: int) -> Tensor:
     return torch.nn.functional.normalize(normal(atoms, width, seed=3), dim=1)
 
 
-def classical_pursuit(row: Tensor, dictionary: Tensor, nonzeros: int) -> Tensor:
-    """Orthogonal matching pursuit of one row, as in the textbook."""
-    support: list[int] = []
-    residual = row
-    for _ in range(nonzeros):
-        support.append(int((dictionary @ residual).abs().argmax()))
-        values = torch.linalg.lstsq(dictionary[support].T, row[:, None]).solution[:, 0]
-        residual = row - values @ dictionary[support]
-    result = torch.zeros(len(dictionary), dtype=row.dtype)
-    result[support] = values
-    return result
-
-
-def test_matching_pursuit_with_an_atom_a_round_is_the_classical_one() -> None:
-    target, dictionary = normal(20, 16), unit_atoms(24, 16)
-    codes = matching_pursuit(target @ dictionary.T, dictionary @ dictionary.T, 5, rounds=5)
-    expected = torch.stack([classical_pursuit(row, dictionary, 5) for row in target])
-    torch.testing.assert_close(codes, expected, rtol=0, atol=1e-4)
-
-
-@given(nonzeros=st.integers(1, 8), rounds=st.integers(1, 10))
-def test_matching_pursuit_leaves_what_no_chosen_atom_explains(nonzeros: int, rounds: int) -> None:
-    target, dictionary = normal(20, 16), unit_atoms(24, 16)
-    codes = matching_pursuit(target @ dictionary.T, dictionary @ dictionary.T, nonzeros, rounds)
-    assert ((codes != 0).sum(1) == nonzeros).all()
-    left = (target - codes @ dictionary) @ dictionary.T
-    assert left[codes != 0].abs().max() < 1e-4
-
-
-def test_values_on_a_support_by_three_routes() -> None:
+def test_values_on_a_support_are_those_of_least_squares() -> None:
     target, dictionary = normal(20, 16), unit_atoms(12, 16)
     projected, gram = target @ dictionary.T, dictionary @ dictionary.T
-    mask = largest(4)(projected.square())
-    solved = solve_codes(projected, gram, mask)
-    refined = refine_codes(torch.zeros_like(solved), mask, projected, gram, None, steps=8)
+    mask = largest(projected.square(), 4)
+    refined = refine_codes(torch.zeros_like(projected), mask, projected, gram, None, steps=8)
     for row in range(20):
         exact = torch.linalg.lstsq(dictionary[mask[row]].T, target[row][:, None]).solution[:, 0]
-        torch.testing.assert_close(solved[row][mask[row]], exact, rtol=0, atol=1e-4)
         torch.testing.assert_close(refined[row][mask[row]], exact, rtol=0, atol=1e-8)
 
 
 def test_values_of_coupled_rows_solve_the_joint_least_squares_problem() -> None:
     target, dictionary, x = normal(10, 8), unit_atoms(6, 8), normal(30, 10, seed=5)
     moment = x.T @ x
-    mask = largest(2)((target @ dictionary.T).square())
+    mask = largest((target @ dictionary.T).square(), 2)
     right = moment @ target @ dictionary.T
     codes = refine_codes(torch.zeros(10, 6).double(), mask, right, dictionary @ dictionary.T, moment, steps=60)
     columns = torch.kron(x, dictionary.T.contiguous())[:, mask.flatten()]  # X S D, flattened, is linear in S
@@ -136,7 +96,7 @@ def test_values_of_coupled_rows_solve_the_joint_least_squares_problem() -> None:
 
 @pytest.mark.parametrize("coupled", [False, True])
 def test_the_best_dictionary_leaves_nothing_that_codes_explain(coupled: bool) -> None:
-    codes, target, x = hard_threshold(normal(30, 6), largest(3)), normal(30, 8, seed=1), normal(60, 30, seed=2)
+    codes, target, x = hard_threshold(normal(30, 6), 3), normal(30, 8, seed=1), normal(60, 30, seed=2)
     moment = x.T @ x if coupled else None
     left = target - codes @ best_dictionary(codes, target, moment)
     weighted = codes if moment is None else moment @ codes
@@ -145,8 +105,8 @@ def test_the_best_dictionary_leaves_nothing_that_codes_explain(coupled: bool) ->
 
 def test_an_orthonormal_dictionary_is_recovered() -> None:
     basis = torch.linalg.qr(normal(16, 16, seed=4))[0]
-    target = hard_threshold(normal(400, 16), largest(2)) @ basis
-    codes, dictionary = orthonormal_dictionary(target, 16, largest(2), rounds=60)
+    target = hard_threshold(normal(400, 16), 2) @ basis
+    codes, dictionary = orthonormal_dictionary(target, 16, 2, rounds=60)
     torch.testing.assert_close(dictionary @ dictionary.T, torch.eye(16).double())
     assert ((codes != 0).sum(1) == 2).all()
     assert (target - codes @ dictionary).norm() < 0.3 * target.norm()
@@ -156,7 +116,7 @@ def test_more_rounds_never_make_an_orthonormal_dictionary_worse() -> None:
     target = normal(80, 16)
     errors = []
     for rounds in range(8):
-        codes, dictionary = orthonormal_dictionary(target, 12, largest(4), rounds)
+        codes, dictionary = orthonormal_dictionary(target, 12, 4, rounds)
         errors.append(float((target - codes @ dictionary).norm()))
     assert all(later <= earlier + 1e-9 for earlier, later in itertools.pairwise(errors))
 
@@ -204,11 +164,13 @@ def test_a_metric_beats_the_plain_fit_under_itself(shape: tuple[int, int], spec:
 @pytest.mark.parametrize("name", METRICS)
 @pytest.mark.parametrize("side", ["rows", "columns"])
 def test_a_sparse_combination_is_found_again(side: str, name: str) -> None:
+    """Better than what is not there: of three seeds the worst left 0.64 of the error of a matrix without structure, and
+    1.3 times that is allowed. Which local optimum a fit reaches depends on the rounding of the processor."""
     shape = (200, 24) if side == "rows" else (24, 200)
     spec = DenseSparse(16, 2, side)  # pyright: ignore[reportArgumentType]
-    weight = planted(shape, spec)
     metric, _, _ = a_metric(name, shape)
-    assert fit_dense_sparse(weight, spec, metric, rounds=100)[1] < 0.25
+    found, other = (fit_dense_sparse(w, spec, metric, rounds=60)[1] for w in (planted(shape, spec), normal(*shape)))
+    assert found < 0.83 * other
 
 
 @cases
@@ -229,14 +191,14 @@ def test_factors_are_balanced_and_the_last_atoms_matter_least(shape: tuple[int, 
     sizes = factors["dictionary"].square().mean(1).sqrt()
     torch.testing.assert_close(sizes, sizes[:1].expand_as(sizes), rtol=1e-2, atol=0)
     torch.testing.assert_close(factors["weight"].square().mean().sqrt(), sizes[0], rtol=1e-2, atol=0)
-    energy = spec.coefficients(factors).square().sum(0).view(spec.blocks, -1)
-    assert (energy.diff(dim=1) <= 0.02 * energy.max()).all()
+    energy = spec.coefficients(factors).square().sum(0)
+    assert (energy.diff() <= 0.02 * energy.max()).all()
 
 
 PRECISIONS = {torch.float32: 0, torch.float16: 0.01, torch.bfloat16: 0.05}
 
 
-@pytest.mark.parametrize(("shape", "spec"), [SPECS[name] for name in ("tall", "wide", "wide-groups", "overcomplete")])
+@pytest.mark.parametrize(("shape", "spec"), [SPECS[name] for name in ("tall", "wide", "overcomplete")])
 @pytest.mark.parametrize("name", METRICS)
 @pytest.mark.parametrize("dtype", PRECISIONS, ids=str)
 def test_factors_have_the_type_of_the_weight(
@@ -311,12 +273,11 @@ def test_fits_repeat_and_draw_no_random_numbers(shape: tuple[int, int], spec: De
 
 
 def test_chunks_of_rows_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    for shape, spec in (SPECS["tall"], SPECS["groups"]):
-        whole, _ = fit(normal(*shape), spec)
-        monkeypatch.setattr("factorformer.fitting.dictionary.ENTRIES", 7 * spec.atoms)
-        parts, _ = fit(normal(*shape), spec)
-        torch.testing.assert_close(parts, whole)
-        monkeypatch.undo()
+    shape, spec = SPECS["tall"]
+    whole, _ = fit(normal(*shape), spec)
+    monkeypatch.setattr("factorformer.fitting.dictionary.ENTRIES", 7 * spec.atoms)
+    parts, _ = fit(normal(*shape), spec)
+    torch.testing.assert_close(parts, whole)
 
 
 def test_more_nonzeros_and_more_rounds_fit_better() -> None:

@@ -15,7 +15,7 @@ import factorformer
 from factorformer.hf.callbacks import DynamicRankCallback
 from factorformer.training.dynamic_rank import DynamicRank, DynamicRankSettings
 
-SETTINGS = DynamicRankSettings(warmup=0.2, final=0.2, interval=2, sample=1)
+SETTINGS = DynamicRankSettings(warmup=0.2, final=0.2, interval=2, importance_interval=1)
 
 
 def build(method: str, checkpoint: Path | None = None, dropout: float = 0.1) -> tuple[tf.PreTrainedModel, DynamicRank]:

@@ -139,7 +139,7 @@ def test_embeddings_that_shrink_are_trained_though_others_stay_frozen(tokenizer:
     torch.manual_seed(0)
     model = tf.BertForSequenceClassification(tf.BertConfig(**tiny._ENCODER, num_labels=3))
     plan = factorformer.plan(model, "rankdyna_plain", 4, "all")
-    ranks = DynamicRank(model, plan, settings=DynamicRankSettings(interval=1, sample=1))
+    ranks = DynamicRank(model, plan, settings=DynamicRankSettings(interval=1, importance_interval=1))
     assert ranks.holds(model.get_input_embeddings())
     train(model, tokenizer, rows(), TrainingSettings(epochs=3, batch_size=8), ranks=ranks)
     assert isinstance(model.get_input_embeddings(), FactorizedMatrix)

@@ -297,7 +297,7 @@ def learn(model: tf.PreTrainedModel, inputs: Inputs, steps: int = 10, after: Cal
 @pytest.mark.parametrize(("name", "scope"), [("bert", "all"), ("gpt2", "blocks"), ("llama-tied", "all")])
 def test_what_is_trained_is_what_is_stored(name: str, scope: Scope, tmp_path: Path) -> None:
     model, inputs = compressed(name, scope, hold_floats=True), MODELS[name].inputs()
-    assert all(layer.rounds and not layer.quantized for layer in factorized(model).values())
+    assert all(layer.fake_quantized and not layer.quantized for layer in factorized(model).values())
     assert "values" not in str(describe(model).layers)
     losses = learn(model, inputs)
     assert losses[-1] < 0.9 * losses[0]
@@ -320,7 +320,7 @@ def test_the_trainer_saves_floats_on_the_way(tmp_path: Path) -> None:
     whole, start = compressed("roberta", "all", hold_floats=True), MODELS["roberta"].inputs()
     trainer(whole, tmp_path / "run", 2).train()
     middle = factorformer.load(tmp_path / "run" / "checkpoint-1")
-    assert not any(layer.quantized or layer.rounds for layer in factorized(middle).values())
+    assert not any(layer.quantized or layer.fake_quantized for layer in factorized(middle).values())
     assert {t.dtype for layer in factorized(middle).values() for t in layer.factors.values()} == {torch.float32}
     resumed = compressed("roberta", "all", hold_floats=True)
     trainer(resumed, tmp_path / "run", 2).train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-1"))
@@ -336,7 +336,7 @@ def test_training_from_scratch() -> None:
     model, inputs = MODELS["bert"].build(), MODELS["bert"].inputs()
     plan = int8_plan("bert", "all", "shapeshifter")
     factorformer.initialize(model, plan)
-    assert all(layer.rounds for layer in factorized(model).values())
+    assert all(layer.fake_quantized for layer in factorized(model).values())
     losses = learn(model, inputs)
     trained = logits(model, inputs)
     quantize(model)
@@ -350,7 +350,8 @@ def test_dynamic_ranks_end_in_the_bytes_of_the_plan(method: str, tmp_path: Path)
     model, inputs = MODELS["bert"].build(), MODELS["bert"].inputs()
     plan = factorformer.plan(model, method, ratio=6, int8=True)
     calibration = [{**inputs, "labels": inputs["input_ids"]}]
-    ranks = DynamicRank(model, plan, calibration, DynamicRankSettings(warmup=0.1, final=0.3, interval=1, sample=1))
+    settings = DynamicRankSettings(warmup=0.1, final=0.3, interval=1, importance_interval=1)
+    ranks = DynamicRank(model, plan, calibration, settings)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     for step in range(10):
         loss_of(model, inputs).backward()
@@ -359,7 +360,7 @@ def test_dynamic_ranks_end_in_the_bytes_of_the_plan(method: str, tmp_path: Path)
         ranks.after_step(step + 1, 10, optimizer)
         optimizer.zero_grad()
     ranks.finish(optimizer)
-    assert all(layer.rounds for layer in factorized(model).values())
+    assert all(layer.fake_quantized for layer in factorized(model).values())
     trained = logits(model, inputs)
     quantize(model)
     assert relative(logits(model, inputs), trained) < ROUNDING

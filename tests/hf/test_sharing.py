@@ -137,23 +137,6 @@ def test_a_dictionary_is_frozen_with_all_its_members(frozen: Any) -> None:
     assert model.get_submodule(QUERY).weight.requires_grad == (frozen != "all" and QUERY not in frozen)
 
 
-# Sizes
-
-
-def test_resizing_keeps_what_is_shared_or_is_refused() -> None:
-    model, inputs = compressed(), MODELS["bert"].inputs()
-    groups, key = sharing(model), model.get_submodule(KEY)
-    expected = logits(model, inputs)
-    with pytest.raises(
-        ModelError, match=r"other layers hold its dictionary too, which would go from \[12, 32\] to \[8"
-    ):
-        key.resize(DenseSparse(8, 3))
-    assert torch.equal(logits(model, inputs), expected)
-    key.resize(DenseSparse(12, 2))
-    assert sharing(model) == groups
-    assert key.weight.shape == (32, 2)
-
-
 # Damage
 
 

@@ -6,9 +6,12 @@ A process of its own, for the variant is chosen when the library is loaded.
 from __future__ import annotations
 
 import itertools
+import os
 import random
+import resource
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -23,14 +26,14 @@ THREADS = (1, 2, 3)
 ROUNDING = 3e-6
 """Of sums of products, relative to the sum of their sizes."""
 
-# Rows, atoms, nonzeros, rows that share a support, blocks, tokens.
+# Rows, atoms, nonzeros, tokens.
 SPARSE = [
-    (1000, 300, 200, 1, 1, 33),  # several chunks of a bitmap
-    (1040, 300, 20, 1, 1, 700),  # pieces that are sorted apart, two bytes a position, several spans
-    (96, 260, 130, 16, 2, 700),
-    (300, 70, 33, 3, 1, 1700),  # tokens split among all threads
-    (48, 65, 7, 1, 1, 4),  # odd bytes of a bitmap
-    (7, 1, 1, 1, 1, 5),
+    (1000, 300, 200, 33),  # several chunks of a bitmap
+    (1040, 300, 18, 700),  # pieces that are sorted apart, two bytes a position, several spans
+    (96, 260, 130, 700),
+    (300, 70, 33, 1700),  # tokens split among all threads
+    (48, 65, 7, 4),  # odd bytes of a bitmap
+    (7, 1, 1, 5),
 ]
 
 
@@ -57,37 +60,33 @@ def laid_out(draw: random.Random, x: Tensor) -> Tensor:
 
 
 def some_sparse(draw: random.Random) -> tuple[int, ...]:
-    group, blocks = draw.choice((1, 2, 3, 4, 8, 16)), draw.choice((1, 1, 2, 4))
-    size = draw.choice((draw.randint(1, 40), draw.randint(40, 330)))
-    inside = draw.randint(1, draw.choice((min(size, 4), min(size, 30), size)))
-    return group * draw.randint(1, 40), blocks * size, blocks * inside, group, blocks, draw.choice(TOKENS)
+    atoms = draw.choice((draw.randint(1, 40), draw.randint(40, 330)))
+    nonzeros = draw.randint(1, draw.choice((min(atoms, 4), min(atoms, 30), atoms)))
+    return draw.choice((draw.randint(1, 40), draw.randint(40, 400))), atoms, nonzeros, draw.choice(TOKENS)
 
 
 def check_sparse(draw: random.Random, case: tuple[int, ...]) -> str:
-    rows, atoms, nonzeros, group, blocks, n = case
-    size = atoms // blocks
-    chosen = torch.rand(rows // group, blocks, size).topk(nonzeros // blocks, dim=2).indices.sort(2).values
-    positions = (chosen + size * torch.arange(blocks)[:, None]).flatten(1)
-    packed = laid_out(draw, support.pack(positions, atoms, blocks))
+    rows, atoms, nonzeros, n = case
+    positions = torch.rand(rows, atoms).topk(nonzeros, dim=1).indices.sort(1).values
+    packed = laid_out(draw, support.pack(positions, atoms))
     values, scales = torch.randn(rows, nonzeros), None
     if draw.random() < 0.4:
         values, scales = torch.randint(-127, 128, (rows, nonzeros), dtype=torch.int8), torch.rand(rows)
     bias = torch.randn(rows) if draw.random() < 0.5 else None
-    spread = values.double() if scales is None else values.double() * scales.double()[:, None]
-    dense = torch.zeros(rows, atoms, dtype=torch.float64).scatter(1, positions.repeat_interleave(group, 0), spread)
+    whole = values.double() if scales is None else values.double() * scales.double()[:, None]
+    dense = torch.zeros(rows, atoms, dtype=torch.float64).scatter(1, positions, whole)
     x, y = laid_out(draw, torch.randn(n, atoms)), laid_out(draw, torch.randn(n, rows))
     leading = (2, n // 2) if n % 2 == 0 else (n,)
     offset = torch.zeros(rows) if bias is None else bias
     a, b, sizes = x.double(), y.double(), dense.abs()
     for _ in on_threads():
-        found = sparse_product(x.reshape(*leading, atoms), values, packed, atoms, blocks, scales=scales, bias=bias)
+        found = sparse_product(x.reshape(*leading, atoms), values, packed, atoms, scales=scales, bias=bias)
         close(found.view(n, rows), a @ dense.T + offset, ROUNDING * (a.abs() @ sizes.T + offset.abs()))
-        found = sparse_product(y.reshape(*leading, rows), values, packed, atoms, blocks, scales=scales, transposed=True)
+        found = sparse_product(y.reshape(*leading, rows), values, packed, atoms, scales=scales, transposed=True)
         close(found.view(n, atoms), b @ dense, ROUNDING * (b.abs() @ sizes))
-        found = torch.ops.factorformer.sparse_outer(y, x, packed, nonzeros, blocks)
-        where = positions.repeat_interleave(group, 0)
-        close(found, (b.T @ a).gather(1, where), ROUNDING * (b.abs().T @ a.abs()).gather(1, where))
-    return support.code_of(atoms, nonzeros, blocks)
+        found = torch.ops.factorformer.sparse_outer(y, x, packed, nonzeros)
+        close(found, (b.T @ a).gather(1, positions), ROUNDING * (b.abs().T @ a.abs()).gather(1, positions))
+    return support.code_of(atoms, nonzeros)
 
 
 def integer_product(x: Tensor, matrix: Dense) -> tuple[Tensor, Tensor]:
@@ -220,6 +219,31 @@ def check_what_is_no_number() -> None:
                     assert wrong.nonzero().flatten().tolist() == [1], (value, n, matrix.scales is None)
 
 
+def check_out_of_memory() -> None:
+    """Where scratch memory cannot be had there is an error: an exception would not leave a parallel region alive."""
+    if "ASAN_OPTIONS" in os.environ or not Path("/proc/self/statm").exists():
+        return  # the sanitizer takes more addresses than any limit leaves
+    query, keys = torch.randn(1, 2, 1, 1), torch.randn(1, 2, 2**22, 1)
+    x, weight = torch.randn(5, 4_000_000), torch.randn(1, 4_000_000)
+    torch.set_num_threads(2)
+    cpu.attention(query, keys[:, :, :5], keys[:, :, :5], None, 1.0)  # threads have their stacks from now on
+    size = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (size + 2**23, before[1]))
+    failed = 0
+    for product in (
+        lambda: cpu.attention(query, keys, keys, None, 1.0),
+        lambda: cpu.chain(x, [weight], [None], [False], None),
+    ):
+        try:
+            product()
+        except MemoryError:
+            failed += 1
+    resource.setrlimit(resource.RLIMIT_AS, before)
+    assert failed == 2, failed
+    close(cpu.chain(x, [weight], [None], [False], None), x.double() @ weight.double().T, torch.tensor(1.0))
+
+
 def main(name: str, cases: int) -> None:
     assert cpu.variant() == name, cpu.variant()
     draw = random.Random(0)
@@ -237,6 +261,10 @@ def main(name: str, cases: int) -> None:
     check_what_is_no_number()
     for _ in range(max(cases // 8, 2)):
         check_attention(draw)
+    check_out_of_memory()
+    if Path("/proc/self/maps").exists():  # other packages bring further copies of the library, which nothing here uses
+        pools = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if "libgomp" in line}
+        assert len(pools) <= 1, f"two pools of threads: {pools}"
     print("done")
 
 

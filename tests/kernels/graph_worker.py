@@ -12,7 +12,7 @@ STRUCTURES = [
     LowRank(rank=3),
     KroneckerSum(rank=2, left=(4, 4), right=(6, 5)),
     DenseSparse(atoms=12, nonzeros=3),
-    DenseSparse(atoms=12, nonzeros=4, side="columns", group=4, blocks=2),
+    DenseSparse(atoms=12, nonzeros=4, side="columns"),
 ]
 
 

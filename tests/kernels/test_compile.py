@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from factorformer.kernels.compile import compile_library
+from factorformer.kernels import compile as build
+from factorformer.kernels.compile import compile_library, fingerprint
 
 COMPILER = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
 pytestmark = pytest.mark.skipif(COMPILER is None or os.name != "posix", reason="no C++ compiler here")
@@ -33,6 +34,8 @@ def test_a_compiler_without_openmp(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     library = ctypes.CDLL(str(folder / "made.so"))
     library.factorformer_variant.restype = ctypes.c_char_p
     assert library.factorformer_variant() == b"baseline"
+    library.factorformer_sources.restype = ctypes.c_char_p
+    assert library.factorformer_sources().decode() == fingerprint()
     assert sorted(file.name for file in folder.iterdir()) == ["made.so", "old c++", "said"]
     assert " -O0" in said.read_text()
     assert "libgomp" not in (folder / "made.so").read_bytes().decode("latin-1")
@@ -50,3 +53,31 @@ def test_errors_hold_what_the_compiler_said(tmp_path: Path, monkeypatch: pytest.
     with pytest.raises(OSError, match=r"no C\+\+ compiler: set CXX, or install one"):
         compile_library(tmp_path / "library.so")
     assert [file.name for file in tmp_path.iterdir()] == ["broken"]
+
+
+def test_a_failed_installation_leaves_what_was_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where no compiler is, nothing was expected; and the next one that works takes the note away."""
+    failed = tmp_path / "library.failed"
+    monkeypatch.setattr(build, "FAILED", failed)
+    monkeypatch.setattr(build, "compile_library", lambda: compile_library(tmp_path / "library.so"))
+    monkeypatch.setenv("CXX", script(tmp_path / "broken", "echo it is raining; exit 3"))
+    with pytest.raises(OSError, match="raining"):
+        build.install()
+    assert "raining" in failed.read_text()
+    monkeypatch.setenv("CXX", "c+++")
+    with pytest.raises(build.NoCompilerError, match=r"c\+\+\+"):
+        build.install()
+    assert not failed.exists()
+
+
+def test_the_fingerprint_is_that_of_every_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    copy = tmp_path / "csrc"
+    shutil.copytree(build.SOURCES, copy)
+    monkeypatch.setattr(build, "SOURCES", copy)
+    first = fingerprint()
+    for file in copy.iterdir():
+        text = file.read_bytes()
+        file.write_bytes(text + b"\n")
+        assert fingerprint() != first, file
+        file.write_bytes(text)
+    assert fingerprint() == first

@@ -57,7 +57,7 @@ def test_json_of_models() -> None:
         "first_pass_milliseconds": 50,
     }
     assert set(content["settings"]) == {"threads", "device", "seed", "warm_up", "settle", "order", "inputs"}
-    assert set(content["machine"]) == {"processor", "cores", "instructions", "load", "gpu", "system"}
+    assert set(content["machine"]) == {"processor", "cores", "instructions", "kernels", "load", "gpu", "system"}
     assert set(content["versions"]) == {"factorformer", "torch", "transformers", "python"}
 
 

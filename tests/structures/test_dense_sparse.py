@@ -34,20 +34,15 @@ def test_atoms_live_in_the_shorter_dimension(shape: tuple[int, int], side: str) 
     assert spec.tensors(shape)["dictionary"].size == (6, min(shape))
 
 
-@pytest.mark.parametrize("group", [1, 4])
-@pytest.mark.parametrize("blocks", [1, 3])
-def test_packing_keeps_the_largest(group: int, blocks: int) -> None:
-    spec = DenseSparse(12, 6, group=group, blocks=blocks)
+def test_packing_keeps_the_largest() -> None:
+    spec = DenseSparse(12, 6)
     codes = torch.randn(8, 12)
     kept = spec.coefficients(spec.pack(codes))
     mask = kept != 0
     assert torch.equal(kept, codes * mask)
-    scores = codes.square().view(8 // group, group, blocks, -1).sum(1)
-    chosen = mask.view(8 // group, group, blocks, -1)
-    assert (chosen.sum(3) == 6 // blocks).all()
-    assert (chosen == chosen[:, :1]).all()
-    worst, best = scores.masked_fill(~chosen[:, 0], 99).amin(2), scores.masked_fill(chosen[:, 0], 0).amax(2)
-    assert (worst >= best).all()
+    assert (mask.sum(1) == 6).all()
+    sizes = codes.square()
+    assert (sizes.masked_fill(~mask, 99).amin(1) >= sizes.masked_fill(mask, 0).amax(1)).all()
 
 
 def test_a_full_rank_matrix_in_fewer_bytes_than_low_rank_could() -> None:
@@ -59,9 +54,7 @@ def test_a_full_rank_matrix_in_fewer_bytes_than_low_rank_could() -> None:
     ("fields", "message"),
     [
         ({"atoms": 4, "nonzeros": 4}, "nonzeros must be fewer than the 4 atoms"),
-        ({"atoms": 9, "nonzeros": 4, "blocks": 2}, "blocks must divide both atoms and nonzeros"),
-        ({"atoms": 8, "nonzeros": 3, "blocks": 2}, "blocks must divide both atoms and nonzeros"),
-        ({"atoms": 70_000, "nonzeros": 4}, "at most 65536 in a block"),
+        ({"atoms": 70_000, "nonzeros": 4}, "at most 65536"),
         ({"atoms": 8, "nonzeros": 3, "side": "row"}, r"unknown side 'row' \(did you mean 'rows'\?\)"),
     ],
 )
@@ -77,11 +70,6 @@ def test_what_is_shared_does_not_count_for_the_gain() -> None:
     spec.check((16, 32), ("dictionary",))
     with pytest.raises(ModelError, match="no less than the dense matrix"):
         DenseSparse(40, 32).check((16, 32), ("dictionary",))  # its values alone are as many
-
-
-def test_groups_must_divide_the_rows() -> None:
-    with pytest.raises(ModelError, match=r"group of .* must divide the 30 rows of a 30x16 matrix"):
-        DenseSparse(8, 2, group=4).check((30, 16))
 
 
 def test_sizes_by_default_grow_in_small_steps() -> None:

@@ -29,7 +29,7 @@ def test_a_sum_loses_the_units_that_are_removed(spec: Structure) -> None:
     torch.testing.assert_close(parts[0] + parts[1], layer.to_dense())
 
 
-@pytest.mark.parametrize("spec", [DenseSparse(9, 3), DenseSparse(9, 3, "columns"), DenseSparse(9, 3, group=2)], ids=str)
+@pytest.mark.parametrize("spec", [DenseSparse(9, 3), DenseSparse(9, 3, "columns")], ids=str)
 def test_rows_keep_their_most_energetic_entries_among_the_atoms_that_stay(spec: DenseSparse) -> None:
     layer = layer_of(spec)
     codes = spec.coefficients(layer.factors).detach()
@@ -44,8 +44,7 @@ def test_rows_keep_their_most_energetic_entries_among_the_atoms_that_stay(spec: 
     assert torch.equal(layer.get_parameter("dictionary"), dictionary[kept])
     assert ((now == 0) | (now == codes[:, kept])).all()
     lost = energy * (now != codes[:, kept])
-    shared = energy.view(-1, spec.group, 6).sum(1)
-    best = shared.topk(2).values.sum()
+    best = energy.topk(2).values.sum()
     torch.testing.assert_close(energy.sum() - lost.sum(), best)
 
 
@@ -54,12 +53,6 @@ def test_atoms_keep_their_nonzeros_in_proportion() -> None:
     assert [spec.with_units(n).nonzeros for n in (99, 50, 7, 2)] == [20, 10, 1, 1]
     with pytest.raises(ModelError, match="nonzeros must be an integer of at least 1"):
         spec.with_units(1)
-
-
-def test_blocks_of_atoms_are_not_taken_apart() -> None:
-    layer = layer_of(DenseSparse(8, 4, blocks=2))
-    with pytest.raises(ModelError, match=r"atoms of .* cannot be removed one by one"):
-        layer.spec.select(layer.factors, KEPT, DenseSparse(3, 1))
 
 
 def test_units_of_shared_factors_are_not_removed() -> None:

@@ -15,9 +15,8 @@ from factorformer.layers.matrix import Matrix
 from factorformer.layers.nn import FactorizedLinear
 from factorformer.layers.surgery import dense_weight
 from factorformer.structures import DenseSparse, KroneckerSum, LowRank, Structure
-from factorformer.training.importance import Importance, Score
 from factorformer.training.optimizer_state import SQUARED
-from factorformer.training.units import DenseUnits, FactorUnits
+from factorformer.training.units import DenseUnits, FactorUnits, Importance
 
 WIDE, TALL, SQUARE = (20, 28), (28, 20), (24, 24)
 SHAPES = [WIDE, TALL, SQUARE]
@@ -49,13 +48,11 @@ def metric_of(shape: tuple[int, int], kind: str) -> Metric:
     }[kind]
 
 
-def dense_units(
-    shape: tuple[int, int], kind: str = "plain", score: Score = "first_order", *, conv: bool = False
-) -> tuple[nn.Sequential, DenseUnits]:
+def dense_units(shape: tuple[int, int], kind: str = "plain", *, conv: bool = False) -> tuple[nn.Sequential, DenseUnits]:
     model = dense_model(shape, conv=conv)
     matrix = Matrix("0", shape, "float64")
     weight = dense_weight(model[0])
-    return model, DenseUnits.of(model, matrix, Importance(score, 0.5), weight, metric_of(shape, kind))
+    return model, DenseUnits.of(model, matrix, Importance(0.5), weight, metric_of(shape, kind))
 
 
 def loss_of(model: nn.Module, shape: tuple[int, int]) -> Tensor:
@@ -85,10 +82,9 @@ def test_leading_groups_are_the_best_fit_of_their_rank(shape: tuple[int, int], k
 
 
 @pytest.mark.parametrize("conv", [False, True], ids=["linear", "conv1d"])
-@pytest.mark.parametrize("score", ["first_order", "element_wise"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_products_are_singular_values_times_their_gradients(shape: tuple[int, int], score: Score, conv: bool) -> None:
-    model, units = dense_units(shape, score=score, conv=conv)
+def test_changes_are_singular_values_times_their_gradients(shape: tuple[int, int], conv: bool) -> None:
+    model, units = dense_units(shape, conv=conv)
     loss_of(model, shape).backward()
     left, values, right = torch.linalg.svd(dense_weight(model[0]), full_matrices=False)
     values.requires_grad_()
@@ -96,16 +92,15 @@ def test_products_are_singular_values_times_their_gradients(shape: tuple[int, in
     weight = left @ torch.diag(values) @ right
     loss = loss_of(lambda x: x @ weight.T + replaced[0].bias, shape)  # type: ignore[arg-type]
     (gradient,) = torch.autograd.grad(loss, values)
-    for product in units.products().values():
-        torch.testing.assert_close(product.sum(1), values.detach() * gradient)
+    torch.testing.assert_close(units.changes(), values.detach() * gradient)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_element_wise_products_are_those_of_factors(shape: tuple[int, int]) -> None:
+def test_changes_of_a_dense_matrix_are_those_of_its_factors(shape: tuple[int, int]) -> None:
     """The matrix written as factors has the same products of parameters and gradients, whatever their norms."""
-    model, units = dense_units(shape, "moment", "element_wise")
+    model, units = dense_units(shape, "moment")
     loss_of(model, shape).backward()
-    products = units.products()
+    changes = units.changes()
     assert units.keep(torch.arange(8), None) is not units
     factors = model[0]
     assert isinstance(factors, FactorizedLinear)
@@ -115,10 +110,7 @@ def test_element_wise_products_are_those_of_factors(shape: tuple[int, int]) -> N
     rest = dense_weight(dense_model(shape)[0]) - factors.to_dense().detach()
     bias = factors.bias
     loss_of(lambda x: factors.matmul(x) + x @ rest.T + bias, shape).backward()  # type: ignore[arg-type]
-    for name, product in (
-        FactorUnits(model, units.matrix, units.full, Importance("element_wise", 0.5)).products().items()
-    ):
-        torch.testing.assert_close(products[name][:8], product)
+    torch.testing.assert_close(changes[:8], FactorUnits(model, units.matrix, units.full, Importance(0.5)).changes())
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -139,7 +131,7 @@ def test_groups_follow_the_model_to_another_type() -> None:
     model.float()
     loss = (model(torch.ones(3, WIDE[1])) - 1).square().sum()
     loss.backward()
-    units.importance.update(units.products())
+    units.importance.update(units.changes())
     layer = units.keep(torch.arange(4), None).model[0]
     assert layer.weight.dtype == torch.float32
 
@@ -201,7 +193,7 @@ def learned(
         optimizer.zero_grad()
         loss_of(model, shape).backward()
         optimizer.step()
-    return model, optimizer, FactorUnits(model, Matrix("0", shape, "float64"), spec, Importance("first_order", 0.5))
+    return model, optimizer, FactorUnits(model, Matrix("0", shape, "float64"), spec, Importance(0.5))
 
 
 @pytest.mark.parametrize("kind", ["adamw", "sgd"])
@@ -235,19 +227,10 @@ def test_what_remains_is_the_old_one_sliced(spec: Structure, shape: tuple[int, i
     optimizer.step()  # goes on with what is left
 
 
-@pytest.mark.parametrize(("spec", "shape"), FACTORIZED, ids=str)
-def test_every_factor_tells_the_same_first_order_change(spec: Structure, shape: tuple[int, int]) -> None:
-    model, _, units = learned(spec, shape, "sgd")
-    model.zero_grad()
-    loss_of(model, shape).backward()
-    first, second = (product.sum(1) for product in units.products().values())
-    torch.testing.assert_close(first, second)
-
-
 def test_importance_is_the_change_of_the_loss_for_small_units() -> None:
     model, units = dense_units(SQUARE)
     loss_of(model, SQUARE).backward()
-    products, parts = units.products()["weight"].sum(1), groups(units)
+    products, parts = units.changes(), groups(units)
     weight, size = model[0].weight, 1e-5
     with torch.no_grad():
         start = loss_of(model, SQUARE)
@@ -271,51 +254,20 @@ def test_states_of_other_sizes_begin_anew() -> None:
     optimizer.step()
 
 
-@pytest.mark.parametrize(("spec", "shape"), FACTORIZED[:2], ids=str)
-def test_orthogonality_is_the_gradient_of_the_penalty(spec: Structure, shape: tuple[int, int]) -> None:
-    model, _, units = learned(spec, shape, "sgd")
-    model.zero_grad()
-    loss_of(model, shape).backward()
-    before = [p.grad.clone() for p in units.parameters.values() if p.grad is not None]
-    units.repel(0.5)
-    added = [p.grad - old for p, old in zip(units.parameters.values(), before, strict=True) if p.grad is not None]
-
-    def penalty() -> Tensor:
-        total = torch.zeros((), dtype=torch.float64)
-        for rows in spec.by_unit(units.module.factors, units.module.factors).values():
-            unit = rows / rows.norm(dim=1, keepdim=True)
-            total = total + (unit @ unit.T - torch.eye(len(rows))).square().sum()
-        return 0.5 * total
-
-    for gradient, expected in zip(added, torch.autograd.grad(penalty(), list(units.parameters.values())), strict=True):
-        torch.testing.assert_close(gradient, expected)
-
-
-@pytest.mark.parametrize("score", ["first_order", "element_wise", "uncertainty"])
-def test_importance_averages_over_steps_and_forgets_what_is_gone(score: Score) -> None:
-    importance = Importance(score, 0.75)
-    first = {"a": torch.tensor([[1.0, -3.0], [2.0, 2.0]]), "b": torch.tensor([[-2.0], [4.0]])}
-    second = {"a": torch.tensor([[1.0, 1.0], [0.0, 0.0]]), "b": torch.tensor([[2.0], [0.0]])}
-    importance.update(first)
-    importance.update({"a": torch.full((2, 2), torch.nan), "b": torch.zeros(2, 1)})  # does not count
-    importance.update(second)
-    whole = torch.tensor([0.75 * 2 + 0.25 * 2, 0.75 * 4])
-    a = torch.tensor([[1.0, 2.5], [1.5, 1.5]])
-    b = torch.tensor([2.0, 3.0])
-    if score == "first_order":
-        expected = whole
-    elif score == "element_wise":
-        expected = whole + a.mean(1) + b
-    else:
-        deviation = (torch.tensor([2.0, 0.0]) - whole).abs() * 0.25
-        spread_a = (second["a"].abs() - a).abs() * 0.25
-        spread_b = (second["b"][:, 0].abs() - b).abs() * 0.25
-        expected = whole * deviation + (a * spread_a).mean(1) + b * spread_b
-    torch.testing.assert_close(importance.scores(), expected)
-    other = Importance(score, 0.75)
-    other.load_state_dict(importance.state_dict())
-    other.keep(torch.tensor([1]))
-    torch.testing.assert_close(other.scores(), expected[1:])
+def test_importance_averages_over_steps_and_forgets_what_is_gone() -> None:
+    importance = Importance(0.75)
+    assert not importance.known
+    importance.update(torch.tensor([-2.0, 4.0]))
+    importance.update(torch.tensor([torch.nan, 0.0]))  # does not count
+    importance.update(torch.tensor([6.0, 0.0]))
+    assert importance.average is not None
+    assert importance.average.tolist() == [0.75 * 2 + 0.25 * 6, 0.75 * 4]
+    importance.keep(torch.tensor([1]))
+    assert importance.average.tolist() == [3.0]
+    assert importance.known
+    nothing = Importance(0.75)
+    nothing.update(torch.zeros(3))
+    assert not nothing.known
 
 
 @pytest.mark.parametrize(
@@ -365,10 +317,3 @@ def test_names_of_parameters_follow() -> None:
     assert optimizer.param_groups[0]["param_names"] == ["0.weight", "0.right", "0.bias"]
     held = optimizer.param_groups[0]["params"]
     assert all(held[i] is model.get_parameter(name) for i, name in enumerate(optimizer.param_groups[0]["param_names"]))
-
-
-def test_one_look_is_not_enough_for_uncertainty() -> None:
-    """Deviations are zero then, and all units would be alike."""
-    importance = Importance("uncertainty", 0.85)
-    importance.update({"a": torch.tensor([[1.0], [2.0]])})
-    assert importance.scores().tolist() == [2.0, 4.0]

@@ -2,9 +2,9 @@
 
 - Attention becomes one `Attention` operator (ONNX opset 23). What torch makes of `scaled_dot_product_attention` guards
   against rows that attend to nothing, at a cost of a tenth of the time in ONNX Runtime.
-- Sparse factors are stored packed. They are spread out by ordinary operators on constants, which runtimes evaluate once
-  when they load the file.
-- A matrix whose factors cost more multiply-adds than itself is multiplied out in the same way, when the file is loaded.
+- Sparse factors are stored packed. Ordinary operators on constants densify them, which runtimes evaluate once when they
+  load the file.
+- A matrix whose factors cost more multiply-adds than itself is materialized in the same way, when the file is loaded.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from factorformer.errors import ExportError
 from factorformer.kernels.support import code_of
 from factorformer.layers.nn import FactorizedMatrix
-from factorformer.structures import DenseSparse, LowRank
 from factorformer.structures.int8 import floats
 
 ATTENTION = "factorformer_onnx"
@@ -37,7 +36,7 @@ def freeze(model: PreTrainedModel, *, quantized: bool) -> None:
 
     Args:
         model: of no use for training afterwards.
-        quantized: only where factors are stored in int8: what kernels of ours compute in int8 is then float32.
+        quantized: only where factors are stored in int8: what our own kernels compute in int8 is then float32.
 
     Raises:
         ExportError: the model trains straight through.
@@ -47,8 +46,7 @@ def freeze(model: PreTrainedModel, *, quantized: bool) -> None:
             if module.form is not None:
                 raise ExportError(f"'{name}' trains straight through: call finish() first")
             if module.quantized or not quantized:
-                module.form = form = _Constant(module)
-                module.rows = form.rows
+                module.substitute(_Constant(module))
 
 
 def replace_attention(model: PreTrainedModel) -> None:
@@ -73,26 +71,19 @@ class _Constant:
 
     def matmul(self, x: Tensor, bias: Tensor | None) -> Tensor:
         spec, shape, factors = self.matrix.spec, self.matrix.shape, floats(self.matrix.factors)
-        # Sparse factors are multiplied as dense ones.
-        flops = 2 * spec.atoms * sum(shape) if isinstance(spec, DenseSparse) else spec.flops(shape)
+        chain = spec.dense_factors(factors)
+        flops = 2 * sum(factor.numel() for factor in chain) or spec.flops(shape)
         if flops >= 2 * math.prod(shape):
             return F.linear(x, spec.to_dense(shape, factors), bias)
-        if isinstance(spec, DenseSparse):
-            wide, tall = factors["dictionary"], spec.coefficients(factors)
-            wide, tall = (wide, tall) if spec.side == "rows" else (tall.T, wide.T)
-        elif isinstance(spec, LowRank):
-            wide, tall = factors["right"], factors["weight"]
-        else:
+        if not chain:
             return spec.matmul(shape, factors, x, bias)
-        return F.linear(F.linear(x, wide), tall, bias)
+        for factor in chain[:-1]:
+            x = F.linear(x, factor)
+        return F.linear(x, chain[-1], bias)
 
     def rows(self, index: Tensor) -> Tensor:
         """Rows of the matrix, as `FactorizedMatrix.rows`."""
-        spec, factors = self.matrix.spec, self.matrix.factors
-        if not isinstance(spec, DenseSparse) or spec.side == "rows":
-            return spec.rows(self.matrix.shape, factors, index)
-        factors = floats(factors)
-        return F.linear(F.embedding(index, factors["dictionary"].T), spec.coefficients(factors))
+        return self.matrix.spec.exported_rows(self.matrix.shape, self.matrix.factors, index)
 
     def pack(self) -> None:
         """Nothing has changed."""
@@ -144,10 +135,9 @@ def table() -> dict[Callable[..., Any], Callable[..., Any]]:
 
     op: Any = onnxscript.opset23
 
-    def positions(support: Any, atoms: int, nonzeros: int, blocks: int) -> Any:
-        """`kernels.support.unpack` in operators of ONNX: `(groups, bytes)` to `(groups, nonzeros)`, int64."""
-        shape = op.Constant(value_ints=[-1, nonzeros])
-        code = code_of(atoms, nonzeros, blocks)
+    def positions(support: Any, atoms: int, nonzeros: int) -> Any:
+        """`kernels.support.unpack` in operators of ONNX: `(rows, bytes)` to `(rows, nonzeros)`, int64."""
+        code = code_of(atoms, nonzeros)
         if code == "bitmap":
             powers = op.Constant(value_ints=[2**bit for bit in range(8)])
             bytes_ = op.Unsqueeze(op.Cast(support, to=onnxscript.INT64.dtype), op.Constant(value_ints=[2]))
@@ -161,12 +151,6 @@ def table() -> dict[Callable[..., Any], Callable[..., Any]]:
             pairs = op.Reshape(offsets, op.Constant(value_ints=[-1, nonzeros, 2]))
             weighted = op.Mul(pairs, op.Constant(value_ints=[1, 256]))
             offsets = op.ReduceSum(weighted, op.Constant(value_ints=[2]), keepdims=0)
-        if blocks == 1:
-            return offsets
-        starts = op.Range(
-            op.Constant(value_int=0), op.Constant(value_int=atoms), op.Constant(value_int=atoms // blocks)
-        )
-        split = op.Reshape(offsets, op.Constant(value_ints=[-1, blocks, nonzeros // blocks]))
-        return op.Reshape(op.Add(split, op.Unsqueeze(starts, op.Constant(value_ints=[1]))), shape)
+        return offsets
 
     return {torch.ops.factorformer.sparse_positions.default: positions}

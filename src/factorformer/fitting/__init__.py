@@ -7,10 +7,14 @@ from collections.abc import Callable
 from torch import Tensor
 
 from factorformer.fitting.dictionary import fit_dense_sparse
+from factorformer.fitting.linalg import WITHOUT_FLOAT64
 from factorformer.fitting.metric import Metric, MetricName
 from factorformer.fitting.svd import fit_low_rank
 from factorformer.fitting.van_loan import fit_kronecker_sum
 from factorformer.structures import DenseSparse, KroneckerSum, LowRank, Structure
+
+QUICK = 2
+"""Rounds of the fits that only choose a size."""
 
 FITTERS: dict[type[Structure], Callable[..., tuple[dict[str, Tensor], float]]] = {
     LowRank: fit_low_rank,
@@ -35,7 +39,11 @@ def fit(
     """
     spec.check((weight.shape[0], weight.shape[1]))
     effort = {} if rounds is None else {"rounds": rounds}
-    return FITTERS[type(spec)](weight, spec, metric or Metric(), **effort)
+    device, metric = weight.device, metric or Metric()
+    if device.type in WITHOUT_FLOAT64:
+        weight, metric = weight.cpu(), metric.to("cpu")
+    factors, error = FITTERS[type(spec)](weight, spec, metric, **effort)
+    return {name: factor.to(device) for name, factor in factors.items()}, error
 
 
-__all__ = ["FITTERS", "Metric", "MetricName", "fit"]
+__all__ = ["FITTERS", "QUICK", "Metric", "MetricName", "fit"]

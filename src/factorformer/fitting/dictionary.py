@@ -9,11 +9,11 @@ from collections.abc import Iterator, Mapping
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
 from factorformer.errors import ModelError
-from factorformer.fitting.coding import best_dictionary, orthonormal_dictionary, refine_codes
+from factorformer.fitting.coding import best_dictionary, largest, orthonormal_dictionary, refine_codes
 from factorformer.fitting.metric import Metric
 from factorformer.structures import DenseSparse
 
@@ -70,7 +70,7 @@ def fit_dense_sparse(
         `weight`, `support` and `dictionary` as `DenseSparse` stores them, in the type of the given weight, and the
         relative error `||R (W - W') L||_F / ||R W L||_F`. Stored values have the same root mean square as the entries
         of the dictionary, and as those of each atom. Atoms are sorted by the energy that they contribute, the most
-        important first (in each block of atoms, where there are several).
+        important first.
 
     Raises:
         ModelError: the weight holds NaN or infinite values.
@@ -82,7 +82,7 @@ def fit_dense_sparse(
         codes, eagerness = spec.coefficients(start).to(problem.target.dtype) * problem.scale, 1.0
     codes = problem.alternate(codes, rounds if problem.moment is None else -(-rounds // SHARE), eagerness)
     factors = problem.factors(codes, weight.dtype)
-    wide = {name: factor if name == "support" else factor.to(codes.dtype) for name, factor in factors.items()}
+    wide = {name: factor.to(codes.dtype) if factor.is_floating_point() else factor for name, factor in factors.items()}
     return factors, metric.relative_error(weight, spec.to_dense((weight.shape[0], weight.shape[1]), wide))
 
 
@@ -136,11 +136,6 @@ class _Problem:
         """`K M`."""
         return self.target if self.moment is None else self.moment @ self.target
 
-    def choose(self, scores: Float[Tensor, "rows atoms"]) -> Bool[Tensor, "rows atoms"]:
-        """The mask of the support with the highest scores."""
-        positions = self.spec.choose(scores).repeat_interleave(self.spec.group, 0)
-        return torch.zeros_like(scores, dtype=torch.bool).scatter_(1, positions, True)
-
     def begin(self, rounds: int) -> Float[Tensor, "long atoms"]:
         """Codes to start from."""
         if self.moment is not None:
@@ -149,9 +144,8 @@ class _Problem:
             return apart.alternate(apart.begin(rounds), rounds, EAGERNESS) / added
         atoms = self.spec.atoms
         fewer = min(atoms, *self.target.shape)
-        smaller = dataclasses.replace(self.spec, atoms=fewer, nonzeros=min(self.spec.nonzeros, fewer - 1), blocks=1)
-        choose = self.choose if fewer == atoms else dataclasses.replace(self, spec=smaller).choose
-        codes, _ = orthonormal_dictionary(self.target, fewer, choose, min(ORTHONORMAL, 2 * rounds))
+        nonzeros = min(self.spec.nonzeros, fewer - 1)
+        codes, _ = orthonormal_dictionary(self.target, fewer, nonzeros, min(ORTHONORMAL, 2 * rounds))
         return F.pad(codes, (0, atoms - fewer))
 
     def alternate(self, codes: Float[Tensor, "long atoms"], rounds: int, eagerness: float) -> Tensor:
@@ -192,7 +186,7 @@ class _Problem:
         if self.moment is None:
             for rows in self.ranges(ENTRIES // self.spec.atoms):
                 moved = torch.lerp(codes[rows], projected[rows] + codes[rows] - codes[rows] @ gram, step)
-                mask = self.choose(moved.square())
+                mask = largest(moved.square(), self.spec.nonzeros)
                 codes[rows] = refine_codes(moved * mask, mask, projected[rows], gram, None, 2)
             return codes
         residual = projected - codes @ gram
@@ -200,24 +194,22 @@ class _Problem:
             block = self.moment[rows, rows]
             pull = self.moment[rows] @ residual
             moved = codes[rows] + step * torch.linalg.solve(block, pull)
-            mask = self.choose(moved.square())
+            mask = largest(moved.square(), self.spec.nonzeros)
             right = torch.addmm(pull, block, codes[rows] @ gram)
             codes[rows] = refine_codes(moved * mask, mask, right, gram, block, 3)
             residual[rows] = projected[rows] - codes[rows] @ gram
         return refine_codes(codes, codes != 0, self.pulled @ dictionary.T, gram, self.moment, 3)
 
     def ranges(self, rows: int) -> Iterator[slice]:
-        """Consecutive rows, about so many at a time, in whole groups."""
-        size = max(rows // self.spec.group, 1) * self.spec.group
+        """Consecutive rows, so many at a time."""
+        size = max(rows, 1)
         for first in range(0, len(self.target), size):
             yield slice(first, min(first + size, len(self.target)))
 
     def factors(self, codes: Float[Tensor, "long atoms"], dtype: torch.dtype) -> dict[str, Tensor]:
         """Codes as they are stored, sorted and balanced, and the best dictionary for what is stored."""
         used = codes.square().sum(0) * best_dictionary(codes, self.target, self.moment).square().sum(1)
-        blocks = used.view(self.spec.blocks, -1).sort(dim=1, descending=True, stable=True).indices
-        starts = torch.arange(len(blocks), device=blocks.device)[:, None] * blocks.shape[1]
-        codes = codes[:, (blocks + starts).flatten()]
+        codes = codes[:, used.sort(descending=True, stable=True).indices]
         # The matrix determines what it needs: the dictionary in its own, not whitened coordinates.
         norms = best_dictionary(codes, self.plain, self.moment).square().mean(1).sqrt()
         codes = codes / self.scale * norms

@@ -12,6 +12,9 @@ from torch import Tensor
 from factorformer.errors import ModelError
 from factorformer.structures.kronecker_sum import rearrange
 
+WITHOUT_FLOAT64 = ("mps",)
+"""Kinds of devices without float64, which fits and errors need: they are computed on the CPU there."""
+
 Route = Literal["gram32", "gram64", "svd"]
 """How singular vectors were found: from a Gram matrix in float32 or float64, or from a full SVD in float64."""
 
@@ -73,6 +76,8 @@ def truncation_errors(matrix: Float[Tensor, "m n"]) -> Float[Tensor, " ranks"]:
     scale = matrix.abs().amax()
     if not torch.isfinite(scale):
         raise ModelError("the matrix holds NaN or infinite values")
+    if matrix.device.type in WITHOUT_FLOAT64:
+        matrix, scale = matrix.cpu(), scale.cpu()
     work = matrix.double() / scale.double().clamp_min(torch.finfo(torch.float64).tiny)
     values = torch.linalg.eigvalsh(work @ work.T if matrix.shape[0] <= matrix.shape[1] else work.T @ work)
     # Ascending eigenvalues: the sum of the first ones is the tail.
@@ -86,12 +91,13 @@ def square_root(moment: Float[Tensor, "n n"]) -> Float[Tensor, "n n"]:
     Any square root of a metric gives the same optimal fit, and this one is the cheapest to find and to invert.
 
     Raises:
-        ModelError: the matrix is not positive definite (regularize it first) or not finite.
+        ModelError: the matrix is not positive definite or not finite.
     """
     root, info = torch.linalg.cholesky_ex(moment.double())
     if int(info) != 0 or not torch.isfinite(root).all():
         raise ModelError(
-            f"the metric is not positive definite (leading minor {int(info)}): regularize it, or calibrate on more data"
+            f"the metric is not positive definite (leading minor {int(info)}): some inputs of the layer are infinite, "
+            "NaN, constant, or so large that others vanish beside them; look for them in the calibration data"
         )
     return root
 

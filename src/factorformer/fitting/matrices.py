@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from factorformer.errors import FactorformerError
 from factorformer.fitting import Metric, MetricName, fit
 from factorformer.fitting import statistics as calibrate
-from factorformer.fitting.linalg import square_root
 from factorformer.fitting.statistics import LayerStatistics
 from factorformer.layers.matrix import Matrix, Member
 from factorformer.layers.surgery import dense_weight
@@ -63,34 +62,10 @@ def fit_stack(
     weights = [dense_weight(model.get_submodule(member.matrix.name)) for member in members]
     rows = torch.cat([w if member.side == "rows" else w.T for w, member in zip(weights, members, strict=True)])
     try:
-        return fit(rows, spec, _stacked_metric(members, statistics), rounds=rounds)
+        return fit(rows, spec, Metric.of_stack(members, statistics), rounds=rounds)
     except FactorformerError as error:
         names = ", ".join(f"'{member.matrix.name}'" for member in members)
         raise type(error)(f"layers {names}, which share factors: {error}") from error
-
-
-def _stacked_metric(members: Sequence[Member], statistics: Mapping[str, LayerStatistics]) -> Metric:
-    """The mean of the members' input moments, and their Fisher rows one after the other.
-
-    A member whose columns are in the stack has its input along the stack, and no Fisher row for each of its columns: it
-    has no part in the moment, and its rows weigh as much as the mean of the others.
-    """
-    measured = [statistics.get(m.matrix.name) if m.side == "rows" else None for m in members]
-    moments = [s.inputs for s in measured if s is not None and s.inputs is not None]
-    columns = None
-    if moments:
-        same = all(moment is moments[0] for moment in moments)
-        columns = moments[0].root() if same else square_root(torch.stack([m.moment() for m in moments]).mean(0))
-    importance = [None if s is None else s.rows for s in measured]
-    known = [rows for rows in importance if rows is not None]
-    if not known:
-        return Metric(None, columns)
-    usual = torch.cat(known).mean()
-    parts = [
-        usual.expand(member.sides[0]) if rows is None else rows
-        for rows, member in zip(importance, members, strict=True)
-    ]
-    return Metric(Metric.of(LayerStatistics(rows=torch.cat(parts))).rows, columns)
 
 
 def fit_group(

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from factorformer.fitting.linalg import square_root
 from factorformer.fitting.statistics import LayerStatistics
+from factorformer.layers.matrix import Member
 
 MetricName = Literal["plain", "fisher_rows", "input_moment"]
 
@@ -40,6 +43,34 @@ class Metric:
             rows = statistics.rows.double()
             rows = (rows / rows.mean().clamp_min(torch.finfo(torch.float64).tiny) + 1e-3).sqrt()
         return cls(rows, None if statistics.inputs is None else statistics.inputs.root())
+
+    @classmethod
+    def of_stack(cls, members: Sequence[Member], statistics: Mapping[str, LayerStatistics]) -> Metric:
+        """Of matrices one above the other: the mean of their input moments, and their Fisher rows in turn.
+
+        A member whose columns are in the stack has its input along the stack, and no Fisher row for each of its
+        columns: it has no part in the moment, and its rows weigh as much as the mean of the others.
+        """
+        measured = [statistics.get(m.matrix.name) if m.side == "rows" else None for m in members]
+        moments = [s.inputs for s in measured if s is not None and s.inputs is not None]
+        columns = None
+        if moments:
+            same = all(moment is moments[0] for moment in moments)
+            columns = moments[0].root() if same else square_root(torch.stack([m.moment() for m in moments]).mean(0))
+        importance = [None if s is None else s.rows for s in measured]
+        known = [rows for rows in importance if rows is not None]
+        if not known:
+            return cls(None, columns)
+        usual = torch.cat(known).mean()
+        parts = [
+            usual.expand(member.sides[0]) if rows is None else rows
+            for rows, member in zip(importance, members, strict=True)
+        ]
+        return cls(cls.of(LayerStatistics(rows=torch.cat(parts))).rows, columns)
+
+    def to(self, device: torch.device | str) -> Metric:
+        """The same on another device."""
+        return Metric(*(part if part is None else part.to(device) for part in (self.rows, self.columns)))
 
     def apply(self, weight: Float[Tensor, "out inner"]) -> Float[Tensor, "out inner"]:
         """`R W L`, in the weight's precision, but at least float32."""

@@ -23,8 +23,11 @@ if TYPE_CHECKING:
 
 Sizes = dict[str, tuple[int, ...]]
 
-SAFETENSORS_TYPES = {torch.int8: "I8", torch.uint8: "U8"}
-"""The names that the headers of files give to the types of integers that structures store."""
+SAFETENSORS_TYPES = {
+    **{torch.int8: "I8", torch.uint8: "U8", torch.int16: "I16", torch.uint16: "U16"},
+    **{torch.int32: "I32", torch.uint32: "U32", torch.int64: "I64", torch.uint64: "U64"},
+}
+"""The names that the headers of files give to the types of integers."""
 
 
 def read_sizes(files: Sequence[str | os.PathLike[str]]) -> Sizes:

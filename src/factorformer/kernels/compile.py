@@ -6,6 +6,7 @@ with torch alone. `python -m factorformer.kernels.compile` builds the library in
 
 from __future__ import annotations
 
+import hashlib
 import os
 import platform
 import shlex
@@ -17,6 +18,8 @@ from pathlib import Path
 
 SOURCES = Path(__file__).with_name("csrc")
 LIBRARY = Path(__file__).with_name("libfactorformer.so")
+FAILED = LIBRARY.with_suffix(".failed")
+"""What a compiler said when it could not build the library; gone once it can."""
 
 _WIDE = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mprefer-vector-width=512")
 VARIANTS: dict[str, tuple[str, ...]] = {"baseline": ()}
@@ -30,6 +33,34 @@ _FLAGS = (
 )
 
 
+class NoCompilerError(OSError):
+    """There is no C++ compiler."""
+
+
+def fingerprint() -> str:
+    """A digest of the sources, which the library carries: one of other sources is not used."""
+    digest = hashlib.sha256()
+    for file in sorted(SOURCES.iterdir()):
+        digest.update(f"{file.name}\0".encode() + file.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def install() -> None:
+    """Build the library in its place; what made it fail is kept beside it, for the package to tell.
+
+    Raises:
+        OSError: as `compile_library`.
+    """
+    FAILED.unlink(missing_ok=True)
+    try:
+        compile_library()
+    except NoCompilerError:
+        raise
+    except OSError as error:
+        FAILED.write_text(f"{error}\n", encoding="utf-8")
+        raise
+
+
 def compile_library(
     output: Path = LIBRARY, extra: Sequence[str] = (), variants: Sequence[str] = tuple(VARIANTS)
 ) -> None:
@@ -41,14 +72,15 @@ def compile_library(
         variants: which to build; all but for tests.
 
     Raises:
-        OSError: no compiler, or it failed; the message holds what it said.
+        NoCompilerError: no compiler.
+        OSError: it failed; the message holds what it said.
     """
     compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
-        raise OSError("no C++ compiler: set CXX, or install one")
+        raise NoCompilerError("no C++ compiler: set CXX, or install one")
     output, command = output.absolute(), shlex.split(compiler)
     if shutil.which(command[0]) is None:
-        raise OSError(f"no C++ compiler '{command[0]}': set CXX to one that is installed")
+        raise NoCompilerError(f"no C++ compiler '{command[0]}': set CXX to one that is installed")
     try:
         _build(command, output, ("-fopenmp", *extra), variants)
     except OSError:
@@ -66,7 +98,8 @@ def _build(compiler: list[str], output: Path, extra: tuple[str, ...], variants: 
             ]
             for name, made in zip(variants, objects, strict=False)
         ]
-        commands.append([*compiler, *_FLAGS, *extra, "-c", "library.cpp", "-o", str(objects[-1])])
+        sources = f'-DFACTORFORMER_SOURCES="{fingerprint()}"'
+        commands.append([*compiler, *_FLAGS, *extra, sources, "-c", "library.cpp", "-o", str(objects[-1])])
         _run(commands)
         partial = Path(folder, output.name)
         _run([[*compiler, "-shared", *extra, *map(str, objects), "-o", str(partial)]])
@@ -86,4 +119,4 @@ def _run(commands: list[list[str]]) -> None:
 
 
 if __name__ == "__main__":
-    compile_library()
+    install()

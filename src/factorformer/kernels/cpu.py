@@ -17,17 +17,13 @@ import torch
 from torch import Tensor, nn
 
 from factorformer.errors import FactorformerError, ModelError, one_of
-from factorformer.kernels.compile import LIBRARY, VARIANTS
-from factorformer.kernels.support import code_of, row_bytes
+from factorformer.kernels.compile import FAILED, LIBRARY, SOURCES, VARIANTS, fingerprint
+from factorformer.kernels.support import CODES, code_of, row_bytes
 
 LONGEST = 4
 """Matrices in a chain, at most."""
 
 REFERENCE = "reference"
-INTERFACE = 1
-"""Of the library; that of `csrc/factorformer.h` when this was written."""
-
-_CODES = {"bitmap": 0, "uint8": 1, "uint16": 2}
 _VALUES = (torch.float32, torch.int8)
 _PLAIN = (Tensor, nn.Parameter)  # other classes may keep their values elsewhere
 WIDEST = 2**16
@@ -43,24 +39,21 @@ def _load() -> ctypes.CDLL | None:
         FactorformerError: `FACTORFORMER_CPU` names a variant that does not exist, or that this processor does not have.
     """
     wanted = os.environ.get("FACTORFORMER_CPU", "")
-    if wanted == REFERENCE or (not wanted and not LIBRARY.exists()):
+    if wanted == REFERENCE:
         return None
     if wanted and wanted not in VARIANTS:
         raise FactorformerError(f"FACTORFORMER_CPU: unknown variant {one_of(wanted, [*VARIANTS, REFERENCE])}")
-    try:
-        loaded = ctypes.CDLL(str(LIBRARY))
-    except OSError as error:
+    loaded, wrong = _open()
+    if loaded is None:
         if wanted:
-            raise FactorformerError(f"FACTORFORMER_CPU is '{wanted}', but there are no kernels: {error}") from error
-        return None
-    version = getattr(loaded, "factorformer_interface", lambda: 0)()
-    if version != INTERFACE:
-        warnings.warn(
-            "the CPU kernels were compiled from other sources and are not used: install factorformer again, or run "
-            "python -m factorformer.kernels.compile",
-            RuntimeWarning,
-            stacklevel=2,
-        )
+            raise FactorformerError(f"FACTORFORMER_CPU is '{wanted}', but there are no kernels: {wrong or 'not built'}")
+        if wrong:
+            warnings.warn(
+                f"{wrong}; torch multiplies in their place, which is slower: run python -m "
+                f"factorformer.kernels.compile, or set FACTORFORMER_CPU={REFERENCE} to keep it so",
+                RuntimeWarning,
+                stacklevel=2,
+            )
         return None
     loaded.factorformer_variant.restype = ctypes.c_char_p
     arguments = {
@@ -73,10 +66,29 @@ def _load() -> ctypes.CDLL | None:
     }
     for name, types in arguments.items():
         function = getattr(loaded, f"factorformer_{name}")
-        function.argtypes, function.restype = types, None
+        function.argtypes, function.restype = types, None if name == "gelu" else ctypes.c_int32
     if wanted and loaded.factorformer_variant().decode() != wanted:
         raise FactorformerError(f"FACTORFORMER_CPU is '{wanted}', which this processor does not have")
     return loaded
+
+
+def _open() -> tuple[ctypes.CDLL | None, str]:
+    """The library, or what is wrong with it; nothing is where there was no compiler to build it."""
+    if not LIBRARY.exists():
+        if not FAILED.exists():
+            return None, ""
+        said = FAILED.read_text(encoding="utf-8").strip()
+        return None, f"the CPU kernels could not be compiled ({said[:300]}{' ...' if len(said) > 300 else ''})"
+    try:
+        loaded = ctypes.CDLL(str(LIBRARY))
+    except OSError as error:
+        return None, f"the CPU kernels cannot be loaded ({error})"
+    made_of = getattr(loaded, "factorformer_sources", None)
+    if made_of is not None:
+        made_of.restype = ctypes.c_char_p
+    if SOURCES.is_dir() and (made_of is None or made_of().decode() != fingerprint()):
+        return None, "the CPU kernels were compiled from other sources"
+    return loaded, ""
 
 
 _library = _load()
@@ -89,9 +101,11 @@ def variant() -> str:
     return REFERENCE if _library is None else _library.factorformer_variant().decode()
 
 
-def serves(x: Tensor, *weights: Tensor | None) -> bool:
-    """Whether the library takes these tensors: float32 and int8 in memory, one after the other."""
+def serves(x: Tensor, *weights: Tensor | None, support: Tensor | None = None) -> bool:
+    """Whether the library takes these tensors: float32 and int8 in memory, one after the other, a support of bytes."""
     if not AVAILABLE or type(x) not in _PLAIN or not x.is_cpu or x.dtype != torch.float32:
+        return False
+    if support is not None and not (type(support) in _PLAIN and support.dtype == torch.uint8 and support.is_cpu):
         return False
     for weight in weights:
         if weight is not None and not (
@@ -102,7 +116,7 @@ def serves(x: Tensor, *weights: Tensor | None) -> bool:
 
 
 def sparse_matmul(
-    x: Tensor, values: Tensor, support: Tensor, atoms: int, blocks: int, scales: Tensor | None, bias: Tensor | None
+    x: Tensor, values: Tensor, support: Tensor, atoms: int, scales: Tensor | None, bias: Tensor | None
 ) -> Tensor:
     """`x @ S.T + bias`, `(n, atoms)` to `(n, rows)`.
 
@@ -110,26 +124,24 @@ def sparse_matmul(
         ModelError: the sizes do not fit together.
     """
     x, support, y = x.contiguous(), support.contiguous(), x.new_empty(x.shape[0], values.shape[0])
-    fields = _sparse_fields(x.shape[1], atoms, values, support, atoms, blocks, scales, bias)
-    _loaded().factorformer_sparse(x.data_ptr(), len(x), fields, _address(bias), y.data_ptr())
+    fields = _sparse_fields(x.shape[1], atoms, values, support, atoms, scales, bias)
+    _done(_loaded().factorformer_sparse(x.data_ptr(), len(x), fields, _address(bias), y.data_ptr()))
     return y
 
 
-def sparse_matmul_transposed(
-    x: Tensor, values: Tensor, support: Tensor, atoms: int, blocks: int, scales: Tensor | None
-) -> Tensor:
+def sparse_matmul_transposed(x: Tensor, values: Tensor, support: Tensor, atoms: int, scales: Tensor | None) -> Tensor:
     """`x @ S`, `(n, rows)` to `(n, atoms)`.
 
     Raises:
         ModelError: the sizes do not fit together.
     """
     x, support, y = x.contiguous(), support.contiguous(), x.new_empty(x.shape[0], atoms)
-    fields = _sparse_fields(x.shape[1], values.shape[0], values, support, atoms, blocks, scales, None)
-    _loaded().factorformer_sparse_transposed(x.data_ptr(), len(x), fields, y.data_ptr())
+    fields = _sparse_fields(x.shape[1], values.shape[0], values, support, atoms, scales, None)
+    _done(_loaded().factorformer_sparse_transposed(x.data_ptr(), len(x), fields, y.data_ptr()))
     return y
 
 
-def sparse_outer(left: Tensor, right: Tensor, support: Tensor, nonzeros: int, blocks: int) -> Tensor:
+def sparse_outer(left: Tensor, right: Tensor, support: Tensor, nonzeros: int) -> Tensor:
     """The entries of `left.T @ right` on the support: `(n, rows)` and `(n, atoms)` to `(rows, nonzeros)`.
 
     Raises:
@@ -138,10 +150,10 @@ def sparse_outer(left: Tensor, right: Tensor, support: Tensor, nonzeros: int, bl
     left, right, support = left.contiguous(), right.contiguous(), support.contiguous()
     (n, rows), (others, atoms) = left.shape, right.shape
     y = left.new_empty(rows, nonzeros)
-    where = (support.data_ptr(), *support.shape, rows, nonzeros, atoms, blocks)
+    where = (support.data_ptr(), *support.shape, rows, nonzeros, atoms)
     _require("rows of the second input", others, n)
     fields = _sparse_array(n, others, where, 0, 0, False, -1, -1)
-    _loaded().factorformer_sparse_outer(left.data_ptr(), right.data_ptr(), n, fields, y.data_ptr())
+    _done(_loaded().factorformer_sparse_outer(left.data_ptr(), right.data_ptr(), n, fields, y.data_ptr()))
     return y
 
 
@@ -170,7 +182,7 @@ def chain(
     n, width = x.shape
     fields, out = _chain_array(width, _size(bias), *numbers)
     x, y = x.contiguous(), x.new_empty(n, out)
-    _loaded().factorformer_chain(x.data_ptr(), n, fields, len(weights), _address(bias), y.data_ptr())
+    _done(_loaded().factorformer_chain(x.data_ptr(), n, fields, len(weights), _address(bias), y.data_ptr()))
     return y
 
 
@@ -208,13 +220,19 @@ def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, sc
         *(batch, heads, key.shape[1], queries, key.shape[2], width),
         *(*query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *strides),
     )
-    _loaded().factorformer_attention((ctypes.c_int64 * len(numbers))(*numbers), scale)
+    _done(_loaded().factorformer_attention((ctypes.c_int64 * len(numbers))(*numbers), scale))
     return y
 
 
 def _loaded() -> ctypes.CDLL:
     assert _library is not None
     return _library
+
+
+def _done(code: int) -> None:
+    """Raise `MemoryError` unless a kernel found the scratch memory that it needs."""
+    if code:
+        raise MemoryError("the CPU kernels found no memory for intermediate results: multiply fewer rows at a time")
 
 
 def _address(tensor: Tensor | None) -> int:
@@ -231,11 +249,10 @@ def _sparse_fields(
     values: Tensor,
     support: Tensor,
     atoms: int,
-    blocks: int,
     scales: Tensor | None,
     bias: Tensor | None,
 ) -> ctypes.Array:
-    where = (support.data_ptr(), *support.shape, *values.shape, atoms, blocks)
+    where = (support.data_ptr(), *support.shape, *values.shape, atoms)
     integers = values.dtype == torch.int8
     return _sparse_array(
         width, wanted, where, values.data_ptr(), _address(scales), integers, _size(scales), _size(bias)
@@ -256,18 +273,19 @@ def _sparse_array(
     scale_size: int,
     bias_size: int,
 ) -> ctypes.Array:
-    _, groups, packed, rows, nonzeros, atoms, blocks = where
+    address, supports, packed, rows, nonzeros, atoms = where
     _require("columns of the input", width, wanted)
-    if min(groups, nonzeros, blocks) < 1 or rows % groups or atoms % blocks or nonzeros % blocks or nonzeros > atoms:
+    if min(rows, nonzeros) < 1 or nonzeros > atoms:
         raise ModelError(
-            f"a sparse matrix of {rows} rows, {groups} supports, {atoms} atoms, {nonzeros} nonzeros a row and {blocks} "
-            "blocks: supports must divide rows, blocks must divide atoms and nonzeros, nonzeros are at most all atoms"
+            f"a sparse matrix of {rows} rows, {atoms} atoms and {nonzeros} nonzeros a row: there is at least one row, "
+            "and a row has at least one nonzero and at most as many as atoms"
         )
-    _require("bytes of a row of the sparse support", packed, row_bytes(atoms, nonzeros, blocks))
+    _require("rows of the sparse support", supports, rows)
+    _require("bytes of a row of the sparse support", packed, row_bytes(atoms, nonzeros))
     _require("scales of the sparse matrix", scale_size, rows if integers else -1)
     if bias_size != -1:
         _require("values of the bias", bias_size, rows)
-    numbers = (*where, _CODES[code_of(atoms, nonzeros, blocks)], values, scales, integers)
+    numbers = (address, rows, packed, nonzeros, atoms, CODES[code_of(atoms, nonzeros)], values, scales, integers)
     return (ctypes.c_int64 * len(numbers))(*numbers)
 
 

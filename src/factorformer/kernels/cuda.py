@@ -24,7 +24,7 @@ from torch import Tensor
 
 from factorformer.errors import ModelError
 from factorformer.kernels import sparse
-from factorformer.kernels.support import code_of, row_bytes
+from factorformer.kernels.support import CODES, code_of, row_bytes
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 """Types of inputs and values that the kernels multiply."""
@@ -32,9 +32,8 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 OLDEST = (8, 0)
 """Compute capability of the oldest GPUs that multiply bfloat16 in tensor cores, Ampere."""
 
-CODES = {"bitmap": 0, "uint8": 1, "uint16": 2}
 AXES = {
-    "spread": ("rows", "atoms"),
+    "densify": ("rows", "atoms"),
     "matmul": ("n", "rows"),
     "matmul_transposed": ("n", "atoms"),
     "outer": ("rows", "atoms"),
@@ -48,44 +47,44 @@ PROGRAMS = 128
 """As many keep a large GPU busy: an H100 has 132 multiprocessors."""
 
 
-def sparse_matmul(x: Tensor, values: Tensor, support: Tensor, atoms: int, blocks: int) -> Tensor:
+def sparse_matmul(x: Tensor, values: Tensor, support: Tensor, atoms: int) -> Tensor:
     """`x @ S.T`: `(n, atoms)` to `(n, rows)`.
 
     Raises:
         ModelError: if sizes disagree.
     """
     rows, nonzeros = values.shape
-    _check(x.shape[1], atoms, rows, atoms, nonzeros, support, blocks)
+    _check(x.shape[1], atoms, rows, atoms, nonzeros, support)
     if x.shape[0] >= atoms:
-        return x @ _spread(values, support, atoms, blocks).T
+        return x @ _densified(values, support, atoms).T
     result = x.new_empty(x.shape[0], rows)
-    return _launch("matmul", (x,), (values,), support, result, rows, atoms, nonzeros, blocks)
+    return _launch("matmul", (x,), (values,), support, result, rows, atoms, nonzeros)
 
 
-def sparse_matmul_transposed(x: Tensor, values: Tensor, support: Tensor, atoms: int, blocks: int) -> Tensor:
+def sparse_matmul_transposed(x: Tensor, values: Tensor, support: Tensor, atoms: int) -> Tensor:
     """`x @ S`: `(n, rows)` to `(n, atoms)`.
 
     Raises:
         ModelError: if sizes disagree.
     """
     rows, nonzeros = values.shape
-    _check(x.shape[1], rows, rows, atoms, nonzeros, support, blocks)
+    _check(x.shape[1], rows, rows, atoms, nonzeros, support)
     if x.shape[0] >= rows:
-        return x @ _spread(values, support, atoms, blocks)
+        return x @ _densified(values, support, atoms)
     result = x.new_empty(x.shape[0], atoms)
-    return _launch("matmul_transposed", (x,), (values,), support, result, rows, atoms, nonzeros, blocks)
+    return _launch("matmul_transposed", (x,), (values,), support, result, rows, atoms, nonzeros)
 
 
-def sparse_outer(left: Tensor, right: Tensor, support: Tensor, nonzeros: int, blocks: int) -> Tensor:
+def sparse_outer(left: Tensor, right: Tensor, support: Tensor, nonzeros: int) -> Tensor:
     """The entries of `left.T @ right` on the support: `(n, rows)` and `(n, atoms)` to `(rows, nonzeros)`.
 
     Raises:
         ModelError: if sizes disagree.
     """
     (n, rows), atoms = left.shape, right.shape[1]
-    _check(right.shape[0], n, rows, atoms, nonzeros, support, blocks)
+    _check(right.shape[0], n, rows, atoms, nonzeros, support)
     result = left.new_empty(rows, nonzeros)
-    return _launch("outer", (left, right), (), support, result, rows, atoms, nonzeros, blocks)
+    return _launch("outer", (left, right), (), support, result, rows, atoms, nonzeros)
 
 
 def register(device: str = "cuda") -> None:
@@ -107,9 +106,9 @@ def _where_it_runs(kernel: Callable[..., Tensor], reference: Callable[..., Tenso
     """The kernel for what it can multiply here, the reference for everything else."""
 
     @functools.wraps(reference)
-    def choose(first: Tensor, second: Tensor, support: Tensor, size: int, blocks: int) -> Tensor:
+    def choose(first: Tensor, second: Tensor, support: Tensor, size: int) -> Tensor:
         fits = first.dtype == second.dtype and first.dtype in DTYPES and available(first.device)
-        return (kernel if fits else reference)(first, second, support, size, blocks)
+        return (kernel if fits else reference)(first, second, support, size)
 
     return choose
 
@@ -125,11 +124,11 @@ def available(device: torch.device) -> bool:
     return compiler is not None and torch.cuda.get_device_capability(device) >= OLDEST
 
 
-def _spread(values: Tensor, support: Tensor, atoms: int, blocks: int) -> Tensor:
-    """`S`, `(rows, atoms)`: for so much input that the result of the product is no smaller."""
+def _densified(values: Tensor, support: Tensor, atoms: int) -> Tensor:
+    """`S` as a dense matrix, `(rows, atoms)`: for so much input that the result of the product is no smaller."""
     rows, nonzeros = values.shape
     result = values.new_empty(rows, atoms)
-    return _launch("spread", (), (values,), support, result, rows, atoms, nonzeros, blocks)
+    return _launch("densify", (), (values,), support, result, rows, atoms, nonzeros)
 
 
 def tiles_of(kernel: str, dtype: torch.dtype, n: int, rows: int, atoms: int) -> dict[str, int]:
@@ -139,7 +138,7 @@ def tiles_of(kernel: str, dtype: torch.dtype, n: int, rows: int, atoms: int) -> 
     tiles than these fill the registers, in float32 first, which tensor cores do not multiply.
     """
     half = dtype != torch.float32
-    if kernel in ("outer", "spread"):
+    if kernel in ("outer", "densify"):
         width = 2 if half else 1
         return {"BLOCK_N": 32 * width, "BLOCK_ROWS": 64, "WIDTH": width, "CHUNK": CHUNK, "num_warps": 4}
     block_n = min(128, max(16, 1 << (n - 1).bit_length()))
@@ -158,16 +157,15 @@ def _pieces(size: int, piece: int) -> int:
     return -(-size // piece)
 
 
-def _check(given: int, expected: int, rows: int, atoms: int, nonzeros: int, support: Tensor, blocks: int) -> None:
+def _check(given: int, expected: int, rows: int, atoms: int, nonzeros: int, support: Tensor) -> None:
     """A kernel reads whatever lies where it is told to, so the sizes have to agree."""
-    groups, stride = support.shape
+    supports, stride = support.shape
     if given != expected:
         raise ModelError(f"an input of a sparse product has size {given} where {expected} is needed")
-    if not groups or rows % groups or stride != row_bytes(atoms, nonzeros, blocks):
+    if (supports, stride) != (rows, row_bytes(atoms, nonzeros)):
         raise ModelError(
-            f"a sparse support of {groups} rows of {stride} bytes does not belong to a matrix of {rows} rows with "
-            f"{nonzeros} nonzeros in {atoms} columns and {blocks} blocks: rows must be a divisor of {rows}, "
-            f"bytes {row_bytes(atoms, nonzeros, blocks)}"
+            f"a sparse support of {supports} rows of {stride} bytes does not belong to a matrix of {rows} rows with "
+            f"{nonzeros} nonzeros in {atoms} columns, which takes {rows} rows of {row_bytes(atoms, nonzeros)} bytes"
         )
 
 
@@ -180,7 +178,6 @@ def _launch(
     rows: int,
     atoms: int,
     nonzeros: int,
-    blocks: int,
 ) -> Tensor:
     if not result.numel():
         return result
@@ -188,11 +185,11 @@ def _launch(
 
     kernel: Any = getattr(triton_sparse, name)
     device, n = result.device, inputs[0].shape[0] if inputs else 0
-    code = code_of(atoms, nonzeros, blocks)
+    code = code_of(atoms, nonzeros)
     support = support.contiguous()
     if code == "bitmap" and support.shape[1] % 4 == 0 and support.data_ptr() % 4 == 0:
         support = support.view(torch.int32)  # one load for 32 atoms instead of four
-    groups, stride = support.shape
+    stride = support.shape[1]
     tiles = tiles_of(name, result.dtype, n, rows, atoms)
     pieces = {
         "n": _pieces(n, tiles["BLOCK_N"]),
@@ -205,7 +202,7 @@ def _launch(
             *inputs,
             *(tensor.contiguous() for tensor in values),
             *(support, result),
-            *(n, rows, atoms, nonzeros, rows // groups, stride, nonzeros // blocks, atoms // blocks),
+            *(n, rows, atoms, nonzeros, stride),
             *(step for tensor in inputs for step in tensor.stride()),
             CODE=CODES[code],
             PRECISION=_precision(device),

@@ -57,12 +57,12 @@ def chain(x: Tensor, matrices: Sequence[Dense], bias: Tensor | None = None) -> T
     return F.linear(x, matrices[-1].values(x.dtype), bias)
 
 
-def served(x: Tensor, *others: Tensor | None) -> bool:
+def served(x: Tensor, *others: Tensor | None, support: Tensor | None = None) -> bool:
     """Whether the compiled kernels do this product: they are there, and it is for inference alone.
 
     That is, nothing asks for a derivative or a cast, counts operators of torch, or takes their graph elsewhere.
     """
-    if not cpu.serves(x, *others) or torch.compiler.is_exporting() or torch.is_autocast_enabled("cpu"):
+    if not cpu.serves(x, *others, support=support) or torch.compiler.is_exporting() or torch.is_autocast_enabled("cpu"):
         return False
     if torch.is_grad_enabled():
         for tensor in (x, *others):

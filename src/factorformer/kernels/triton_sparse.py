@@ -11,7 +11,7 @@ once for few FLOPs.
 
 What the tile costs in instructions, 24 an entry from a bitmap of whole words on Hopper and up to twice that from lists,
 is shared by the rows of input of the program; 128 of them take a third of that in the tensor cores. So these kernels
-are for few rows of input. For many, where `S` is no larger than the result, `spread` writes it once and a plain matrix
+are for few rows of input. For many, where `S` is no larger than the result, `densify` writes it once and a plain matrix
 product follows. Only `outer` needs no such step: there the support is read once for all rows of input.
 
 A tile is found in two steps that hold for all three codes. First each 32 columns of a row become a word of 32 bits: a
@@ -43,52 +43,49 @@ def _count(words):
 
 @triton.jit
 @no_type_check
-def _read_words(support, groups, valid, first, last, stride, WIDTH: tl.constexpr):
+def _read_words(support, rows, valid, first, last, stride, WIDTH: tl.constexpr):
     """Words `first` to `first + WIDTH` of bitmaps, low byte first; those from `last` on are zero."""
     words = first + tl.arange(0, WIDTH)
     if support.dtype.element_ty == tl.uint8:
-        found = tl.zeros((groups.shape[0], WIDTH), tl.uint32)
+        found = tl.zeros((rows.shape[0], WIDTH), tl.uint32)
         for byte in tl.static_range(4):
             columns = 4 * words + byte
             inside = valid[:, None] & ((columns < stride) & (words < last))[None, :]
-            bits = tl.load(support + groups[:, None] * stride + columns[None, :], inside, other=0)
+            bits = tl.load(support + rows[:, None] * stride + columns[None, :], inside, other=0)
             found |= bits.to(tl.uint32) << (8 * byte)
         return found
     else:  # rows of whole words, and `stride` of them
         inside = valid[:, None] & ((words < stride) & (words < last))[None, :]
-        return tl.load(support + groups[:, None] * stride + words[None, :], inside, other=0).to(tl.uint32, bitcast=True)
+        return tl.load(support + rows[:, None] * stride + words[None, :], inside, other=0).to(tl.uint32, bitcast=True)
 
 
 @triton.jit
 @no_type_check
-def _read_positions(support, groups, valid, entries, stride, each, size, CODE: tl.constexpr):
-    """Positions of these entries of lists: offsets in one byte or two, inside of blocks of `size` columns."""
-    where = support + groups[:, None] * stride + (entries * CODE)[None, :]
+def _read_positions(support, rows, valid, entries, stride, CODE: tl.constexpr):
+    """Positions of these entries of lists: in one byte or two."""
+    where = support + rows[:, None] * stride + (entries * CODE)[None, :]
     positions = tl.load(where, valid, other=0).to(tl.int32)
     if CODE == 2:
         positions += tl.load(where + 1, valid, other=0).to(tl.int32) << 8
-    return positions + (entries // each * size)[None, :]
+    return positions
 
 
 @triton.jit
 @no_type_check
 def _words_of(
-    support, groups, valid, first, stride, atoms, each, size,
+    support, rows, valid, first, stride, nonzeros,
     CODE: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """Words `first` to `first + WIDTH` of each row: `(rows, WIDTH)`, whatever the code."""
     if CODE == BITMAP:
-        found = _read_words(support, groups, valid, first, first + WIDTH, stride, WIDTH)
+        found = _read_words(support, rows, valid, first, first + WIDTH, stride, WIDTH)
     else:
-        # Only the blocks that overlap these columns have entries here.
-        start = first * 32 // size * each
-        stop = ((tl.minimum((first + WIDTH) * 32, atoms) - 1) // size + 1) * each
         words = first + tl.arange(0, WIDTH)
-        found = tl.zeros((groups.shape[0], WIDTH), tl.uint32)
-        for chunk in range(start, stop, CHUNK):
+        found = tl.zeros((rows.shape[0], WIDTH), tl.uint32)
+        for chunk in range(0, nonzeros, CHUNK):
             entries = chunk + tl.arange(0, CHUNK)
-            inside = valid[:, None] & (entries < stop)[None, :]
-            positions = _read_positions(support, groups, inside, entries, stride, each, size, CODE)
+            inside = valid[:, None] & (entries < nonzeros)[None, :]
+            positions = _read_positions(support, rows, inside, entries, stride, CODE)
             bits = inside.to(tl.uint32) << (positions & 31).to(tl.uint32)
             here = (positions >> 5)[:, None, :] == words[None, :, None]
             # Positions differ, so their bits add up without carry.
@@ -99,20 +96,18 @@ def _words_of(
 @triton.jit
 @no_type_check
 def _count_before(
-    support, groups, valid, first, stride, each, size, CODE: tl.constexpr, CHUNK: tl.constexpr
+    support, rows, valid, first, stride, nonzeros, CODE: tl.constexpr, CHUNK: tl.constexpr
 ):  # fmt: skip
     """Nonzeros of each row before word `first`."""
-    before = tl.zeros((groups.shape[0],), tl.int32)
+    before = tl.zeros((rows.shape[0],), tl.int32)
     if CODE == BITMAP:
         for word in range(0, first, 4):
-            before += tl.sum(_count(_read_words(support, groups, valid, word, first, stride, 4)), 1)
+            before += tl.sum(_count(_read_words(support, rows, valid, word, first, stride, 4)), 1)
     else:
-        start = first * 32 // size * each
-        before += start
-        for chunk in range(start, start + each, CHUNK):
+        for chunk in range(0, nonzeros, CHUNK):
             entries = chunk + tl.arange(0, CHUNK)
-            inside = valid[:, None] & (entries < start + each)[None, :]
-            positions = _read_positions(support, groups, inside, entries, stride, each, size, CODE)
+            inside = valid[:, None] & (entries < nonzeros)[None, :]
+            positions = _read_positions(support, rows, inside, entries, stride, CODE)
             before += tl.sum((inside & (positions < first * 32)).to(tl.int32), 1)
     return before
 
@@ -145,8 +140,8 @@ def _add_product(left, right, total, PRECISION: tl.constexpr):
 
 @triton.jit
 @no_type_check
-def spread(
-    values, support, result, n, rows, atoms, nonzeros, group, stride, each, size,
+def densify(
+    values, support, result, n, rows, atoms, nonzeros, stride,
     CODE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_ROWS: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -154,9 +149,8 @@ def spread(
     row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     first = tl.program_id(1) * WIDTH
     valid = row < rows
-    groups = row // group
-    words = _words_of(support, groups, valid, first, stride, atoms, each, size, CODE, WIDTH, CHUNK)
-    before = _count_before(support, groups, valid, first, stride, each, size, CODE, CHUNK)
+    words = _words_of(support, row, valid, first, stride, nonzeros, CODE, WIDTH, CHUNK)
+    before = _count_before(support, row, valid, first, stride, nonzeros, CODE, CHUNK)
     stored, entry = _expand(words, before)
     tile = tl.load(values + row[:, None] * nonzeros + entry, stored, other=0)
     atom = first * 32 + tl.arange(0, 32 * WIDTH)
@@ -166,7 +160,7 @@ def spread(
 @triton.jit(do_not_specialize=["n"])  # one compilation for all numbers of rows of input
 @no_type_check
 def matmul(
-    x, values, support, result, n, rows, atoms, nonzeros, group, stride, each, size, x_row, x_column,
+    x, values, support, result, n, rows, atoms, nonzeros, stride, x_row, x_column,
     CODE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_ROWS: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -174,7 +168,6 @@ def matmul(
     token = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     row = tl.program_id(1).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     exists, valid = token < n, row < rows
-    groups = row // group
     before = tl.zeros((BLOCK_ROWS,), tl.int32)
     total = tl.zeros((BLOCK_N, BLOCK_ROWS), tl.float32)
     for first in range(0, tl.cdiv(atoms, 32), WIDTH):
@@ -182,7 +175,7 @@ def matmul(
         left = tl.load(
             x + token[:, None] * x_row + atom[None, :] * x_column, exists[:, None] & (atom < atoms)[None, :], other=0
         )
-        words = _words_of(support, groups, valid, first, stride, atoms, each, size, CODE, WIDTH, CHUNK)
+        words = _words_of(support, row, valid, first, stride, nonzeros, CODE, WIDTH, CHUNK)
         stored, entry = _expand(words, before)
         tile = tl.load(values + row[:, None] * nonzeros + entry, stored, other=0)
         total = _add_product(left, tl.trans(tile), total, PRECISION)
@@ -194,7 +187,7 @@ def matmul(
 @triton.jit(do_not_specialize=["n"])  # one compilation for all numbers of rows of input
 @no_type_check
 def matmul_transposed(
-    x, values, support, result, n, rows, atoms, nonzeros, group, stride, each, size, x_row, x_column,
+    x, values, support, result, n, rows, atoms, nonzeros, stride, x_row, x_column,
     CODE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_ROWS: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -206,10 +199,9 @@ def matmul_transposed(
     for start in range(0, rows, BLOCK_ROWS):
         row = start + tl.arange(0, BLOCK_ROWS).to(tl.int64)
         valid = row < rows
-        groups = row // group
         left = tl.load(x + token[:, None] * x_row + row[None, :] * x_column, exists[:, None] & valid[None, :], other=0)
-        words = _words_of(support, groups, valid, first, stride, atoms, each, size, CODE, WIDTH, CHUNK)
-        before = _count_before(support, groups, valid, first, stride, each, size, CODE, CHUNK)
+        words = _words_of(support, row, valid, first, stride, nonzeros, CODE, WIDTH, CHUNK)
+        before = _count_before(support, row, valid, first, stride, nonzeros, CODE, CHUNK)
         stored, entry = _expand(words, before)
         tile = tl.load(values + row[:, None] * nonzeros + entry, stored, other=0)
         total = _add_product(left, tile, total, PRECISION)
@@ -221,7 +213,7 @@ def matmul_transposed(
 @triton.jit(do_not_specialize=["n"])  # one compilation for all numbers of rows of input
 @no_type_check
 def outer(
-    left, right, support, result, n, rows, atoms, nonzeros, group, stride, each, size,
+    left, right, support, result, n, rows, atoms, nonzeros, stride,
     left_row, left_column, right_row, right_column,
     CODE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_ROWS: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -231,7 +223,6 @@ def outer(
     first = tl.program_id(1) * WIDTH
     atom = first * 32 + tl.arange(0, 32 * WIDTH)
     valid, exists = row < rows, atom < atoms
-    groups = row // group
     total = tl.zeros((BLOCK_ROWS, 32 * WIDTH), tl.float32)
     for start in range(0, n, BLOCK_N):
         token = start + tl.arange(0, BLOCK_N).to(tl.int64)
@@ -245,7 +236,7 @@ def outer(
             other=0,
         )
         total = _add_product(tl.trans(one), other, total, PRECISION)
-    words = _words_of(support, groups, valid, first, stride, atoms, each, size, CODE, WIDTH, CHUNK)
-    before = _count_before(support, groups, valid, first, stride, each, size, CODE, CHUNK)
+    words = _words_of(support, row, valid, first, stride, nonzeros, CODE, WIDTH, CHUNK)
+    before = _count_before(support, row, valid, first, stride, nonzeros, CODE, CHUNK)
     stored, entry = _expand(words, before)
     tl.store(result + row[:, None] * nonzeros + entry, total.to(result.dtype.element_ty), stored)

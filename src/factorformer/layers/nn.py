@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+import enum
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -32,15 +33,33 @@ TEMPORARY = ("shadow", "projection", "frozen", "moment")
 """Tensors that a matrix holds beside its factors only while it trains in another form."""
 
 
-class TrainingForm(Protocol):
-    """What a matrix is while it trains in another form than that of its factors."""
+class Mode(enum.Enum):
+    """How a matrix stores its factors and multiplies by them."""
+
+    FLOATS = "floats"
+    """Float factors, multiplied as they are."""
+
+    FAKE_QUANTIZED = "fake_quantized"
+    """Float factors, rounded to int8 in the forward pass: quantization-aware training."""
+
+    QUANTIZED = "quantized"
+    """Codes in int8 with scales, which are not trained."""
+
+
+@runtime_checkable
+class Form(Protocol):
+    """What stands in for the factors in products: a form in which the matrix trains, or in which it is exported."""
 
     def matmul(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """The product in that form."""
+        """`x @ W.T + bias` in that form."""
+        ...
+
+    def rows(self, index: Tensor) -> Tensor:
+        """`W[index]` in that form."""
         ...
 
     def pack(self) -> None:
-        """Write what the form is worth now into the factors."""
+        """Write the present value of the form into the factors."""
         ...
 
 
@@ -49,6 +68,18 @@ class FactorizedMatrix(nn.Module):
 
     The factors are registered directly under their own names (`weight`, `right`, ...), values as parameters and
     integers as buffers, so a state dict holds exactly what the structure stores.
+
+    A matrix is in one `Mode`, and a `Form` may stand in for its factors. These methods go from one state to the next,
+    and raise `ModelError` from any other than those named:
+
+    | method | from | to |
+    |---|---|---|
+    | `fake_quantize()` | floats, fake-quantized; no form | fake-quantized |
+    | `quantize()` | floats, fake-quantized; no form | quantized |
+    | `hold_floats()` | quantized; no form | fake-quantized |
+    | `substitute(form)` | any mode; no form | that form over the same mode |
+    | `restore()` | a form | the same mode without it |
+    | `keep(selection)` | floats, fake-quantized; no form; nothing shared | fewer units |
 
     Args:
         spec: the structure of the matrix.
@@ -63,12 +94,6 @@ class FactorizedMatrix(nn.Module):
         ModelError: the shape does not admit the structure, or a factor is missing, extra or misshapen.
     """
 
-    form: TrainingForm | None = None
-    """What multiplies in place of the factors, for as long as a training lasts."""
-
-    rounds: bool = False
-    """Whether float factors count for what int8 would make of them, for a training that is to end in int8."""
-
     def __init__(
         self,
         spec: Structure,
@@ -82,8 +107,8 @@ class FactorizedMatrix(nn.Module):
     ) -> None:
         super().__init__()
         spec.check(shape, shared)
-        self.shape, self.quantized = shape, quantized
-        self.shared = tuple(shared)
+        self.shape, self.shared = shape, tuple(shared)
+        self._mode, self._form = Mode.QUANTIZED if quantized else Mode.FLOATS, None
         self.register_load_state_dict_pre_hook(_check_incoming)
         if factors is not None:
             self._adopt(spec, factors)
@@ -98,6 +123,33 @@ class FactorizedMatrix(nn.Module):
         elif not quantized:
             with torch.no_grad():
                 spec.initialize(self.factors, std=(3 * shape[1]) ** -0.5)
+
+    @property
+    def mode(self) -> Mode:
+        """How the factors are stored and multiplied."""
+        return self._mode
+
+    @property
+    def form(self) -> Form | None:
+        """What stands in for the factors; None if they multiply themselves."""
+        return self._form
+
+    @property
+    def quantized(self) -> bool:
+        """Whether the factors are stored in int8."""
+        return self._mode is Mode.QUANTIZED
+
+    @property
+    def fake_quantized(self) -> bool:
+        """Whether float factors are rounded to int8 in the forward pass, for a training that is to end in int8."""
+        return self._mode is Mode.FAKE_QUANTIZED
+
+    def _require(self, what: str, *, floats: bool) -> None:
+        """Raise `ModelError` unless the factors multiply themselves and are floats, or codes."""
+        if self._form is not None:
+            raise ModelError(f"{self.spec} {what} while a {type(self._form).__name__} stands in for it: finish() first")
+        if self.quantized == floats:
+            raise ModelError(f"{self.spec} {what}: it {'is stored in int8' if floats else 'holds floats'} already")
 
     def _adopt(self, spec: Structure, factors: Mapping[str, Tensor]) -> None:
         expected = int8.stored(spec.tensors(self.shape)) if self.quantized else spec.tensors(self.shape)
@@ -145,6 +197,15 @@ class FactorizedMatrix(nn.Module):
         """A factor in the floating type of the layer: `weight`, or its scales."""
         return self.get_parameter("weight" + int8.SCALE if self.quantized else "weight")
 
+    def fake_quantize(self) -> None:
+        """Round float factors to int8 in the forward pass from now on, for a training that is to end in int8.
+
+        Raises:
+            ModelError: the factors are in int8 already, or a form stands in for them.
+        """
+        self._require("cannot be fake-quantized", floats=True)
+        self._mode = Mode.FAKE_QUANTIZED
+
     def quantize(self, codes: Factors | None = None) -> None:
         """Store the factors in int8 from now on, which cannot be trained any further.
 
@@ -152,30 +213,52 @@ class FactorizedMatrix(nn.Module):
             codes: codes and scales of the factors, where other layers hold some of them too.
 
         Raises:
-            ModelError: they are in int8 already, or the matrix trains in another form.
+            ModelError: they are in int8 already, or a form stands in for them.
         """
-        if self.quantized or self.form is not None:
-            raise ModelError(f"{self.spec} cannot be stored in int8 " + ("twice" if self.quantized else "in training"))
+        self._require("cannot be stored in int8", floats=True)
         codes = int8.quantize(self.factors) if codes is None else codes
-        self.quantized, self.rounds = True, False
+        self._mode = Mode.QUANTIZED
         self._adopt(self.spec, codes)
 
     def hold_floats(self, values: Factors | None = None) -> None:
-        """Hold the factors as floats again, which products round: to train what was stored in int8.
+        """Hold the factors as floats again, fake-quantized: to train what was stored in int8.
 
         Args:
             values: the factors, where other layers hold some of them too.
 
         Raises:
-            ModelError: they are floats already.
+            ModelError: they are floats already, or a form stands in for them.
         """
-        if not self.quantized:
-            raise ModelError(f"{self.spec} holds floats already")
+        self._require("cannot be turned into floats", floats=False)
         values = int8.floats(self.factors) if values is None else values
         for name in self._names:
             delattr(self, name)
-        self.quantized, self.rounds = False, True
+        self._mode = Mode.FAKE_QUANTIZED
         self._adopt(self.spec, values)
+
+    def substitute(self, form: Form) -> None:
+        """Let a form multiply in place of the factors.
+
+        Raises:
+            ModelError: another one does already.
+        """
+        if self._form is not None:
+            raise ModelError(f"a {type(self._form).__name__} stands in for {self.spec} already: finish() that first")
+        self._form = form
+
+    def restore(self) -> None:
+        """Let the factors multiply themselves again."""
+        self._form = None
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FactorizedMatrix:
+        """Casts leave integers alone, as those of `Module.to(dtype)` do: `Module.type(dtype)` does not, and an index or
+        a code in floats would mean nothing."""
+        whole = {name: tensor for name, tensor in self.factors.items() if not tensor.is_floating_point()}
+        super()._apply(fn, recurse)
+        for name, tensor in whole.items():
+            if getattr(self, name).dtype != tensor.dtype:
+                self.register_buffer(name, tensor.to(getattr(self, name).device))
+        return self
 
     def check_factors(self) -> None:
         """Raise `ModelError` if integer factors are out of range; called on all tensors that come from outside."""
@@ -183,61 +266,35 @@ class FactorizedMatrix(nn.Module):
 
     def matmul(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """`x @ W.T + bias`, `(..., in)` to `(..., out)`."""
-        if self.form is not None:
-            return self.form.matmul(x, bias)
+        if self._form is not None:
+            return self._form.matmul(x, bias)
         return self.spec.matmul(self.shape, self._multiplied, x, bias)
 
     def rows(self, index: Tensor) -> Tensor:
         """`W[index]`, integers `(...)` to `(..., in)`."""
+        if self._form is not None:
+            return self._form.rows(index)
         return self.spec.rows(self.shape, self._multiplied, index)
 
     def to_dense(self) -> Tensor:
         """`W`, `(out, in)`; nothing else builds it."""
-        if self.form is not None:
-            self.form.pack()
+        if self._form is not None:
+            self._form.pack()
         return self.spec.to_dense(self.shape, self._multiplied)
 
     @property
     def _multiplied(self) -> Factors:
-        return int8.rounded(self.factors) if self.rounds else self.factors
-
-    def resize(self, smaller: Structure) -> None:
-        """Shrink the factors to a smaller spec of the same kind, keeping the leading units bit for bit.
-
-        Raises:
-            ModelError: the spec is not smaller or of another kind, or factors would shrink that other layers hold too,
-                or the matrix trains straight through or is stored in int8.
-        """
-        if self.form is not None:
-            raise ModelError(f"cannot resize {self.spec} while it trains straight through: call finish() first")
-        if self.quantized:
-            raise ModelError(f"cannot resize {self.spec} that is stored in int8: resize before it is quantized")
-        resized = self.spec.resize(self.factors, smaller)
-        for name in self.shared:
-            if resized[name].shape != getattr(self, name).shape:
-                raise ModelError(
-                    f"cannot resize {self.spec} to {smaller}: other layers hold its {name} too, which would go from "
-                    f"{list(getattr(self, name).shape)} to {list(resized[name].shape)} for this one alone; keep that "
-                    "size, or replace the layer by one that has the factor to itself"
-                )
-        factors = {
-            name: getattr(self, name) if name in self.shared else t.detach().clone() for name, t in resized.items()
-        }
-        trainable = {name: getattr(self, name).requires_grad for name in factors}
-        self._adopt(smaller, factors)
-        for name, flag in trainable.items():
-            getattr(self, name).requires_grad_(flag)
+        return int8.rounded(self.factors) if self.fake_quantized else self.factors
 
     def keep(self, selection: Selection) -> None:
         """Drop the units that `spec.select` left out; the rest stays bit for bit what it is.
 
         Raises:
-            ModelError: other layers hold a factor too, or the factors are stored in int8.
+            ModelError: other layers hold a factor too, the factors are stored in int8, or a form stands in for them.
         """
-        if self.quantized:
-            raise ModelError(f"units of {self.spec} cannot be removed once it is stored in int8")
+        self._require("cannot lose units", floats=True)
         if self.shared:
-            raise ModelError(f"units of {self.spec} cannot be removed: other layers hold its {self.shared[0]} too")
+            raise ModelError(f"{self.spec} cannot lose units: other layers hold its {self.shared[0]} too")
         factors = {name: cut(getattr(self, name).detach()) for name, cut in selection.cut.items()}
         trainable = {name: getattr(self, name).requires_grad for name in factors}
         self._adopt(selection.spec, {**factors, **selection.fixed})
@@ -258,13 +315,16 @@ def _check_incoming(module: nn.Module, state: Mapping[str, Any], prefix: str, *_
     for name, tensor in incoming.items():
         if whole[name].dtype is not None and tensor.dtype != whole[name].dtype:
             raise ModelError(f"'{prefix}{name}' is stored as {tensor.dtype}, but has to be {whole[name].dtype}")
-    if any(
-        t.is_meta or t.shape != factors[n].shape or t.dtype.is_floating_point != factors[n].dtype.is_floating_point
-        for n, t in incoming.items()
-    ):
+    # torch copies every tensor whose size is right, even if it raises for another.
+    copied = {
+        name: tensor
+        for name, tensor in incoming.items()
+        if not tensor.is_floating_point() and not tensor.is_meta and tensor.shape == factors[name].shape
+    }
+    if not copied or any(t.is_meta for n, t in (factors | copied).items() if whole[n].dtype is not None):
         return
     try:
-        module.spec.check_factors(module.shape, factors | incoming)
+        module.spec.check_factors(module.shape, factors | copied)
     except ModelError as error:
         raise ModelError(f"layer '{prefix.removesuffix('.')}': {error}" if prefix else str(error)) from error
 
@@ -308,7 +368,14 @@ class FactorizedLinear(FactorizedMatrix):
 
 
 class FactorizedEmbedding(FactorizedMatrix):
-    """Rows of a factorized matrix: `(...)` integers to `(..., width)`. Only the rows asked for are evaluated."""
+    """Rows of a factorized matrix: `(...)` integers to `(..., width)`. Only the rows asked for are evaluated.
+
+    As in `nn.Embedding`, no gradient comes from the row of `padding_idx`. Factors are common to all rows, though, so
+    that what other rows learn moves this one as well.
+
+    Raises:
+        ModelError: as `FactorizedMatrix`, or `padding_idx` is no row.
+    """
 
     def __init__(
         self,
@@ -324,9 +391,14 @@ class FactorizedEmbedding(FactorizedMatrix):
     ) -> None:
         super().__init__(spec, shape, factors, shared=shared, quantized=quantized, device=device, dtype=dtype)
         self.num_embeddings, self.embedding_dim = shape
-        self.padding_idx = padding_idx
+        if padding_idx is not None and not -shape[0] <= padding_idx < shape[0]:
+            raise ModelError(f"padding_idx {padding_idx} is no row of an embedding with {shape[0]} rows")
+        self.padding_idx = None if padding_idx is None else padding_idx % shape[0]
 
     def forward(self, index: Tensor) -> Tensor:
         """`(...)` to `(..., width)`."""
         # As from `nn.Embedding`, the type is that of the parameters also where products are made in a smaller one.
-        return self.rows(index).to(self.values.dtype)
+        rows = self.rows(index).to(self.values.dtype)
+        if self.padding_idx is not None and rows.requires_grad:
+            rows = torch.where((index == self.padding_idx)[..., None], rows.detach(), rows)
+        return rows

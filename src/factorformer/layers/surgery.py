@@ -241,7 +241,7 @@ def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
 def factorize(model: nn.Module, matrix: Matrix, spec: Structure, factors: Factors, shared: Sequence[str] = ()) -> None:
     """Replace all modules that hold a matrix; tied modules hold the very same parameters again.
 
-    Where the matrix is to be stored in int8, products round the factors from then on.
+    Where the matrix is to be stored in int8, its factors are fake-quantized from then on.
 
     Args:
         model: changed in place.
@@ -254,7 +254,8 @@ def factorize(model: nn.Module, matrix: Matrix, spec: Structure, factors: Factor
     for name in (matrix.name, *matrix.aliases):
         old = model.get_submodule(name)
         new = factorized_like(old, spec, matrix.shape, factors, shared)
-        new.rounds = matrix.int8
+        if matrix.int8:
+            new.fake_quantize()
         replace_module(model, old, new)
         factors = new.factors
     if frozen:

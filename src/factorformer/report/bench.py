@@ -15,7 +15,7 @@
                    "break_even": int or null, "pays": [int],
                    "tokens": [{"tokens", "speedup": SPREAD, "dense_milliseconds": SPREAD, "milliseconds": SPREAD}]}],
   "settings":    {"threads", "device", "seed", "warm_up", "settle", "order", "inputs"},
-  "machine":     {"processor", "cores", "instructions", "load", "gpu", "system"},
+  "machine":     {"processor", "cores", "instructions", "kernels", "load", "gpu", "system"},
   "versions":    {"factorformer", "torch", "transformers", "python", and of other libraries that took part}
 }
 ```

@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from factorformer.kernels import variant
+
 
 def processor() -> str:
     """The name of the processor, as well as the system knows it."""
@@ -21,11 +23,12 @@ def processor() -> str:
 
 
 def machine() -> dict[str, Any]:
-    """Processor, its cores, its vector instructions as torch sees them, what it is busy with, and the GPU if any."""
+    """Processor, cores, vector instructions as torch sees them, variant of our kernels, load, and GPU if any."""
     return {
         "processor": processor(),
         "cores": os.cpu_count(),
         "instructions": torch.backends.cpu.get_cpu_capability(),
+        "kernels": variant(),
         "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "system": platform.system(),

@@ -1,4 +1,4 @@
-"""What a weight matrix can be. A new structure is one file here, its fitter, and one entry in `STRUCTURES`."""
+"""Structures of weight matrices. CONTRIBUTING.md says what a new one takes."""
 
 from __future__ import annotations
 

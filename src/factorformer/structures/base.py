@@ -11,7 +11,7 @@ import dataclasses
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -70,6 +70,17 @@ class Structure(ABC):
     kind: ClassVar[str]
     """The name under which checkpoints store this structure."""
 
+    relative_errors: ClassVar[tuple[tuple[float, float], ...]] = ((1 / 2, 1.0),)
+    """Squared errors of fits over those of low rank, by part of the dense bytes, largest part first: the usual ones,
+    for models without weights. Plans by loss measure them at as many sizes; one is enough where they hardly change."""
+
+    training_form: ClassVar[Literal["sparse_codes"] | None] = None
+    """How a matrix trains straight through, see `training.straight_through`; None without a support to learn."""
+
+    starts_dense: ClassVar[bool] = False
+    """Whether dynamic ranks train a dense matrix as the sum of its singular groups until factors of those that remain
+    are smaller, as low rank alone can. Others start from the factors of their largest size."""
+
     shareable: ClassVar[tuple[str, ...]] = ()
     """Factors that several matrices can hold in common, each matrix by its rows or by its columns.
 
@@ -100,7 +111,7 @@ class Structure(ABC):
 
     @abstractmethod
     def check_factors(self, shape: Shape, factors: Factors) -> None:
-        """Raise `ModelError` if integer factors hold what this structure cannot mean, such as an index out of range."""
+        """Raise `ModelError` if integer factors are invalid, e.g. an index out of range; others are not looked at."""
 
     @abstractmethod
     def matmul(self, shape: Shape, factors: Factors, x: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -114,9 +125,31 @@ class Structure(ABC):
     def to_dense(self, shape: Shape, factors: Factors) -> Tensor:
         """The matrix `W`, `(out, in)`: the only function that builds it."""
 
-    @abstractmethod
-    def resize(self, factors: Factors, smaller: Structure) -> dict[str, Tensor]:
-        """The factors cut to a smaller spec of the same kind; fitters order units by importance, the last go first."""
+    def dense_factors(self, factors: Factors) -> tuple[Tensor, ...]:
+        """Dense matrices `F_1, F_2, ...` with `W = ... F_2 F_1`, for runtimes that have the operators of ONNX alone.
+
+        Empty where `matmul` is made of such operators anyway; those of our own have to be replaced by this.
+        """
+        return ()
+
+    def exported_rows(self, shape: Shape, factors: Factors, index: Tensor) -> Tensor:
+        """`rows` in the operators of ONNX alone."""
+        return self.rows(shape, factors, index)
+
+    @classmethod
+    def truncated(
+        cls, weight: Float[Tensor, "out inner"], scaled: Float[Tensor, "out inner"], *, plain: bool
+    ) -> Tensor | None:
+        """The matrix whose best approximation of rank `k` has the error of the best fit with `k` units.
+
+        None where no closed form is the optimum: plans by loss then measure a few fits.
+
+        Args:
+            weight: the matrix `W`.
+            scaled: `R W L`, the weight under the metric of the fit.
+            plain: whether that is the weight itself.
+        """
+        return None
 
     @property
     @abstractmethod

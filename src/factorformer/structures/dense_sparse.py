@@ -46,7 +46,7 @@ class DenseSparse(Structure):
     so. With `long` the dimension that `S` covers and `short` the other one, stored are
 
     - `weight: (long, nonzeros)`, the values of `S`, by ascending position,
-    - `support: (long / group, bytes)`, their positions as bitmap, or in one byte or two, whatever is smallest,
+    - `support: (long, bytes)`, their positions as bitmap, or in one byte or two, whatever is smallest,
     - `dictionary: (atoms, short)`,
 
     and an input row costs `atoms * short + long * nonzeros` multiply-adds. This is the form of DSFormer (Chand, Prabhu
@@ -56,9 +56,6 @@ class DenseSparse(Structure):
         atoms: rows of the dictionary.
         nonzeros: entries in each row of `S`, fewer than atoms.
         side: whether rows or columns of `W` are combinations of atoms.
-        group: consecutive rows of `S` that share one support: cheaper to store, and dense blocks to multiply.
-        blocks: equal blocks of atoms that hold the same number of nonzeros each: 2:4 sparsity is `blocks = atoms / 4`
-            and `nonzeros = 2 * blocks`.
 
     >>> spec = DenseSparse(atoms=288, nonzeros=56)
     >>> spec.bytes((1536, 384)), 4 * 1536 * 384
@@ -66,27 +63,25 @@ class DenseSparse(Structure):
     """
 
     kind: ClassVar[str] = "dense_sparse"
+    relative_errors: ClassVar[tuple[tuple[float, float], ...]] = ((1 / 2, 0.5), (1 / 5, 0.75))  # of MiniLM
+    training_form: ClassVar[Literal["sparse_codes"] | None] = "sparse_codes"
     shareable: ClassVar[tuple[str, ...]] = ("dictionary",)
     atoms: int
     nonzeros: int
     side: Side = "rows"
-    group: int = 1
-    blocks: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("atoms", "nonzeros", "group", "blocks"):
+        for name in ("atoms", "nonzeros"):
             require_positive(name, getattr(self, name))
         if self.side not in get_args(Side):
             raise ModelError(f"unknown side {one_of(str(self.side), get_args(Side))}")
         if self.nonzeros >= self.atoms:
             raise ModelError(f"nonzeros must be fewer than the {self.atoms} atoms of {self}")
-        if self.atoms % self.blocks or self.nonzeros % self.blocks:
-            raise ModelError(f"blocks must divide both atoms and nonzeros of {self}")
-        if self.atoms // self.blocks > support.LARGEST:
-            raise ModelError(f"atoms of {self} must be at most {support.LARGEST} in a block")
+        if self.atoms > support.LARGEST:
+            raise ModelError(f"atoms of {self} must be at most {support.LARGEST}")
 
     @classmethod
-    def of(cls, shape: Shape, atoms: int, nonzeros: int, group: int = 1, blocks: int = 1) -> DenseSparse:
+    def of(cls, shape: Shape, atoms: int, nonzeros: int) -> DenseSparse:
         """The structure with atoms in the shorter dimension of a matrix of this shape; if equal, in that of outputs.
 
         There the second moment of the inputs couples the rows of `S`, which can make up for each other's error: fits
@@ -95,7 +90,7 @@ class DenseSparse(Structure):
         >>> DenseSparse.of((384, 1536), atoms=288, nonzeros=56).side
         'columns'
         """
-        return cls(atoms, nonzeros, "rows" if shape[0] > shape[1] else "columns", group, blocks)
+        return cls(atoms, nonzeros, "rows" if shape[0] > shape[1] else "columns")
 
     def sides(self, shape: Shape) -> tuple[int, int]:
         """`(long, short)`: the dimension of the matrix that `S` covers, and that of the atoms."""
@@ -103,10 +98,10 @@ class DenseSparse(Structure):
 
     def tensors(self, shape: Shape) -> dict[str, TensorSpec]:
         long, short = self.sides(shape)
-        packed = support.row_bytes(self.atoms, self.nonzeros, self.blocks)
+        packed = support.row_bytes(self.atoms, self.nonzeros)
         return {
             "weight": TensorSpec((long, self.nonzeros)),
-            "support": TensorSpec((long // self.group, packed), torch.uint8),
+            "support": TensorSpec((long, packed), torch.uint8),
             "dictionary": TensorSpec((self.atoms, short)),
         }
 
@@ -115,13 +110,10 @@ class DenseSparse(Structure):
         return 2 * (self.atoms * short + long * self.nonzeros)
 
     def row_flops(self, shape: Shape) -> int:
-        # A row of S is spread out before it meets the dictionary: one GEMM is faster than gathering atoms.
+        # A row of S is densified before it meets the dictionary: one GEMM is faster than gathering atoms.
         return 2 * (self.atoms * shape[1] if self.side == "rows" else shape[1] * self.nonzeros)
 
     def check(self, shape: Shape, shared: Collection[str] = ()) -> None:
-        long, _ = self.sides(shape)
-        if long % self.group:
-            raise ModelError(f"group of {self} must divide the {long} {self.side} of a {shape[0]}x{shape[1]} matrix")
         stored = sum(math.prod(t.size) for name, t in self.tensors(shape).items() if name not in shared and not t.dtype)
         if stored >= shape[0] * shape[1]:
             raise ModelError(
@@ -130,34 +122,28 @@ class DenseSparse(Structure):
             )
 
     def check_factors(self, shape: Shape, factors: Factors) -> None:
-        support.check(factors["support"], self.atoms, self.nonzeros, self.blocks)
+        support.check(factors["support"], self.atoms, self.nonzeros)
 
     def coefficients(self, factors: Factors) -> Float[Tensor, "long atoms"]:
-        """`S`, spread out; differentiable in the values."""
-        return build(factors["weight"], factors["support"], self.atoms, self.blocks)
+        """`S` as a dense matrix; differentiable in the values."""
+        return build(factors["weight"], factors["support"], self.atoms)
 
     def pack(
         self, coefficients: Float[Tensor, "long atoms"], scores: Float[Tensor, "long atoms"] | None = None
     ) -> dict[str, Tensor]:
-        """`weight` and `support` of the entries that score highest in each row (group, block): by default the largest.
+        """`weight` and `support` of the entries that score highest in each row: by default the largest.
 
         Args:
             coefficients: `S`, dense.
-            scores: not negative; those of rows that share a support add up.
+            scores: not negative.
         """
         scores = coefficients.detach().square() if scores is None else scores
         positions = self.choose(scores)
-        return {
-            "weight": coefficients.gather(1, positions.repeat_interleave(self.group, 0)),
-            "support": support.pack(positions, self.atoms, self.blocks),
-        }
+        return {"weight": coefficients.gather(1, positions), "support": support.pack(positions, self.atoms)}
 
     def choose(self, scores: Float[Tensor, "long atoms"]) -> Tensor:
-        """Ascending positions of the entries that score highest, `(long / group, nonzeros)`, int64."""
-        scores = scores.reshape(-1, self.group, self.blocks, self.atoms // self.blocks).sum(1)
-        best = scores.topk(self.nonzeros // self.blocks, dim=2, sorted=False).indices.sort(2).values
-        starts = torch.arange(self.blocks, device=scores.device) * (self.atoms // self.blocks)
-        return (best + starts[:, None]).flatten(1)
+        """Ascending positions of the entries that score highest, `(long, nonzeros)`, int64."""
+        return scores.topk(self.nonzeros, dim=1, sorted=False).indices.sort(1).values
 
     def matmul(self, shape: Shape, factors: Factors, x: Tensor, bias: Tensor | None = None) -> Tensor:
         dictionary = dense(factors, "dictionary", columns=self.side == "columns")
@@ -168,16 +154,13 @@ class DenseSparse(Structure):
     def _sparse(self, factors: Factors, x: Tensor, *, bias: Tensor | None = None, transposed: bool = False) -> Tensor:
         values, packed = factors["weight"], factors["support"]
         scales = factors.get("weight" + SCALE)
-        return sparse_product(
-            x, values, packed, self.atoms, self.blocks, scales=scales, bias=bias, transposed=transposed
-        )
+        return sparse_product(x, values, packed, self.atoms, scales=scales, bias=bias, transposed=transposed)
 
     def rows(self, shape: Shape, factors: Factors, index: Tensor) -> Tensor:
         if self.side == "columns":
             return self._sparse(factors, F.embedding(index, floats(factors)["dictionary"].T))
         values = look_up(factors, "weight", index.flatten())
-        supports = factors["support"][torch.div(index.flatten(), self.group, rounding_mode="floor")]
-        rows = build(values, supports, self.atoms, self.blocks) @ floats(factors)["dictionary"]
+        rows = build(values, factors["support"][index.flatten()], self.atoms) @ floats(factors)["dictionary"]
         return rows.view(*index.shape, shape[1])
 
     def to_dense(self, shape: Shape, factors: Factors) -> Tensor:
@@ -185,24 +168,15 @@ class DenseSparse(Structure):
         product = self.coefficients(factors) @ factors["dictionary"]
         return product if self.side == "rows" else product.T
 
-    def resize(self, factors: Factors, smaller: Structure) -> dict[str, Tensor]:
-        """The leading atoms, and of the entries that refer to them the largest of each row."""
-        if (
-            not isinstance(smaller, DenseSparse)
-            or (smaller.side, smaller.group, smaller.blocks) != (self.side, self.group, self.blocks)
-            or smaller.atoms > self.atoms
-            or smaller.nonzeros > self.nonzeros
-            or (self.blocks > 1 and smaller.atoms != self.atoms)
-        ):
-            raise ModelError(
-                f"cannot resize {self} to {smaller}: allowed is dense_sparse of the same side, group and blocks, with "
-                f"nonzeros up to {self.nonzeros} and "
-                + (f"{self.atoms} atoms" if self.blocks > 1 else f"atoms up to {self.atoms}")
-            )
-        if smaller == self:
-            return dict(factors)
-        kept = self.coefficients(factors)[:, : smaller.atoms]
-        return smaller.pack(kept) | {"dictionary": factors["dictionary"][: smaller.atoms]}
+    def dense_factors(self, factors: Factors) -> tuple[Tensor, Tensor]:
+        dictionary, codes = factors["dictionary"], self.coefficients(factors)
+        return (dictionary, codes) if self.side == "rows" else (codes.T, dictionary.T)
+
+    def exported_rows(self, shape: Shape, factors: Factors, index: Tensor) -> Tensor:
+        if self.side == "rows":
+            return self.rows(shape, factors, index)
+        factors = floats(factors)
+        return F.linear(F.embedding(index, factors["dictionary"].T), self.coefficients(factors))
 
     @property
     def units(self) -> int:
@@ -216,21 +190,18 @@ class DenseSparse(Structure):
     def select(self, factors: Factors, kept: Tensor, smaller: Structure) -> Selection:
         """The kept atoms, and of the entries that refer to them the most energetic of each row."""
         assert isinstance(smaller, DenseSparse)
-        if self.blocks > 1:
-            raise ModelError(f"atoms of {self} cannot be removed one by one: its blocks have equal numbers of them")
         energy = self.coefficients(factors)[:, kept].square() * factors["dictionary"][kept].square().sum(1)
         positions = smaller.choose(energy)
-        chosen = positions.repeat_interleave(self.group, 0)
 
         def weight(values: Tensor) -> Tensor:
-            return build(values, factors["support"], self.atoms, self.blocks)[:, kept].gather(1, chosen)
+            return build(values, factors["support"], self.atoms)[:, kept].gather(1, positions)
 
-        packed = support.pack(positions, smaller.atoms, smaller.blocks)
+        packed = support.pack(positions, smaller.atoms)
         return Selection(smaller, {"weight": weight, "dictionary": lambda t: t[kept]}, {"support": packed})
 
     def by_unit(self, factors: Factors, values: Factors) -> dict[str, Tensor]:
-        spread = build(values["weight"], factors["support"], self.atoms, self.blocks)
-        return {"dictionary": values["dictionary"], "weight": spread.T}
+        entries = build(values["weight"], factors["support"], self.atoms)
+        return {"dictionary": values["dictionary"], "weight": entries.T}
 
     def initialize(self, factors: Factors, std: float) -> None:
         # The sum of `nonzeros` products of independent entries has variance nonzeros * s^4.
@@ -239,7 +210,7 @@ class DenseSparse(Structure):
         for name in ("weight", "dictionary"):
             torch.nn.init.normal_(factors[name], std=scale)
         positions = self.choose(torch.rand(len(weight), self.atoms, device=weight.device))
-        factors["support"].copy_(support.pack(positions, self.atoms, self.blocks))
+        factors["support"].copy_(support.pack(positions, self.atoms))
 
     @classmethod
     def candidates(cls, shape: Shape, dtype: torch.dtype) -> Iterator[DenseSparse]:

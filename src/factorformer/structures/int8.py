@@ -91,16 +91,16 @@ def rounded(factors: Factors) -> dict[str, Tensor]:
 def _quantized(tensor: Tensor) -> tuple[Tensor, Tensor]:
     """Codes, in floats, and the scales of rows, in the type of the values."""
     whole = tensor.to(torch.promote_types(tensor.dtype, torch.float32))  # bfloat16 has no 127.5
-    scale = (whole.abs().flatten(1).amax(1) / LARGEST).to(tensor.dtype)
+    scale = (whole.abs()[..., None].flatten(1).amax(1) / LARGEST).to(tensor.dtype)
     divisor = torch.where(scale > 0, scale, 1).to(whole.dtype)  # rows of zeros, or too small for a scale
-    return (whole / _spread(whole, divisor)).round().clamp(-LARGEST, LARGEST), scale
+    return (whole / _over_rows(whole, divisor)).round().clamp(-LARGEST, LARGEST), scale
 
 
 def _values(codes: Tensor, scale: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     scale = scale.to(dtype or scale.dtype)
-    return codes.to(scale.dtype) * _spread(codes, scale)
+    return codes.to(scale.dtype) * _over_rows(codes, scale)
 
 
-def _spread(tensor: Tensor, scale: Tensor) -> Tensor:
+def _over_rows(tensor: Tensor, scale: Tensor) -> Tensor:
     """One scale for each row, shaped to meet the rows."""
     return scale.view(-1, *[1] * (tensor.dim() - 1))

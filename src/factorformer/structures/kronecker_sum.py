@@ -54,6 +54,7 @@ class KroneckerSum(Structure):
     """
 
     kind: ClassVar[str] = "kronecker_sum"
+    relative_errors: ClassVar[tuple[tuple[float, float], ...]] = ((1 / 3, 1.3),)  # of MiniLM
     rank: int
     left: tuple[int, int]
     right: tuple[int, int]
@@ -162,17 +163,9 @@ class KroneckerSum(Structure):
         terms = factors["weight"].flatten(0, 1) @ factors["right"].transpose(0, 1).flatten(1)
         return arrange_back(terms, self.left, self.right)[: shape[0], : shape[1]]
 
-    def resize(self, factors: Factors, smaller: Structure) -> dict[str, Tensor]:
-        if (
-            not isinstance(smaller, KroneckerSum)
-            or (smaller.left, smaller.right) != (self.left, self.right)
-            or smaller.rank > self.rank
-        ):
-            raise ModelError(
-                f"cannot resize {self} to {smaller}: allowed is kronecker_sum with rank 1 to {self.rank}, "
-                f"left={self.left} and right={self.right}"
-            )
-        return {"weight": factors["weight"][..., : smaller.rank], "right": factors["right"][:, : smaller.rank]}
+    @classmethod
+    def truncated(cls, weight: Tensor, scaled: Tensor, *, plain: bool) -> Tensor | None:
+        return rearrange(weight.float(), *factor_shapes((weight.shape[0], weight.shape[1]))) if plain else None
 
     @property
     def units(self) -> int:

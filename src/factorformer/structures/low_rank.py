@@ -30,6 +30,7 @@ class LowRank(Structure):
     """
 
     kind: ClassVar[str] = "low_rank"
+    starts_dense: ClassVar[bool] = True
     rank: int
 
     def __post_init__(self) -> None:
@@ -66,10 +67,9 @@ class LowRank(Structure):
         factors = floats(factors)
         return factors["weight"] @ factors["right"]
 
-    def resize(self, factors: Factors, smaller: Structure) -> dict[str, Tensor]:
-        if not isinstance(smaller, LowRank) or smaller.rank > self.rank:
-            raise ModelError(f"cannot resize {self} to {smaller}: allowed is low_rank with rank 1 to {self.rank}")
-        return {"weight": factors["weight"][:, : smaller.rank], "right": factors["right"][: smaller.rank]}
+    @classmethod
+    def truncated(cls, weight: Tensor, scaled: Tensor, *, plain: bool) -> Tensor:
+        return scaled
 
     @property
     def units(self) -> int:

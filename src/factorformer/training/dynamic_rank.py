@@ -11,9 +11,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import get_args
 
 import safetensors
 import torch
@@ -21,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from factorformer.errors import CheckpointError, MethodError, ModelError, one_of
+from factorformer.errors import CheckpointError, MethodError, ModelError
 from factorformer.files import whole_file
 from factorformer.fitting.statistics import Batch
 from factorformer.layers.nn import new_factors
@@ -29,12 +28,9 @@ from factorformer.layers.surgery import dense_weight, factorize
 from factorformer.planning import Entry, Plan
 from factorformer.progress import Progress, silent
 from factorformer.structures import Structure, from_dict
-from factorformer.training.competition import compete
-from factorformer.training.full_size import all_units, check_can_shrink
-from factorformer.training.importance import Importance, Score
 from factorformer.training.optimizer_state import bare, check_holds
 from factorformer.training.rank_history import RankHistory
-from factorformer.training.units import DenseUnits, FactorUnits, Units
+from factorformer.training.units import DenseUnits, FactorUnits, Importance, Units, all_units, check_can_shrink
 
 STATE = "dynamic_rank.safetensors"
 """The file in a checkpoint that holds what the model and the optimizer do not: importance, groups, history."""
@@ -51,30 +47,22 @@ class DynamicRankSettings:
         warmup: part of the training before the first removal.
         final: part of the training after the last one.
         interval: optimizer steps from one removal to the next.
-        sample: optimizer steps from one look at gradients to the next; there are none after the last removal.
-        score: what importance is, see `Importance`.
-        smoothing: what each look at gradients leaves of the average importance before it.
-        orthogonality: weight of a penalty on units of one matrix that point in the same direction, as gradient on the
-            factors of a matrix beside that of the loss; 0 for none. Groups of dense matrices are orthogonal anyway.
+        importance_interval: optimizer steps between updates of the importance; there are none after the last removal.
+        ema_decay: decay of the moving average of importance, at each update.
     """
 
     warmup: float = 0.1
     final: float = 0.5
     interval: int = 8
-    sample: int = 4
-    score: Score = "first_order"
-    smoothing: float = 0.85
-    orthogonality: float = 0.0
+    importance_interval: int = 4
+    ema_decay: float = 0.85
 
     def __post_init__(self) -> None:
-        if self.score not in get_args(Score):
-            raise MethodError(f"unknown score {one_of(str(self.score), get_args(Score))}")
         if self.warmup < 0 or self.final < 0 or not self.warmup + self.final < 1:
             raise MethodError(f"warmup and final are parts of the training and leave some between them; got {self}")
-        if not (self.interval >= 1 and self.sample >= 1 and 0 <= self.smoothing < 1 and self.orthogonality >= 0):
+        if not (self.interval >= 1 and self.importance_interval >= 1 and 0 <= self.ema_decay < 1):
             raise MethodError(
-                f"interval and sample must be at least 1, smoothing from 0 to below 1, orthogonality not negative; "
-                f"got {self}"
+                f"interval and importance_interval must be at least 1, ema_decay from 0 to below 1; got {self}"
             )
 
     def left(self, done: int, total: int) -> float:
@@ -100,7 +88,8 @@ class DynamicRank:
 
     and `ranks.finish()` at the end. Matrices become low-rank as soon as that makes them smaller, and each removal makes
     new, smaller parameters, which the optimizer holds from then on: look them up again rather than to keep them. Every
-    matrix keeps at least one unit (atoms: two), so none ever ends at rank 0.
+    matrix keeps at least one unit (atoms: two), so none ever ends at rank 0. Matrices that the loss does not reach do
+    not compete: nothing is known of them, and they end at their size in the plan.
 
     In data-parallel training, gradients of these matrices are averaged over all processes as soon as they are there,
     without help of `DistributedDataParallel`, which cannot follow parameters that change; build this object before the
@@ -110,7 +99,8 @@ class DynamicRank:
     Args:
         model: dense, changed in place.
         plan: which matrices, and the bytes that they may take together in the end; their sizes in the plan count for
-            nothing else. Its method decides about the structure and the metric of the start.
+            nothing else, unless no gradient ever reaches them. Its method decides about the structure and the metric of
+            the start.
         calibration: batches of keyword arguments for the model, if the method needs them.
         settings: when and by what units are removed.
         resume_from: directory of a checkpoint that `save` was called on, to go on from there: shapes are those of
@@ -140,10 +130,12 @@ class DynamicRank:
         self.finished, self.done, self._aligned = False, 0, False
         self._ignored = vars(model).get(IGNORED)
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
+        self._shares: list[int] = []
         for entry in plan.factorized:
             check_can_shrink(model, entry)
+            self._shares.append(entry.spec.units if entry.spec is not None else 0)
         if resume_from is None:
-            self.units = all_units(model, plan, calibration, self._importance, progress)
+            self.units = all_units(model, plan, calibration, self.settings.ema_decay, progress)
         else:
             self.units = self._restored(plan, Path(resume_from))
         if resume_from is None:
@@ -161,21 +153,17 @@ class DynamicRank:
         return any(self.model.get_submodule(name) is module for name in names)
 
     def before_step(self, done: int, total: int) -> None:
-        """Look at the gradients, after `backward()` and before `optimizer.step()`.
+        """Update the importance of units from gradients, after `backward()` and before `optimizer.step()`.
 
         Args:
             done: optimizer steps before this one.
             total: optimizer steps of the whole training.
         """
         self.align()
-        if self.settings.orthogonality > 0:
-            for units in self.units:
-                if isinstance(units, FactorUnits):
-                    units.repel(self.settings.orthogonality)
-        if not self.finished and done % self.settings.sample == 0:
+        if not self.finished and done % self.settings.importance_interval == 0:
             for units in self.units:
                 if units.ready:
-                    units.importance.update(units.products())
+                    units.importance.update(units.changes())
 
     def after_step(self, done: int, total: int, optimizer: Optimizer | None) -> None:
         """Remove units if it is time, after `optimizer.step()`.
@@ -233,7 +221,8 @@ class DynamicRank:
         tensors: dict[str, Tensor] = {}
         for units in self.units:
             name = units.matrix.name
-            tensors |= {f"{name}:{key}": t for key, t in units.importance.state_dict().items()}
+            if units.importance.average is not None:
+                tensors[f"{name}:importance"] = units.importance.average
             if isinstance(units, DenseUnits):
                 tensors |= {f"{name}:basis": units.basis, f"{name}:dual": units.dual}
         description = {
@@ -288,11 +277,12 @@ class DynamicRank:
     def _resumed(self, entry: Entry, full: Structure, smaller: Structure, own: dict[str, Tensor], path: Path) -> Units:
         """One matrix of a checkpoint; the model is left as it is."""
         weight = dense_weight(self.model.get_submodule(entry.matrix.name))
-        importance = self._importance()
-        basis, dual = own.pop("basis", None), own.pop("dual", None)
-        importance.load_state_dict({name: tensor.to(weight.device) for name, tensor in own.items()})
+        basis, dual = own.get("basis"), own.get("dual")
+        importance = Importance(self.settings.ema_decay)
+        if "importance" in own:
+            importance.average = own["importance"].to(weight.device)
         short = min(entry.matrix.shape)
-        right = all(len(tensor) == smaller.units for tensor in own.values())
+        right = importance.average is None or importance.average.shape == (smaller.units,)
         if basis is not None and dual is not None:
             right = right and smaller.units == short and basis.shape == dual.shape == (short, short)
         else:
@@ -309,9 +299,6 @@ class DynamicRank:
             return DenseUnits(self.model, entry.matrix, importance, basis.to(weight), dual.to(weight))
         return FactorUnits(self.model, entry.matrix, full, importance)
 
-    def _importance(self) -> Importance:
-        return Importance(self.settings.score, self.settings.smoothing)
-
     def _shrink(self, left: float, step: int, optimizer: Optimizer | None) -> None:
         """Remove what does not fit the budget of now; `left` is the part of the way that is still to go."""
         if optimizer is not None:
@@ -320,7 +307,7 @@ class DynamicRank:
             check_holds(optimizer, dict(named))
         before = [units.count for units in self.units]
         scores = self._scores()
-        for place, kept in enumerate(compete(self.units, scores, self.budget, left)):
+        for place, kept in enumerate(self._kept(scores, left)):
             if len(kept) < self.units[place].count:
                 self.units[place] = self.units[place].keep(kept, optimizer)
                 if self.units[place].count == len(kept):
@@ -332,17 +319,33 @@ class DynamicRank:
             self._synchronize()
             self.tell()
 
+    def _kept(self, scores: Sequence[Tensor], left: float) -> list[Tensor]:
+        """The units that each matrix keeps: those that compete by importance, the others the leading ones."""
+        kept = [torch.arange(units.count, device=score.device) for units, score in zip(self.units, scores, strict=True)]
+        known = [place for place, score in enumerate(scores) if score.any()]
+        budget = self.budget
+        for place in set(range(len(scores))) - set(known):
+            share = min(self._shares[place], self.units[place].count)
+            budget -= self.units[place].bytes(share)
+            kept[place] = kept[place][:share] if left == 0 else kept[place]
+        competing = compete([self.units[p] for p in known], [scores[p] for p in known], budget, left)
+        for place, chosen in zip(known, competing, strict=True):
+            kept[place] = chosen
+        return kept
+
     def _scores(self) -> list[Tensor]:
-        if not any(units.importance.averages for units in self.units):
+        """Importance of all units, the same in all processes; zeros where nothing is known."""
+        if not any(units.importance.known for units in self.units):
             raise ModelError(
                 "units cannot be compared: no finite gradients were seen. Either the loss is not finite, or "
                 "before_step was not called between backward() and optimizer.step()"
             )
-        scores = [
-            units.importance.scores() if units.importance.averages else torch.zeros(units.count) for units in self.units
-        ]
+        averages = [units.importance.average for units in self.units]
         device = next(iter(self.units[0].parameters.values())).device
-        scores = [score.to(device) for score in scores]
+        scores = [
+            torch.zeros(units.count, device=device) if average is None else average.to(device)
+            for units, average in zip(self.units, averages, strict=True)
+        ]
         if _processes() > 1:  # all have the same gradients, but a last bit must not make them differ
             joined = torch.cat(scores)
             torch.distributed.broadcast(joined, 0)
@@ -377,3 +380,62 @@ def _average(parameter: Tensor) -> None:
 def _processes() -> int:
     distributed = torch.distributed
     return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
+
+
+def compete(units: Sequence[Units], scores: Sequence[Tensor], budget: int, left: float = 0.0) -> list[Tensor]:
+    """The units that each matrix keeps: those of the highest importance per byte in all matrices together.
+
+    While matrices are above their break-even rank, removing a unit frees no bytes. The way down is therefore measured
+    in bytes of units, from the full rank of everything to what the units cost that meet the budget.
+
+    Args:
+        units: of every matrix.
+        scores: importance of each unit that remains, `(count,)` for each matrix.
+        budget: bytes that all matrices together may take in the end; each keeps its fewest units whatever they take.
+        left: part of the way to the budget that is still to go, from 1 to 0.
+
+    Returns:
+        For each matrix the numbers of the units that stay, in order.
+    """
+    bytes_of = [matrix.unit_bytes() for matrix in units]
+    density = torch.cat([score.cpu().double() / size for score, size in zip(scores, bytes_of, strict=True)])
+    owner = torch.cat([torch.full((len(score),), place) for place, score in enumerate(scores)])
+    least = [_fewest(matrix.full) for matrix in units]
+    first = 0
+    for score, count in zip(scores, least, strict=True):
+        best = score.cpu().topk(count).indices
+        density[first + best] = float("inf")
+        first += len(score)
+    order = density.argsort(descending=True, stable=True)
+    owner = owner[order]
+
+    def stored(number: int) -> int:
+        counts = owner[:number].bincount(minlength=len(units)).tolist()
+        return sum(matrix.bytes(count) for matrix, count in zip(units, counts, strict=True))
+
+    low, high = sum(least), len(order)
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if stored(middle) <= budget else (low, middle - 1)
+    number = low
+    if left > 0:
+        sizes = torch.tensor(bytes_of, dtype=torch.float64)
+        whole = sum(matrix.full.units * size for matrix, size in zip(units, bytes_of, strict=True))
+        spent = sizes[owner].cumsum(0)
+        allowed = spent[number - 1] + (whole - spent[number - 1]) * left
+        number = max(number, int(torch.searchsorted(spent, allowed, right=True)))
+    chosen = torch.zeros(len(order), dtype=torch.bool)
+    chosen[order[:number]] = True
+    masks = chosen.split([len(score) for score in scores])
+    return [mask.nonzero()[:, 0].to(score.device) for mask, score in zip(masks, scores, strict=True)]
+
+
+def _fewest(full: Structure) -> int:
+    """The least number of units that a matrix can have."""
+    for count in (1, 2):
+        try:
+            full.with_units(count)
+            return count
+        except ModelError:
+            continue
+    return full.units

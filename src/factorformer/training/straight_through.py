@@ -11,7 +11,6 @@ the trials in `docs/log.md`.
 from __future__ import annotations
 
 import dataclasses
-from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any
 
@@ -21,12 +20,12 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from factorformer.errors import MethodError, ModelError
-from factorformer.fitting import Metric, fit
+from factorformer.fitting import Metric
 from factorformer.fitting.statistics import LayerStatistics
 from factorformer.kernels.support import unpack
 from factorformer.layers.nn import TEMPORARY, FactorizedLinear, FactorizedMatrix
 from factorformer.layers.surgery import dense_shape, dense_weight
-from factorformer.structures import DenseSparse, Structure
+from factorformer.structures import DenseSparse
 
 SHADOW, PROJECTION, FROZEN, MOMENT = TEMPORARY
 
@@ -40,7 +39,7 @@ class StraightThroughSettings:
 
     Args:
         interval: optimizer steps from one projection to the next.
-        freeze: part of the training after which supports stay as they are; structures without a support go on.
+        freeze: part of the training after which supports stay as they are.
         steps: proximal steps of each projection.
     """
 
@@ -60,7 +59,7 @@ class StraightThrough:
     have to be made after this object, for it adds parameters. State dicts hold, beside the shadows, the factors that
     the model would have if it ended here, so a checkpoint is a compressed model at any time.
 
-    Matrices that several modules hold (tied weights) and embeddings are left to train as they are.
+    Matrices without a sparse support, those that several modules hold (tied weights) and embeddings train as they are.
 
     Args:
         model: from `compress`.
@@ -82,7 +81,7 @@ class StraightThrough:
         settings: StraightThroughSettings | None = None,
     ) -> None:
         self.settings = settings or StraightThroughSettings()
-        self.forms: dict[str, StraightForm] = {}
+        self.forms: dict[str, SparseForm] = {}
         holders: dict[int, list[tuple[str, FactorizedMatrix]]] = {}
         for name, module in model.named_modules():
             if isinstance(module, FactorizedMatrix):
@@ -92,14 +91,17 @@ class StraightThrough:
                 raise ModelError(f"layer '{name}' trains straight through already: call finish() of that first")
             if others or not isinstance(module, FactorizedLinear) or not module.values.requires_grad:
                 continue
-            form = SparseForm if isinstance(module.spec, DenseSparse) else ProjectedForm
+            form = FORMS.get(module.spec.training_form)
+            if form is None:
+                continue
             original = None if dense is None else _original(dense, name, module)
             measured = None if statistics is None else statistics.get(name)
             self.forms[name] = form(module, Metric.of(measured), original, self.settings)
         if not self.forms:
             raise ModelError(
-                "straight-through training needs factorized linear layers that are trained and not tied to others: "
-                "compress the model first, unfreeze them, and store them in int8 only when training is over"
+                "straight-through training needs factorized linear layers with a sparse support (dense_sparse), "
+                "trained and not tied to others: compress the model first, unfreeze them, and store them in int8 only "
+                "when training is over"
             )
 
     def after_step(self, done: int, total: int) -> None:
@@ -125,58 +127,8 @@ class StraightThrough:
         self.forms = {}
 
 
-class StraightForm(ABC):
-    """What stands in for the product of one matrix while it trains straight through."""
-
-    def __init__(self, module: FactorizedMatrix, shadow: Tensor) -> None:
-        self.module = module
-        self.trainable = {name: factor.requires_grad for name, factor in module.factors.items()}
-        module.register_parameter(SHADOW, nn.Parameter(shadow.contiguous()))
-        module.form = self
-        self._hook = module.register_state_dict_pre_hook(self._before_state_dict)
-
-    @property
-    def shadow(self) -> nn.Parameter:
-        """The free variable."""
-        return self.module.get_parameter(SHADOW)
-
-    @abstractmethod
-    def matmul(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """The product with the projection of the shadow; its gradient goes to the shadow."""
-
-    @abstractmethod
-    def after_step(self, done: int, total: int) -> None:
-        """Let the projection follow the shadow if it is time: `done` optimizer steps of `total` are over."""
-
-    @abstractmethod
-    def refresh(self) -> None:
-        """Rebuild what is derived from tensors of the module."""
-
-    @abstractmethod
-    def pack(self) -> None:
-        """Write the projection into the factors."""
-
-    @abstractmethod
-    def extras(self) -> tuple[str, ...]:
-        """Names of the tensors that the module holds only while it trains."""
-
-    def finish(self) -> None:
-        """Leave the module with its factors alone."""
-        self.pack()
-        self._hook.remove()
-        self.module.form = None
-        for name in self.extras():
-            delattr(self.module, name)
-        for name, trains in self.trainable.items():
-            getattr(self.module, name).requires_grad_(trains)
-
-    def _before_state_dict(self, *_: Any) -> None:
-        self.refresh()
-        self.pack()
-
-
-class SparseForm(StraightForm):
-    """`W = S D`: the shadow is a dense `S`, projected onto `nonzeros` entries a row; `D` trains directly.
+class SparseForm:
+    """`W = S D` in training: the shadow is a dense `S`, projected onto `nonzeros` entries a row; `D` trains directly.
 
     With the Gram matrix `G = D C D^T` of the atoms under the second moment `C` of the input (the identity if it is not
     known, or where `S` covers the inputs), the projection takes hard-thresholded gradient steps on
@@ -194,7 +146,7 @@ class SparseForm(StraightForm):
         rows, moment = self.spec.side == "rows", None
         if metric.columns is not None and rows:
             moment = (metric.columns @ metric.columns.T).to(codes)
-        self.frozen = False
+        self.frozen, self.moved = False, False
         self.outside: Tensor | None = None
         latent = codes
         if original is not None and (rows or metric.columns is None):
@@ -202,17 +154,24 @@ class SparseForm(StraightForm):
             # undo a data-aware fit.
             dictionary = module.get_parameter("dictionary").detach()
             latent = _dense_codes((original if rows else original.T).to(codes), dictionary, moment)
-        super().__init__(module, latent.clone())
+        self.module = module
+        self.trainable = {name: factor.requires_grad for name, factor in module.factors.items()}
+        module.substitute(self)
+        self._hook = module.register_state_dict_pre_hook(self._before_state_dict)
+        module.register_parameter(SHADOW, nn.Parameter(latent.clone().contiguous()))
         module.get_parameter("weight").requires_grad_(False)
         module.register_buffer(PROJECTION, codes.clone())
         module.register_buffer(FROZEN, torch.zeros(1, dtype=torch.uint8, device=codes.device))
         if moment is not None:
             module.register_buffer(MOMENT, moment)
 
-    def extras(self) -> tuple[str, ...]:
-        return tuple(name for name in TEMPORARY if hasattr(self.module, name))
+    @property
+    def shadow(self) -> nn.Parameter:
+        """The free variable."""
+        return self.module.get_parameter(SHADOW)
 
     def matmul(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """The product with the projection of the shadow; its gradient goes to the shadow."""
         if self.frozen:
             codes = self.shadow.masked_fill(self._pruned(), 0)
         else:
@@ -222,10 +181,17 @@ class SparseForm(StraightForm):
             return F.linear(F.linear(x, dictionary), codes, bias)
         return F.linear(F.linear(x, codes.T), dictionary.T, bias)
 
+    def rows(self, index: Tensor) -> Tensor:
+        """Rows of the matrix with the present projection."""
+        self.pack()
+        return self.spec.rows(self.module.shape, self.module.factors, index)
+
     @torch.no_grad()
     def after_step(self, done: int, total: int) -> None:
+        """Let the projection follow the shadow if it is time: `done` optimizer steps of `total` are over."""
         if self.frozen:
             return
+        self.moved = True
         if done < self.settings.freeze * total:
             if done % self.settings.interval == 0:
                 self._follow(self.settings.steps)
@@ -237,11 +203,31 @@ class SparseForm(StraightForm):
         self.refresh()
 
     def refresh(self) -> None:
+        """Rebuild what is derived from tensors of the module."""
         self.frozen = bool(self.module.get_buffer(FROZEN).item())
         self.outside = None
 
     @torch.no_grad()
+    def finish(self) -> None:
+        """Leave the module with its factors alone."""
+        if self.moved and not self.frozen:  # training ended between two projections
+            self._follow(self.settings.steps)
+        self.pack()
+        self._hook.remove()
+        self.module.restore()
+        for name in TEMPORARY:
+            if hasattr(self.module, name):
+                delattr(self.module, name)
+        for name, trains in self.trainable.items():
+            getattr(self.module, name).requires_grad_(trains)
+
+    def _before_state_dict(self, *_: Any) -> None:
+        self.refresh()
+        self.pack()
+
+    @torch.no_grad()
     def pack(self) -> None:
+        """Write the projection into the factors."""
         projection = self.module.get_buffer(PROJECTION)
         if self.frozen:
             projection.copy_(self.shadow.masked_fill(self._pruned(), 0))
@@ -252,9 +238,7 @@ class SparseForm(StraightForm):
             getattr(self.module, name).copy_(tensor)
 
     def _positions(self) -> Int[Tensor, "long nonzeros"]:
-        spec = self.spec
-        positions = unpack(self.module.get_buffer("support"), spec.atoms, spec.nonzeros, spec.blocks)
-        return positions.repeat_interleave(spec.group, 0)
+        return unpack(self.module.get_buffer("support"), self.spec.atoms, self.spec.nonzeros)
 
     def _pruned(self) -> Bool[Tensor, "long atoms"]:
         if self.outside is None:
@@ -272,51 +256,13 @@ class SparseForm(StraightForm):
         for _ in range(steps):
             projection = self.module.get_buffer(PROJECTION)
             codes = projection - rate * ((projection - self.shadow) @ gram)
-            positions = self.spec.choose(_energy(codes, gram)).repeat_interleave(self.spec.group, 0)
+            positions = self.spec.choose(_energy(codes, gram))
             projection.zero_().scatter_(1, positions, codes.gather(1, positions))
+        self.moved = False
 
 
-class ProjectedForm(StraightForm):
-    """Any other structure with a fitter: the shadow is the matrix itself, and the factors are fitted to it again."""
-
-    def __init__(
-        self, module: FactorizedMatrix, metric: Metric, original: Tensor | None, settings: StraightThroughSettings
-    ) -> None:
-        self.metric = metric
-        self.spec: Structure = module.spec
-        self.settings = settings
-        with torch.no_grad():
-            start = module.to_dense() if original is None else original.to(module.get_parameter("weight").dtype)
-            now = module.to_dense()
-        super().__init__(module, start.clone())
-        for factor in module.factors.values():
-            factor.requires_grad_(False)
-        module.register_buffer(PROJECTION, now, persistent=False)
-
-    def extras(self) -> tuple[str, ...]:
-        return (SHADOW, PROJECTION)
-
-    def matmul(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        return F.linear(x, _Replace.apply(self.shadow, self.module.get_buffer(PROJECTION)), bias)
-
-    @torch.no_grad()
-    def after_step(self, done: int, total: int) -> None:
-        if done % self.settings.interval != 0 and done < total:
-            return
-        shadow = self.shadow.detach()
-        parts = (self.metric.rows, self.metric.columns)
-        self.metric = Metric(*(part if part is None else part.to(shadow.device) for part in parts))
-        factors, _ = fit(shadow, self.spec, self.metric)
-        for name, tensor in factors.items():
-            getattr(self.module, name).copy_(tensor)
-        self.refresh()
-
-    @torch.no_grad()
-    def refresh(self) -> None:
-        self.module.get_buffer(PROJECTION).copy_(self.module.to_dense())
-
-    def pack(self) -> None:
-        """The factors are what was projected last."""
+FORMS: dict[str | None, type[SparseForm]] = {"sparse_codes": SparseForm}
+"""Training forms by the names that structures give them."""
 
 
 class _Replace(torch.autograd.Function):

@@ -1,24 +1,67 @@
-"""A matrix as a sum of units that can be removed while an optimizer trains it."""
+"""Matrices as sums of units that can be removed while an optimizer trains them."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from factorformer.errors import ModelError
+from factorformer.errors import DataError, FactorformerError, ModelError
 from factorformer.fitting import Metric
 from factorformer.fitting.linalg import leading_eigenvectors
+from factorformer.fitting.matrices import fit_matrix, measure
+from factorformer.fitting.statistics import Batch, LayerStatistics
 from factorformer.layers.matrix import Matrix
 from factorformer.layers.nn import FactorizedMatrix
-from factorformer.layers.surgery import factorize, is_transposed
+from factorformer.layers.surgery import dense_weight, factorize, is_transposed
+from factorformer.planning import Entry, Plan
+from factorformer.progress import Progress
+from factorformer.recipes import default_method, get
 from factorformer.structures import LowRank, Structure, largest_rank
-from factorformer.training.importance import Importance
 from factorformer.training.optimizer_state import LINEAR, SQUARED, State, converted, substitute
+
+ROOM = 1.25
+"""Structures that start from factors begin as the largest that takes the bytes of the dense matrix over this."""
+
+
+class Importance:
+    """Moving average of the importance of units.
+
+    A unit is a product of factors, such as `s_i u_i v_i^T`. With `p` its parameters in one factor and `g` their
+    gradients, `p . g = s_i dL/ds_i`, whichever factor it is: the first-order estimate of the change of the loss when
+    the unit is removed. Averaged is `|p . g|`.
+
+    Args:
+        decay: what each step leaves of the average before it.
+    """
+
+    def __init__(self, decay: float) -> None:
+        self.decay = decay
+        self.average: Float[Tensor, " units"] | None = None
+
+    @property
+    def known(self) -> bool:
+        """Whether any gradient has come: not so where the loss never reaches the matrix."""
+        return self.average is not None and bool(self.average.any())
+
+    def update(self, changes: Float[Tensor, " units"]) -> None:
+        """Take in the first-order changes of the loss of one step; steps that are not finite do not count."""
+        now = changes.abs().float()
+        if not torch.isfinite(now.sum()):
+            return
+        if self.average is None:
+            self.average = now
+        else:  # the model may have moved since
+            self.average = self.average.to(now.device).lerp_(now, 1 - self.decay)
+
+    def keep(self, kept: Int[Tensor, " units"]) -> None:
+        """Forget the units that were removed."""
+        if self.average is not None:
+            self.average = self.average[kept.to(self.average.device)]
 
 
 class Units(ABC):
@@ -28,7 +71,7 @@ class Units(ABC):
         model: that holds it.
         matrix: which one.
         full: the structure with all units; smaller ones are `full.with_units(n)`.
-        importance: moving averages, empty at first.
+        importance: moving average, empty at first.
     """
 
     def __init__(self, model: nn.Module, matrix: Matrix, full: Structure, importance: Importance) -> None:
@@ -51,8 +94,8 @@ class Units(ABC):
         """Whether gradients are there."""
 
     @abstractmethod
-    def products(self) -> dict[str, Float[Tensor, "units entries"]]:
-        """Parameters times gradients, for each factor; see `Importance`."""
+    def changes(self) -> Float[Tensor, " units"]:
+        """Parameters times gradients, summed over each unit; see `Importance`."""
 
     @abstractmethod
     def keep(self, kept: Int[Tensor, " units"], optimizer: Optimizer | None) -> Units:
@@ -93,10 +136,10 @@ class FactorUnits(Units):
         return all(parameter.grad is not None for parameter in self.parameters.values())
 
     @torch.no_grad()
-    def products(self) -> dict[str, Tensor]:
+    def changes(self) -> Tensor:
         module = self.module
         values = {name: p * p.grad for name, p in self.parameters.items() if p.grad is not None}
-        return module.spec.by_unit(module.factors, values)
+        return next(iter(module.spec.by_unit(module.factors, values).values())).sum(1)
 
     @torch.no_grad()
     def keep(self, kept: Tensor, optimizer: Optimizer | None) -> FactorUnits:
@@ -114,20 +157,6 @@ class FactorUnits(Units):
                 substitute(optimizer, parameter, {name: self.parameters[name]}, [state])
         self.importance.keep(kept)
         return self
-
-    def repel(self, weight: float) -> None:
-        """Add the gradient of `weight * sum ||R R^T - I||_F^2` over factors, with `R` their units at unit length."""
-        module, values = self.module, self.parameters
-        leaves = {name: p.detach().requires_grad_() for name, p in values.items()}
-        with torch.enable_grad():
-            penalty = torch.zeros((), device=next(iter(leaves.values())).device)
-            for rows in module.spec.by_unit(module.factors, leaves).values():
-                unit = rows / rows.norm(dim=1, keepdim=True).clamp_min(torch.finfo(rows.dtype).tiny)
-                penalty = penalty + (unit @ unit.T).fill_diagonal_(0).square().sum()
-            gradients = torch.autograd.grad(weight * penalty, list(leaves.values()))
-        for parameter, gradient in zip(values.values(), gradients, strict=True):
-            if parameter.grad is not None:
-                parameter.grad += gradient
 
 
 class DenseUnits(Units):
@@ -216,16 +245,10 @@ class DenseUnits(Units):
         return tensor.T if self.turned else tensor
 
     @torch.no_grad()
-    def products(self) -> dict[str, Tensor]:
-        weight, gradient = self._turn(self.weight), self.weight.grad
+    def changes(self) -> Tensor:
+        weight, gradient, (basis, dual) = self._turn(self.weight), self.weight.grad, self.groups()
         assert gradient is not None
-        gradient, (basis, dual) = self._turn(gradient), self.groups()
-        if self.importance.one_factor_tells:
-            return {"weight": (dual @ (weight @ gradient.T)) * basis.T}
-        moving = dual @ weight
-        names = ("right", "weight") if self.tall else ("weight", "right")
-        products = (gradient @ moving.T * basis).T, moving * (basis.T @ gradient)
-        return dict(zip(names, products, strict=True))
+        return ((dual @ (weight @ self._turn(gradient).T)) * basis.T).sum(1)
 
     def groups(self) -> tuple[Tensor, Tensor]:
         """Basis and dual, where the weight is by now and of its type."""
@@ -269,3 +292,81 @@ class DenseUnits(Units):
             converted(state, weight, lambda name, tensor: carried(name, second, lambda t, f: t @ f.T, tensor)),
             converted(state, weight, lambda name, tensor: carried(name, first, lambda t, f: f.T @ t, tensor)),
         ]
+
+
+def check_can_shrink(model: nn.Module, entry: Entry) -> None:
+    """That a matrix of a plan can be one of those whose units compete.
+
+    Raises:
+        ModelError: it is not in the model, frozen, factorized already, or to share factors.
+    """
+    name = entry.matrix.name
+    try:
+        module = model.get_submodule(name)
+    except AttributeError:
+        raise ModelError(
+            f"the plan does not fit the model: it has no matrix '{name}'; make the plan of this very model"
+        ) from None
+    if isinstance(module, FactorizedMatrix):
+        raise ModelError(f"layer '{name}' is factorized already: dynamic ranks start from the dense model")
+    if not module.get_parameter("weight").requires_grad:
+        raise ModelError(f"layer '{name}' is frozen, so nothing can be known of its importance: exclude or unfreeze it")
+    if entry.shares is not None:
+        raise ModelError(f"layer '{name}' is to share factors, which dynamic ranks cannot: plan without sharing")
+
+
+def all_units(
+    model: nn.Module,
+    plan: Plan,
+    calibration: Iterable[Batch] | None,
+    decay: float,
+    progress: Progress,
+) -> list[Units]:
+    """The matrices of a plan at full rank, or factorized at the largest size of their structure.
+
+    Args:
+        model: dense; an error leaves it as it was.
+        plan: which matrices; its method decides about the structure and the metric of the fits.
+        calibration: batches of keyword arguments for the model, if the method needs them.
+        decay: of the moving averages of importance.
+        progress: told how far calibration and fits are.
+
+    Raises:
+        DataError: the method needs calibration data that was not given.
+        ModelError: a matrix is not finite; the message names its layer.
+    """
+    method = plan.method or default_method(calibrated=calibration is not None)
+    recipe, names = get(method), [entry.matrix.name for entry in plan.factorized]
+    statistics: dict[str, LayerStatistics] = {}
+    if recipe.metric != "plain":
+        if calibration is None:
+            raise DataError(f"method '{method}' needs calibration data ({recipe.needs}): pass calibration batches")
+        statistics = measure(model, names, recipe.metric, calibration, progress)
+    result: list[Units] = []
+    fitted: list[tuple[Entry, Structure, dict[str, Tensor]]] = []
+    for done, entry in enumerate(plan.factorized):
+        name, matrix = entry.matrix.name, entry.matrix
+        assert entry.spec is not None
+        if entry.spec.starts_dense:
+            try:
+                weight = dense_weight(model.get_submodule(name))
+                result.append(DenseUnits.of(model, matrix, Importance(decay), weight, Metric.of(statistics.get(name))))
+            except FactorformerError as error:
+                raise type(error)(f"layer '{name}': {error}") from error
+        else:
+            full = _largest(entry)
+            fitted.append((entry, full, fit_matrix(model, name, full, statistics)[0]))
+            result.append(FactorUnits(model, matrix, full, Importance(decay)))
+        progress("fit", done + 1, len(names))
+    for entry, full, factors in fitted:  # only when all are fitted: an error leaves the model as it was
+        factorize(model, entry.matrix, full, factors)
+    return result
+
+
+def _largest(entry: Entry) -> Structure:
+    """The largest of the sizes that planners try that leaves room below the dense matrix."""
+    assert entry.spec is not None
+    matrix, dtype = entry.matrix, entry.matrix.values
+    most = max(matrix.cost(None).bytes / ROOM, entry.compressed.bytes)
+    fitting = [s for s in entry.spec.candidates(matrix.shape, dtype) if s.bytes(matrix.shape, dtype) <= most]
+    return fitting[-1] if fitting else entry.spec

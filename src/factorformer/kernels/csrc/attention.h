@@ -59,25 +59,29 @@ void attention_block(const Attention &a, int64_t batch, int64_t head, int64_t fi
                   across);
 }
 
-template <int V> void attention_blocks(const Attention &a) {
+template <int V> int32_t attention_blocks(const Attention &a) {
     constexpr int WIDTH = V * LANES;
     const int64_t blocks = (a.queries + WIDTH - 1) / WIDTH, tasks = a.batch * a.heads * blocks;
+    Outcome outcome;
 #pragma omp parallel
     {
         static thread_local Scratch memory[3];
         float *queries = memory[0].take<float>(a.width * WIDTH), *scores = memory[1].take<float>(a.keys * WIDTH);
         float *result = memory[2].take<float>(a.width * WIDTH);
+        const bool enough = outcome.allows(queries && scores && result);
 #pragma omp for schedule(static)
         for (int64_t task = 0; task < tasks; ++task)
-            attention_block<V>(a, task / blocks / a.heads, task / blocks % a.heads, task % blocks * WIDTH, queries,
-                               scores, result);
+            if (enough)
+                attention_block<V>(a, task / blocks / a.heads, task / blocks % a.heads, task % blocks * WIDTH, queries,
+                                   scores, result);
     }
+    return outcome.code;
 }
 
-void attention(const Attention *a) {
-    if (a->queries <= LANES) attention_blocks<1>(*a);
-    else if (a->queries <= 2 * LANES || WIDEST == 2) attention_blocks<2>(*a);
-    else attention_blocks<WIDEST>(*a);
+int32_t attention(const Attention *a) {
+    if (a->queries <= LANES) return attention_blocks<1>(*a);
+    if (a->queries <= 2 * LANES || WIDEST == 2) return attention_blocks<2>(*a);
+    return attention_blocks<WIDEST>(*a);
 }
 
 } // namespace

@@ -297,11 +297,12 @@ void multiply_one(const Matrix &m, const float *x, int64_t first, int64_t last, 
 }
 
 // A few tokens one by one; int8 weights meet floats here, for which nothing has to be quantized.
-void chain_few(const float *x, int64_t n, const Matrix *m, int64_t count, const float *bias, float *y) {
+int32_t chain_few(const float *x, int64_t n, const Matrix *m, int64_t count, const float *bias, float *y) {
     static thread_local Scratch memory[2];
     int64_t widest = 1;
     for (int64_t i = 1; i < count; ++i) widest = std::max(widest, m[i].in);
     float *hidden[2] = {memory[0].take<float>(widest * n), memory[1].take<float>(widest * n)};
+    if (!hidden[0] || !hidden[1]) return NO_MEMORY;
 #pragma omp parallel
     {
         for (int64_t i = 0; i < count; ++i) {
@@ -321,6 +322,7 @@ void chain_few(const float *x, int64_t n, const Matrix *m, int64_t count, const 
             }
         }
     }
+    return 0;
 }
 
 struct Buffers {
@@ -329,7 +331,7 @@ struct Buffers {
 
 // Threads share a block of tokens and take rows of each matrix, with a barrier between, or have blocks of their own.
 template <int V>
-void chain_blocks(const float *x, int64_t n, const Matrix *m, int64_t count, const float *bias, float *y) {
+int32_t chain_blocks(const float *x, int64_t n, const Matrix *m, int64_t count, const float *bias, float *y) {
     constexpr int WIDTH = V * LANES;
     static thread_local Buffers common;
     const int64_t blocks = (n + WIDTH - 1) / WIDTH, in = m[0].in, out = m[count - 1].out;
@@ -343,6 +345,7 @@ void chain_blocks(const float *x, int64_t n, const Matrix *m, int64_t count, con
     Prepared prepared[LONGEST];
     int32_t *sums = common.sums.take<int32_t>(sums_size);
     uint32_t *packed = common.packed.take<uint32_t>(words_size);
+    if (!sums || !packed) return NO_MEMORY;
     for (int64_t i = 0; i < count; ++i) {
         prepared[i] = {sums, packed};
         if (m[i].integers) sums += m[i].out;
@@ -353,7 +356,9 @@ void chain_blocks(const float *x, int64_t n, const Matrix *m, int64_t count, con
     if (together) {
         for (int part = 0; part < 2; ++part) shared[part] = common.hidden[part].template take<float>(widest * WIDTH);
         shared_words = common.words.take<uint32_t>((widest + 3) / 4 * WIDTH);
+        if (!shared[0] || !shared[1] || !shared_words) return NO_MEMORY;
     }
+    Outcome outcome;
     static thread_local Quantized<V> shared_quantized_memory;
     Quantized<V> *shared_quantized = &shared_quantized_memory;
 #pragma omp parallel
@@ -374,9 +379,10 @@ void chain_blocks(const float *x, int64_t n, const Matrix *m, int64_t count, con
             for (int part = 0; part < 2; ++part) hidden[part] = own.hidden[part].template take<float>(widest * WIDTH);
             words = own.words.template take<uint32_t>((widest + 3) / 4 * WIDTH);
         }
+        const bool enough = outcome.allows(hidden[0] && hidden[1] && words); // alike in all threads where they share it
         alignas(64) float tile[TILE * WIDTH];
         const int64_t begin = together ? 0 : blocks * me / threads, end = together ? blocks : blocks * (me + 1) / threads;
-        for (int64_t b = begin; b < end; ++b) {
+        for (int64_t b = begin; b < end && enough; ++b) {
             const int64_t t = b * WIDTH;
             const int tokens = static_cast<int>(std::min<int64_t>(WIDTH, n - t));
             if (!together || me == 0) transpose_in(x + t * in, in, tokens, in, hidden[0], WIDTH);
@@ -409,14 +415,15 @@ void chain_blocks(const float *x, int64_t n, const Matrix *m, int64_t count, con
             }
         }
     }
+    return outcome.code;
 }
 
-void chain(const float *x, int64_t n, const Matrix *m, int64_t count, const float *bias, float *y) {
+int32_t chain(const float *x, int64_t n, const Matrix *m, int64_t count, const float *bias, float *y) {
     const int64_t threads = omp_get_max_threads();
-    if (n <= FEW) chain_few(x, n, m, count, bias, y);
-    else if (n >= threads * WIDEST * LANES) chain_blocks<WIDEST>(x, n, m, count, bias, y);
-    else if (n >= threads * 2 * LANES) chain_blocks<2>(x, n, m, count, bias, y);
-    else chain_blocks<1>(x, n, m, count, bias, y);
+    if (n <= FEW) return chain_few(x, n, m, count, bias, y);
+    if (n >= threads * WIDEST * LANES) return chain_blocks<WIDEST>(x, n, m, count, bias, y);
+    if (n >= threads * 2 * LANES) return chain_blocks<2>(x, n, m, count, bias, y);
+    return chain_blocks<1>(x, n, m, count, bias, y);
 }
 
 void gelu(const float *x, int64_t n, float *y) {

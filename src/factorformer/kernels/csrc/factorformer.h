@@ -7,11 +7,11 @@
 
 #include <cstdint>
 
-constexpr int32_t INTERFACE = 1; // counted up when a function changes: callers compare it with theirs
+constexpr int32_t NO_MEMORY = 1; // what kernels return in place of 0 where scratch memory cannot be had
 
 struct Support {
-    const uint8_t *packed; // (groups, bytes)
-    int64_t groups, bytes, rows, nonzeros, atoms, blocks;
+    const uint8_t *packed; // (rows, bytes)
+    int64_t rows, bytes, nonzeros, atoms;
     int32_t code; // of positions: 0 bitmap, 1 one byte, 2 two bytes
 };
 
@@ -42,14 +42,14 @@ struct Attention {
 struct Table {
     const char *name;
     // y (n, rows) = x (n, atoms) S^T + bias
-    void (*sparse)(const float *x, int64_t n, const Support *, const Values *, const float *bias, float *y);
+    int32_t (*sparse)(const float *x, int64_t n, const Support *, const Values *, const float *bias, float *y);
     // y (n, atoms) = x (n, rows) S
-    void (*sparse_transposed)(const float *x, int64_t n, const Support *, const Values *, float *y);
+    int32_t (*sparse_transposed)(const float *x, int64_t n, const Support *, const Values *, float *y);
     // y (rows, nonzeros) = the entries of left^T right on the support; left (n, rows), right (n, atoms)
-    void (*sparse_outer)(const float *left, const float *right, int64_t n, const Support *, float *y);
+    int32_t (*sparse_outer)(const float *left, const float *right, int64_t n, const Support *, float *y);
     // y (n, out) = x W_1^T W_2^T ... + bias
-    void (*chain)(const float *x, int64_t n, const Matrix *, int64_t count, const float *bias, float *y);
+    int32_t (*chain)(const float *x, int64_t n, const Matrix *, int64_t count, const float *bias, float *y);
     // y may be x
     void (*gelu)(const float *x, int64_t n, float *y);
-    void (*attention)(const Attention *);
+    int32_t (*attention)(const Attention *);
 };

@@ -31,51 +31,52 @@ static const Table *choose() {
 
 static const Table *const table = choose();
 
-EXPORT int32_t factorformer_interface() { return INTERFACE; }
+// What the library was made of: callers compare it with the sources that they came with.
+EXPORT const char *factorformer_sources() { return FACTORFORMER_SOURCES; }
 
 EXPORT const char *factorformer_variant() { return table->name; }
 
 // Structures are passed as arrays of integers, pointers among them, in the order of their fields: a caller without a C
 // compiler makes them once and keeps them.
 static Support support_of(const int64_t *f) {
-    return {reinterpret_cast<const uint8_t *>(f[0]), f[1], f[2], f[3], f[4], f[5], f[6], static_cast<int32_t>(f[7])};
+    return {reinterpret_cast<const uint8_t *>(f[0]), f[1], f[2], f[3], f[4], static_cast<int32_t>(f[5])};
 }
 
 static Values values_of(const int64_t *f) {
-    return {reinterpret_cast<const void *>(f[8]), reinterpret_cast<const float *>(f[9]), static_cast<int32_t>(f[10])};
+    return {reinterpret_cast<const void *>(f[6]), reinterpret_cast<const float *>(f[7]), static_cast<int32_t>(f[8])};
 }
 
-EXPORT void factorformer_sparse(const float *x, int64_t n, const int64_t *fields, const float *bias, float *y) {
+EXPORT int32_t factorformer_sparse(const float *x, int64_t n, const int64_t *fields, const float *bias, float *y) {
     const Support s = support_of(fields);
     const Values v = values_of(fields);
-    table->sparse(x, n, &s, &v, bias, y);
+    return table->sparse(x, n, &s, &v, bias, y);
 }
 
-EXPORT void factorformer_sparse_transposed(const float *x, int64_t n, const int64_t *fields, float *y) {
+EXPORT int32_t factorformer_sparse_transposed(const float *x, int64_t n, const int64_t *fields, float *y) {
     const Support s = support_of(fields);
     const Values v = values_of(fields);
-    table->sparse_transposed(x, n, &s, &v, y);
+    return table->sparse_transposed(x, n, &s, &v, y);
 }
 
-EXPORT void factorformer_sparse_outer(const float *left, const float *right, int64_t n, const int64_t *fields, float *y) {
+EXPORT int32_t factorformer_sparse_outer(const float *left, const float *right, int64_t n, const int64_t *fields, float *y) {
     const Support s = support_of(fields);
-    table->sparse_outer(left, right, n, &s, y);
+    return table->sparse_outer(left, right, n, &s, y);
 }
 
 // Six fields for each matrix, up to four matrices.
-EXPORT void factorformer_chain(const float *x, int64_t n, const int64_t *fields, int64_t count, const float *bias,
+EXPORT int32_t factorformer_chain(const float *x, int64_t n, const int64_t *fields, int64_t count, const float *bias,
                                float *y) {
     Matrix m[4];
     for (int64_t i = 0; i < count; ++i, fields += 6)
         m[i] = {reinterpret_cast<const void *>(fields[0]), reinterpret_cast<const float *>(fields[1]), fields[2],
                 fields[3], static_cast<int32_t>(fields[4]), static_cast<int32_t>(fields[5])};
-    table->chain(x, n, m, count, bias, y);
+    return table->chain(x, n, m, count, bias, y);
 }
 
 EXPORT void factorformer_gelu(const float *x, int64_t n, float *y) { table->gelu(x, n, y); }
 
 // Five pointers, then the integers of the structure in their order.
-EXPORT void factorformer_attention(const int64_t *f, float scale) {
+EXPORT int32_t factorformer_attention(const int64_t *f, float scale) {
     Attention a = {reinterpret_cast<const float *>(f[0]),
                    reinterpret_cast<const float *>(f[1]),
                    reinterpret_cast<const float *>(f[2]),
@@ -92,5 +93,5 @@ EXPORT void factorformer_attention(const int64_t *f, float scale) {
                    {f[17], f[18], f[19]},
                    {f[20], f[21], f[22], f[23]},
                    scale};
-    table->attention(&a);
+    return table->attention(&a);
 }

@@ -2,8 +2,11 @@
 
 #pragma once
 
+#include <atomic>
+#include <cstdint>
 #include <cstdlib>
-#include <new>
+
+#include "factorformer.h"
 
 namespace {
 
@@ -13,15 +16,26 @@ struct Scratch {
 
     ~Scratch() { std::free(memory); }
 
-    template <typename T> T *take(std::size_t count) {
+    // Null where there is not enough memory: no exception may leave a parallel region.
+    template <typename T> T *take(std::size_t count) noexcept {
         const std::size_t wanted = (count * sizeof(T) + 127) / 64 * 64;
         if (wanted > size) {
             std::free(memory);
             memory = std::aligned_alloc(64, wanted);
             size = memory ? wanted : 0;
-            if (!memory) throw std::bad_alloc();
         }
         return static_cast<T *>(memory);
+    }
+};
+
+// What a kernel returns. A thread without memory leaves its share of the product undone and says so here; it goes on to
+// meet the barriers that the others wait at.
+struct Outcome {
+    std::atomic<int32_t> code{0};
+
+    bool allows(bool enough) {
+        if (!enough) code = NO_MEMORY;
+        return enough;
     }
 };
 

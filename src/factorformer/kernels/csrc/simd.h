@@ -48,8 +48,13 @@ INLINE Floats maximum(Floats a, Floats b) { return a > b ? a : b; }
 
 template <int S, std::size_t... I>
 INLINE void exchange(Floats &a, Floats &b, std::index_sequence<I...>) {
+#if defined(__clang__)
     const Floats first = __builtin_shufflevector(a, b, static_cast<int>(I & S ? I - S + LANES : I)...);
     b = __builtin_shufflevector(a, b, static_cast<int>(I & S ? I + LANES : I + S)...);
+#else // GCC has the above from version 12 on, and this in all
+    const Floats first = __builtin_shuffle(a, b, Ints{static_cast<int32_t>(I & S ? I - S + LANES : I)...});
+    b = __builtin_shuffle(a, b, Ints{static_cast<int32_t>(I & S ? I + LANES : I + S)...});
+#endif
     a = first;
 }
 

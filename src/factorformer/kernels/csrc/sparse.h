@@ -19,10 +19,9 @@ constexpr std::size_t DECODED = 512 * 1024; // bytes of a decoded chunk: it stay
 constexpr int64_t SORTED_ROWS = 256;        // rows that are sorted by atom at once: their tokens stay in the first cache
 constexpr int SLACK = 64;                   // offsets that may be written beyond the last
 
-// Positions of one group's nonzeros, times `scale`; up to SLACK entries beyond them are overwritten.
-INLINE void decode_positions(const Support &s, int64_t group, uint32_t scale, uint32_t *to) {
-    const uint8_t *from = s.packed + group * s.bytes;
-    const int64_t block = s.atoms / s.blocks, in_block = s.nonzeros / s.blocks;
+// Positions of one row's nonzeros, times `scale`; up to SLACK entries beyond them are overwritten.
+INLINE void decode_positions(const Support &s, int64_t row, uint32_t scale, uint32_t *to) {
+    const uint8_t *from = s.packed + row * s.bytes;
     if (s.code == 0) {
 #if defined(__AVX512F__)
         const __m512i step = _mm512_set1_epi32(16 * static_cast<int>(scale));
@@ -40,11 +39,8 @@ INLINE void decode_positions(const Support &s, int64_t group, uint32_t scale, ui
 #endif
         return;
     }
-    for (int64_t b = 0, j = 0; b < s.blocks; ++b)
-        for (int64_t i = 0; i < in_block; ++i, ++j) {
-            const uint32_t position = s.code == 1 ? from[j] : from[2 * j] | from[2 * j + 1] << 8;
-            to[j] = static_cast<uint32_t>(b * block + position) * scale;
-        }
+    for (int64_t j = 0; j < s.nonzeros; ++j)
+        to[j] = static_cast<uint32_t>(s.code == 1 ? from[j] : from[2 * j] | from[2 * j + 1] << 8) * scale;
 }
 
 INLINE void decode_values(const Values &v, int64_t row, int64_t nonzeros, float *to) {
@@ -53,43 +49,43 @@ INLINE void decode_values(const Values &v, int64_t row, int64_t nonzeros, float 
     for (int64_t j = 0; j < nonzeros; ++j) to[j] = scale * from[j];
 }
 
-// A chunk of rows of S as offsets (groups, nonzeros) and values (rows, nonzeros).
+// A chunk of rows of S as offsets and values, (rows, nonzeros) both.
 struct Chunk {
     Scratch offsets_memory, values_memory;
     uint32_t *offsets;
     const float *values;
-    int64_t first, group;
+    float *decoded;
+    int64_t first;
 
     static int64_t rows(const Support &s, int64_t wanted, bool integers) {
-        const int64_t group = s.rows / s.groups, unit = LANES * group;
-        const int64_t bytes = s.nonzeros * 4 * (integers ? 1 + group : 1); // of a group
-        const int64_t fit = std::max<int64_t>(static_cast<int64_t>(DECODED) / bytes * group / unit * unit, unit);
+        const int64_t bytes = s.nonzeros * 4 * (integers ? 2 : 1); // of a row
+        const int64_t fit = std::max<int64_t>(static_cast<int64_t>(DECODED) / bytes / LANES * LANES, LANES);
         const int64_t pieces = (wanted + fit - 1) / fit;
-        return ((wanted + pieces - 1) / pieces + unit - 1) / unit * unit;
+        return ((wanted + pieces - 1) / pieces + LANES - 1) / LANES * LANES;
     }
 
-    // `begin` is a multiple of the group.
+    // Memory for so many rows at a time; whether there is any.
+    bool reserve(const Support &s, const Values &v, int64_t count) {
+        offsets = offsets_memory.take<uint32_t>(count * s.nonzeros + SLACK);
+        decoded = v.integers ? values_memory.take<float>(count * s.nonzeros) : nullptr;
+        return offsets && (decoded || !v.integers);
+    }
+
     void decode(const Support &s, const Values &v, int64_t begin, int64_t end, uint32_t scale) {
-        group = s.rows / s.groups;
         first = begin;
-        const int64_t groups = (end - begin + group - 1) / group;
-        offsets = offsets_memory.take<uint32_t>(groups * s.nonzeros + SLACK);
-        for (int64_t g = 0; g < groups; ++g) decode_positions(s, begin / group + g, scale, offsets + g * s.nonzeros);
-        if (!v.integers) {
-            values = static_cast<const float *>(v.values) + begin * s.nonzeros;
-            return;
-        }
-        float *decoded = values_memory.take<float>((end - begin) * s.nonzeros);
+        for (int64_t row = begin; row < end; ++row)
+            decode_positions(s, row, scale, offsets + (row - begin) * s.nonzeros);
+        values = v.integers ? decoded : static_cast<const float *>(v.values) + begin * s.nonzeros;
+        if (!v.integers) return;
         for (int64_t row = begin; row < end; ++row) decode_values(v, row, s.nonzeros, decoded + (row - begin) * s.nonzeros);
-        values = decoded;
     }
 
-    const uint32_t *offsets_of(int64_t row, int64_t nonzeros) const { return offsets + (row - first) / group * nonzeros; }
+    const uint32_t *offsets_of(int64_t row, int64_t nonzeros) const { return offsets + (row - first) * nonzeros; }
     const float *values_of(int64_t row, int64_t nonzeros) const { return values + (row - first) * nonzeros; }
 };
 
 // to[r][:] = the products of `R` rows with the tokens of a block.
-template <int R, int V, bool SHARED>
+template <int R, int V>
 INLINE void multiply_rows(const float *tokens, const Chunk &chunk, int64_t row, int64_t nonzeros, float *to) {
     Floats sums[R][V] = {};
     const uint32_t *offsets[R];
@@ -99,21 +95,18 @@ INLINE void multiply_rows(const float *tokens, const Chunk &chunk, int64_t row, 
         values[r] = chunk.values_of(row + r, nonzeros);
     }
     for (int64_t j = 0; j < nonzeros; ++j) {
-        Floats x[V];
 #pragma GCC unroll 8
         for (int r = 0; r < R; ++r) {
             const Floats value = splat(values[r][j]);
-            if (r == 0 || !SHARED)
-                for (int v = 0; v < V; ++v) x[v] = load(tokens + offsets[r][j] + v * LANES);
-            for (int v = 0; v < V; ++v) sums[r][v] += value * x[v];
+            for (int v = 0; v < V; ++v) sums[r][v] += value * load(tokens + offsets[r][j] + v * LANES);
         }
     }
     for (int r = 0; r < R; ++r)
         for (int v = 0; v < V; ++v) store(to + (r * V + v) * LANES, sums[r][v]);
 }
 
-// y[t][first:last] for the tokens of a block, `R` rows at a time.
-template <int V, int R, bool SHARED>
+// y[t][first:last] for the tokens of a block, four rows at a time.
+template <int V>
 void multiply_block(const float *tokens, const Chunk &chunk, const Support &s, int64_t first, int64_t last, int count,
                     const float *bias, float *y) {
     constexpr int WIDTH = V * LANES;
@@ -121,9 +114,8 @@ void multiply_block(const float *tokens, const Chunk &chunk, const Support &s, i
     for (int64_t row = first; row < last; row += LANES) {
         const int here = static_cast<int>(std::min<int64_t>(last - row, LANES));
         int r = 0;
-        for (; r + R <= here; r += R)
-            multiply_rows<R, V, SHARED>(tokens, chunk, row + r, s.nonzeros, tile + r * WIDTH);
-        for (; r < here; ++r) multiply_rows<1, V, false>(tokens, chunk, row + r, s.nonzeros, tile + r * WIDTH);
+        for (; r + 4 <= here; r += 4) multiply_rows<4, V>(tokens, chunk, row + r, s.nonzeros, tile + r * WIDTH);
+        for (; r < here; ++r) multiply_rows<1, V>(tokens, chunk, row + r, s.nonzeros, tile + r * WIDTH);
         if (bias)
             for (int i = 0; i < here * V; ++i)
                 store(tile + i * LANES, load(tile + i * LANES) + splat(bias[row + i / V]));
@@ -149,22 +141,23 @@ void multiply_few(const float *x, int64_t n, const Support &s, const Chunk &chun
     }
 }
 
-void sparse(const float *x, int64_t n, const Support *support, const Values *v, const float *bias, float *y) {
+int32_t sparse(const float *x, int64_t n, const Support *support, const Values *v, const float *bias, float *y) {
     const Support &s = *support;
-    const int64_t group = s.rows / s.groups;
     const int width = n <= LANES ? LANES : TOKENS;
+    Outcome outcome;
 #pragma omp parallel
     {
         static thread_local Chunk chunk;
         static thread_local Scratch block;
         // Many tokens are split among threads; with few, rows are, so that each is decoded once.
         const bool by_tokens = n >= 16 * TOKENS * omp_get_num_threads();
-        const Share rows = by_tokens ? Share(1, 1) : Share(s.rows, LANES * group), spans(n, TOKENS);
+        const Share rows = by_tokens ? Share(1, 1) : Share(s.rows, LANES), spans(n, TOKENS);
         const int64_t first = by_tokens ? 0 : rows.begin, last = by_tokens ? s.rows : rows.end;
         const int64_t t_first = by_tokens ? spans.begin : 0, t_last = by_tokens ? spans.end : n;
         const int64_t step = Chunk::rows(s, std::max<int64_t>(last - first, 1), v->integers);
         float *tokens = block.take<float>(s.atoms * width);
-        for (int64_t row = first; row < last; row += step) {
+        const bool enough = outcome.allows(chunk.reserve(s, *v, step) && tokens);
+        for (int64_t row = first; row < last && enough; row += step) {
             const int64_t end = std::min(row + step, last);
             chunk.decode(s, *v, row, end, n <= FEW ? 1 : width);
             if (n <= FEW) {
@@ -174,51 +167,34 @@ void sparse(const float *x, int64_t n, const Support *support, const Values *v, 
             for (int64_t t = t_first; t < t_last; t += width) {
                 const int count = static_cast<int>(std::min<int64_t>(width, t_last - t));
                 transpose_in(x + t * s.atoms, s.atoms, count, s.atoms, tokens, width);
-                const auto multiply = width == LANES
-                                          ? (group % 8 == 0   ? multiply_block<1, 8, true>
-                                             : group % 4 == 0 ? multiply_block<1, 4, true>
-                                                              : multiply_block<1, 4, false>)
-                                          : (group % 8 == 0   ? multiply_block<2, 8, true>
-                                             : group % 4 == 0 ? multiply_block<2, 4, true>
-                                                              : multiply_block<2, 4, false>);
+                const auto multiply = width == LANES ? multiply_block<1> : multiply_block<2>;
                 multiply(tokens, chunk, s, row, end, count, bias, y + t * s.rows);
             }
         }
     }
-}
-
-// sums[atom] += the entries of `R` rows, which share a support, times the tokens of those rows.
-template <int V, int R>
-INLINE void scatter_rows(const float *x, const Chunk &chunk, int64_t row, int64_t nonzeros, float *sums) {
-    const uint32_t *offsets = chunk.offsets_of(row, nonzeros);
-    const float *values = chunk.values_of(row, nonzeros);
-    Floats tokens[R][V];
-    for (int r = 0; r < R; ++r)
-        for (int v = 0; v < V; ++v) tokens[r][v] = load(x + (r * V + v) * LANES);
-    for (int64_t j = 0; j < nonzeros; ++j) {
-        float *to = sums + offsets[j];
-        Floats total[V];
-        for (int v = 0; v < V; ++v) total[v] = load(to + v * LANES);
-        for (int r = 0; r < R; ++r) {
-            const Floats value = splat(values[r * nonzeros + j]);
-            for (int v = 0; v < V; ++v) total[v] += value * tokens[r][v];
-        }
-        for (int v = 0; v < V; ++v) store(to + v * LANES, total[v]);
-    }
+    return outcome.code;
 }
 
 // sums (atoms, V * LANES) += the transpose of x[:, first:last] S[first:last] for one block of tokens.
-template <int V, int R>
+template <int V>
 void scatter_block(const float *x, int count, const Support &s, const Chunk &chunk, int64_t first, int64_t last,
                    float *sums) {
     constexpr int WIDTH = V * LANES;
     alignas(64) float block[LANES * WIDTH];
-    for (int64_t row = first; row < last; row += LANES) {
-        const int here = static_cast<int>(std::min<int64_t>(last - row, LANES));
-        transpose_in(x + row, s.rows, count, here, block, WIDTH);
-        int r = 0;
-        for (; r + R <= here; r += R) scatter_rows<V, R>(block + r * WIDTH, chunk, row + r, s.nonzeros, sums);
-        for (; r < here; ++r) scatter_rows<V, 1>(block + r * WIDTH, chunk, row + r, s.nonzeros, sums);
+    for (int64_t start = first; start < last; start += LANES) {
+        const int here = static_cast<int>(std::min<int64_t>(last - start, LANES));
+        transpose_in(x + start, s.rows, count, here, block, WIDTH);
+        for (int r = 0; r < here; ++r) {
+            const uint32_t *offsets = chunk.offsets_of(start + r, s.nonzeros);
+            const float *values = chunk.values_of(start + r, s.nonzeros);
+            Floats tokens[V];
+            for (int v = 0; v < V; ++v) tokens[v] = load(block + (r * V + v) * LANES);
+            for (int64_t j = 0; j < s.nonzeros; ++j) {
+                float *to = sums + offsets[j];
+                const Floats value = splat(values[j]);
+                for (int v = 0; v < V; ++v) store(to + v * LANES, load(to + v * LANES) + value * tokens[v]);
+            }
+        }
     }
 }
 
@@ -230,11 +206,17 @@ struct Sorted {
     };
     Scratch entries_memory, starts_memory;
     Entry *entries;
-    uint32_t *starts; // (atoms + 1)
+    uint32_t *counts, *starts; // (atoms + 2), and its last (atoms + 1)
+
+    // Memory for so many rows at a time; whether there is any.
+    bool reserve(const Support &s, int64_t count) {
+        entries = entries_memory.take<Entry>(count * s.nonzeros);
+        counts = starts_memory.take<uint32_t>(s.atoms + 2);
+        return entries && counts;
+    }
 
     void sort(const Support &s, const Chunk &chunk, int64_t first, int64_t last, uint32_t width) {
-        entries = entries_memory.take<Entry>((last - first) * s.nonzeros);
-        starts = starts_memory.take<uint32_t>(s.atoms + 2) + 1;
+        starts = counts + 1;
         std::fill(starts - 1, starts + s.atoms + 1, 0);
         for (int64_t row = first; row < last; ++row) {
             const uint32_t *offsets = chunk.offsets_of(row, s.nonzeros);
@@ -270,33 +252,35 @@ struct Sorted {
     }
 };
 
-void sparse_transposed(const float *x, int64_t n, const Support *support, const Values *v, float *y) {
+int32_t sparse_transposed(const float *x, int64_t n, const Support *support, const Values *v, float *y) {
     static thread_local Scratch partial_sums;
     const Support &s = *support;
-    const int64_t group = s.rows / s.groups;
     const int width = n <= LANES ? LANES : TOKENS, threads = omp_get_max_threads();
     const int64_t blocks = (n + width - 1) / width;
     // Few tokens: threads take rows, so that each is decoded once, and their sums are added up.
     const bool by_rows = threads > 1 && blocks <= std::min(8 * threads, 64);
     const int64_t size = s.atoms * width * (by_rows ? blocks : 1);
     float *partial = by_rows ? partial_sums.take<float>(size * threads) : nullptr;
+    if (by_rows && !partial) return NO_MEMORY;
+    Outcome outcome;
 #pragma omp parallel num_threads(threads)
     {
         static thread_local Chunk chunk;
         static thread_local Sorted sorted;
         static thread_local Scratch own, block_memory;
-        const Share rows = by_rows ? Share(s.rows, LANES * group) : Share(1, 1), spans(n, width);
+        const Share rows = by_rows ? Share(s.rows, LANES) : Share(1, 1), spans(n, width);
         const int64_t first = by_rows ? rows.begin : 0, last = by_rows ? rows.end : s.rows;
         const int64_t t_first = by_rows ? 0 : spans.begin, t_last = by_rows ? n : spans.end;
-        float *sums = by_rows ? partial + omp_get_thread_num() * size : own.take<float>(s.atoms * width);
-        const bool sorts = group % 4 != 0 && t_last - t_first > TOKENS;
-        int64_t step = Chunk::rows(s, std::max<int64_t>(last - first, 1), v->integers);
-        const int64_t piece = sorts ? std::max(SORTED_ROWS / (LANES * group), INT64_C(1)) * LANES * group : step;
+        const bool sorts = t_last - t_first > TOKENS;
+        const int64_t step = Chunk::rows(s, std::max<int64_t>(last - first, 1), v->integers);
+        const int64_t piece = sorts ? SORTED_ROWS : step;
         float *block = block_memory.take<float>(sorts ? piece * TOKENS : 0);
         // All tokens of a span meet one chunk of rows before the next is decoded, in spans whose sums fit the cache.
         const int64_t span = by_rows ? n : width * std::max<int64_t>(1, DECODED / 4 / (s.atoms * width));
-        if (!by_rows) sums = own.take<float>(s.atoms * span);
-        for (int64_t t_begin = t_first; t_begin < t_last; t_begin += span) {
+        float *sums = by_rows ? partial + omp_get_thread_num() * size : own.take<float>(s.atoms * span);
+        const bool enough =
+            outcome.allows(block && sums && chunk.reserve(s, *v, piece) && (!sorts || sorted.reserve(s, piece)));
+        for (int64_t t_begin = t_first; t_begin < t_last && enough; t_begin += span) {
             const int64_t t_end = std::min(t_begin + span, t_last);
             std::memset(sums, 0, (t_end - t_begin + width - 1) / width * width * s.atoms * sizeof(float));
             for (int64_t row = first; row < last; row += piece) {
@@ -311,9 +295,7 @@ void sparse_transposed(const float *x, int64_t n, const Support *support, const 
                         transpose_in(from + row, s.rows, count, end - row, block, TOKENS);
                         sorted.multiply(block, s.atoms, to);
                     } else {
-                        const auto scatter = width == LANES
-                                                 ? (group % 4 == 0 ? scatter_block<1, 4> : scatter_block<1, 1>)
-                                                 : (group % 4 == 0 ? scatter_block<2, 4> : scatter_block<2, 1>);
+                        const auto scatter = width == LANES ? scatter_block<1> : scatter_block<2>;
                         scatter(from, count, s, chunk, row, end, to);
                     }
                 }
@@ -336,33 +318,31 @@ void sparse_transposed(const float *x, int64_t n, const Support *support, const 
             }
         }
     }
+    return outcome.code;
 }
 
-void sparse_outer(const float *left, const float *right, int64_t n, const Support *support, float *y) {
+int32_t sparse_outer(const float *left, const float *right, int64_t n, const Support *support, float *y) {
     constexpr int64_t SPAN = 16 * LANES; // tokens of which both transposes are held
     const Support &s = *support;
-    const int64_t group = s.rows / s.groups;
+    Outcome outcome;
 #pragma omp parallel
     {
         static thread_local Scratch atoms_block, rows_block, offsets;
         const Share share(s.rows, LANES);
         float *atoms = atoms_block.take<float>(s.atoms * SPAN), *rows = rows_block.take<float>(LANES * SPAN);
         uint32_t *positions = offsets.take<uint32_t>(s.nonzeros + SLACK);
+        const bool enough = outcome.allows(atoms && rows && positions);
         if (share.begin < share.end)
             std::memset(y + share.begin * s.nonzeros, 0, (share.end - share.begin) * s.nonzeros * sizeof(float));
-        for (int64_t t = 0; t < n && share.begin < share.end; t += SPAN) {
+        for (int64_t t = 0; t < n && share.begin < share.end && enough; t += SPAN) {
             const int count = static_cast<int>(std::min(SPAN, n - t));
             const int width = (count + LANES - 1) / LANES * LANES;
             transpose_in(right + t * s.atoms, s.atoms, count, s.atoms, atoms, width);
-            int64_t decoded = -1;
             for (int64_t block = share.begin; block < share.end; block += LANES) {
                 const int here = static_cast<int>(std::min<int64_t>(LANES, share.end - block));
                 transpose_in(left + t * s.rows + block, s.rows, count, here, rows, width);
                 for (int r = 0; r < here; ++r) {
-                    if ((block + r) / group != decoded) {
-                        decoded = (block + r) / group;
-                        decode_positions(s, decoded, width, positions);
-                    }
+                    decode_positions(s, block + r, width, positions);
                     for (int64_t j = 0; j < s.nonzeros; ++j) {
                         const float *a = atoms + positions[j], *b = rows + r * width;
                         Floats total[2] = {};
@@ -376,6 +356,7 @@ void sparse_outer(const float *left, const float *right, int64_t n, const Suppor
             }
         }
     }
+    return outcome.code;
 }
 
 } // namespace

@@ -11,17 +11,14 @@ import torch
 from torch import nn
 
 from factorformer.errors import FactorformerError
-from factorformer.fitting import Metric
+from factorformer.fitting import QUICK, Metric
 from factorformer.fitting.linalg import truncation_errors
 from factorformer.fitting.matrices import fit_matrix
 from factorformer.fitting.statistics import LayerStatistics
 from factorformer.layers.matrix import Matrix
 from factorformer.layers.surgery import dense_weight
 from factorformer.planning import Entry, choose_families
-from factorformer.structures import DenseSparse, KroneckerSum, LowRank, Structure, rearrange
-
-QUICK = 2
-"""Rounds of the fits that only choose how a dictionary and its nonzeros divide their bytes."""
+from factorformer.structures import Structure
 
 ROUNDS = 8
 """Rounds of the fits that errors are read from; the squared errors of full fits are a little smaller."""
@@ -40,32 +37,26 @@ SMALL = 2**18
 LEAST = 1e-12
 """Squared errors below this count as this, so that they have a logarithm."""
 
-USUAL: Mapping[str, tuple[tuple[float, float], ...]] = {
-    "kronecker_sum": ((1 / 3, 1.3),),
-    "dense_sparse": ((1 / 2, 0.5), (1 / 5, 0.75)),
-}
-"""Squared errors relative to low rank, by part of the dense bytes: those of MiniLM, for models without weights."""
-
 
 @dataclasses.dataclass(frozen=True)
 class Curve:
     """The squared relative error that a matrix has under every spec, in the metric of a method.
 
-    Low rank is exact: the tail of singular values. Other structures are priced by their bytes: `relative` says by
-    what factor their squared error differs from that of low rank of as many bytes, interpolated between logarithms.
+    Where a structure has a closed form (low rank: the tail of singular values) it is exact. Others are priced by their
+    bytes: `relative` says by what factor their squared error differs from that of low rank of as many bytes,
+    interpolated between logarithms.
 
     Args:
         matrix: which one.
         low_rank: squared relative errors of ranks 0, 1, ...
-        kronecker: the same of sums of so many Kronecker products of the default shapes, where the closed form is the
-            optimum; None where it is not.
+        exact: by structure, where a closed form is the optimum, the same of 0, 1, ... units.
         relative: by structure, `(part of the dense bytes, factor)`, largest part first.
         sizes: the specs to choose among, by structure, in growing bytes.
     """
 
     matrix: Matrix
     low_rank: torch.Tensor
-    kronecker: torch.Tensor | None
+    exact: Mapping[str, torch.Tensor]
     relative: Mapping[str, tuple[tuple[float, float], ...]]
     sizes: Mapping[str, tuple[Structure, ...]]
 
@@ -79,12 +70,10 @@ class Curve:
         """Under a spec; 0 for dense."""
         if spec is None:
             return 0.0
-        if isinstance(spec, LowRank):
-            return float(self.low_rank[min(spec.rank, len(self.low_rank) - 1)])
-        shape = self.matrix.shape
-        if isinstance(spec, KroneckerSum) and self.kronecker is not None:
-            return float(self.kronecker[min(spec.rank, len(self.kronecker) - 1)])
-        part = spec.bytes(shape, self.matrix.values) / self.matrix.cost(None).bytes
+        if spec.kind in self.exact:
+            errors = self.exact[spec.kind]
+            return float(errors[min(spec.units, len(errors) - 1)])
+        part = _part(self.matrix, spec)
         return min(self.of_low_rank(part) * math.exp(_relative(self.relative[spec.kind], part)), 1.0)
 
     def of_low_rank(self, part: float) -> float:
@@ -127,7 +116,6 @@ def measure_curves(
     Raises:
         ModelError: a weight that is not finite; the message names the layer.
     """
-    others = [structure for structure in structures if structure is not LowRank]
     done = 0
 
     def step() -> None:
@@ -141,7 +129,7 @@ def measure_curves(
         step()
         return found
 
-    bare = {matrix.name: _bare_curve(model, matrix, statistics, KroneckerSum in others) for matrix in matrices}
+    bare = {matrix.name: _bare_curve(model, matrix, structures, statistics) for matrix in matrices}
     for _ in bare:
         step()
     alike: dict[object, list[Matrix]] = {}
@@ -154,15 +142,14 @@ def measure_curves(
         for structure in structures:
             kind, candidates = structure.kind, _candidates(structure, members[0])
             on_meta = dense_weight(model.get_submodule(members[0].name)).is_meta
-            closed = structure is LowRank or (structure is KroneckerSum and bare[members[0].name].kronecker is not None)
             anchors: list[tuple[Structure, float]] = []
-            if not (closed or on_meta):
+            if kind not in bare[members[0].name].exact and not on_meta:
                 samples = [bare[matrix.name] for matrix in _samples(members)]
                 anchors = _anchors(structure, samples, candidates, ratio, error)
                 if not anchors:
                     continue
             relative[kind] = (
-                USUAL.get(kind, ())
+                structure.relative_errors
                 if not anchors
                 else tuple((_part(members[0], spec), factor) for spec, factor in anchors)
             )
@@ -172,23 +159,34 @@ def measure_curves(
     return {matrix.name: curves[matrix.name] for matrix in matrices}
 
 
-def _bare_curve(model: nn.Module, matrix: Matrix, statistics: Mapping[str, LayerStatistics], kronecker: bool) -> Curve:
+def _bare_curve(
+    model: nn.Module,
+    matrix: Matrix,
+    structures: Sequence[type[Structure]],
+    statistics: Mapping[str, LayerStatistics],
+) -> Curve:
     """What decompositions tell."""
     weight = dense_weight(model.get_submodule(matrix.name))
     if weight.is_meta:
         # So the squared errors of MiniLM's matrices fall with the part of the bytes, near the middle of the range.
         ranks = torch.arange(min(matrix.shape) + 1, dtype=torch.float64)
         usual = torch.exp(-4 * ranks * sum(matrix.shape) / math.prod(matrix.shape))
-        return Curve(matrix, usual, None, {}, {})
+        closed = [s.kind for s in structures if s.truncated(weight, weight, plain=True) is weight]
+        return Curve(matrix, usual, dict.fromkeys(closed, usual), {}, {})
     metric = Metric.of(statistics.get(matrix.name))
+    exact: dict[str, torch.Tensor] = {}
     try:
-        low_rank, terms = truncation_errors(metric.apply(weight)), None
-        if kronecker and metric.rows is None and metric.columns is None:
-            first = next(KroneckerSum.candidates(matrix.shape, weight.dtype), None)
-            terms = None if first is None else truncation_errors(rearrange(weight.float(), first.left, first.right))
+        scaled = metric.apply(weight)
+        low_rank = truncation_errors(scaled).cpu()
+        for structure in structures:
+            if next(structure.candidates(matrix.shape, weight.dtype), None) is None:
+                continue
+            same = structure.truncated(weight, scaled, plain=metric.rows is None and metric.columns is None)
+            if same is not None:
+                exact[structure.kind] = low_rank if same is scaled else truncation_errors(same).cpu()
     except FactorformerError as error:
         raise type(error)(f"layer '{matrix.name}': {error}") from error
-    return Curve(matrix, low_rank.cpu(), None if terms is None else terms.cpu(), {}, {})
+    return Curve(matrix, low_rank, exact, {}, {})
 
 
 def _candidates(structure: type[Structure], matrix: Matrix) -> list[Structure]:
@@ -214,7 +212,7 @@ def _anchors(
     error: Callable[[Matrix, Structure, int], float],
 ) -> list[tuple[Structure, float]]:
     """Specs that were fitted, and by what factor their squared errors differ from low rank's, the largest first."""
-    parts = [SPREAD / ratio, 1 / ratio / SPREAD] if structure is DenseSparse else [1 / ratio]
+    parts = [SPREAD / ratio, 1 / ratio / SPREAD] if len(structure.relative_errors) > 1 else [1 / ratio]
     middle = samples[len(samples) // 2].matrix
     found: list[tuple[Structure, float]] = []
     for part in parts:
@@ -266,8 +264,7 @@ def _ladder(matrix: Matrix, candidates: Sequence[Structure], anchors: Sequence[S
         return 1 - math.prod(sizes["weight"].size) / spec.parameters(matrix.shape)
 
     shares = [(_part(matrix, spec), share(spec)) for spec in anchors]
-    width = families[1][0].tensors(matrix.shape)["dictionary"].size[0]
-    width /= families[0][0].tensors(matrix.shape)["dictionary"].size[0]
+    width = families[1][0].units / families[0][0].units
     near = [
         spec
         for family in families
