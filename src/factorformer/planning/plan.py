@@ -187,7 +187,7 @@ class Plan:
         if content.get("format") != FORMAT:
             raise MethodError(f"not a plan of format {FORMAT}: 'format' is {content.get('format')!r}")
         fields = _read(cls, content, "the plan", entries=list, rest=dict)
-        fields["rest"] = Cost(**_read(Cost, fields["rest"], "the plan's 'rest'"))
+        fields["rest"] = Cost(**_read(Cost, fields["rest"], "the plan"))
         fields["entries"] = tuple(_entry(item) for item in fields["entries"])
         return cls(**fields)
 
