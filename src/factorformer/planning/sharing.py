@@ -102,4 +102,3 @@ def expand(matrices: Sequence[Matrix], groups: Groups, entries: Sequence[Entry])
             spec, shares = dataclasses.replace(spec, side=side), owner if owner != matrix.name else None
         result.append(Entry(matrix, spec, entry.reason, shares, entry.cause))
     return tuple(result)
-

@@ -81,7 +81,9 @@ def test_rows_come_from_all_batches(monkeypatch: pytest.MonkeyPatch) -> None:
 def vectors(kind: str) -> tuple[nn.Module, dict[str, Tensor], list[str]]:
     """A model, its inputs, and the matrices behind its last hidden states."""
     sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 64}
-    config = tf.BertConfig(**sizes, vocab_size=99, num_labels=2 if kind.endswith("Answering") else 9, tie_word_embeddings=False)
+    config = tf.BertConfig(
+        **sizes, vocab_size=99, num_labels=2 if kind.endswith("Answering") else 9, tie_word_embeddings=False
+    )
     model = getattr(tf, kind)(config).eval()
     behind = {
         "BertForMaskedLM": ["cls.predictions.transform.dense", "cls.predictions.decoder"],
