@@ -117,10 +117,10 @@ def test_dense_modules_that_cannot_be_read(tmp_path: Path) -> None:
     assert torch.allclose(found.pooling.after[0](torch.ones(1, 4)), nn.GELU()(torch.full((1, 2), 4.0)))
 
 
-WORDS = "[PAD] [UNK] [CLS] [SEP] a the cat dog sat ran on mat good bad film plot very not is was and it .".split()
+TEXTS = ["the cat sat on the mat .", "a film", "it was not very good and the plot is bad .", "dog"]
+WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *dict.fromkeys(" ".join(TEXTS).split())]
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
 DECODER = {**SIZES, "num_key_value_heads": 2, "vocab_size": 40, "pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3}
-TEXTS = ["the cat sat on the mat .", "a film", "it was not very good and the plot is bad .", "dog"]
 POSITIONS = {"max_position_embeddings": 64}
 ENCODERS: dict[str, tuple[Any, str]] = {
     "bert": (lambda: tf.BertModel(tf.BertConfig(**SIZES, **POSITIONS, vocab_size=40, initializer_range=0.2)), "right"),

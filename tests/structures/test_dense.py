@@ -76,7 +76,7 @@ def test_the_compiled_kernels_multiply_it(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_a_plan_in_floats_has_none() -> None:
-    with pytest.raises(MethodError, match="'m'.* int8"):
+    with pytest.raises(MethodError, match=r"'m'.* int8"):
         Plan("svd", "blocks", 2, (Entry(Matrix("m", (64, 32)), Dense(), ""),), Cost())
 
 

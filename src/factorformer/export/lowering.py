@@ -2,8 +2,8 @@
 
 - Attention becomes one `Attention` operator (ONNX opset 23). What torch makes of `scaled_dot_product_attention` guards
   against rows that attend to nothing, at a cost of a tenth of the time in ONNX Runtime.
-- Sparse factors are stored packed. They are materialized by ordinary operators on constants, which runtimes evaluate once
-  when they load the file.
+- Sparse factors are stored packed. They are materialized by ordinary operators on constants, which runtimes evaluate
+  once when they load the file.
 - A matrix whose factors cost more multiply-adds than itself is materialized in the same way, when the file is loaded.
 """
 

@@ -9,7 +9,6 @@ from typing import Literal
 
 from factorformer.layers.matrix import Matrix, Member
 from factorformer.planning.plan import Entry
-from factorformer.structures import Structure
 
 Share = Literal["inputs", "layers"]
 """`inputs`: matrices of a block that read one input (query, key and value; gate and up), and with them the output of

@@ -39,10 +39,11 @@ def relative_sensitivities(
 ) -> dict[str, float]:
     """By how much the model's output moves for each unit of squared relative error in a matrix.
 
-    Measured with every matrix truncated to the common size, one at a time; 0 where the output does not show it. Without calibration data nothing is
-    measured: a matrix then counts by its part of all weights that a token meets, each as often as it is used, and
-    predictions are mean errors of the weights. This project's choice: on MiniLM, where feed-forward matrices are far more sensitive
-    than those of attention, this is nearer to what is measured than counting all matrices alike.
+    Measured with every matrix truncated to the common size, one at a time; 0 where the output does not show it.
+    Without calibration data nothing is measured: a matrix then counts by its part of all weights that a token meets,
+    each as often as it is used, and predictions are mean errors of the weights. This project's choice: on MiniLM, where
+    feed-forward matrices are far more sensitive than those of attention, this is nearer to what is measured than
+    counting all matrices alike.
 
     Args:
         model: not changed.

@@ -98,7 +98,9 @@ def _some(batches: Sequence[Batch], rows: int) -> Iterator[Batch]:
 def _outputs(
     model: nn.Module, batch: Batch, most: int, weights: Mapping[str, Tensor] | None = None
 ) -> dict[str, Tensor]:
-    """What is compared, by name. States are `(tokens, width)`, logits `(tokens, classes)` or `(rows, classes)`; padding is left out.
+    """What is compared, by name, without padding.
+
+    States are `(tokens, width)`, logits `(tokens, classes)` or `(rows, classes)`.
 
     Args:
         model: called once.

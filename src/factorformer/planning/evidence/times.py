@@ -62,7 +62,8 @@ def measure_times(
     """Time the products that a plan can choose among.
 
     Runs of all sizes of one shape, dense among them, are interleaved in rotating order, so that whatever else the
-    machine does meanwhile meets all of them alike, and the fastest run of each counts. Weights are random: no product here depends on values.
+    machine does meanwhile meets all of them alike, and the fastest run of each counts. Weights are random: no product
+    here depends on values.
 
     Args:
         matrices: whose shapes are measured, each once.
