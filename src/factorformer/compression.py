@@ -91,8 +91,8 @@ def plan(
             none.
         budget: what the ratio counts: bytes, FLOPs of the products for a token, or milliseconds that those of 512 rows
             take on this machine, measured now. Others than bytes are for methods that allocate by loss.
-        int8: store factors in int8 with a scale for each row, and count them so; matrices that stay dense keep their
-            type.
+        int8: store all matrices that `include` and `exclude` leave, factorized or dense, in int8 with a scale for each
+            row, and count them so. Dense ones take a quarter of the bytes of float32: smaller ratios are exceeded.
         calibration: batches as for `compress`; with them the cheap fits minimize the error that the method minimizes,
             and without them the plain error of the weights. With them allocation by loss measures how sensitive the
             model is to each matrix.
@@ -119,13 +119,13 @@ def plan(
     matrices, rest = find_matrices(model, scope, include, exclude)
     if int8:
         matrices = [matrix if matrix.dense else dataclasses.replace(matrix, int8=True) for matrix in matrices]
-    if recipe.allocation == "by_loss":
+    allocate, candidates = planning.ALLOCATIONS[recipe.allocation], planning.candidates_of(recipe.structure)
+    if allocate is None:
         draft = Plan(method, scope, ratio, (), rest, budget)
         data = None if calibration is None else list(calibration)
         return plan_by_loss(model, recipe.structures, recipe.metric, draft, matrices, data, progress)
     groups = planning.find_groups(matrices, share)
     stacks = planning.stacked(matrices, groups)
-    allocate, candidates = planning.ALLOCATIONS[recipe.allocation], planning.candidates_of(recipe.structure)
     entries = allocate(stacks, candidates, ratio, rest)
     if recipe.training != "from scratch" and _can_choose(model, entries):
         names = [member.name for entry in entries if entry.spec for member in _members(entry.matrix, groups)]
@@ -152,8 +152,8 @@ def plan(
 def _check_budget(budget: Unit, method: str) -> None:
     if budget not in get_args(Unit):
         raise MethodError(f"unknown budget {one_of(str(budget), get_args(Unit))}")
-    if budget != "bytes" and recipes.get(method).allocation != "by_loss":
-        able = [name for name, recipe in recipes.RECIPES.items() if recipe.allocation == "by_loss"]
+    if budget != "bytes" and planning.ALLOCATIONS[recipes.get(method).allocation] is not None:
+        able = [name for name, recipe in recipes.RECIPES.items() if planning.ALLOCATIONS[recipe.allocation] is None]
         raise MethodError(
             f"a budget in {budget} needs a method that weighs sizes by what they cost and lose, and '{method}' gives "
             f"every matrix its part of the bytes; methods that do: {', '.join(able)}"
@@ -180,12 +180,12 @@ def _check_share(share: Share | None, method: str, structure: type[Structure]) -
 
 def _can_choose(model: nn.Module, entries: Sequence[Entry]) -> bool:
     """Whether any matrix could be stored in more than one way, and the weights to tell which are there."""
-    for entry in entries:
-        if entry.spec is not None:
-            dtype = entry.matrix.values
-            several = len(entry.spec.families(entry.matrix.shape, dtype)) > 1
-            return several and not dense_weight(model.get_submodule(entry.matrix.name)).is_meta
-    return False
+    return any(
+        entry.spec is not None
+        and len(entry.spec.families(entry.matrix.shape, entry.matrix.values)) > 1
+        and not dense_weight(model.get_submodule(entry.matrix.name)).is_meta
+        for entry in entries
+    )
 
 
 def _members(matrix: Matrix, groups: Mapping[str, Sequence[Member]]) -> list[Matrix]:

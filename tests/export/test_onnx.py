@@ -19,7 +19,7 @@ import factorformer
 from factorformer.errors import ExportError, OutputError
 from factorformer.export import onnx as exporter
 from factorformer.export.onnx import export
-from factorformer.export.task import Pooling
+from factorformer.export.sentence import Pooling
 from factorformer.kernels.support import code_of
 from factorformer.layers.nn import FactorizedEmbedding, FactorizedLinear, FactorizedMatrix
 from factorformer.structures import DenseSparse, KroneckerSum, LowRank, Structure

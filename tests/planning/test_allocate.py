@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Iterator
 from typing import get_args
@@ -14,10 +15,20 @@ from hypothesis import strategies as st
 
 from factorformer.errors import BudgetError
 from factorformer.layers.matrix import Cost, Matrix, Role, total
-from factorformer.planning import Entry
-from factorformer.planning.allocate import ALLOCATIONS, RANKS, TOLERANCE, by_role, candidates_of, uniform
-from factorformer.structures import KroneckerSum, LowRank, Structure
+from factorformer.planning import Cause, Entry
+from factorformer.planning.allocate import (
+    ALLOCATIONS,
+    KEPT,
+    RANKS,
+    TOLERANCE,
+    AllocationName,
+    by_role,
+    candidates_of,
+    uniform,
+)
+from factorformer.structures import Dense, KroneckerSum, LowRank, Structure
 
+BY_BYTES = {name: allocate for name, allocate in ALLOCATIONS.items() if allocate is not None}
 SIDES = st.integers(16, 90)
 
 
@@ -66,7 +77,7 @@ def check(entries: tuple[Entry, ...], matrices: list[Matrix], ratio: float, rest
 
 
 @pytest.mark.parametrize("structure", [LowRank, KroneckerSum])
-@pytest.mark.parametrize("allocation", ALLOCATIONS)
+@pytest.mark.parametrize("allocation", BY_BYTES)
 @settings(max_examples=50)
 @given(model=MODELS, ratio=st.floats(1, 12), rest=st.integers(0, 2000))
 def test_budgets_are_met_or_the_nearest_is_named(
@@ -76,7 +87,7 @@ def test_budgets_are_met_or_the_nearest_is_named(
     ratio: float,
     rest: int,
 ) -> None:
-    allocate = ALLOCATIONS[allocation]
+    allocate = BY_BYTES[allocation]
     matrices = [
         Matrix(f"layer.{i}", shape, dtype, dense=dense, role=role)
         for i, (shape, dtype, dense, role) in enumerate(model)
@@ -108,20 +119,44 @@ def test_a_transformer_meets_every_usual_ratio(ratio: float, structure: type[Str
     assert max(fractions) - min(fractions) < 0.01
 
 
-@pytest.mark.parametrize("allocation", ALLOCATIONS)
+@pytest.mark.parametrize("allocation", BY_BYTES)
 @pytest.mark.parametrize("structure", [LowRank, KroneckerSum])
 def test_equal_matrices_differ_by_one_rank_at_most(structure: type[Structure], allocation: str) -> None:
     matrices = [Matrix(f"{i}", (64, 64)) for i in range(7)]
-    ranks = [rank_of(entry) for entry in ALLOCATIONS[allocation](matrices, candidates_of(structure), 3, Cost())]
+    ranks = [rank_of(entry) for entry in BY_BYTES[allocation](matrices, candidates_of(structure), 3, Cost())]
     assert len(ranks) == 7
     assert max(ranks) - min(ranks) <= 1
+
+
+def test_every_allocation_is_registered() -> None:
+    assert set(ALLOCATIONS) == set(get_args(AllocationName))
+
+
+def in_int8(*matrices: Matrix) -> list[Matrix]:
+    return [dataclasses.replace(matrix, int8=matrix.dense is None) for matrix in matrices]
+
+
+@pytest.mark.parametrize("allocation", BY_BYTES)
+def test_what_stays_dense_is_dense_in_int8(allocation: str) -> None:
+    excluded = Matrix("x", (64, 64), dense="excluded")
+    matrices = in_int8(*(Matrix(f"{i}", (256, 256)) for i in range(4)), Matrix("thin", (1, 64)), excluded)
+    for ratio in (1, 2, 3, 3.7, 3.75):
+        entries = BY_BYTES[allocation](matrices, candidates_of(LowRank), ratio, Cost())
+        assert [entry.spec for entry in entries] == [Dense()] * 5 + [None]
+        assert {entry.values for entry in entries[:-1]} == {"int8"}
+        assert [entry.cause for entry in entries[-2:]] == [Cause.UNABLE, Cause.PATTERNS]
+    entries = BY_BYTES[allocation](matrices, candidates_of(LowRank), 6, Cost())
+    assert bytes_of(matrices, Cost()) / sum(e.compressed.bytes for e in entries) == pytest.approx(6, rel=0.01)
+    assert {entry.values for entry in entries[:-1]} == {"int8"}
+    assert isinstance(entries[0].spec, LowRank)
+    assert all(entry.compressed.bytes <= 256 * 256 + 4 * 256 for entry in entries[:4])
 
 
 def test_ratio_one_keeps_everything() -> None:
     matrices = [Matrix(f"{i}", (64, 32)) for i in range(3)]
     entries = uniform(matrices, candidates_of(LowRank), 1, Cost())
     assert [entry.spec for entry in entries] == [None] * 3
-    assert {entry.reason for entry in entries} == {"the budget allows the dense matrix"}
+    assert {entry.reason for entry in entries} == {KEPT}
 
 
 @pytest.mark.parametrize("ratio", [0.99, 0, -1, float("nan")])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import json
 import re
@@ -17,7 +16,7 @@ import factorformer
 from factorformer import Plan
 from factorformer.errors import BudgetError, MethodError, ModelError
 from factorformer.layers.matrix import Cost, Matrix, Scope
-from factorformer.planning import Entry, left_dense
+from factorformer.planning import Cause, Entry, left_dense
 from factorformer.recipes import RECIPES
 from factorformer.structures import KroneckerSum, LowRank
 
@@ -342,6 +341,10 @@ def test_entries_price_themselves() -> None:
         ("products", "1"),
         ("lookups", None),
         ("reason", 1),
+        ("cause", "whim"),
+        ("cause", None),
+        ("int8", "yes"),
+        ("spec", {"structure": "dense"}),
         ("role", None),
         ("role", "embeddings"),
         ("role", ["attention"]),
@@ -365,7 +368,7 @@ def test_an_unknown_role_is_answered_with_the_nearest() -> None:
 
 
 @pytest.mark.parametrize(
-    "field", [field.name for field in dataclasses.fields(Matrix) if field.name != "int8"] + ["spec", "reason"]
+    "field", [field.name for field in dataclasses.fields(Matrix)] + ["spec", "reason", "shares", "cause"]
 )
 def test_entries_lack_nothing(field: str) -> None:
     content = json.loads(json.dumps(a_plan().to_dict()))
@@ -407,15 +410,18 @@ def test_a_budget_is_met_in_int8(method: str, scope: Scope) -> None:
         assert entry.original.bytes == 4 * entry.matrix.shape[0] * entry.matrix.shape[1]
 
 
-def test_plans_with_int8_survive_json_and_older_ones_are_in_floats() -> None:
-    plan = factorformer.plan(MODELS["bert"].build(), "svd", ratio=6, int8=True)
-    content = json.loads(json.dumps(plan.to_dict()))
-    assert Plan.from_dict(content) == plan
-    older = copy.deepcopy(content)
-    for entry in older["entries"]:
-        del entry["int8"]
-    assert Plan.from_dict(older).compressed.bytes > 2 * plan.compressed.bytes
-    assert not any(entry.matrix.int8 for entry in Plan.from_dict(older).entries)
-    content["entries"][0]["int8"] = "yes"
-    with pytest.raises(MethodError, match=r"'int8' cannot be 'yes'"):
-        Plan.from_dict(content)
+def test_plans_with_int8_survive_json() -> None:
+    for ratio in (3, 6):
+        plan = factorformer.plan(MODELS["bert"].build(), "svd", ratio=ratio, int8=True)
+        assert Plan.from_dict(json.loads(json.dumps(plan.to_dict()))) == plan
+        assert ("dense, int8" in str(plan)) == (ratio == 3)
+
+
+@pytest.mark.parametrize("method", ["svd", "dense_sparse_plain", "whitened_by_loss", "auto"])
+def test_nothing_in_scope_stays_in_floats_beside_int8(method: str) -> None:
+    model = MODELS["bert"].build()
+    for ratio in (1, 3, 4):
+        plan = factorformer.plan(model, method, ratio, int8=True, exclude=["*.query"])
+        assert {e.values for e in plan.entries if e.cause is not Cause.PATTERNS} == {"int8"}
+        assert {e.values for e in plan.entries if e.cause is Cause.PATTERNS} == {"float32"}
+        assert plan.ratio >= min(ratio, 2) * 0.99

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from collections.abc import Iterator
@@ -273,11 +274,12 @@ def test_malformed_sharing_is_refused(entry: int, change: dict[str, Any], messag
         Plan.from_dict(content)
 
 
-def test_plans_of_older_versions_share_nothing() -> None:
-    content = shared_plan()
-    for entry in content["entries"]:
-        del entry["shares"]
-    assert Plan.from_dict(content).sharing == {}
+def test_dense_matrices_in_int8_share_nothing() -> None:
+    model = MODELS["bert"].build()
+    plan = factorformer.plan(model, "dense_sparse_plain", 3, share="inputs", int8=True)
+    assert plan.sharing == {}
+    assert {str(entry.spec) for entry in plan.entries} == {"dense"}
+    factorformer.compress(model, dataclasses.replace(plan, method="dense_sparse_plain"))
 
 
 def test_members_may_be_too_small_to_gain_alone() -> None:

@@ -2,8 +2,8 @@
 
 - Attention becomes one `Attention` operator (ONNX opset 23). What torch makes of `scaled_dot_product_attention` guards
   against rows that attend to nothing, at a cost of a tenth of the time in ONNX Runtime.
-- Sparse factors are stored packed. Ordinary operators on constants densify them, which runtimes evaluate once when they
-  load the file.
+- Sparse factors are stored packed. They are materialized by ordinary operators on constants, which runtimes evaluate
+  once when they load the file.
 - A matrix whose factors cost more multiply-adds than itself is materialized in the same way, when the file is loaded.
 """
 
@@ -27,7 +27,7 @@ from factorformer.structures.int8 import floats
 ATTENTION = "factorformer_onnx"
 """The name of this attention in transformers."""
 
-UNSUPPORTED = ("position_bias", "softcap", "s_aux")
+UNSUPPORTED = ("softcap", "s_aux")
 """What some models add to attention, and the operator here does not do."""
 
 
@@ -36,7 +36,7 @@ def freeze(model: PreTrainedModel, *, quantized: bool) -> None:
 
     Args:
         model: of no use for training afterwards.
-        quantized: only where factors are stored in int8: what our own kernels compute in int8 is then float32.
+        quantized: only where factors are stored in int8: what factorformer's kernels compute in int8 is then float32.
 
     Raises:
         ExportError: the model trains straight through.
@@ -55,8 +55,9 @@ def replace_attention(model: PreTrainedModel) -> None:
     Raises:
         ExportError: the model has an attention of its own.
     """
+    causal = any(getattr(module, "is_causal", False) for module in model.modules())
     AttentionInterface.register(ATTENTION, _attention)
-    AttentionMaskInterface.register(ATTENTION, _mask)
+    AttentionMaskInterface.register(ATTENTION, _causal_mask if causal else _mask)
     try:
         model.set_attn_implementation(ATTENTION)
     except (ValueError, ImportError) as error:
@@ -101,10 +102,14 @@ def _attention(
     """Attention as transformers calls it: `(batch, heads, length, width)` to `(batch, length, heads, width)`."""
     present = [name for name in UNSUPPORTED if others.get(name) is not None]
     causal = others.get("is_causal")
-    if getattr(module, "is_causal", False) if causal is None else causal:
-        raise ExportError(f"{type(module).__name__} is causal, as those of decoders; only encoders can be exported")
+    if (getattr(module, "is_causal", False) if causal is None else causal) and attention_mask is None:
+        raise ExportError(f"{type(module).__name__} is causal without a mask, which cannot be exported")
     if present:
         raise ExportError(f"{type(module).__name__} uses {', '.join(present)}, which cannot be exported")
+
+    bias = others.get("position_bias")
+    if bias is not None and attention_mask is not None:
+        attention_mask = bias.masked_fill(~attention_mask, torch.finfo(bias.dtype).min)
 
     # Heads side by side, as the layers before and after have them: their permutations cancel out.
     def flat(x: Tensor) -> Tensor:
@@ -129,8 +134,16 @@ def _mask(**arguments: Any) -> Tensor:
     return mask
 
 
+def _causal_mask(**arguments: Any) -> Tensor:
+    """The same, where padding attends to itself: on the left it has no token before it, and what attends to nothing is
+    NaN, which a weight of 0 does not hide from others."""
+    mask = _mask(**arguments)
+    places = torch.arange(mask.shape[-1], device=mask.device)
+    return mask | (places[:, None] == places)
+
+
 def table() -> dict[Callable[..., Any], Callable[..., Any]]:
-    """How operators of ours read in ONNX."""
+    """How factorformer's operators read in ONNX."""
     import onnxscript
 
     op: Any = onnxscript.opset23

@@ -21,9 +21,10 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from factorformer.errors import ExportError, OutputError
-from factorformer.export.task import Pooling, Task, input_names, read_longest, read_pooling
+from factorformer.export.sentence import Pooling, find_layout, read_longest
+from factorformer.export.task import HEADS, Task, input_names
 from factorformer.files import check_output, output_directory
-from factorformer.hf.source import find, load_model, load_tokenizer
+from factorformer.hf.source import load_model, load_tokenizer
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -104,15 +105,16 @@ def export(
     if isinstance(model, PreTrainedModel):
         whole = copy.deepcopy(model)
     else:
-        source = find(os.fspath(model))
-        if Path(path).resolve() in (source.resolve(), *source.resolve().parents):
+        layout = find_layout(os.fspath(model))
+        if Path(path).resolve() in (layout.source.resolve(), *layout.source.resolve().parents):
             raise OutputError(f"'{path}' holds the model itself: choose another directory")
         if tokenizer is None:
-            tokenizer = load_tokenizer(source)
-            tokenizer.model_max_length = read_longest(source) or tokenizer.model_max_length
-        whole = load_model(source)
-        if pooling is None and type(whole).__name__.endswith("Model"):
-            pooling = read_pooling(source)
+            with_tokenizer = (layout.source / "tokenizer_config.json").is_file()
+            tokenizer = load_tokenizer(layout.source if with_tokenizer else layout.transformer)
+            tokenizer.model_max_length = read_longest(layout.transformer) or tokenizer.model_max_length
+        whole = load_model(layout.transformer)
+        if pooling is None and not type(whole).__name__.endswith(HEADS):
+            pooling = layout.pooling
     dtype = whole.dtype
     whole.to(device="cpu", dtype=torch.float32).eval().requires_grad_(False)  # pyright: ignore[reportCallIssue]
     translation.freeze(whole, quantized=True)
@@ -156,7 +158,7 @@ def _require_packages() -> None:
 
 
 def _batch(model: PreTrainedModel, names: list[str], rows: int, length: int, seed: int) -> list[Int[Tensor, "b n"]]:
-    """Random tokens, all rows but the first padded, each to another length."""
+    """Random tokens, all rows but the first padded, each to another length; on the left where the seed is odd."""
     config, draws = model.config, torch.Generator().manual_seed(seed)
     longest = getattr(config, "max_position_embeddings", None)
     if longest is not None:  # models that count positions from behind the padding token have fewer of them
@@ -167,6 +169,7 @@ def _batch(model: PreTrainedModel, names: list[str], rows: int, length: int, see
     mask = torch.ones_like(ids)
     for row in range(1, rows):
         mask[row, -min(row + 1, length - 1) :] = 0
+    mask = mask.flip(1) if seed % 2 else mask
     ids = torch.where(mask == 0, padding, ids)
     given = {"input_ids": ids, "attention_mask": mask}
     if "token_type_ids" in names:
@@ -233,7 +236,10 @@ def _save(
         found = [torch.from_numpy(session.run(None, feed)[0]) for feed in feeds]
     except Exception as error:  # ONNX Runtime raises types of its own, which share no base
         raise ExportError(f"ONNX Runtime cannot run the exported {kind}: {_line(error)}") from error
-    pairs = zip(found, expected, strict=True)
+    pairs = [
+        (_real(got, batch[1]), _real(wanted, batch[1]))
+        for got, wanted, batch in zip(found, expected, batches, strict=True)
+    ]
     deviation = max(float((got - wanted).norm() / wanted.norm()) for got, wanted in pairs)
     if not deviation <= tolerance:
         raise ExportError(
@@ -241,6 +247,11 @@ def _save(
             f"more than the {tolerance:g} allowed"
         )
     return deviation
+
+
+def _real(output: Tensor, mask: Tensor) -> Tensor:
+    """What is put out for tokens, without that for padding."""
+    return output[mask.bool()] if output.shape[:-1] == mask.shape else output
 
 
 @contextlib.contextmanager

@@ -9,9 +9,10 @@ from torch import Tensor
 from factorformer.fitting.dictionary import fit_dense_sparse
 from factorformer.fitting.linalg import WITHOUT_FLOAT64
 from factorformer.fitting.metric import Metric, MetricName
+from factorformer.fitting.rounding import fit_dense
 from factorformer.fitting.svd import fit_low_rank
 from factorformer.fitting.van_loan import fit_kronecker_sum
-from factorformer.structures import DenseSparse, KroneckerSum, LowRank, Structure
+from factorformer.structures import Dense, DenseSparse, KroneckerSum, LowRank, Structure
 
 QUICK = 2
 """Rounds of the fits that only choose a size."""
@@ -20,6 +21,7 @@ FITTERS: dict[type[Structure], Callable[..., tuple[dict[str, Tensor], float]]] =
     LowRank: fit_low_rank,
     KroneckerSum: fit_kronecker_sum,
     DenseSparse: fit_dense_sparse,
+    Dense: fit_dense,
 }
 
 

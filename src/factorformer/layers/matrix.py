@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Collection, Iterable
+from enum import Enum
 from typing import Literal
 
 import torch
@@ -39,6 +40,13 @@ Scope = Literal["blocks", "all"]
 """What of a model is changed and counted: its Transformer blocks, or all of it."""
 
 
+class LeftOut(str, Enum):
+    """Reasons to stay dense that the caller gave, by patterns of names."""
+
+    NOT_INCLUDED = "not included"
+    EXCLUDED = "excluded"
+
+
 @dataclasses.dataclass(frozen=True)
 class Matrix:
     """A weight matrix of a model, stored once, whatever the number of places that use it.
@@ -51,10 +59,10 @@ class Matrix:
             of it where experts are chosen.
         lookups: how often a token looks up one of its rows.
         aliases: other modules tied to the same values.
-        dense: why it has to stay dense; None if it can be factorized.
+        dense: why it has to stay dense, a `LeftOut` or words; None if it can be factorized.
         role: what it does in the model; an output head counts as an embedding, whatever else is not part of attention
             as feed-forward.
-        int8: whether its factors are stored in int8, if it gets any.
+        int8: whether what it becomes is stored in int8.
     """
 
     name: str

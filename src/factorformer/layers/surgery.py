@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from factorformer.errors import MethodError, ModelError, one_of
-from factorformer.layers.matrix import Cost, Matrix, Role, Scope
+from factorformer.layers.matrix import Cost, LeftOut, Matrix, Role, Scope
 from factorformer.layers.nn import FactorizedEmbedding, FactorizedLinear, FactorizedMatrix
 from factorformer.structures import Factors, Shape, Structure
 
@@ -152,9 +152,9 @@ def _describe(
         # Whisper's sinusoids: the architecture writes such a table itself whenever it initializes a model.
         dense = "a fixed table, left dense"
     elif include is not None and not named(include):
-        dense = "not included"
+        dense = LeftOut.NOT_INCLUDED.value
     elif exclude is not None and named(exclude):
-        dense = "excluded"
+        dense = LeftOut.EXCLUDED.value
     return Matrix(
         names[0],
         shape,

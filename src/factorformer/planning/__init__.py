@@ -3,12 +3,13 @@
 from factorformer.planning.allocate import ALLOCATIONS, AllocationName, Sizes, candidates_of
 from factorformer.planning.families import Choice, choose_families
 from factorformer.planning.knapsack import Option, by_loss
-from factorformer.planning.plan import Entry, Plan, Unit, left_dense
+from factorformer.planning.plan import Cause, Entry, Plan, Unit, left_dense
 from factorformer.planning.sharing import Share, expand, find_groups, stacked
 
 __all__ = [
     "ALLOCATIONS",
     "AllocationName",
+    "Cause",
     "Choice",
     "Entry",
     "Option",

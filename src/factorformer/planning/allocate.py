@@ -9,12 +9,19 @@ from typing import Literal, TypeVar
 
 from factorformer.errors import BudgetError
 from factorformer.layers.matrix import Cost, Matrix, Role, total
-from factorformer.planning.plan import KEPT, Entry, Unit, left_dense
+from factorformer.planning.plan import Cause, Entry, Unit, left_dense
 from factorformer.structures import Structure
 
 AllocationName = Literal["uniform", "by_role", "by_loss", "dynamic"]
 TOLERANCE = 0.01
 """How far the cost of a plan may be from the budget, relative to it."""
+
+NEAR = 0.03
+"""How far dense int8 may stay above a budget: scales, biases and norms make it a little less than 4 times smaller, and
+to factorize all matrices for the sake of that would lose far more."""
+
+KEPT = "the budget allows the dense matrix"
+NO_SIZE = "no smaller size fits the structure"
 
 Chosen = TypeVar("Chosen")
 
@@ -34,6 +41,7 @@ def candidates_of(structure: type[Structure]) -> Sizes:
 def uniform(matrices: Sequence[Matrix], sizes: Sizes, ratio: float, rest: Cost) -> tuple[Entry, ...]:
     """Give every matrix the same fraction of its own dense bytes.
 
+    In int8 the largest size of a matrix is the dense one in int8, so that smaller ratios than this gives are exceeded.
     Sizes are whole numbers, so what rounding leaves over goes, one step at a time, to the matrices that stand furthest
     below the common fraction.
 
@@ -79,7 +87,7 @@ def _allocate(
 ) -> tuple[Entry, ...]:
     """The entries that `fill` chooses for the bytes that are left for the matrices that can be factorized."""
     ladders = {m.name: _Ladder(m, sizes) for m in matrices if m.dense is None}
-    if not any(ladder.specs for ladder in ladders.values()):
+    if not any(ladder.bytes[0] < ladder.dense for ladder in ladders.values()):
         _check_ratio(ratio)
         raise BudgetError("no matrix in scope can be factorized; see the plan's reasons or widen include and scope")
     fixed = rest.bytes + total(m.cost(None) for m in matrices if m.dense is not None).bytes
@@ -93,8 +101,9 @@ def _allocate(
         ratio,
         original=total(m.cost(None) for m in matrices).bytes + rest.bytes,
         smallest=fixed + sum(ladder.bytes[0] for ladder in ladders.values()),
+        largest=fixed + sum(ladder.bytes[-1] for ladder in ladders.values()),
         fixed=fixed,
-        stays=[Entry(m, None, m.dense) for m in matrices if m.dense is not None],
+        stays=[Entry.whole(m) for m in matrices if m.dense is not None],
     )
     return tuple(_entry(m, ladders.get(m.name), steps.get(m.name, 0)) for m in matrices)
 
@@ -105,17 +114,18 @@ def meet(
     *,
     original: float,
     smallest: float,
+    largest: float,
     fixed: float,
     stays: Sequence[Entry],
     unit: Unit = "bytes",
 ) -> Chosen:
-    """What `fill` makes of the budget `original / ratio`, if that meets it.
+    """What `fill` makes of the budget `original / ratio`, if that meets it; all dense in int8 where that nearly does.
 
     Args:
         fill: gives a choice for a budget, and what the choice costs.
         ratio: cost of everything in scope over what it may cost.
         original: that cost.
-        smallest: the least that `fill` can make it cost.
+        smallest, largest: the least and the most that `fill` can make it cost.
         fixed: what of it has to stay as it is.
         stays: the matrices that have to stay dense.
         unit: of costs.
@@ -124,15 +134,18 @@ def meet(
         BudgetError: the ratio cannot be met within `TOLERANCE`; the message names the nearest that can.
     """
     _check_ratio(ratio)
-    largest = original / smallest if smallest else 1.0
+    most = original / smallest if smallest else 1.0
     if smallest > original / ratio * (1 + TOLERANCE):
         reasons = "; ".join(left_dense(stays, round(original))) if unit == "bytes" else ""
         number = ",.0f" if unit != "milliseconds" else ",.3g"
         raise BudgetError(
-            f"ratio {ratio:g} cannot be met: at the smallest size of every matrix the ratio is {largest:.4g}, and "
+            f"ratio {ratio:g} cannot be met: at the smallest size of every matrix the ratio is {most:.4g}, and "
             f"{fixed:{number}} of {original:{number}} {unit} in scope stay as they are"
-            f"{f' ({reasons})' if reasons else ''}; ask for at most {largest:.4g}"
+            f"{f' ({reasons})' if reasons else ''}; ask for at most {most:.4g}"
         )
+
+    if largest < original and largest <= original / ratio * (1 + NEAR):  # all dense in int8
+        return fill(largest)[0]
 
     def attempt(ratio: float) -> tuple[Chosen, float, bool]:
         chosen, cost = fill(max(original / ratio, smallest))
@@ -148,7 +161,7 @@ def meet(
             if met:
                 break
         else:
-            near = largest
+            near = most
         raise BudgetError(f"ratio {ratio:g} cannot be met within {TOLERANCE:.0%} in {unit}; the nearest is {near:.4g}")
     return chosen
 
@@ -159,14 +172,14 @@ def _check_ratio(ratio: float) -> None:
 
 
 class _Ladder:
-    """The sizes that a matrix can have, in growing bytes; the last step is dense."""
+    """The sizes that a matrix can have, in growing bytes; the last step is dense, in int8 if the matrix is to be."""
 
     def __init__(self, matrix: Matrix, sizes: Sizes) -> None:
-        dtype = matrix.values
-        self.specs: list[Structure] = list(sizes(matrix))
+        whole = Entry.whole(matrix)
         self.role: Role = matrix.role
-        self.dense = matrix.cost(None).bytes
-        self.bytes = [spec.bytes(matrix.shape, dtype) for spec in self.specs] + [self.dense]
+        self.dense = whole.original.bytes
+        self.specs = [spec for spec in sizes(matrix) if matrix.cost(spec).bytes < whole.compressed.bytes]
+        self.bytes = [*(matrix.cost(spec).bytes for spec in self.specs), whole.compressed.bytes]
 
     def below(self, fraction: float) -> int:
         """The largest step whose bytes stay within a fraction of the dense bytes; step 0 if none does."""
@@ -255,11 +268,21 @@ def _spend_rest(ladders: dict[str, _Ladder], steps: dict[str, int], budget: floa
 
 def _entry(matrix: Matrix, ladder: _Ladder | None, step: int) -> Entry:
     if ladder is None:
-        return Entry(matrix, None, matrix.dense or "")
-    if step == len(ladder.specs):
-        reason = "no smaller size fits the structure" if not ladder.specs else KEPT
-        return Entry(matrix, None, reason)
+        return Entry.whole(matrix)
+    if not ladder.specs:
+        return Entry.whole(matrix, NO_SIZE, Cause.UNABLE)
+    if ladder.full(step):
+        return Entry.whole(matrix, KEPT)
     return Entry(matrix, ladder.specs[step], f"{matrix.role}: {ladder.bytes[step] / ladder.dense:.1%} of its bytes")
 
 
-ALLOCATIONS = {"uniform": uniform, "by_role": by_role, "dynamic": uniform}  # where training moves it from there
+Allocate = Callable[[Sequence[Matrix], Sizes, float, Cost], tuple[Entry, ...]]
+
+ALLOCATIONS: Mapping[AllocationName, Allocate | None] = {
+    "uniform": uniform,
+    "by_role": by_role,
+    "dynamic": uniform,
+    "by_loss": None,
+}
+"""Every way to divide a budget. Training moves sizes on from where `dynamic` starts; None is for what needs evidence of
+the model, `evidence.prediction.plan_by_loss`."""

@@ -6,12 +6,14 @@ import bisect
 import dataclasses
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from factorformer.layers.matrix import Matrix
-from factorformer.planning.allocate import TOLERANCE, meet
-from factorformer.planning.plan import KEPT, Entry, Unit
-from factorformer.structures import Structure
+from factorformer.planning.allocate import KEPT, NO_SIZE, TOLERANCE, meet
+from factorformer.planning.plan import Cause, Entry, Unit
+from factorformer.structures import Dense, Structure
+
+UNMEASURED = "the model's output on the calibration data does not show its effect, left dense"
 
 ROUNDING = 1e-9
 """A budget that is met exactly is met, whatever floating point makes of it."""
@@ -43,6 +45,7 @@ def by_loss(
     ratio: float,
     rest: float,
     unit: Unit = "bytes",
+    unmeasured: Collection[str] = (),
 ) -> tuple[Entry, ...]:
     """Choose one option for each matrix so that the sum of losses is smallest within a common budget.
 
@@ -53,10 +56,12 @@ def by_loss(
 
     Args:
         matrices: all matrices in scope.
-        options: of each matrix by its name, in any order; a matrix that has to stay dense has no other option.
+        options: of each matrix by its name, in any order; a matrix that has to stay dense has no other option. Where
+            there is dense in int8, dense as it is only says what the original costs.
         ratio: cost of everything in scope, dense, over what it may cost.
         rest: cost of the other tensors in scope.
         unit: of costs.
+        unmeasured: names of matrices of which no loss is known, and which stay dense for that.
 
     Raises:
         BudgetError: the ratio cannot be met within `TOLERANCE`; the message names the nearest that can.
@@ -68,9 +73,16 @@ def by_loss(
     >>> [str(entry.spec) for entry in chosen]
     ['None', 'low_rank(rank=4)']
     """
-    ladders = {matrix.name: _Ladder.of(options[matrix.name]) for matrix in matrices}
-    dense = {m.name: next(option for option in options[m.name] if option.spec is None) for m in matrices}
-    stays = [Entry(m, None, m.dense or "no smaller size") for m in matrices if len(options[m.name]) == 1]
+    choices = {matrix.name: _choices(options[matrix.name]) for matrix in matrices}
+    ladders = {name: _Ladder.of(choice) for name, choice in choices.items()}
+    original = math.fsum(next(o.cost for o in options[m.name] if o.spec is None) for m in matrices)
+    stays = {
+        matrix.name: Entry.whole(matrix, UNMEASURED, Cause.UNMEASURED)
+        if matrix.name in unmeasured
+        else Entry.whole(matrix, NO_SIZE, Cause.UNABLE)
+        for matrix in matrices
+        if len(choices[matrix.name]) == 1
+    }
     purchases = _purchases(ladders)
 
     def fill(budget: float) -> tuple[dict[str, Option], float]:
@@ -80,13 +92,20 @@ def by_loss(
     chosen = meet(
         fill,
         ratio,
-        original=rest + math.fsum(option.cost for option in dense.values()),
+        original=rest + original,
         smallest=rest + math.fsum(ladder.frontier[0].cost for ladder in ladders.values()),
-        fixed=rest + math.fsum(dense[entry.matrix.name].cost for entry in stays),
-        stays=stays,
+        largest=rest + math.fsum(ladder.frontier[-1].cost for ladder in ladders.values()),
+        fixed=rest + math.fsum(ladders[name].frontier[0].cost for name in stays),
+        stays=list(stays.values()),
         unit=unit,
     )
-    return tuple(_entry(m, chosen[m.name], options[m.name], ladders[m.name]) for m in matrices)
+    return tuple(stays.get(m.name) or _entry(m, chosen[m.name], options[m.name], ladders[m.name]) for m in matrices)
+
+
+def _choices(options: Sequence[Option]) -> list[Option]:
+    """Without dense as it is where there is dense in int8."""
+    in_int8 = any(isinstance(option.spec, Dense) for option in options)
+    return [option for option in options if option.spec is not None or not in_int8]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,7 +161,7 @@ def _spend(
             chosen[name] = after
             left -= after.cost - before.cost
         else:
-            waiting.setdefault(name)  # the first step that is too dear ends the purchases
+            waiting.setdefault(name)  # the first step that is too expensive ends the purchases
     for name in waiting:
         better = ladders[name].within(chosen[name].cost + left)
         left -= better.cost - chosen[name].cost
@@ -159,13 +178,12 @@ def _spend(
 
 
 def _entry(matrix: Matrix, chosen: Option, options: Sequence[Option], ladder: _Ladder) -> Entry:
-    if len(options) == 1:
-        return Entry(matrix, None, matrix.dense or "no smaller size fits the structure")
-    if chosen.spec is None:
+    if chosen.spec is None or isinstance(chosen.spec, Dense):
         smaller = [option for option in ladder.hull if option.cost < chosen.cost]
         if not smaller:
-            return Entry(matrix, None, f"{KEPT}: nothing else costs less")
-        return Entry(matrix, None, f"{KEPT}: {smaller[-1].spec} would lose more for what it saves than any size chosen")
+            return Entry.whole(matrix, f"{KEPT}: nothing else costs less")
+        reason = f"{smaller[-1].spec} would lose more for what it saves than any size chosen"
+        return Entry.whole(matrix, f"{KEPT}: {reason}")
     dense = next(option for option in options if option.spec is None)
     part = f"{matrix.role}: {chosen.cost / dense.cost:.1%} of its cost" if dense.cost else matrix.role
     return Entry(matrix, chosen.spec, f"{part}, {_runner_up(chosen, options)}")

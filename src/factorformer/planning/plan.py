@@ -6,24 +6,35 @@ import dataclasses
 import json
 import os
 from collections.abc import Iterable, Mapping
+from enum import Enum
 from pathlib import Path
-from typing import Any, Literal, get_args
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import torch
 
 from factorformer.errors import FactorformerError, MethodError, one_of
 from factorformer.files import whole_file
-from factorformer.layers.matrix import Cost, Matrix, Role, Scope, total
-from factorformer.structures import Structure, from_dict
+from factorformer.layers.matrix import Cost, LeftOut, Matrix, Scope, total
+from factorformer.structures import Dense, Structure, from_dict
 
 Unit = Literal["bytes", "flops", "milliseconds"]
 """What a budget counts."""
 
 FORMAT = 1
-CHOSEN = ("not included", "excluded")
-"""Reasons to stay dense that the caller gave."""
-KEPT = "the budget allows the dense matrix"
-"""How reasons begin where a matrix is better left dense than made smaller."""
+
+
+class Cause(str, Enum):
+    """What decided about a matrix; `Entry.reason` says it in words."""
+
+    BUDGET = "budget"
+    """Its part of the budget: a size, or staying dense as no smaller size is worth its loss."""
+    PATTERNS = "patterns"
+    """The caller's patterns of names leave it out."""
+    UNABLE = "unable"
+    """It cannot be factorized, or no size of the structure is smaller."""
+    UNMEASURED = "unmeasured"
+    """The calibration data does not show what an error in it would do, so it is not made smaller."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,15 +44,30 @@ class Entry:
     Args:
         matrix: what it is now.
         spec: what it becomes; None leaves it dense.
-        reason: for people.
+        reason: human-readable.
         shares: the matrix whose shareable factors it uses, such as a dictionary; None for one that has its own, whether
             others use them or not.
+        cause: what decided.
     """
 
     matrix: Matrix
     spec: Structure | None
     reason: str
     shares: str | None = None
+    cause: Cause = Cause.BUDGET
+
+    @classmethod
+    def whole(cls, matrix: Matrix, reason: str = "", cause: Cause = Cause.BUDGET) -> Entry:
+        """A matrix that is not factorized: dense as it is, or in int8 if the plan wants that.
+
+        Args:
+            matrix: which one; `matrix.dense` is reason and cause where it has one.
+            reason, cause: otherwise.
+        """
+        if matrix.dense is not None:
+            chosen = any(matrix.dense == reason for reason in LeftOut)
+            return cls(matrix, None, matrix.dense, cause=Cause.PATTERNS if chosen else Cause.UNABLE)
+        return cls(matrix, Dense() if matrix.int8 else None, reason, cause=cause)
 
     @property
     def original(self) -> Cost:
@@ -61,7 +87,7 @@ class Entry:
 
     @property
     def form(self) -> str:
-        """How it is stored, for people: its structure or `dense`, and whether in int8."""
+        """How it is stored, human-readable: its structure or `dense`, and whether in int8."""
         return f"{self.spec or 'dense'}" + (", int8" if self.values == "int8" else "")
 
 
@@ -114,7 +140,7 @@ class Plan:
 
     @property
     def factorized(self) -> tuple[Entry, ...]:
-        """The entries that do not stay dense."""
+        """The entries that do not stay as they are: factorized ones, and dense ones in int8."""
         return tuple(entry for entry in self.entries if entry.spec is not None)
 
     @property
@@ -145,6 +171,7 @@ class Plan:
                     "spec": None if entry.spec is None else entry.spec.to_dict(),
                     "reason": entry.reason,
                     "shares": entry.shares,
+                    "cause": entry.cause.value,
                 }
                 for entry in self.entries
             ],
@@ -159,25 +186,10 @@ class Plan:
         """
         if content.get("format") != FORMAT:
             raise MethodError(f"not a plan of format {FORMAT}: 'format' is {content.get('format')!r}")
-        scope, rest = _field(content, "scope", str), _field(content, "rest", dict)
-        if scope not in get_args(Scope):
-            raise MethodError(f"the plan is malformed: unknown scope {one_of(scope, get_args(Scope))}")
-        newer = {"budget": "bytes", "predicted": None, "milliseconds": None, **content}  # older plans have none of them
-        budget, times = _field(newer, "budget", str), _field(newer, "milliseconds", list, tuple, type(None))
-        if budget not in get_args(Unit):
-            raise MethodError(f"the plan is malformed: unknown budget {one_of(budget, get_args(Unit))}")
-        if times is not None and not (len(times) == 2 and all(type(time) in (int, float) for time in times)):
-            raise MethodError(f"the plan is malformed: 'milliseconds' cannot be {times!r}")
-        return cls(
-            method=_field(content, "method", str, type(None)),
-            scope=scope,
-            target=_field(content, "target", int, float),
-            entries=tuple(_entry(item) for item in _field(content, "entries", list, tuple)),
-            rest=Cost(*(_field(rest, name, int) for name in ("parameters", "bytes", "flops"))),
-            budget=budget,
-            predicted=_field(newer, "predicted", int, float, type(None)),
-            milliseconds=None if times is None else (times[0], times[1]),
-        )
+        fields = _read(cls, content, "the plan", entries=list, rest=dict)
+        fields["rest"] = Cost(**_read(Cost, fields["rest"], "the plan"))
+        fields["entries"] = tuple(_entry(item) for item in fields["entries"])
+        return cls(**fields)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the plan as JSON; the file appears whole or not at all.
@@ -227,14 +239,19 @@ class Plan:
 
 
 def left_dense(entries: Iterable[Entry], total_bytes: int, least: float = 0.01) -> list[str]:
-    """What stays dense although nobody excluded it: a line for each reason that holds more than a share of the bytes.
+    """What stays whole although neither patterns nor the budget ask for it: a line for each reason.
 
-    >>> left_dense([Entry(Matrix("experts", (64, 32)), None, "a reason, left dense")], 9000)
+    Args:
+        entries: of a plan.
+        total_bytes: in scope.
+        least: part of them below which a reason is not worth a line.
+
+    >>> left_dense([Entry.whole(Matrix("experts", (64, 32), dense="a reason, left dense"))], 9000)
     ['a reason: 1 matrix, 8,192 of 9,000 bytes in scope']
     """
     found: dict[str, list[int]] = {}
     for entry in entries:
-        if entry.spec is None and entry.reason not in CHOSEN and KEPT not in entry.reason:
+        if entry.cause in (Cause.UNABLE, Cause.UNMEASURED):
             found.setdefault(entry.reason.removesuffix(", left dense"), []).append(entry.original.bytes)
     return [
         f"{reason}: {len(sizes)} {'matrix' if len(sizes) == 1 else 'matrices'}, "
@@ -247,35 +264,19 @@ def left_dense(entries: Iterable[Entry], total_bytes: int, least: float = 0.01) 
 def _entry(item: object) -> Entry:
     if not isinstance(item, dict):
         raise MethodError(f"the plan is malformed: an entry is {item!r}")
-    name = _field(item, "name", str)
-    where = f"plan entry '{name}'"
-    shape, aliases = _field(item, "shape", list, tuple, where=where), _field(item, "aliases", list, tuple, where=where)
-    dtype = getattr(torch, _field(item, "dtype", str, where=where), None)
-    sizes = len(shape) == 2 and all(type(side) is int and side > 0 for side in shape)
-    names = all(isinstance(alias, str) for alias in aliases)
-    if not sizes or not names or not isinstance(dtype, torch.dtype):
-        raise MethodError(f"{where} is malformed: 'shape' is {shape}, 'aliases' {aliases}, 'dtype' '{item['dtype']}'")
-    role = _field(item, "role", str, where=where)
-    if role not in get_args(Role):
-        raise MethodError(f"{where} is malformed: unknown role {one_of(role, get_args(Role))}")
-    matrix = Matrix(
-        name,
-        (shape[0], shape[1]),
-        item["dtype"],
-        _field(item, "products", int, float, where=where),
-        _field(item, "lookups", int, where=where),
-        tuple(aliases),
-        _field(item, "dense", str, type(None), where=where),
-        role,
-        _field({"int8": False, **item}, "int8", bool, where=where),  # older plans know floats only
-    )
-    description = _field(item, "spec", dict, type(None), where=where)
+    where = f"plan entry '{item.get('name')}'"
+    matrix = Matrix(**_read(Matrix, item, where))
+    if min(matrix.shape) < 1 or not isinstance(getattr(torch, matrix.dtype, None), torch.dtype):
+        raise MethodError(f"{where} is malformed: 'shape' is {matrix.shape}, 'dtype' '{matrix.dtype}'")
+    fields = _read(Entry, item, where, matrix=None, spec=dict | None, cause=str)
+    if fields["cause"] not in list(Cause):
+        raise MethodError(f"{where}: unknown cause {one_of(fields['cause'], [cause.value for cause in Cause])}")
+    fields["cause"] = Cause(fields["cause"])
     try:
-        spec = None if description is None else from_dict(description)
+        spec = None if fields["spec"] is None else from_dict(fields["spec"])
     except (FactorformerError, TypeError) as error:
         raise MethodError(f"{where}: {error}") from error
-    shares = _field({"shares": None, **item}, "shares", str, type(None), where=where)  # older plans share nothing
-    return Entry(matrix, spec, _field(item, "reason", str, where=where), shares)
+    return Entry(matrix, **{**fields, "spec": spec})
 
 
 def _check_sharing(plan: Plan) -> None:
@@ -284,6 +285,8 @@ def _check_sharing(plan: Plan) -> None:
     for entry in plan.factorized:
         assert entry.spec is not None
         shared = entry.spec.shareable if entry.shares is not None or entry.matrix.name in sharing else ()
+        if isinstance(entry.spec, Dense) and not entry.matrix.int8:
+            raise MethodError(f"plan entry '{entry.matrix.name}': {entry.spec} as a structure is for int8 alone")
         try:
             entry.spec.check(entry.matrix.shape, shared)
         except FactorformerError as error:
@@ -327,9 +330,45 @@ def _shared(entry: Entry) -> str:
     return "" if entry.spec is None else " and ".join(entry.spec.shareable)
 
 
-def _field(content: Mapping[str, Any], name: str, *types: type, where: str = "the plan") -> Any:
-    if name not in content:
-        raise MethodError(f"{where} is malformed: it has no '{name}'")
-    if not isinstance(content[name], types) or (isinstance(content[name], bool) and bool not in types):
-        raise MethodError(f"{where} is malformed: '{name}' cannot be {content[name]!r}")
-    return content[name]
+def _read(kind: type, content: Mapping[str, Any], where: str, **other_types: Any) -> dict[str, Any]:
+    """Arguments of a dataclass from JSON.
+
+    Args:
+        kind: the dataclass, whose annotations say what is allowed.
+        content: by name of the field.
+        where: begins messages.
+        other_types: of fields that look different in JSON; None for those that are not there.
+
+    Raises:
+        MethodError: a field is missing, or of another type.
+    """
+    found: dict[str, Any] = {}
+    for name, hint in {**get_type_hints(kind), **other_types}.items():
+        if hint is None:
+            continue
+        if name not in content:
+            raise MethodError(f"{where} is malformed: it has no '{name}'")
+        value = content[name]
+        if not _is(value, hint):
+            allowed = [choice for choice in get_args(hint) if isinstance(choice, str)]
+            unknown = f"unknown {name} {one_of(str(value), allowed)}" if allowed else f"'{name}' cannot be {value!r}"
+            raise MethodError(f"{where} is malformed: {unknown}")
+        found[name] = tuple(value) if isinstance(value, list) else value
+    return found
+
+
+def _is(value: object, hint: Any) -> bool:
+    """Whether a value of JSON is of an annotated type; lists stand for tuples, and whole numbers are numbers too."""
+    origin, parts = get_origin(hint), get_args(hint)
+    if origin is Literal:
+        return value in parts
+    if origin in (Union, UnionType):
+        return any(_is(value, part) for part in parts)
+    if origin is tuple:
+        if not isinstance(value, (list, tuple)):
+            return False
+        kinds = [parts[0]] * len(value) if Ellipsis in parts else parts
+        return len(value) == len(kinds) and all(map(_is, value, kinds))
+    if hint is list:
+        return isinstance(value, (list, tuple))
+    return type(value) in ((int, float) if hint is float else (hint,))

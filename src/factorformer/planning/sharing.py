@@ -9,7 +9,6 @@ from typing import Literal
 
 from factorformer.layers.matrix import Matrix, Member
 from factorformer.planning.plan import Entry
-from factorformer.structures import Structure
 
 Share = Literal["inputs", "layers"]
 """`inputs`: matrices of a block that read one input (query, key and value; gate and up), and with them the output of
@@ -97,11 +96,8 @@ def expand(matrices: Sequence[Matrix], groups: Groups, entries: Sequence[Entry])
     for matrix in matrices:
         owner, side = places.get(matrix.name, (matrix.name, None))
         entry = whole[owner]
-        spec = entry.spec if side is None or entry.spec is None else _turned(entry.spec, side)
-        shares = owner if spec is not None and owner != matrix.name else None
-        result.append(Entry(matrix, spec, entry.reason, shares))
+        spec, shares = entry.spec, None
+        if side is not None and spec is not None and spec.shareable:  # a dense matrix in int8 has nothing to share
+            spec, shares = dataclasses.replace(spec, side=side), owner if owner != matrix.name else None
+        result.append(Entry(matrix, spec, entry.reason, shares, entry.cause))
     return tuple(result)
-
-
-def _turned(spec: Structure, side: str) -> Structure:
-    return dataclasses.replace(spec, **{"side": side})

@@ -9,11 +9,16 @@ from typing import Any
 from factorformer.errors import CheckpointError, one_of
 from factorformer.structures import int8
 from factorformer.structures.base import Factors, Selection, Shape, Structure, TensorSpec
+from factorformer.structures.dense import Dense
 from factorformer.structures.dense_sparse import DenseSparse
 from factorformer.structures.kronecker_sum import KroneckerSum, arrange_back, factor_shapes, rearrange
 from factorformer.structures.low_rank import LowRank, largest_rank
 
 STRUCTURES: dict[str, type[Structure]] = {s.kind: s for s in (LowRank, KroneckerSum, DenseSparse)}
+
+"""What a matrix can be factorized into."""
+
+_STORED: dict[str, type[Structure]] = {**STRUCTURES, Dense.kind: Dense}
 
 
 def from_dict(description: Mapping[str, Any]) -> Structure:
@@ -26,18 +31,19 @@ def from_dict(description: Mapping[str, Any]) -> Structure:
     LowRank(rank=8)
     """
     kind = description.get("structure")
-    if kind not in STRUCTURES:
-        raise CheckpointError(f"unknown structure {one_of(str(kind), STRUCTURES)}; is this package up to date?")
+    if kind not in _STORED:
+        raise CheckpointError(f"unknown structure {one_of(str(kind), _STORED)}; is this package up to date?")
     # JSON knows no tuples.
     fields = {k: tuple(v) if isinstance(v, list) else v for k, v in description.items() if k != "structure"}
-    expected = {field.name for field in dataclasses.fields(STRUCTURES[kind])}
+    expected = {field.name for field in dataclasses.fields(_STORED[kind])}
     if set(fields) != expected:
         raise CheckpointError(f"structure '{kind}' has the fields {sorted(expected)}, got {sorted(fields)}")
-    return STRUCTURES[kind](**fields)
+    return _STORED[kind](**fields)
 
 
 __all__ = [
     "STRUCTURES",
+    "Dense",
     "DenseSparse",
     "Factors",
     "KroneckerSum",

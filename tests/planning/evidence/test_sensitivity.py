@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import transformers as tf
 from tests.tiny import MODELS, Tiny, text
 from torch import Tensor, nn
 
@@ -28,7 +29,7 @@ def test_every_architecture_is_measured_and_left_as_it_was(tiny: Tiny) -> None:
     assert list(found) == names
     assert done == list(range(1, len(names) + 1))
     assert all(value >= 0 for value in found.values())
-    assert sum(value > 0 for value in found.values()) >= len(names) - 2  # what makes logits only is behind the states
+    assert all(value > 0 for value in found.values())  # what makes logits only is compared as well
     assert model.training
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert pointers == [parameter.data_ptr() for parameter in model.parameters()]
@@ -75,6 +76,49 @@ def test_rows_come_from_all_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     model.register_forward_hook(lambda _, inputs, output: seen.append(len(output)))
     measure_sensitivities(model, ["first"], shrunk(model), [{"x": torch.randn(5, 2, 6)} for _ in range(4)])
     assert seen == [2, 2, 1, 2] * 2  # every third row, without labels, before and after
+
+
+def vectors(kind: str) -> tuple[nn.Module, dict[str, Tensor], list[str]]:
+    """A model, its inputs, and the matrices behind its last hidden states."""
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 64}
+    config = tf.BertConfig(
+        **sizes, vocab_size=99, num_labels=2 if kind.endswith("Answering") else 9, tie_word_embeddings=False
+    )
+    model = getattr(tf, kind)(config).eval()
+    behind = {
+        "BertForMaskedLM": ["cls.predictions.transform.dense", "cls.predictions.decoder"],
+        "BertForTokenClassification": ["classifier"],
+        "BertForQuestionAnswering": ["qa_outputs"],
+        "BertForPreTraining": ["cls.predictions.transform.dense", "cls.predictions.decoder"],
+        "BertForSequenceClassification": ["bert.pooler.dense", "classifier"],
+    }
+    return model, text(4, 9), behind[kind]
+
+
+def test_what_is_behind_the_states_is_measured_by_the_logits() -> None:
+    for kind in ("MaskedLM", "TokenClassification", "QuestionAnswering", "PreTraining", "SequenceClassification"):
+        model, inputs, names = vectors(f"BertFor{kind}")
+        inputs["attention_mask"][:, 7:] = 0
+        noisy = {**inputs, "input_ids": inputs["input_ids"].clone()}
+        noisy["input_ids"][:, 7:] = 5
+        found, again = (measure_sensitivities(model, names, shrunk(model), [batch]) for batch in (inputs, noisy))
+        assert all(value > 0 for value in found.values()), kind
+        assert found == pytest.approx(again, rel=1e-3), kind  # padding does not count
+
+
+def test_many_logits_are_compared_at_some_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = MODELS["llama"].build()
+    whole = measure_sensitivities(model, ["lm_head"], shrunk(model), [text(32, 20)])["lm_head"]
+    monkeypatch.setattr("factorformer.planning.evidence.sensitivity.LOGITS", 99 * 100)
+    assert measure_sensitivities(model, ["lm_head"], shrunk(model), [text(32, 20)])["lm_head"] == pytest.approx(
+        whole, rel=0.2
+    )
+
+
+def test_what_the_output_does_not_depend_on_is_not_measured() -> None:
+    model = tf.BertModel(tf.BertConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=4, vocab_size=99))
+    found = measure_sensitivities(model, ["pooler.dense"], shrunk(model), [text()])
+    assert found == {"pooler.dense": 0.0}
 
 
 def test_an_exact_replacement_has_none() -> None:

@@ -13,13 +13,17 @@ from factorformer.fitting import MetricName
 from factorformer.fitting.matrices import fit_matrix, measure
 from factorformer.fitting.statistics import Batch, LayerStatistics
 from factorformer.layers.matrix import Matrix
+from factorformer.layers.surgery import dense_weight
 from factorformer.planning import Entry, Option, Plan, Unit
 from factorformer.planning.evidence.curves import Curve, measure_curves
 from factorformer.planning.evidence.sensitivity import measure_sensitivities
 from factorformer.planning.evidence.times import Timer, measure_times
 from factorformer.planning.knapsack import by_loss
 from factorformer.progress import Progress, silent
-from factorformer.structures import LowRank, Structure, largest_rank
+from factorformer.structures import Dense, LowRank, Structure, largest_rank
+
+ROUNDING = 1e-4
+"""Squared relative error of a dense matrix in int8, where its weights are not there to tell."""
 
 VISIBLE = 1e-3
 """Squared relative error that a truncation should have, at least, for its effect on the output to be measured."""
@@ -35,10 +39,11 @@ def relative_sensitivities(
 ) -> dict[str, float]:
     """By how much the model's output moves for each unit of squared relative error in a matrix.
 
-    Measured with every matrix truncated to the common size, one at a time. Without calibration data nothing is
-    measured: a matrix then counts by its part of all weights that a token meets, each as often as it is used, and
-    predictions are mean errors of the weights. Ours: on MiniLM, where feed-forward matrices are far more sensitive
-    than those of attention, this is nearer to what is measured than counting all matrices alike.
+    Measured with every matrix truncated to the common size, one at a time; 0 where the output does not show it.
+    Without calibration data nothing is measured: a matrix then counts by its part of all weights that a token meets,
+    each as often as it is used, and predictions are mean errors of the weights. This project's choice: on MiniLM, where
+    feed-forward matrices are far more sensitive than those of attention, this is nearer to what is measured than
+    counting all matrices alike.
 
     Args:
         model: not changed.
@@ -72,12 +77,15 @@ class Prediction:
     """What is known of a model before it is compressed.
 
     Args:
-        curves: squared relative error of each matrix by what it becomes, under the metric of a method.
-        sensitivities: what a unit of it does to the output, or how much of the weights it is part of.
+        curves: squared relative error of each matrix by what it is factorized into, under the metric of a method.
+        sensitivities: what a unit of it does to the output, or how much of the weights it is part of; of those
+            matrices alone of which it is known.
+        rounding: squared relative error of those matrices dense in int8 that are to be in int8.
     """
 
     curves: Mapping[str, Curve]
     sensitivities: Mapping[str, float]
+    rounding: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
     @classmethod
     def of(
@@ -93,32 +101,46 @@ class Prediction:
         """Measure both; arguments as for `measure_curves` and `relative_sensitivities`."""
         able = [matrix for matrix in matrices if matrix.dense is None]
         curves = measure_curves(model, able, structures, statistics, ratio, lambda done: progress("curves", done, None))
-        return cls(curves, relative_sensitivities(model, able, statistics, ratio, calibration, progress))
+        found = relative_sensitivities(model, able, statistics, ratio, calibration, progress)
+        known = {name: value for name, value in found.items() if 0 < value < math.inf}
+        return cls(curves, known, {m.name: _rounding(model, m, statistics) for m in able if m.int8})
+
+    @property
+    def unmeasured(self) -> frozenset[str]:
+        """Names of matrices whose effect on the output is not known."""
+        return frozenset(self.curves) - frozenset(self.sensitivities)
+
+    def loss(self, name: str, spec: Structure | None) -> float:
+        """Squared deviation of the output that a matrix causes under a spec; 0 where it is not known."""
+        squared = self.rounding[name] if isinstance(spec, Dense) else self.curves[name].squared_error(spec)
+        return self.sensitivities.get(name, 0.0) * squared
 
     def options(self, matrix: Matrix, cost: Callable[[Matrix, Structure | None], float]) -> list[Option]:
         """Everything that a matrix can become, with its loss, and its cost in any unit."""
-        dense = Option(None, cost(matrix, None), 0.0)
-        if matrix.dense is not None:
-            return [dense]
-        curve, sensitivity = self.curves[matrix.name], self.sensitivities[matrix.name]
-        return [dense] + [
-            Option(spec, cost(matrix, spec), sensitivity * curve.squared_error(spec)) for spec in curve.specs
-        ]
+        specs: list[Structure | None] = [None]
+        if matrix.dense is None:
+            specs += [Dense()] if matrix.int8 else []
+            specs += self.curves[matrix.name].specs if matrix.name in self.sensitivities else []
+        return [Option(s, cost(matrix, s), 0.0 if s is None else self.loss(matrix.name, s)) for s in specs]
 
     def error(self, entries: Iterable[Entry]) -> float:
         """Predicted relative deviation of the output, the root of the sum of squares over matrices."""
-        specs = {entry.matrix.name: entry.spec for entry in entries if entry.spec is not None}
-        return math.sqrt(
-            math.fsum(self.sensitivities[name] * self.curves[name].squared_error(spec) for name, spec in specs.items())
-        )
+        changed = [entry for entry in entries if entry.spec is not None]
+        return math.sqrt(math.fsum(self.loss(entry.matrix.name, entry.spec) for entry in changed))
 
     def explained(self, entry: Entry) -> Entry:
         """The entry with a reason that tells how much its matrix matters."""
-        if entry.matrix.dense is not None:
+        sensitivity = self.sensitivities.get(entry.matrix.name)
+        if sensitivity is None:
             return entry
         usual = math.fsum(self.sensitivities.values()) / len(self.sensitivities)
-        times = self.sensitivities[entry.matrix.name] / usual if usual > 0 else 1.0
-        return dataclasses.replace(entry, reason=f"sensitivity {times:.2g}x the mean; {entry.reason}")
+        return dataclasses.replace(entry, reason=f"sensitivity {sensitivity / usual:.2g}x the mean; {entry.reason}")
+
+
+def _rounding(model: nn.Module, matrix: Matrix, statistics: Mapping[str, LayerStatistics]) -> float:
+    if dense_weight(model.get_submodule(matrix.name)).is_meta:
+        return ROUNDING
+    return fit_matrix(model, matrix.name, Dense(), statistics)[1] ** 2
 
 
 def plan_by_loss(
@@ -152,7 +174,7 @@ def plan_by_loss(
     cost, timer = _prices(model, draft.budget, prediction, matrices, progress)
     rest = {"bytes": draft.rest.bytes, "flops": draft.rest.flops, "milliseconds": 0.0}[draft.budget]
     options = {matrix.name: prediction.options(matrix, cost) for matrix in matrices}
-    entries = by_loss(matrices, options, draft.target, rest, draft.budget)
+    entries = by_loss(matrices, options, draft.target, rest, draft.budget, prediction.unmeasured)
     times = None
     if timer is not None:
         before = math.fsum(timer.milliseconds(entry.matrix, None) for entry in entries)
@@ -174,7 +196,10 @@ def _prices(
     if unit == "flops":
         return lambda matrix, spec: matrix.cost(spec).flops, None
     device = next(model.parameters()).device
-    sizes = {m.name: list(prediction.curves[m.name].specs) if m.dense is None else [] for m in matrices}
+    sizes: dict[str, list[Structure]] = {m.name: [] for m in matrices}
+    for matrix in matrices:
+        if matrix.dense is None:
+            sizes[matrix.name] = [*prediction.curves[matrix.name].specs, *([Dense()] if matrix.int8 else [])]
     timer = measure_times(
         matrices,
         sizes,

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,14 @@ from factorformer.layers.surgery import is_transposed
 ROWS = 48
 """Rows of calibration data that every matrix is measured on. On MiniLM 32 put matrices in nearly the order of 128: rank
 correlations are 0.94 and 0.99 on two tasks."""
+
+LOGITS = 2**25
+"""Logits kept for the comparison (128 MiB). Those of a large vocabulary are compared at evenly spaced tokens only."""
+
+STATES = "states"
+
+LARGEST = 1e30
+"""Output values beyond this, such as logits of minus infinity, stand for "never", and are not compared."""
 
 
 def measure_sensitivities(
@@ -33,9 +42,9 @@ def measure_sensitivities(
 
     over all real tokens of the batches. To first order deviations of several matrices add up as squares if they have
     nothing to do with each other, so that `sum_i sensitivity_i * e_i^2` predicts the squared deviation of a plan. The
-    output is the last hidden states; where the model gives one vector of logits for a whole row (classifiers), it is
-    both, and sensitivity the mean of the two. Ours, from MiniLM on two tasks: hidden states alone do not know what the
-    task needs, and logits alone starve the last layers, which breaks the model at large ratios.
+    output is the last hidden states; where the model gives logits, for rows or for tokens, it is both, and sensitivity
+    the mean of the two. This project's choice, from MiniLM on two tasks: hidden states alone do not know what the task
+    needs, and logits alone under-weight the last layers, which breaks the model at large ratios.
 
     Args:
         model: not changed: other weights are put in its place for single calls only.
@@ -45,7 +54,8 @@ def measure_sensitivities(
         progress: called with the number of matrices done.
 
     Returns:
-        Sensitivities by name; 0 where the replacement has no error.
+        Sensitivities by name; 0 where nothing was measured: the output does not depend on the matrix, or the
+        replacement has no error.
 
     Raises:
         DataError: no batches, or an output without floating-point values.
@@ -54,18 +64,18 @@ def measure_sensitivities(
     few = [{key: value.to(device) for key, value in batch.items()} for batch in _some(batches, ROWS)]
     found: dict[str, float] = {}
     with _evaluating(model), torch.no_grad():
-        expected = [_outputs(model, batch) for batch in few]
-        spreads = [_spread(torch.cat(parts)) for parts in zip(*expected, strict=True)]
+        expected = [_outputs(model, batch, LOGITS // len(few)) for batch in few]
+        spreads = {name: _spread(torch.cat([outputs[name] for outputs in expected])) for name in expected[0]}
         for done, name in enumerate(names, 1):
             weight, squared = replacement(name)
             layer = model.get_submodule(name)
             weight = weight.T if is_transposed(layer) else weight
             instead = {f"{name}.weight": weight.to(layer.get_parameter("weight").dtype)}
-            moved = [0.0] * len(spreads)
+            deviation = 0.0
             for batch, outputs in zip(few, expected, strict=True):
-                for place, output in enumerate(_outputs(model, batch, instead)):
-                    moved[place] += float((output - outputs[place]).double().square().sum())
-            deviation = sum(part / spread for part, spread in zip(moved, spreads, strict=True)) / len(spreads)
+                for key, output in _outputs(model, batch, LOGITS // len(few), instead).items():
+                    moved = float((output - outputs[key]).double().square().sum())
+                    deviation += _part(key, spreads) * moved / spreads[key]
             found[name] = deviation / squared if squared > 0 else 0.0
             if progress is not None:
                 progress(done)
@@ -85,36 +95,63 @@ def _some(batches: Sequence[Batch], rows: int) -> Iterator[Batch]:
         first = (first - size) % step
 
 
-def _outputs(model: nn.Module, batch: Batch, weights: Mapping[str, Tensor] | None = None) -> list[Tensor]:
-    """What the model makes of the real tokens of a batch, `(tokens, width)`, and of its rows, `(rows, classes)`."""
+def _outputs(
+    model: nn.Module, batch: Batch, most: int, weights: Mapping[str, Tensor] | None = None
+) -> dict[str, Tensor]:
+    """What is compared, by name, without padding.
+
+    States are `(tokens, width)`, logits `(tokens, classes)` or `(rows, classes)`.
+
+    Args:
+        model: called once.
+        batch: its keyword arguments.
+        most: logits that are kept.
+        weights: in place of the model's own.
+    """
     hidden = {"output_hidden_states": True} if isinstance(model, PreTrainedModel) else {}
     # Tied modules see the same weight, and an error leaves the model's own in place.
     result = torch.func.functional_call(model, dict(weights or {}), (), {**batch, **hidden}, tie_weights=True)
-    found: list[Tensor] = []
-    for name, mask in (("decoder_hidden_states", "decoder_attention_mask"), ("hidden_states", "attention_mask")):
-        states = getattr(result, name, None)
-        if states and not found:
-            found.append(_real(states[-1], batch.get(mask)))
-    logits = getattr(result, "logits", None)
-    if isinstance(logits, Tensor) and logits.dim() == 2:
-        found.append(logits.float())
+    named = dict(result) if isinstance(result, Mapping) else {"output": result}
+    mask, states = batch.get("attention_mask"), named.get("hidden_states")
+    if named.get("decoder_hidden_states"):
+        mask, states = batch.get("decoder_attention_mask"), named["decoder_hidden_states"]
+    found: dict[str, Tensor] = {STATES: _real(states[-1], mask)} if states else {}
+    for name, values in named.items():
+        if (name.startswith("logits") or name.endswith("_logits")) and _comparable(values):
+            rows = name == "logits" and values.dim() == 2  # one vector for each row, however many tokens it has
+            flat = _real(values if rows or values.dim() > 2 else values[:, :, None], None if rows else mask)
+            found[name] = flat[:: max(math.ceil(flat.numel() / most), 1)]
     if not found:
-        values = result.values() if isinstance(result, Mapping) else [result]
-        tensors = [v for v in values if isinstance(v, Tensor) and v.is_floating_point() and v.dim() > 1]
+        tensors = [values for values in named.values() if _comparable(values)]
         if not tensors:
             raise DataError(f"{type(model).__name__} returned no tensor of its own to compare")
-        found.append(_real(tensors[0], batch.get("attention_mask")))
-    return found
+        found["output"] = _real(tensors[0], mask)
+    return {name: torch.where(values.abs() < LARGEST, values, 0) for name, values in found.items()}
+
+
+def _part(name: str, compared: Collection[str]) -> float:
+    """The weight of one output in the comparison: hidden states and logits have a half each where there are both."""
+    if STATES not in compared or len(compared) == 1:
+        return 1 / len(compared)
+    return 0.5 if name == STATES else 0.5 / (len(compared) - 1)
+
+
+def _comparable(values: object) -> bool:
+    return isinstance(values, Tensor) and values.is_floating_point() and values.dim() > 1
 
 
 def _spread(output: Tensor) -> float:
-    spread = (output.double() - output.double().mean(0)).square().sum()
+    """Squared norm of what differs between tokens; where they are all the same, of all of it."""
+    output = output.double()
+    spread, norm = (output - output.mean(0)).square().sum(), output.square().sum()
+    spread = torch.where(spread > torch.finfo(torch.float32).eps ** 2 * norm, spread, norm)
     return float(spread.clamp_min(torch.finfo(torch.float64).tiny))
 
 
 def _real(states: Tensor, mask: Tensor | None) -> Tensor:
-    if mask is not None and mask.shape == states.shape[:-1]:
-        return states[mask.bool()].float()
+    """`(tokens, width)` without padding."""
+    if mask is not None and mask.shape == states.shape[:2] and states.dim() > 2:
+        return states[mask.bool()].flatten(0, -2).float()
     return states.flatten(0, -2).float()
 
 

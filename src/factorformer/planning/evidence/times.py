@@ -61,8 +61,9 @@ def measure_times(
 ) -> Timer:
     """Time the products that a plan can choose among.
 
-    Sizes of one shape, dense among them, take turns (A B A B ...), so that whatever else the machine does meanwhile
-    meets all of them alike, and the fastest run of each counts. Weights are random: no product here depends on values.
+    Runs of all sizes of one shape, dense among them, are interleaved in rotating order, so that whatever else the
+    machine does meanwhile meets all of them alike, and the fastest run of each counts. Weights are random: no product
+    here depends on values.
 
     Args:
         matrices: whose shapes are measured, each once.
@@ -146,8 +147,8 @@ def race(
 ) -> list[list[float]]:
     """Milliseconds of every run in every round, `(rounds, runs)`: what all comparisons of times are made of.
 
-    In each round every run has one turn, so that whatever else the machine does meanwhile meets all of them alike; the
-    run that was first in a round is last in the next.
+    Runs are interleaved in rotating order: each has one turn in every round, so that whatever else the machine does
+    meanwhile meets all of them alike, and the one that was first in a round is last in the next.
 
     Args:
         runs: what is timed, without gradients.

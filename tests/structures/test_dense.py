@@ -1,0 +1,106 @@
+"""Dense matrices in int8: multiplied as other factors, saved, loaded, held as floats, and no candidate in floats."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tests.contracts.int8 import Int8Contract
+from tests.contracts.structure import Case, check_graphs
+from tests.tiny import MODELS, logits
+
+import factorformer
+from factorformer.errors import MethodError, ModelError
+from factorformer.fitting import Metric, fit
+from factorformer.kernels import cpu
+from factorformer.layers.matrix import Cost, Matrix
+from factorformer.layers.nn import FactorizedLinear
+from factorformer.planning import Entry, Plan
+from factorformer.report import inventory
+from factorformer.structures import Dense, LowRank, from_dict
+
+CASES = [Case(Dense(), shape, smaller=Dense(), refused=(LowRank(1),)) for shape in [(24, 16), (16, 40), (5, 7)]]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+class TestInt8(Int8Contract):
+    test_nothing_densifies = None  # it is dense
+
+
+def test_graphs() -> None:
+    check_graphs(CASES[0])
+
+
+def test_bytes_are_codes_and_scales() -> None:
+    assert Dense().bytes((768, 384), torch.int8) == 768 * 384 + 4 * 768
+    assert list(Dense.candidates((768, 384), torch.float32)) == []
+    assert list(Dense.candidates((768, 384), torch.int8)) == [Dense()]
+    assert from_dict(Dense().to_dict()) == Dense()
+
+
+def test_it_has_one_size() -> None:
+    layer = FactorizedLinear(Dense(), (8, 6))
+    for change in (lambda: layer.resize(LowRank(1)), lambda: Dense().with_units(2)):
+        with pytest.raises(ModelError, match="one"):
+            change()
+    layer.resize(Dense())
+    layer.keep(Dense().select(layer.factors, torch.arange(1), Dense()))
+    assert layer.spec == Dense()
+
+
+def test_its_error_is_that_of_rounding() -> None:
+    weight, root = torch.randn(40, 30), torch.randn(30, 30, dtype=torch.float64).tril()
+    for metric in (Metric(), Metric(None, root)):
+        factors, error = fit(weight, Dense(), metric)
+        layer = FactorizedLinear(Dense(), (40, 30), factors)
+        layer.quantize()
+        assert error == pytest.approx(metric.relative_error(weight, layer.to_dense()), rel=1e-5)
+        assert 0 < error < 0.02
+    with pytest.raises(ModelError, match="NaN"):
+        fit(torch.full((4, 4), torch.nan), Dense())
+
+
+def test_the_compiled_kernels_multiply_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    if cpu.variant() is None:
+        pytest.skip("needs the compiled kernels")
+    layer, x = FactorizedLinear(Dense(), (64, 48)), torch.randn(40, 48)
+    layer.quantize()
+    calls: list[int] = []
+    chain = cpu.chain
+    monkeypatch.setattr(cpu, "chain", lambda *args: calls.append(1) or chain(*args))
+    with torch.inference_mode():
+        layer(x)
+    assert calls
+
+
+def test_a_plan_in_floats_has_none() -> None:
+    with pytest.raises(MethodError, match=r"'m'.* int8"):
+        Plan("svd", "blocks", 2, (Entry(Matrix("m", (64, 32)), Dense(), ""),), Cost())
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2", "llama-tied", "t5"])
+def test_models_are_saved_loaded_trained_and_made_dense_again(name: str, tmp_path: Path) -> None:
+    model, inputs = MODELS[name].build(), MODELS[name].inputs()
+    before = logits(model, inputs)
+    dense = sum(p.numel() * p.element_size() for p in model.parameters())
+    plan = factorformer.plan(model, "svd", 3, scope="all", int8=True)
+    assert {str(entry.spec) for entry in plan.entries if entry.matrix.dense is None} == {"dense"}
+    report = factorformer.compress(model, plan)
+    assert 0 < max(report.errors.values()) < 0.02
+    assert float((logits(model, inputs) - before).norm() / before.norm()) < 0.05
+    model.save_pretrained(tmp_path)
+    stored = sum(t.numel() * t.element_size() for t in load_file(tmp_path / "model.safetensors").values())
+    assert dense - stored == plan.original.bytes - plan.compressed.bytes
+    again = MODELS[name].auto.from_pretrained(tmp_path)
+    assert torch.equal(logits(again, inputs), logits(model, inputs))
+    assert inventory(again, "all").compressed == plan.compressed
+    assert factorformer.hold_floats(again)
+    again(**inputs, labels=inputs.get("decoder_input_ids", inputs["input_ids"])).loss.backward()
+    layer = next(m for m in again.modules() if isinstance(m, FactorizedLinear))
+    assert layer.get_parameter("weight").grad is not None
+    factorformer.quantize(again)
+    torch.testing.assert_close(logits(again, inputs), logits(model, inputs), rtol=0.05, atol=0.05)
+    plain = factorformer.load(tmp_path).dequantize()
+    assert float((logits(plain, inputs) - before).norm() / before.norm()) < 0.05
