@@ -58,11 +58,6 @@ class Dense(Structure):
     def to_dense(self, shape: Shape, factors: Factors) -> Tensor:
         return floats(factors)["weight"].squeeze(1)
 
-    def resize(self, factors: Factors, smaller: Structure) -> dict[str, Tensor]:
-        if smaller != self:
-            raise ModelError(f"cannot resize {self} to {smaller}: a dense matrix has one size")
-        return dict(factors)
-
     @property
     def units(self) -> int:
         return 1
