@@ -91,7 +91,8 @@ def square_root(moment: Float[Tensor, "n n"]) -> Float[Tensor, "n n"]:
     root, info = torch.linalg.cholesky_ex(moment.double())
     if int(info) != 0 or not torch.isfinite(root).all():
         raise ModelError(
-            f"the metric is not positive definite (leading minor {int(info)}): regularize it, or calibrate on more data"
+            f"the metric is not positive definite (leading minor {int(info)}): activations that are constant, or too "
+            "large or too small to be squared, leave no second moment to fit under; look at what the layer reads"
         )
     return root
 

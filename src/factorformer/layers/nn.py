@@ -69,6 +69,9 @@ class FactorizedMatrix(nn.Module):
     rounds: bool = False
     """Whether float factors count for what int8 would make of them, for a training that is to end in int8."""
 
+    frozen: tuple[str, ...] = ()
+    """Factors that were not trained when they were stored in int8, and will not be when they are floats again."""
+
     def __init__(
         self,
         spec: Structure,
@@ -157,6 +160,7 @@ class FactorizedMatrix(nn.Module):
         if self.quantized or self.form is not None:
             raise ModelError(f"{self.spec} cannot be stored in int8 " + ("twice" if self.quantized else "in training"))
         codes = int8.quantize(self.factors) if codes is None else codes
+        self.frozen = tuple(n for n, t in self.factors.items() if t.is_floating_point() and not t.requires_grad)
         self.quantized, self.rounds = True, False
         self._adopt(self.spec, codes)
 
@@ -176,6 +180,8 @@ class FactorizedMatrix(nn.Module):
             delattr(self, name)
         self.quantized, self.rounds = False, True
         self._adopt(self.spec, values)
+        for name in self.frozen:
+            self.get_parameter(name).requires_grad_(False)
 
     def check_factors(self) -> None:
         """Raise `ModelError` if integer factors are out of range; called on all tensors that come from outside."""
