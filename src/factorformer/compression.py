@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from typing import get_args
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -19,8 +20,8 @@ from factorformer.fitting.matrices import Factors, fit_group, fit_matrix, fit_st
 from factorformer.fitting.statistics import LayerStatistics
 from factorformer.layers.matrix import Cost, Matrix, Member, Scope
 from factorformer.layers.nn import FactorizedMatrix, new_factors
-from factorformer.layers.surgery import dense_weight, factorize, find_matrices
-from factorformer.planning import Entry, Plan, Share, Unit
+from factorformer.layers.surgery import dense_weight, factorize, find_matrices, unchanged_on_error
+from factorformer.planning import Entry, Plan, Share, Unit, left_dense
 from factorformer.planning.evidence.prediction import plan_by_loss
 from factorformer.progress import Progress, silent
 from factorformer.structures import Structure
@@ -39,6 +40,8 @@ class Report:
         original, compressed: cost of everything in scope, before and after.
         errors: relative error of each factorized matrix, under the metric of the fit; empty where nothing was fitted.
         seconds: wall time of calibration and fit, or of initialization.
+        plan: what was carried out: the plan given, without what calibration data does not reach.
+        notes: what a user should know of it, a line each.
         statistics: what calibration measured of each layer, if it was to be kept, for training that goes on in the
             metric of the fit.
     """
@@ -49,6 +52,8 @@ class Report:
     compressed: Cost
     errors: dict[str, float]
     seconds: dict[str, float]
+    plan: Plan
+    notes: tuple[str, ...] = ()
     statistics: Mapping[str, calibrate.LayerStatistics] = dataclasses.field(default_factory=dict, repr=False)
 
     @property
@@ -62,13 +67,13 @@ def plan(
     method: str | None = None,
     ratio: float | None = None,
     scope: Scope | None = None,
-    include: Sequence[str] | None = None,
-    exclude: Sequence[str] | None = None,
+    include: Sequence[str] | str | None = None,
+    exclude: Sequence[str] | str | None = None,
     *,
     share: Share | None = None,
     budget: Unit = "bytes",
     int8: bool = False,
-    calibration: Iterable[calibrate.Batch] | None = None,
+    calibration: calibrate.Calibration | None = None,
     progress: Progress = silent,
 ) -> Plan:
     """Decide what every weight matrix becomes, without changing anything.
@@ -85,7 +90,7 @@ def plan(
             says so; by default 3, and 10 in int8, which by itself gives 4.
         scope: `blocks` for the linear layers of the Transformer blocks, `all` for the whole model with embeddings; None
             for what the method is made for, which is `all` for `shapeshifter` and `blocks` for the others.
-        include, exclude: shell patterns of module names, e.g. `*.attention.*`.
+        include, exclude: shell patterns of module names, e.g. `*.attention.*`; one alone may be given as it is.
         share: which matrices share one dictionary: with `inputs` those of a block that read the same tensor (query, key
             and value; gate and up) and the output of attention, with `layers` the same matrix of all blocks; None for
             none.
@@ -95,14 +100,14 @@ def plan(
             row, and count them so. Dense ones take a quarter of the bytes of float32: smaller ratios are exceeded.
         calibration: batches as for `compress`; with them the cheap fits minimize the error that the method minimizes,
             and without them the plain error of the weights. With them allocation by loss measures how sensitive the
-            model is to each matrix.
+            model is to each matrix, and what they do not reach stays dense.
         progress: told how far the work is.
 
     Raises:
         MethodError: an unknown method or budget, a budget that the method does not count, or a method whose matrices
             have nothing to share.
         BudgetError: a ratio that cannot be met within 1 %; the message names the nearest that can.
-        ModelError: no matrix to factorize, a pattern that matches nothing, or a weight that is not finite.
+        ModelError: a pattern that matches nothing, or a weight that is not finite.
         DataError: calibration data that the model cannot run on, or that lacks labels if the method needs them.
 
     >>> from transformers import BertConfig, BertModel
@@ -116,20 +121,23 @@ def plan(
     _check_share(share, name, recipe.structure)
     _check_budget(budget, name)
     scope = scope or recipe.scope
-    matrices, rest = find_matrices(model, scope, include, exclude)
-    if int8:
-        matrices = [matrix if matrix.dense else dataclasses.replace(matrix, int8=True) for matrix in matrices]
+    data = None if calibration is None else list(calibrate.as_batches(model, calibration))
+    matrices, rest = find_matrices(model, scope, include, exclude, int8=int8, batch=data[0] if data else None)
+    if data is not None and recipe.metric != "plain":
+        able = [matrix.name for matrix in matrices if matrix.dense is None]
+        unreached = calibrate.unreached(model, able, data)
+        matrices = [dataclasses.replace(m, dense=unreached.get(m.name, m.dense)) for m in matrices]
+    _check_any(matrices, include is not None)
     allocate, candidates = planning.ALLOCATIONS[recipe.allocation], planning.candidates_of(recipe.structure)
     if allocate is None:
         draft = Plan(method, scope, ratio, (), rest, budget)
-        data = None if calibration is None else list(calibration)
         return plan_by_loss(model, recipe.structures, recipe.metric, draft, matrices, data, progress)
     groups = planning.find_groups(matrices, share)
     stacks = planning.stacked(matrices, groups)
     entries = allocate(stacks, candidates, ratio, rest)
     if recipe.training != "from scratch" and _can_choose(model, entries):
         names = [member.name for entry in entries if entry.spec for member in _members(entry.matrix, groups)]
-        statistics = {} if calibration is None else measure(model, names, recipe.metric, calibration, progress)
+        statistics = {} if data is None else measure(model, names, recipe.metric, data, progress)
 
         def error(matrix: Matrix, spec: Structure) -> float:
             members = groups.get(matrix.name)
@@ -147,6 +155,20 @@ def plan(
             choices = {}
         entries = [_explained(entry, choices) for entry in entries]
     return Plan(method, scope, ratio, planning.expand(matrices, groups, entries), rest)
+
+
+def _check_any(matrices: Sequence[Matrix], included: bool) -> None:
+    """Raise `BudgetError` if every matrix has to stay dense, with the reasons."""
+    if any(matrix.dense is None for matrix in matrices):
+        return
+    kept: dict[str, list[str]] = {}
+    for matrix in matrices:
+        kept.setdefault((matrix.dense or "").removesuffix(", left dense"), []).append(matrix.name)
+    reasons = "; ".join(f"{reason}: {len(names)}, such as '{names[0]}'" for reason, names in kept.items())
+    raise BudgetError(
+        f"no matrix in scope can be factorized ({reasons or 'there is none'}); widen "
+        + ("include and scope" if included else "the scope")
+    )
 
 
 def _check_budget(budget: Unit, method: str) -> None:
@@ -180,11 +202,9 @@ def _check_share(share: Share | None, method: str, structure: type[Structure]) -
 
 def _can_choose(model: nn.Module, entries: Sequence[Entry]) -> bool:
     """Whether any matrix could be stored in more than one way, and the weights to tell which are there."""
-    return any(
-        entry.spec is not None
-        and len(entry.spec.families(entry.matrix.shape, entry.matrix.values)) > 1
-        and not dense_weight(model.get_submodule(entry.matrix.name)).is_meta
-        for entry in entries
+    planned = [entry for entry in entries if entry.spec is not None]
+    return not any(dense_weight(model.get_submodule(entry.matrix.name)).is_meta for entry in planned) and any(
+        len(entry.spec.families(entry.matrix.shape, entry.matrix.values)) > 1 for entry in planned if entry.spec
     )
 
 
@@ -201,7 +221,7 @@ def _explained(entry: Entry, choices: Mapping[str, planning.Choice]) -> Entry:
 def compress(
     model: nn.Module,
     plan: Plan,
-    calibration: Iterable[calibrate.Batch] | None = None,
+    calibration: calibrate.Calibration | None = None,
     progress: Progress = silent,
     *,
     keep_statistics: bool = False,
@@ -212,12 +232,14 @@ def compress(
     A model around one, such as a `SentenceTransformer`, saves as one too. Pass the model that is going to be saved: one
     that is compressed from inside, through its `base_model`, does not know of it.
 
-    All factors are fitted before the first layer is replaced: an error leaves the model as it was.
+    All factors are fitted before the first layer is replaced: an error leaves the model as it was. Matrices that the
+    calibration data does not reach stay dense, and the report says so.
 
     Args:
         model: the dense model that the plan was made for.
         plan: from `plan` or `Plan.load`.
-        calibration: batches of keyword arguments for the model, with labels if the method needs them.
+        calibration: batches of keyword arguments for the model, with labels if the method needs them; one batch alone
+            or a tokenized `datasets.Dataset` serves too.
         progress: told how far the work is.
         hold_floats: leave factors that the plan wants in int8 as floats that products round, to train on; `quantize`
             ends that.
@@ -233,13 +255,17 @@ def compress(
     _check_fits(plan, model)
     started = time.perf_counter()
     statistics: dict[str, LayerStatistics] = {}
+    notes: tuple[str, ...] = ()
+    trial: dict[str, Any] | None = None
     names = [entry.matrix.name for entry in plan.factorized]
     if recipe.metric != "plain":
         if calibration is None:
             raise DataError(
                 f"method '{method}' needs calibration data ({recipe.needs}): pass calibration batches, or use 'svd'"
             )
+        trial, calibration = _first(calibrate.as_batches(model, calibration))
         statistics = measure(model, names, recipe.metric, calibration, progress)
+        plan, notes = _without_unreached(plan, statistics)
     calibrated = time.perf_counter()
     fitted: dict[str, Factors] = {}
     errors: dict[str, float] = {}
@@ -255,13 +281,61 @@ def compress(
         else:
             continue
         progress("fit", len(fitted), len(names))
-    errors = {name: errors[name] for name in names}
-    _replace(model, plan, fitted)
-    if not hold_floats:
-        quantize(model)
+    errors = {entry.matrix.name: errors[entry.matrix.name] for entry in plan.factorized}
+    with unchanged_on_error(model):
+        _replace(model, plan, fitted)
+        if not hold_floats:
+            quantize(model)
+        if trial is not None:
+            _check_runs(model, trial)
     seconds = {"calibrate": calibrated - started, "fit": time.perf_counter() - calibrated}
     kept = statistics if keep_statistics else {}
-    return Report(method, plan.scope, plan.original, plan.compressed, errors, seconds, kept)
+    return Report(method, plan.scope, plan.original, plan.compressed, errors, seconds, plan, notes, kept)
+
+
+def _first(batches: Iterator[dict[str, Any]]) -> tuple[dict[str, Any] | None, Iterator[dict[str, Any]]]:
+    """The first batch, and all of them."""
+    first = next(batches, None)
+    return first, batches if first is None else itertools.chain([first], batches)
+
+
+def _check_runs(model: nn.Module, batch: Mapping[str, Any]) -> None:
+    """Raise `ModelError` if a compressed model does not run on what its dense self has run on."""
+    device = next(model.parameters()).device
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        with torch.no_grad():
+            model.eval()(
+                **{key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
+            )
+    except Exception as error:
+        raise ModelError(
+            f"{type(model).__name__} does not run with factors in the place of its matrices, and was left as it was: "
+            f"{type(error).__name__}: {error}. Exclude the layers of that part"
+        ) from error
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def _without_unreached(plan: Plan, statistics: Mapping[str, LayerStatistics]) -> tuple[Plan, tuple[str, ...]]:
+    """The plan with what calibration did not measure left dense, groups that share factors as a whole, and notes."""
+    missing = {entry.matrix.name for entry in plan.factorized} - statistics.keys()
+    for entries in plan.sharing.values():
+        members = {entry.matrix.name for entry in entries}
+        missing |= members if members & missing else set()
+    if not missing:
+        return plan, ()
+    measured = [name for name in statistics if name not in missing]
+    reasons = calibrate.unreached_parts([e.matrix.name for e in plan.factorized if e.matrix.name in missing], measured)
+    entries = tuple(
+        dataclasses.replace(entry, spec=None, shares=None, reason=reasons[entry.matrix.name])
+        if entry.matrix.name in missing
+        else entry
+        for entry in plan.entries
+    )
+    left = [entry for entry in entries if entry.matrix.name in missing]
+    return dataclasses.replace(plan, entries=entries), tuple(left_dense(left, plan.original.bytes, least=0))
 
 
 def quantize(model: nn.Module) -> None:
@@ -280,23 +354,26 @@ def quantize(model: nn.Module) -> None:
     training = [name for name, layer in named.items() if layer.form is not None]
     if training:
         raise ModelError(f"layer '{training[0]}' trains straight through: call finish() before it is stored in int8")
-    layers = list(named.values())
     known: dict[int, Factors] = {}  # layers may hold the very same factors, and go on doing so
-    for layer in layers:
-        codes: dict[str, Tensor] = {}
-        for name, factor in layer.factors.items():
-            if id(factor) not in known:
-                made = structures.int8.quantize({name: factor.detach()})
-                held = {key: t if t.dtype == torch.int8 or key == name else nn.Parameter(t) for key, t in made.items()}
-                known[id(factor)] = held
-            codes |= known[id(factor)]
-        layer.quantize(codes)
-    if layers:
-        registration.attach(model)
+    with unchanged_on_error(model):
+        for layer in named.values():
+            codes: dict[str, Tensor] = {}
+            for name, factor in layer.factors.items():
+                if id(factor) not in known:
+                    made = structures.int8.quantize({name: factor.detach()})
+                    known[id(factor)] = {
+                        key: t if t.dtype == torch.int8 or key == name else nn.Parameter(t) for key, t in made.items()
+                    }
+                codes |= known[id(factor)]
+            layer.quantize(codes)
+        if named:
+            registration.attach(model)
 
 
 def hold_floats(model: nn.Module) -> bool:
     """Turn factors that are stored in int8 into floats that products round, to train on; `quantize` ends that.
+
+    Factors that were frozen before `quantize` are frozen again.
 
     Args:
         model: from a directory in int8, say; nothing changes in others.
@@ -306,14 +383,15 @@ def hold_floats(model: nn.Module) -> bool:
     """
     layers = [m for m in model.modules() if isinstance(m, FactorizedMatrix) and m.quantized]
     known: dict[int, Tensor] = {}
-    for layer in layers:
-        codes, values = layer.factors, {}
-        for name, tensor in structures.int8.floats(codes).items():
-            held = nn.Parameter(tensor) if tensor.is_floating_point() else tensor
-            values[name] = known.setdefault(id(codes[name]), held)
-        layer.hold_floats(values)
-    if layers:
-        registration.attach(model)
+    with unchanged_on_error(model):
+        for layer in layers:
+            codes, values = layer.factors, {}
+            for name, tensor in structures.int8.floats(codes).items():
+                held = nn.Parameter(tensor) if tensor.is_floating_point() else tensor
+                values[name] = known.setdefault(id(codes[name]), held)
+            layer.hold_floats(values)
+        if layers:
+            registration.attach(model)
     return bool(layers)
 
 
@@ -359,10 +437,11 @@ def initialize(model: nn.Module, plan: Plan) -> Report:
                 common = fresh[owner][factor]
                 fresh[owner][factor] = common if isinstance(common, nn.Parameter) else nn.Parameter(common)
                 fresh[name][factor] = fresh[owner][factor]
-    _replace(model, plan, fresh)
+    with unchanged_on_error(model):
+        _replace(model, plan, fresh)
     method = plan.method or recipes.default_method(calibrated=False)
     seconds = {"initialize": time.perf_counter() - started}
-    return Report(method, plan.scope, plan.original, plan.compressed, {}, seconds)
+    return Report(method, plan.scope, plan.original, plan.compressed, {}, seconds, plan)
 
 
 def _replace(model: nn.Module, plan: Plan, factors: dict[str, Factors]) -> None:
@@ -387,7 +466,8 @@ def _planned(entries: Sequence[Entry]) -> list[tuple[Matrix, Structure]]:
 def _check_fits(plan: Plan, model: nn.Module) -> None:
     if not plan.factorized:
         raise ModelError("the plan keeps every matrix dense: there is nothing to compress")
-    matrices = {matrix.name: matrix for matrix in find_matrices(model, "all")[0]}
+    int8 = any(entry.matrix.int8 for entry in plan.factorized)
+    matrices = {matrix.name: matrix for matrix in find_matrices(model, "all", int8=int8)[0]}
     for entry in plan.factorized:
         found = matrices.get(entry.matrix.name)
         if found is None or found.shape != entry.matrix.shape or found.aliases != entry.matrix.aliases:

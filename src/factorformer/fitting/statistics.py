@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import inspect
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -20,7 +22,14 @@ from torch import Tensor, nn
 from factorformer.errors import DataError
 from factorformer.fitting.linalg import square_root
 
-Batch = Mapping[str, Tensor]
+Batch = Mapping[str, Any]
+"""Keyword arguments of a model: tensors with one row for each example, and plain settings."""
+
+Calibration = Iterable[Any]
+"""Batches, or what `as_batches` makes some of."""
+
+DATASET_ROWS = 8
+"""Rows of a data set that make a batch."""
 
 _CROSSING = re.compile(
     r"(EncDecAttention|encoder_attn|cross_?attn|cross_?attention)\b.*\b(k|v|key|value|k_proj|v_proj)$"
@@ -85,10 +94,85 @@ class LayerStatistics:
     rows: Float[Tensor, " out"] | None = None
 
 
+def as_batches(model: nn.Module, data: Calibration) -> Iterator[dict[str, Any]]:
+    """Calibration data as keyword arguments of a model.
+
+    Args:
+        model: what the batches are for.
+        data: batches, each a mapping of names to tensors, arrays or lists of numbers; or one such batch alone; or a
+            tokenized `datasets.Dataset`, of which the columns are taken that the model's forward pass knows. Values
+            that are None are left out; a single row without a dimension for the batch gets one.
+
+    Raises:
+        DataError: anything else; the message says what was found where.
+    """
+    if isinstance(data, Mapping):
+        data = [data]
+    elif hasattr(data, "column_names") and hasattr(data, "with_format"):
+        data = _rows(model, data)
+    elif isinstance(data, (str, bytes, Tensor, np.ndarray)) or not hasattr(data, "__iter__"):
+        raise DataError(f"calibration data cannot be {_kind(data)}: give a list of batches, {_WANTED}")
+    for place, batch in enumerate(data):
+        if not isinstance(batch, Mapping):
+            raise DataError(f"calibration batch {place} is {_kind(batch)}: a batch is {_WANTED}")
+        values = {str(key): _value(place, str(key), value) for key, value in batch.items() if value is not None}
+        tensors = [value for value in values.values() if isinstance(value, Tensor)]
+        if not tensors:
+            raise DataError(f"calibration batch {place} holds no tensors: a batch is {_WANTED}")
+        ids = values.get("input_ids")
+        if isinstance(ids, Tensor) and ids.dim() == 1:
+            values = {key: value[None] if isinstance(value, Tensor) else value for key, value in values.items()}
+        yield values
+
+
+_WANTED = "a mapping of the model's arguments to tensors, such as tokenizer(texts, padding=True, return_tensors='pt')"
+
+
+def _rows(model: nn.Module, data: Any) -> Iterator[dict[str, Any]]:
+    """Batches of a data set; row by row where rows differ in length."""
+    taken = inspect.signature(model.forward).parameters
+    columns = [name for name in data.column_names if name in taken]
+    if not columns:
+        raise DataError(
+            f"the calibration data set has the columns {', '.join(data.column_names)}, and {type(model).__name__} "
+            "takes none of them: tokenize it first, so that it has input_ids"
+        )
+    data = data.with_format("numpy", columns=columns)
+    for first in range(0, len(data), DATASET_ROWS):
+        rows = [data[place] for place in range(first, min(first + DATASET_ROWS, len(data)))]
+        shapes = [{name: np.shape(value) for name, value in row.items()} for row in rows]
+        if all(shape == shapes[0] for shape in shapes):
+            yield {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+        else:
+            yield from ({name: np.asarray(value)[None] for name, value in row.items()} for row in rows)
+
+
+def _value(place: int, name: str, value: Any) -> Any:
+    """A tensor, or a plain setting such as `use_cache`."""
+    if isinstance(value, (Tensor, bool, int, float)):
+        return value
+    if isinstance(value, (np.ndarray, list, tuple)):
+        try:
+            if any(isinstance(part, Tensor) for part in value):
+                return torch.stack(list(value))
+            return torch.as_tensor(np.asarray(value))
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise DataError(
+                f"calibration batch {place} holds '{name}' as {_kind(value)}, which is no tensor ({error}): leave it "
+                "out, or pad rows of different lengths"
+            ) from error
+    raise DataError(f"calibration batch {place} holds '{name}' as {_kind(value)}: a batch is {_WANTED}")
+
+
+def _kind(value: Any) -> str:
+    of = f" of {type(value[0]).__name__}" if isinstance(value, (list, tuple)) and value else ""
+    return f"a {type(value).__name__}{of}"
+
+
 def collect(
     model: nn.Module,
     layers: Sequence[str],
-    batches: Iterable[Batch],
+    batches: Calibration,
     *,
     moments: bool = False,
     fisher: bool = False,
@@ -107,35 +191,72 @@ def collect(
         progress: called with the number of batches done.
 
     Returns:
-        Statistics by layer name.
+        Statistics by layer name, without the layers that no batch reached.
 
     Raises:
-        DataError: no batches, a layer never reached by them, a missing loss, or values that are not finite.
+        DataError: no batches, none that reaches any of the layers, a missing loss, or values that are not finite.
     """
     recorder = _Recorder(model, layers, moments, fisher)
-    device = next(model.parameters()).device
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
     done = 0
-    try:
-        with recorder.attached(), torch.set_grad_enabled(fisher):
-            for batch in batches:
-                recorder.run({key: value.to(device) for key, value in batch.items()})
-                done += 1
-                if progress is not None:
-                    progress(done)
-    finally:
-        for module, training in modes:
-            module.training = training
-    if done == 0:
-        raise DataError(
-            "calibration data is empty: give at least one batch, and a list where both plan and compress are to read it"
-        )
+    with recorder.attached(), torch.set_grad_enabled(fisher):
+        for batch in as_batches(model, batches):
+            recorder.run(batch)
+            done += 1
+            if progress is not None:
+                progress(done)
+    recorder.check(done)
     return recorder.statistics()
 
 
+def unreached(model: nn.Module, layers: Sequence[str], batches: Calibration) -> dict[str, str]:
+    """Those of the layers that calibration data does not reach, and what to say of them.
+
+    Batches are run until all layers are reached.
+
+    Raises:
+        DataError: no batches, or none that reaches any of the layers.
+    """
+    recorder = _Recorder(model, layers, moments=False, fisher=False)
+    done = 0
+    with recorder.attached(), torch.no_grad():
+        for batch in as_batches(model, batches):
+            recorder.run(batch)
+            done += 1
+            if len(recorder.reached) == len(layers):
+                break
+    recorder.check(done)
+    return unreached_parts([name for name in layers if name not in recorder.reached], recorder.reached)
+
+
+def unreached_parts(layers: Iterable[str], reached: Iterable[str]) -> dict[str, str]:
+    """Why layers that no calibration data reaches stay dense: the same words for all layers of one part of the model.
+
+    >>> list(unreached_parts(["vision.0.up", "vision.0.down"], ["text.0.up"]).values())[0]
+    "not reached by the calibration data; exclude 'vision.*', or calibrate on data that reaches it"
+    """
+    met = {".".join(parts[:end]) for name in reached for parts in [name.split(".")] for end in range(len(parts) + 1)}
+    part: dict[str, str] = {}
+    for name in layers:
+        parts = name.split(".")
+        prefixes = [".".join(parts[:end]) for end in range(1, len(parts) + 1)]
+        if name not in met:
+            part[name] = next(prefix for prefix in prefixes if prefix not in met)
+    alike: dict[str, set[str]] = {}
+    for outer in part.values():
+        alike.setdefault(re.sub(r"\d+", "*", outer), set()).add(outer)
+    reasons = {}
+    for name, outer in part.items():
+        pattern = re.sub(r"\d+", "*", outer)
+        if len(alike[pattern]) == 1:
+            what = f"exclude '{outer}{'' if outer == name else '.*'}'"
+        else:
+            what = f"{len(alike[pattern])} parts such as '{outer}'; exclude them"
+        reasons[name] = f"not reached by the calibration data; {what}, or calibrate on data that reaches it"
+    return reasons
+
+
 class _Recorder:
-    """Forward hooks that sum second moments at once, and keep calls until the batch's backward pass for Fisher rows."""
+    """Forward hooks that accumulate second moments, and buffer calls until the backward pass for Fisher rows."""
 
     def __init__(self, model: nn.Module, layers: Sequence[str], moments: bool, fisher: bool) -> None:
         self.model = model
@@ -161,6 +282,8 @@ class _Recorder:
         ]
         # Gradients with respect to outputs exist only downstream of something that requires them.
         frozen = [p for m in self.layers.values() for p in m.parameters() if self.want_fisher and not p.requires_grad]
+        modes = [(module, module.training) for module in self.model.modules()]
+        self.model.eval()
         try:
             for parameter in frozen:
                 parameter.requires_grad_(True)
@@ -170,23 +293,38 @@ class _Recorder:
                 parameter.requires_grad_(False)
             for handle in handles:
                 handle.remove()
+            for module, training in modes:
+                module.training = training
+
+    def check(self, batches: int) -> None:
+        """Raise `DataError` if there were no batches, or none that reached a layer."""
+        if batches == 0:
+            raise DataError(
+                "calibration data is empty: give at least one batch, and a list where both plan and compress read it"
+            )
+        if self.layers and not self.reached:
+            name = next(iter(self.layers))
+            raise DataError(f"no layer is reached by the calibration data: not '{name}', nor any other in scope")
 
     def _hook(self, name: str, path: str) -> Callable[[nn.Module, Any, Any], Tensor]:
         return lambda _, inputs, output: self._see(name, path, inputs[0], output)
 
     def run(self, batch: Batch) -> None:
-        self._size = len(next(iter(batch.values())))
+        """One forward pass, and one backward if Fisher rows are wanted."""
+        device = next(self.model.parameters()).device
+        batch = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
+        self._size = next((len(v) for v in batch.values() if isinstance(v, Tensor) and v.dim()), 1)
         labels = batch.get("labels")
         if self.want_fisher and self._size > 1 and labels is not None and labels.dim() > 1:
             # A loss over tokens is a mean over those of the whole batch: only alone has an example its own.
             for row in range(self._size):
-                self.run({key: value[row : row + 1] for key, value in batch.items()})
+                self.run({k: v[row : row + 1] if isinstance(v, Tensor) and v.dim() else v for k, v in batch.items()})
             return
         self._batch, self._last, self._calls = batch, None, {}
         try:
             output = self.model(**batch)
-        except (IndexError, RuntimeError, TypeError, ValueError) as error:
-            given = ", ".join(f"{key} {tuple(value.shape)}" for key, value in batch.items())
+        except (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            given = ", ".join(f"{k} {tuple(v.shape) if isinstance(v, Tensor) else v}" for k, v in batch.items())
             raise DataError(
                 f"{type(self.model).__name__} cannot run on a calibration batch of {given}: {error}"
             ) from error
@@ -196,6 +334,7 @@ class _Recorder:
 
     def _see(self, name: str, path: str, x: Tensor, output: Tensor) -> Tensor:
         layer = self.layers[name]
+        self.reached.add(name)
         if isinstance(layer, nn.Embedding) and x.dim() == 2 and len(x) == 1 < self._size:
             # Positions are looked up once for the whole batch; repeated, they have a gradient for every example.
             x, output = x.expand(self._size, -1), output.expand(self._size, -1, -1)
@@ -248,7 +387,6 @@ class _Recorder:
         gradients = torch.autograd.grad(loss * size, [y for _, _, y in calls], allow_unused=True)
         joined: dict[str, list[tuple[Tensor, Tensor]]] = {}
         for (name, x, _), gradient in zip(calls, gradients, strict=True):
-            self.reached.add(name)
             # Positions that the whole batch shares have no gradient of one example: their rows all count the same.
             if gradient is not None and (len(x) == size or not isinstance(self.layers[name], nn.Embedding)):
                 joined.setdefault(name, []).append((x, gradient))
@@ -266,10 +404,8 @@ class _Recorder:
 
     def statistics(self) -> dict[str, LayerStatistics]:
         result = {}
-        for name in self.layers:
+        for name in [name for name in self.layers if name in self.reached]:
             moment, rows = self.moments.get(name), self.rows.get(name)
-            if moment is None and rows is None and name not in self.reached:
-                raise DataError(f"layer '{name}' was never reached by the calibration data; exclude it from the plan")
             for values in (moment.total if moment else None, rows):
                 if values is not None and not torch.isfinite(values).all():
                     raise DataError(f"layer '{name}' sees NaN or infinite values on the calibration data")

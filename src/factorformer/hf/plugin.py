@@ -27,6 +27,7 @@ from factorformer import registration
 from factorformer.errors import CheckpointError, ModelError
 from factorformer.hf.checkpoint import check_tensors
 from factorformer.hf.config import METHOD, FactorformerConfig
+from factorformer.layers.bypass import embeddings_of
 from factorformer.layers.nn import TEMPORARY, FactorizedLinear, FactorizedMatrix
 from factorformer.layers.surgery import dense_shape, factorized_like, replace_module
 from factorformer.structures import int8
@@ -172,7 +173,7 @@ def attach(model: PreTrainedModel, quantizer: FactorformerQuantizer | None = Non
         # Converters that fuse or split dense tensors on save know nothing of factors.
         "_weight_conversions": [],
     }
-    if isinstance(model.get_input_embeddings(), FactorizedMatrix):
+    if isinstance(embeddings_of(model, "input_embeddings"), FactorizedMatrix):
         state["resize_token_embeddings"] = _refuse_to_resize
     for name, value in state.items():
         setattr(model, name, value)

@@ -94,6 +94,9 @@ class FactorizedMatrix(nn.Module):
         ModelError: the shape does not admit the structure, or a factor is missing, extra or misshapen.
     """
 
+    untrained: tuple[str, ...] = ()
+    """Factors that were not trained when they were stored in int8, and will not be when they are floats again."""
+
     def __init__(
         self,
         spec: Structure,
@@ -217,6 +220,7 @@ class FactorizedMatrix(nn.Module):
         """
         self._require("cannot be stored in int8", floats=True)
         codes = int8.quantize(self.factors) if codes is None else codes
+        self.untrained = tuple(n for n, t in self.factors.items() if t.is_floating_point() and not t.requires_grad)
         self._mode = Mode.QUANTIZED
         self._adopt(self.spec, codes)
 
@@ -235,6 +239,8 @@ class FactorizedMatrix(nn.Module):
             delattr(self, name)
         self._mode = Mode.FAKE_QUANTIZED
         self._adopt(self.spec, values)
+        for name in self.untrained:
+            self.get_parameter(name).requires_grad_(False)
 
     def substitute(self, form: Form) -> None:
         """Let a form multiply in place of the factors.

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
+import dataclasses
 import difflib
 import fnmatch
+import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
-import transformers
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from factorformer.errors import MethodError, ModelError, one_of
+from factorformer.layers.bypass import bypassed, embeddings_of
 from factorformer.layers.matrix import Cost, LeftOut, Matrix, Role, Scope
 from factorformer.layers.nn import FactorizedEmbedding, FactorizedLinear, FactorizedMatrix
 from factorformer.structures import Factors, Shape, Structure
@@ -41,17 +47,24 @@ def find_matrices(
     scope: Scope = "blocks",
     include: Sequence[str] | None = None,
     exclude: Sequence[str] | None = None,
+    *,
+    int8: bool = False,
+    batch: Mapping[str, Any] | None = None,
 ) -> tuple[list[Matrix], Cost]:
     """Every weight matrix in scope, each once, and the cost of the other tensors in scope.
 
-    `nn.Linear`, GPT-2's `Conv1D` and `nn.Embedding` (exactly these types: subclasses may compute something else) can
-    be factorized. Everything else of two or more dimensions is listed with the reason why it stays dense.
+    `nn.Linear`, GPT-2's `Conv1D`, `nn.Embedding`, and subclasses that compute the same can be factorized, unless the
+    architecture uses their weights without calling them. Everything else of two or more dimensions is listed with the
+    reason why it stays dense.
 
     Args:
         model: any `nn.Module`.
         scope: `blocks` for linear layers inside Transformer blocks, `all` for the whole model, embeddings included.
         include: shell patterns of module names; if given, other matrices stay dense.
         exclude: shell patterns of module names that stay dense.
+        int8: whether factors are to be stored in int8, which some architectures do not bear in some places.
+        batch: keyword arguments of the model, for the trial that finds out how it uses its weights; by default random
+            ones, made from its configuration.
 
     Raises:
         MethodError: an unknown scope.
@@ -68,8 +81,10 @@ def find_matrices(
     if scope == "blocks" and not calls:
         raise ModelError(f"no Transformer blocks found in {type(model).__name__}: use scope='all'")
     holders = _holders(model)
-    names = [name for name, module in model.named_modules() if dense_shape(module) is not None]
-    _check_patterns([*(include or []), *(exclude or [])], names)
+    layers = {name: module for name, module in model.named_modules() if dense_shape(module) is not None}
+    include, exclude = _patterns(include), _patterns(exclude)
+    _check_patterns([*(include or []), *(exclude or [])], list(layers))
+    reasons = bypassed(model, layers, int8=int8, batch=batch)
     matrices: list[Matrix] = []
     rest = Cost()
     for path, parameter in model.named_parameters():
@@ -80,8 +95,17 @@ def find_matrices(
             rest += Cost(parameter.numel(), parameter.numel() * parameter.element_size(), 0)
             continue
         holding = holders[id(parameter)]
-        matrices.append(_describe(model, path, parameter, holding, block, calls.get(block or "", 1), include, exclude))
+        matrix = _describe(model, path, parameter, holding, block, calls.get(block or "", 1), include, exclude)
+        if matrix.dense is None:
+            reason = next((reasons[name] for name in holding if name in reasons), None)
+            matrix = dataclasses.replace(matrix, int8=int8 and reason is None, dense=reason)
+        matrices.append(matrix)
     return matrices, rest
+
+
+def _patterns(given: Sequence[str] | str | None) -> list[str] | None:
+    """Patterns as a list, where one alone may be given as it is."""
+    return given if given is None else [given] if isinstance(given, str) else list(given)
 
 
 def _calls_of_blocks(model: nn.Module) -> dict[str, int]:
@@ -148,7 +172,11 @@ def _describe(
         dense = f"a side below {SMALLEST_SIDE}, too small to gain"
     elif embeddings and block is not None:
         dense = "a table inside a block (T5's position biases), left dense"
-    elif embeddings == len(names) and not parameter.requires_grad and modules[0] is not _word_embeddings(model):
+    elif (
+        embeddings == len(names)
+        and not parameter.requires_grad
+        and modules[0] is not embeddings_of(model, "input_embeddings")
+    ):
         # Whisper's sinusoids: the architecture writes such a table itself whenever it initializes a model.
         dense = "a fixed table, left dense"
     elif include is not None and not named(include):
@@ -168,8 +196,7 @@ def _describe(
 
 
 def _role(model: nn.Module, name: str, module: nn.Module) -> Role:
-    head = model.get_output_embeddings() if isinstance(model, transformers.PreTrainedModel) else None
-    if isinstance(module, nn.Embedding) or module is head:
+    if isinstance(module, nn.Embedding) or module is embeddings_of(model, "output_embeddings"):
         return "embedding"
     # So architectures of transformers name these modules, or `self_attn`, `SelfAttention`, `multi_head_attention`.
     return "attention" if re.search("attn|attention", name, re.IGNORECASE) else "feed_forward"
@@ -185,16 +212,58 @@ def _other_kind(model: nn.Module, owner: nn.Module, path: str, parameter: nn.Par
     return "not a linear layer or embedding", int(parameter.dim() == 2 and not isinstance(owner, nn.Embedding))
 
 
-def _word_embeddings(model: nn.Module) -> nn.Module | None:
-    return model.get_input_embeddings() if isinstance(model, transformers.PreTrainedModel) else None
-
-
 def dense_shape(module: nn.Module) -> Shape | None:
     """`(out, in)` of a layer that can be factorized; None for any other module."""
-    if type(module) not in (nn.Linear, nn.Embedding, Conv1D):
+    if not isinstance(module, (nn.Linear, nn.Embedding, Conv1D)) or not _is_plain(module):
         return None
     rows, columns = module.get_parameter("weight").shape
     return (columns, rows) if isinstance(module, Conv1D) else (rows, columns)
+
+
+def _is_plain(module: nn.Linear | nn.Embedding | Conv1D) -> bool:
+    """Whether a layer computes `x @ W.T + b`, or looks up rows of `W`, and nothing else."""
+    if isinstance(module, nn.Embedding) and module.max_norm is not None:  # it rescales the rows that are looked up
+        return False
+    if type(module) in (nn.Linear, nn.Embedding, Conv1D):
+        return "weight" in module._parameters  # a parametrization computes it
+    parts = {name for name, parameter in module._parameters.items() if parameter is not None}
+    if isinstance(module, Conv1D) or "weight" not in parts or parts - {"weight", "bias"}:
+        return False
+    if module._buffers or module._modules or module._forward_hooks or module._forward_pre_hooks:
+        return False
+    return all(_computes_product(module, dtype) for dtype in (torch.float64, torch.bfloat16))
+
+
+def _computes_product(module: nn.Linear | nn.Embedding, dtype: torch.dtype) -> bool:
+    """A trial on a small layer of the same class and with the same settings, in training and in evaluation."""
+    random = torch.Generator().manual_seed(0)
+
+    def draw(*size: int) -> Tensor:
+        return torch.randn(*size, generator=random, device="cpu", dtype=torch.float64).to(dtype)
+
+    weight = draw(7, 5)
+    bias = None if module._parameters.get("bias") is None else nn.Parameter(draw(7))
+    twin = copy.copy(module)
+    sizes = {"out_features": 7, "in_features": 5, "num_embeddings": 7, "embedding_dim": 5}
+    vars(twin).update({name: size for name, size in sizes.items() if name in vars(twin)})
+    vars(twin)["_parameters"] = {"weight": nn.Parameter(weight), "bias": bias}
+    for training, scale in itertools.product((False, True), (1.0, 1e4)):
+        vars(twin)["training"] = training
+        x = draw(3, 4, 5) * scale
+        if isinstance(module, nn.Embedding):
+            x = torch.arange(12, device="cpu").view(3, 4) % 7
+        try:
+            with torch.no_grad(), torch.random.fork_rng(devices=[]):
+                found = twin(x)
+        except Exception:  # it takes something else
+            return False
+        expected = F.embedding(x, weight) if isinstance(module, nn.Embedding) else F.linear(x, weight, bias)
+        if not isinstance(found, Tensor) or found.dtype != dtype or found.shape != expected.shape:
+            return False
+        rounding = 4 * torch.finfo(dtype).eps * float(expected.abs().max())
+        if not float((found - expected).abs().max()) <= rounding:
+            return False
+    return True
 
 
 def is_transposed(module: nn.Module) -> bool:
@@ -233,9 +302,33 @@ def factorized_like(
 def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
     """Put `new` everywhere that `old` is registered (a shared module has several parents)."""
     for parent in model.modules():
-        for name, child in parent.named_children():
+        for name, child in parent._modules.items():  # `named_children` names a child once
             if child is old:
-                setattr(parent, name, new)
+                parent._modules[name] = new
+
+
+@contextlib.contextmanager
+def unchanged_on_error(model: nn.Module) -> Iterator[None]:
+    """Give a model its layers, tensors and settings back if what changes it fails, or is interrupted.
+
+    Tensors are kept, not copied: what is written into them stays.
+    """
+    modules = list(model.modules())
+    configs = {id(c): c for module in modules if (c := module.__dict__.get("config")) is not None}
+    holders = [*modules, *(c for c in configs.values() if hasattr(c, "__dict__"))]
+    before = [
+        ({**vars(holder)}, {k: type(v)(v) for k, v in vars(holder).items() if type(v) is dict}) for holder in holders
+    ]
+    try:
+        yield
+    except BaseException:
+        for holder, (attributes, tables) in zip(holders, before, strict=True):
+            vars(holder).clear()
+            vars(holder).update(attributes)
+            for name, table in tables.items():
+                vars(holder)[name].clear()
+                vars(holder)[name].update(table)
+        raise
 
 
 def factorize(model: nn.Module, matrix: Matrix, spec: Structure, factors: Factors, shared: Sequence[str] = ()) -> None:

@@ -139,6 +139,9 @@ def run(job: Job) -> Result:
             report = compression.compress(
                 model, plan, calibration, progress, keep_statistics=through, hold_floats=ready.train is not None
             )
+            plan = report.plan
+            for line in report.notes:
+                note(f"left dense: {line}")
             straight = None if dense is None else StraightThrough(model, report.statistics, dense)
             dense, seconds = None, dict(report.seconds)
             del report  # its statistics are large

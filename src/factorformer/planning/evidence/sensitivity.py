@@ -61,7 +61,7 @@ def measure_sensitivities(
         DataError: no batches, or an output without floating-point values.
     """
     device = next(model.parameters()).device
-    few = [{key: value.to(device) for key, value in batch.items()} for batch in _some(batches, ROWS)]
+    few = [{k: v.to(device) if isinstance(v, Tensor) else v for k, v in b.items()} for b in _some(batches, ROWS)]
     found: dict[str, float] = {}
     with _evaluating(model), torch.no_grad():
         expected = [_outputs(model, batch, LOGITS // len(few)) for batch in few]
@@ -84,14 +84,14 @@ def measure_sensitivities(
 
 def _some(batches: Sequence[Batch], rows: int) -> Iterator[Batch]:
     """So many rows from all over the batches, which may be sorted by length."""
-    sizes = [len(next(iter(batch.values()))) for batch in batches]
+    sizes = [next(len(v) for v in batch.values() if isinstance(v, Tensor) and v.dim()) for batch in batches]
     if not sum(sizes):
         raise DataError("calibration data is empty: give at least one batch")
     step = max(sum(sizes) // rows, 1)
     first = 0
     for batch, size in zip(batches, sizes, strict=True):
         if first < size:
-            yield {key: value[first::step] for key, value in batch.items()}
+            yield {k: v[first::step] if isinstance(v, Tensor) and v.dim() else v for k, v in batch.items()}
         first = (first - size) % step
 
 
