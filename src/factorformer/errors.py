@@ -10,6 +10,10 @@ class FactorformerError(ValueError):
     """Base of all errors raised on purpose; the command line prints its message and exits with code 2."""
 
 
+class FactorformerWarning(UserWarning):
+    """Something that a user should know, and that is no error; the command line prints it as one line."""
+
+
 class MethodError(FactorformerError):
     """An unknown method, structure, scope or an unusable combination of options."""
 
