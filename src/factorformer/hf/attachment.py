@@ -28,6 +28,7 @@ def attach(model: PreTrainedModel, quantizer: FactorformerQuantizer | None = Non
 
     Its configuration becomes its own, for it describes this model alone.
     """
+    ties.join(model)
     description = describe(model)
     held = _quantizer(model)
     if held is None or held.quantization_config is not _described(model.config):
@@ -70,7 +71,7 @@ def _undescribe(model: PreTrainedModel) -> None:
     """Drop descriptions of factorized layers from the configuration, and from those of the models inside."""
     for module in model.modules():
         if isinstance(module, transformers.PreTrainedModel) and _described(module.config) is not None:
-            del module.config.quantization_config
+            del vars(module.config)["quantization_config"]
 
 
 def _described(config: transformers.PreTrainedConfig) -> Any:

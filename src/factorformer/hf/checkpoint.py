@@ -14,7 +14,7 @@ import transformers
 
 from factorformer.errors import CheckpointError, FactorformerError, FactorformerWarning
 from factorformer.hf import compat, layout
-from factorformer.hf.tensors import takes_no_pooler
+from factorformer.hf.tensors import drop_pooler, takes_no_pooler
 from factorformer.hf.trust import trusted
 
 if TYPE_CHECKING:
@@ -160,7 +160,8 @@ def _read(path: Path, folder: Path, choice: Choice, whole: bool, **options: Any)
     model, info = read_model(choice.loader, folder, **options)
     missing, kind = set(info["missing_keys"]), type(model).__name__
     if missing and all(name.startswith("pooler.") for name in missing) and takes_no_pooler(model):
-        model.pooler, missing = None, set()
+        drop_pooler(model)
+        missing = set()
     inside = f"{model.base_model_prefix}."
     body = {name for name in missing if name.startswith(inside) and not name.startswith(f"{inside}pooler.")}
     wrong = {"lacks": missing, "has other shapes for": _misshapen(info["mismatched_keys"])}

@@ -13,6 +13,8 @@ import transformers
 from peft.tuners import tuners_utils
 from peft.tuners.lora import layer as lora_layer
 from peft.tuners.lora import model as lora_model
+from peft.utils import INCLUDE_LINEAR_LAYERS_SHORTHAND
+from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 from torch import nn
 
 from factorformer.errors import ModelError
@@ -68,7 +70,7 @@ def _include_all_linear(original: Any) -> Any:
 
     @functools.wraps(original)
     def include(peft_config: Any, model: nn.Module) -> Any:
-        wanted = str(getattr(peft_config, "target_modules", "")).lower() == tuners_utils.INCLUDE_LINEAR_LAYERS_SHORTHAND
+        wanted = str(getattr(peft_config, "target_modules", "")).lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND
         peft_config = original(peft_config, model)
         if wanted:
             left = {id(head) for head in _heads(model)}
@@ -84,11 +86,11 @@ def _include_all_linear(original: Any) -> Any:
 
 def _heads(model: nn.Module) -> list[nn.Module]:
     """What PEFT leaves out of `all-linear`: the head of a language model, and those of classifiers."""
-    found = [getattr(model, name, None) for name in tuners_utils.SEQ_CLS_HEAD_NAMES]
+    found = [getattr(model, name, None) for name in SEQ_CLS_HEAD_NAMES]
     if isinstance(model, transformers.PreTrainedModel):
         found += compat.token_tables(model)
     return [module for module in found if module is not None]
 
 
-lora_model.dispatch_default = _dispatch(lora_model.dispatch_default)
+setattr(lora_model, "dispatch_default", _dispatch(lora_layer.dispatch_default))  # noqa: B010  # not exported
 tuners_utils._maybe_include_all_linear_layers = _include_all_linear(tuners_utils._maybe_include_all_linear_layers)

@@ -108,7 +108,8 @@ def load_model(path: Path, dtype: torch.dtype | None = None, *, whole: bool = Fa
         CheckpointError: weights that are missing or misshapen, or a class that transformers does not have.
         ModelError: weights that are not finite.
     """
-    return ready(load(path, whole=whole, **({} if dtype is None else {"dtype": dtype})))
+    options: dict[str, Any] = {} if dtype is None else {"dtype": dtype}
+    return ready(load(path, whole=whole, **options))
 
 
 def most_tokens(model: PreTrainedModel) -> int | None:

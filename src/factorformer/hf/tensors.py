@@ -103,16 +103,21 @@ def holds_dense_weights(model: PreTrainedModel, config: FactorformerConfig, file
 
 
 def drop_absent_pooler(model: PreTrainedModel, files: Sequence[str]) -> None:
-    """Leave the pooler out of an encoder that was saved without one, as `add_pooling_layer=False` does."""
+    """Leave the pooler out of an encoder that was saved without one."""
     if type(model).__name__ in (model.config.architectures or []) and takes_no_pooler(model):
         stored = _base_part(model, read_sizes(files), pooler=True)
         if not any(name.startswith("pooler.") for name in stored):
-            model.pooler = None
+            drop_pooler(model)
 
 
 def takes_no_pooler(model: PreTrainedModel) -> bool:
     """Whether a model has a pooler that its architecture can do without."""
     return getattr(model, "pooler", None) is not None and "add_pooling_layer" in signature(type(model)).parameters
+
+
+def drop_pooler(model: PreTrainedModel) -> None:
+    """Leave the pooler out, as `add_pooling_layer=False` does."""
+    setattr(model, "pooler", None)  # noqa: B010  # pyright knows modules as attributes only
 
 
 def _base_part(model: PreTrainedModel, sizes: Sizes, *, pooler: bool = False) -> Sizes:

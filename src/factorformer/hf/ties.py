@@ -21,13 +21,14 @@ Classes of transformers are never changed, and `forget` leaves an instance with 
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import transformers
 from torch import nn
 
-from factorformer.errors import CheckpointError
+from factorformer.errors import CheckpointError, FactorformerWarning, ModelError
 from factorformer.hf import compat
 from factorformer.hf.config import FactorformerConfig
 from factorformer.hf.description import factorized, named_module
@@ -58,6 +59,34 @@ def rewrite(model: PreTrainedModel) -> None:
         # Saving drops what these expressions match; transformers expands them only where word embeddings are tied.
         compat.declare_ties(model, {**compat.declared_ties(model), **_exact(sharing)})
     compat.set_all_ties(model, {**holding, **sharing})
+
+
+def join(model: PreTrainedModel) -> None:
+    """Let a head follow embeddings that were factorized by themselves, inside of a model that ties the two.
+
+    Raises:
+        ModelError: what is tied to a factorized matrix is not a layer that could hold the same factors.
+    """
+    for target, source in compat.expanded_ties(model, whole=True).items():
+        holder, held = _holder(model, source), _holder(model, target)
+        if (holder is None) == (held is None) or not target.endswith(".weight"):
+            continue
+        name = target.removesuffix(".weight")
+        module = model.get_submodule(name)
+        if holder is None or dense_shape(module) != holder.shape:
+            raise ModelError(
+                f"'{name}' is tied to '{source.removesuffix('.weight')}', and only one of the two is factorized: "
+                f"compress the whole {type(model).__name__}, not a part of it"
+            )
+        new = factorized_like(module, holder.spec, holder.shape, holder.factors, quantized=holder.quantized)
+        new.rounds = holder.rounds
+        replace_module(model, module, new)
+        warnings.warn(
+            f"'{name}' of {type(model).__name__} is tied to embeddings that were factorized by themselves: it holds "
+            "their factors now",
+            FactorformerWarning,
+            stacklevel=4,
+        )
 
 
 def forget(model: PreTrainedModel) -> None:
