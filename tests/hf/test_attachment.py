@@ -9,19 +9,22 @@ from pathlib import Path
 import pytest
 import torch
 import transformers as tf
+from huggingface_hub import metadata_load
+from safetensors import safe_open
 from tests.tiny import MODELS, logits
 
 import factorformer
 from factorformer.errors import FactorformerWarning, ModelError
 from factorformer.hf.description import has_factors
+from factorformer.layers.matrix import Scope
 from factorformer.layers.nn import FactorizedMatrix
 
 BERT = MODELS["bert"]
 
 
-def compressed(name: str = "bert", scope: str = "blocks", **options: object) -> tf.PreTrainedModel:
+def compressed(name: str = "bert", scope: Scope = "blocks") -> tf.PreTrainedModel:
     model = MODELS[name].build()
-    factorformer.compress(model, factorformer.plan(model, "svd", MODELS[name].ratio, scope, **options))  # type: ignore[arg-type]
+    factorformer.compress(model, factorformer.plan(model, "svd", MODELS[name].ratio, scope))
     return model
 
 
@@ -112,9 +115,7 @@ def test_a_compressed_model_inside_of_another(tmp_path: Path) -> None:
 
 def test_tensors_that_are_given_are_saved(tmp_path: Path) -> None:
     model = compressed()
-    state = {
-        name: tensor + 1 if name.endswith("LayerNorm.bias") else tensor for name, tensor in model.state_dict().items()
-    }
+    state = {name: t + 1 if name.endswith("LayerNorm.bias") else t for name, t in model.state_dict().items()}
     model.save_pretrained(tmp_path, state_dict=state)
     again = factorformer.load(tmp_path).bert.embeddings.LayerNorm.bias
     assert torch.equal(again, model.bert.embeddings.LayerNorm.bias + 1)
@@ -137,8 +138,6 @@ def test_dequantized_models_have_the_tensor_names_of_their_architecture(tmp_path
 
 
 def _names(file: Path) -> list[str]:
-    from safetensors import safe_open
-
     with safe_open(file, "pt") as tensors:
         return list(tensors.keys())
 
@@ -151,12 +150,11 @@ def test_half_and_float() -> None:
     for cast, dtype in (("half", torch.float16), ("float", torch.float32), ("bfloat16", torch.bfloat16)):
         getattr(model, cast)()
         assert {parameter.dtype for parameter in model.parameters()} == {dtype}
-    codes = compressed(int8=True) if False else _int8()
     with pytest.raises(ValueError, match="half"):
-        codes.half()
+        in_int8().half()
 
 
-def _int8() -> tf.PreTrainedModel:
+def in_int8() -> tf.PreTrainedModel:
     model = BERT.build()
     factorformer.compress(model, factorformer.plan(model, "svd", 8, int8=True))
     return model
@@ -183,7 +181,7 @@ def test_floats_that_are_rounded_come_back_as_such(tmp_path: Path) -> None:
 
 
 def test_a_trainer_says_that_codes_do_not_train(tmp_path: Path) -> None:
-    model = _int8()
+    model = in_int8()
     arguments = tf.TrainingArguments(output_dir=str(tmp_path), report_to=[], use_cpu=True)
     with pytest.warns(FactorformerWarning, match=r"12 layers.*hold_floats") as caught:
         tf.Trainer(model, arguments)
@@ -211,15 +209,9 @@ def test_resizing_is_refused_before_anything_is_resized(exclude: list[str], tmp_
 
 
 def test_a_model_that_does_not_name_its_embeddings(tmp_path: Path) -> None:
-    text = {
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "vocab_size": 99,
-    }
-    vision = {**text, "image_size": 32, "patch_size": 8}
-    config = tf.CLIPConfig(text_config=text, vision_config=vision, projection_dim=32)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    vision = {**sizes, "image_size": 32, "patch_size": 8}
+    config = tf.CLIPConfig(text_config={**sizes, "vocab_size": 99}, vision_config=vision, projection_dim=32)
     model = tf.CLIPModel(config).eval()
     factorformer.compress(model, factorformer.plan(model, "svd", 1.5))
     model.save_pretrained(tmp_path)
@@ -231,8 +223,6 @@ def test_a_model_that_does_not_name_its_embeddings(tmp_path: Path) -> None:
 
 
 def test_a_card_says_how_to_load_the_model(tmp_path: Path) -> None:
-    from huggingface_hub import metadata_load
-
     source = tmp_path / "source"
     BERT.build().save_pretrained(source)
     (source / "README.md").write_text("---\nlicense: mit\nbase_model: who/else\n---\n# A model\n")

@@ -74,11 +74,8 @@ def test_all_of_it_is_there() -> None:
         for function, wanted in ARGUMENTS.items()
         if not wanted <= inspect.signature(function).parameters.keys()
     ]
-    gone += [
-        name
-        for name in ("get_input_embeddings", "get_output_embeddings", "_can_set_attn_implementation")
-        if not hasattr(MODEL, name)
-    ]
+    methods = ("get_input_embeddings", "get_output_embeddings", "_can_set_attn_implementation")
+    gone += [name for name in methods if not hasattr(MODEL, name)]
     assert not gone, f"transformers {tf.__version__} and torch {torch.__version__} have moved {gone}"
     assert compat.base_class(tf.BertConfig()) is tf.BertModel
     assert compat.base_class(tf.FunnelConfig()) is tf.FunnelModel
@@ -98,9 +95,8 @@ def test_peft_has_what_adapters_need() -> None:
     assert {"target", "adapter_name", "config"} <= inspect.signature(layer.dispatch_default).parameters.keys()
     assert "dispatch_default" in inspect.getsource(model.LoraModel)
     assert "_maybe_include_all_linear_layers(" in inspect.getsource(tuners_utils.BaseTuner)
-    assert {"adapter_name", "r", "lora_alpha", "config"} <= inspect.signature(
-        layer.Linear.update_layer
-    ).parameters.keys()
+    update = inspect.signature(layer.Linear.update_layer).parameters.keys()
+    assert {"adapter_name", "r", "lora_alpha", "config"} <= update
 
 
 def test_no_check_fails_open() -> None:
@@ -113,9 +109,8 @@ def test_a_configuration_of_its_own() -> None:
     model = MODELS["whisper"].build()
     before = model.config
     compat.own_config(model)
-    configs = {
-        id(value) for m in model.modules() for value in vars(m).values() if isinstance(value, tf.PreTrainedConfig)
-    }
+    held = [value for module in model.modules() for value in vars(module).values()]
+    configs = {id(value) for value in held if isinstance(value, tf.PreTrainedConfig)}
     assert configs == {id(model.config)}
     assert model.config is not before
     assert model.config.to_dict() == before.to_dict()

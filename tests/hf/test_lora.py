@@ -16,6 +16,8 @@ from factorformer.layers.nn import FactorizedMatrix
 
 peft = pytest.importorskip("peft")
 
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+
 LLAMA = MODELS["llama"]
 
 

@@ -101,7 +101,8 @@ def choose(path: Path, *, trust: bool | None = None) -> Choice:
     config = read_config(place.folder, trust=trust)
     base = compat.base_class(config)
     if encodes and base is not None:
-        base = _encoder(config, base)
+        # Of an encoder-decoder, sentence-transformers takes the encoder, where that is a class of its own.
+        base = getattr(transformers, base.__name__.removesuffix("Model") + "EncoderModel", base)
         note = f"'{path}' is a sentence encoder: loaded as {base.__name__}, and not as {named}, which config.json names"
         return Choice(base, note=None if named in (base.__name__, None) else note)
     if native is not None:
@@ -186,12 +187,6 @@ def _misshapen(keys: Iterable[Any]) -> set[str]:
 def _named(described: dict[str, Any]) -> str | None:
     names = described.get("architectures")
     return names[0] if isinstance(names, list) and names and isinstance(names[0], str) else None
-
-
-def _encoder(config: transformers.PreTrainedConfig, base: type[PreTrainedModel]) -> type[PreTrainedModel]:
-    """What sentence-transformers makes of an encoder-decoder: its encoder, where that is a class of its own."""
-    name = base.__name__.removesuffix("Model") + "EncoderModel"
-    return getattr(transformers, name, base) if config.is_encoder_decoder else base
 
 
 def _warn(text: str) -> None:

@@ -98,8 +98,9 @@ def _modules(path: Path) -> Iterator[tuple[str, str]]:
         if not isinstance(types, dict):
             raise CheckpointError(f"'{router}' does not list the types of its modules")
         for name, inner in types.items():
-            _check_inside(path, f"{folder}/{name}")
-            yield str(inner).rpartition(".")[2], f"{folder}/{name}".lstrip("/")
+            below = f"{folder}/{name}" if folder else str(name)
+            _check_inside(path, below)
+            yield str(inner).rpartition(".")[2], below
 
 
 def _check_inside(path: Path, folder: str) -> None:

@@ -30,7 +30,7 @@ def _probes() -> tuple[Callable[[], Any], ...] | None:
         return torch._C._len_torch_dispatch_stack, peek_interpreter_stack, torch._C._get_tracing_state
     except (ImportError, AttributeError) as error:
         warnings.warn(
-            f"torch {torch.__version__} is not one that factorformer's kernels know ({error}): torch multiplies instead",
+            f"factorformer's kernels do not know torch {torch.__version__} ({error}): torch multiplies instead",
             FactorformerWarning,
             stacklevel=2,
         )
