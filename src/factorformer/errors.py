@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import difflib
+import importlib.util
 from collections.abc import Iterable
 
 
 class FactorformerError(ValueError):
     """Base of all errors raised on purpose; the command line prints its message and exits with code 2."""
+
+
+class FactorformerWarning(UserWarning):
+    """Something that a user should know, and that is no error; the command line prints it as one line."""
 
 
 class MethodError(FactorformerError):
@@ -36,6 +41,44 @@ class ExportError(FactorformerError):
 
 class OutputError(FactorformerError):
     """An output path that exists already or cannot be written."""
+
+
+class MissingPackageError(FactorformerError, ImportError):
+    """A package that only some features need; the message says what to install."""
+
+
+EXTRAS = {
+    "cli": ("rich", "typer"),
+    "train": ("accelerate", "datasets", "scipy", "sklearn", "tokenizers"),
+    "onnx": ("onnx", "onnx_ir", "onnxruntime", "onnxscript"),
+    "plot": ("matplotlib",),
+    "sentence": ("sentence_transformers",),
+    "translation": ("sacrebleu",),
+}
+"""Names of modules, by the optional dependencies in pyproject.toml that bring them."""
+
+
+def require(extra: str) -> None:
+    """Raise `MissingPackageError` if a module of an extra is not installed."""
+    for name in EXTRAS[extra]:
+        if importlib.util.find_spec(name) is None:
+            raise missing(name)
+
+
+def missing(module: str) -> MissingPackageError:
+    """The error for a module that is not installed.
+
+    >>> print(missing("typer"))
+    this needs the package 'typer': pip install 'factorformer[cli]'
+    """
+    package, extra = module.partition(".")[0], extra_of(module)
+    wanted = package if extra is None else f"'factorformer[{extra}]'"
+    return MissingPackageError(f"this needs the package '{package}': pip install {wanted}", name=module)
+
+
+def extra_of(module: str) -> str | None:
+    """The extra that brings a module; None where none does."""
+    return next((extra for extra, names in EXTRAS.items() if module.partition(".")[0] in names), None)
 
 
 def one_of(given: str, allowed: Iterable[str]) -> str:

@@ -18,7 +18,7 @@ from torch import Tensor
 import factorformer
 from factorformer.errors import CheckpointError, OutputError
 from factorformer.files import check_output, output_directory
-from factorformer.hf.checkpoint import read_sizes
+from factorformer.hf.tensors import read_sizes
 
 QUERY = "bert.encoder.layer.0.attention.self.query"
 LOADERS: dict[str, Callable[[Path], Any]] = {

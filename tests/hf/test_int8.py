@@ -24,7 +24,7 @@ from torch import Tensor
 import factorformer
 from factorformer.compression import quantize
 from factorformer.errors import BudgetError, CheckpointError, ModelError
-from factorformer.hf.plugin import describe
+from factorformer.hf.description import describe
 from factorformer.layers.matrix import Scope
 from factorformer.layers.nn import FactorizedMatrix
 from factorformer.planning import Plan

@@ -18,7 +18,7 @@ from tests.tiny import MODELS, logits
 import factorformer
 from factorformer.errors import CheckpointError, ModelError
 from factorformer.hf.config import FORMAT, FactorformerConfig
-from factorformer.hf.plugin import describe
+from factorformer.hf.description import describe
 from factorformer.layers.matrix import Scope
 from factorformer.layers.nn import FactorizedEmbedding, FactorizedLinear, FactorizedMatrix
 from factorformer.structures import LowRank

@@ -24,7 +24,7 @@ from factorformer.errors import (
     ModelError,
     OutputError,
 )
-from factorformer.hf.plugin import attach_all
+from factorformer.hf.attachment import attach_all
 from factorformer.layers.nn import FactorizedMatrix
 from factorformer.planning import Plan
 from factorformer.report import inventory

@@ -6,6 +6,8 @@ import os
 import sys
 import warnings
 
+from factorformer.errors import extra_of, missing
+
 
 def main() -> None:
     """Run the command line; the exit code is 0, 2 after an error, 130 after Ctrl-C."""
@@ -19,3 +21,8 @@ def main() -> None:
         app()
     except KeyboardInterrupt:
         sys.exit(130)
+    except ModuleNotFoundError as error:
+        if error.name is None or extra_of(error.name) is None:
+            raise
+        print(f"error: {missing(error.name)}", file=sys.stderr)
+        sys.exit(2)

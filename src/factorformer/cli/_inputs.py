@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from factorformer.cli._options import note
 from factorformer.errors import DataError, ModelError
 from factorformer.files import output_directory
-from factorformer.hf.source import copy_companions, find, load_model
+from factorformer.hf.source import copy_companions, find, load_model, place_of_weights
 from factorformer.layers.surgery import find_matrices
 from factorformer.planning import Entry, Plan
 from factorformer.report import Result
@@ -161,7 +161,8 @@ def save(
     """
     assert result.output is not None
     with output_directory(result.output, overwrite=overwrite) as partial:
-        write(result, model, partial, tokenizer=tokenizer)
+        weights = partial if companions is None else partial / place_of_weights(companions)
+        write(result, model, partial, tokenizer=tokenizer, weights=weights)
         if companions is not None:
             copy_companions(companions, partial)
         if history is not None:
@@ -169,13 +170,18 @@ def save(
 
 
 def write(
-    result: Result, model: PreTrainedModel, directory: Path, *, tokenizer: PreTrainedTokenizerBase | None = None
+    result: Result,
+    model: PreTrainedModel,
+    directory: Path,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    weights: Path | None = None,
 ) -> None:
-    """Write model, result and, if given, tokenizer into a directory."""
-    model.save_pretrained(directory)
+    """Write model, result and, if given, tokenizer into a directory; the model's own files into a folder of it."""
+    model.save_pretrained(directory if weights is None else weights)
     if tokenizer is not None:
         tokenizer.save_pretrained(directory)
     description = directory / RESULT_FILE
     description.write_text(json.dumps(result.to_dict(), indent=1) + "\n", encoding="utf-8")
-    for weights in directory.glob("*.safetensors"):  # which safetensors makes private
-        weights.chmod(description.stat().st_mode)
+    for file in directory.rglob("*.safetensors"):  # which safetensors makes private
+        file.chmod(description.stat().st_mode)

@@ -3,26 +3,28 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
-from inspect import cleandoc
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 from safetensors import SafetensorError
 from typer.core import TyperGroup
 
+from factorformer.cli._notes import notes
 from factorformer.cli._options import quiet
 from factorformer.cli.bench import bench
 from factorformer.cli.compress import compress
 from factorformer.cli.evaluate import evaluate
 from factorformer.cli.export import export
 from factorformer.cli.finetune import finetune
-from factorformer.cli.inspect import inspect
+from factorformer.cli.inspect import inspect as inspect_
 from factorformer.cli.methods import methods
 from factorformer.cli.plan import plan
 from factorformer.cli.quickstart import quickstart
 from factorformer.cli.train import train
 from factorformer.errors import FactorformerError
+from factorformer.hf.trust import trusting
 
 ERROR, INTERRUPTED = 2, 130
 """Exit codes; usage errors have code 2 as well."""
@@ -61,20 +63,38 @@ app = typer.Typer(
 
 def _page(docstring: str) -> str:
     """A docstring as a help text: lines of a paragraph are joined, but for those below a backspace character."""
-    paragraphs = cleandoc(docstring).split("\n\n")
+    paragraphs = inspect.cleandoc(docstring).split("\n\n")
     return "\n\n".join(text if text.startswith("\b") else " ".join(text.split()) for text in paragraphs)
 
 
-def _quietly(command: Callable[..., None]) -> Callable[..., None]:
-    """The same subcommand without transformers' messages; not around help pages, which do not wait for transformers."""
+TrustRemoteCode = Annotated[
+    bool,
+    typer.Option("--trust-remote-code", help="Execute Python code that a model directory brings. Read it first."),
+]
+
+
+def _prepared(command: Callable[..., None]) -> Callable[..., None]:
+    """The same subcommand without transformers' messages, with warnings of ours as notes, and an option to trust code.
+
+    Not around help pages, which do not wait for transformers.
+    """
+    signature = inspect.signature(command, eval_str=True)
+    parameters = list(signature.parameters.values())
+    if "model" in signature.parameters:
+        trust = inspect.Parameter(
+            "trust_remote_code", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=TrustRemoteCode
+        )
+        parameters.append(trust)
 
     @functools.wraps(command)
-    def run(*arguments: Any, **options: Any) -> None:
-        with quiet():
+    def run(*arguments: Any, trust_remote_code: bool = False, **options: Any) -> None:
+        with trusting(trust_remote_code), quiet(), notes():
             command(*arguments, **options)
 
+    run.__signature__ = signature.replace(parameters=parameters)  # pyright: ignore[reportAttributeAccessIssue]
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return run
 
 
-for command in (compress, train, finetune, evaluate, export, bench, inspect, plan, methods, quickstart):
-    app.command(help=_page(command.__doc__ or ""))(_quietly(command))
+for command in (compress, train, finetune, evaluate, export, bench, inspect_, plan, methods, quickstart):
+    app.command(help=_page(command.__doc__ or ""))(_prepared(command))

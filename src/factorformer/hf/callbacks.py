@@ -9,7 +9,7 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from factorformer.errors import ModelError
-from factorformer.hf.plugin import attach_all
+from factorformer.hf.attachment import attach_all
 from factorformer.training.dynamic_rank import DynamicRank
 from factorformer.training.straight_through import StraightThrough
 

@@ -1,199 +1,193 @@
-"""Compressed model directories: checked before they are loaded, complete or absent after they are written."""
+"""Load a model directory as its users have it: what is there decides which class is loaded, and nothing is made up."""
 
 from __future__ import annotations
 
-import json
+import dataclasses
 import os
-import re
-from collections.abc import Iterable, Sequence
+import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import safetensors
 import torch
 import transformers
 
-from factorformer.errors import CheckpointError, FactorformerError
-from factorformer.hf.config import FactorformerConfig
-from factorformer.layers.nn import TEMPORARY
-from factorformer.structures import int8
+from factorformer.errors import CheckpointError, FactorformerError, FactorformerWarning
+from factorformer.hf import compat, layout
+from factorformer.hf.tensors import drop_pooler, takes_no_pooler
+from factorformer.hf.trust import trusted
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-Sizes = dict[str, tuple[int, ...]]
-
-SAFETENSORS_TYPES = {
-    **{torch.int8: "I8", torch.uint8: "U8", torch.int16: "I16", torch.uint16: "U16"},
-    **{torch.int32: "I32", torch.uint32: "U32", torch.int64: "I64", torch.uint64: "U64"},
-}
-"""The names that the headers of files give to the types of integers."""
+LONGEST = 500
+"""Characters of another package's message that are passed on."""
 
 
-def read_sizes(files: Sequence[str | os.PathLike[str]]) -> Sizes:
-    """Name and size of every tensor in safetensors files, from their headers alone.
-
-    Raises:
-        CheckpointError: a file that is not safetensors, or truncated.
-    """
-    sizes: Sizes = {}
-    for file in files:
-        if not str(file).endswith(".safetensors"):
-            raise CheckpointError(f"'{file}' is not a safetensors file: compressed models are never read from pickles")
-        try:
-            with safetensors.safe_open(file, framework="pt") as tensors:
-                names = tensors.keys()  # not a dict: it cannot be iterated itself
-                sizes |= {name: tuple(tensors.get_slice(name).get_shape()) for name in names}
-        except (OSError, safetensors.SafetensorError) as error:
-            raise CheckpointError(f"cannot read '{file}': {error}") from error
-    return sizes
-
-
-def check_tensors(model: PreTrainedModel, config: FactorformerConfig, files: Sequence[str] | None) -> None:
-    """Compare a checkpoint with the model that is about to take it, so that nothing loads as random numbers.
-
-    The saved class has to fit in every tensor. Another class (a new task head on a compressed encoder, an encoder
-    without its head) has to fit in everything inside the base model but a pooler; transformers itself reports what is
-    new outside of it, and refuses or re-initializes heads of another size as it is told to.
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """The class that a directory is loaded as.
 
     Args:
-        model: the skeleton, with its factorized layers in place.
-        config: what config.json says of them.
-        files: the checkpoint's files; None if the caller passed a state dict.
-
-    Raises:
-        CheckpointError: a missing, extra or misshapen tensor, of which the message names up to five of each, or
-            integers that are stored as another type.
+        loader: that class, or an `AutoModel...` that finds it in the directory's own code.
+        base: the class of the same model without a head; None where there is none, or this is it.
+        note: why it is not the class that config.json names, if it is not.
     """
-    if files is None:
-        return
-    stored = read_sizes(files)
-    _check_factors(config, stored)
-    _check_types(config, files)
-    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    base, present = _base_part(model, expected), _base_part(model, stored)
-    wrong = [
-        f"{name}: {list(present[name])} in the file, {list(size)} in the model"
-        for name, size in base.items()
-        if name in present and present[name] != size
-    ]
-    ties = _tie_groups(model)
-    if type(model).__name__ not in (model.config.architectures or []):
-        expected, stored = base, present
-        ties = [set(_base_part(model, dict.fromkeys(group, ()))) for group in ties]
-    loaded = stored.keys() | {name for group in ties if group & stored.keys() for name in group}
-    may_miss = [*(model._keys_to_ignore_on_load_missing or []), *(model._keys_to_ignore_on_save or [])]
-    may_extra = model._keys_to_ignore_on_load_unexpected or []
-    missing = [n for n in expected.keys() - loaded if not _matches(n, may_miss)]
-    extra = [n for n in stored.keys() - expected.keys() if not _matches(n, may_extra)]
-    _report(missing, extra, wrong)
+
+    loader: Any
+    base: type[PreTrainedModel] | None = None
+    note: str | None = None
 
 
-def _base_part(model: PreTrainedModel, sizes: Sizes) -> Sizes:
-    """What of a model or checkpoint belongs to the base model, a pooler aside, under the names of the base model.
+def load(
+    directory: str | os.PathLike[str], *, trust_remote_code: bool | None = None, whole: bool = False, **kwargs: Any
+) -> PreTrainedModel:
+    """Load a model directory, dense or compressed; no weight is left at random.
 
-    Names saved with a head carry the prefix of the base model, and those outside of it do not belong to it.
-    """
-    prefix = f"{model.base_model_prefix}."
-    if any(name.startswith(prefix) for name in sizes):
-        sizes = {name.removeprefix(prefix): size for name, size in sizes.items() if name.startswith(prefix)}
-    return {name: size for name, size in sizes.items() if not name.startswith("pooler.")}
-
-
-def _tie_groups(model: PreTrainedModel) -> list[set[str]]:
-    """Sets of tensor names that hold the same values: one stored name of each is enough."""
-    groups: dict[str, set[str]] = {}
-    for target, source in model.all_tied_weights_keys.items():
-        groups.setdefault(source, {source}).add(target)
-    return list(groups.values())
-
-
-def _check_factors(config: FactorformerConfig, stored: Sizes) -> None:
-    missing, extra, wrong = [], [], []
-    for name, layer in config.layers.items():
-        spec, _ = config.structure(name)
-        holders = [name, *layer.get("tied", ())]
-        # What a layer shares is stored under the name of another one, and nowhere else.
-        elsewhere = {f + end for f in spec.shareable for end in ("", int8.SCALE)} if "shares" in layer else ()
-        sizes = {factor: tensor.size for factor, tensor in config.tensors(name).items() if factor not in elsewhere}
-        for factor, size in sizes.items():
-            found = [f"{holder}.{factor}" for holder in holders if f"{holder}.{factor}" in stored]
-            if not found:
-                missing.append(f"{name}.{factor}")
-            wrong += [
-                f"{n}: {list(stored[n])} in the file, {list(size)} by config.json" for n in found if stored[n] != size
-            ]
-        # Checkpoints of a training that goes on hold what it needs to be resumed, beside the factors of the moment.
-        allowed = {f"{holder}.{factor}" for holder in holders for factor in [*sizes, "bias", *TEMPORARY]}
-        extra += [n for n in stored if n.startswith(tuple(f"{holder}." for holder in holders)) and n not in allowed]
-    _report(missing, extra, wrong)
-
-
-def _check_types(config: FactorformerConfig, files: Sequence[str]) -> None:
-    """Integers have to be stored as such: values in their place would be cut off to integers on the way in."""
-    expected = {
-        f"{holder}.{factor}": tensor.dtype
-        for name, layer in config.layers.items()
-        for factor, tensor in config.tensors(name).items()
-        for holder in (name, *layer.get("tied", ()))
-        if tensor.dtype is not None
-    }
-    for file in files:
-        with safetensors.safe_open(file, framework="pt") as tensors:
-            for name in expected.keys() & set(tensors.keys()):
-                found, wanted = tensors.get_slice(name).get_dtype(), expected[name]
-                if found != SAFETENSORS_TYPES[wanted]:
-                    raise CheckpointError(
-                        f"tensor '{name}' is stored as {found}, not as {SAFETENSORS_TYPES[wanted]} ({wanted})"
-                    )
-
-
-def _matches(name: str, patterns: Iterable[str]) -> bool:
-    return any(re.search(pattern, name) for pattern in patterns)
-
-
-def _report(missing: list[str], extra: list[str], wrong: list[str]) -> None:
-    parts = [
-        f"{len(names)} {what}: {'; '.join(sorted(names)[:5])}{'; ...' if len(names) > 5 else ''}"
-        for what, names in (("missing", missing), ("unexpected", extra), ("misshapen", wrong))
-        if names
-    ]
-    if parts:
-        raise CheckpointError(f"the checkpoint does not fit the model: {'. '.join(parts)}. Nothing was loaded")
-
-
-def load(directory: str | os.PathLike[str], **kwargs: Any) -> PreTrainedModel:
-    """Load a model directory as the class that it was saved from; nothing may be missing or misshapen.
-
-    Nor may a compressed model have extra tensors; dense ones of other origin often carry heads for other tasks.
+    The class is that of the Transformer in a directory of sentence-transformers (`modules.json`), otherwise the one
+    that config.json names. Where the files hold the body of that class without its head, or transformers has no such
+    class, it is the model without a head. A `FactorformerWarning` says so, and names tensors that are left out.
 
     Args:
-        directory: what `save_pretrained` or `factorformer compress` wrote.
+        directory: what `save_pretrained`, sentence-transformers or `factorformer compress` wrote.
+        trust_remote_code: execute Python code that the directory brings; by default, as the command line was told.
+        whole: take a missing head for an error.
         kwargs: passed on to `from_pretrained` (`dtype`, `device_map`, ...).
 
     Raises:
         CheckpointError: not a model directory, an unknown class, or tensors that do not fit; the message names them.
     """
     path = Path(directory)
+    place = layout.place(path)
+    trust = trusted() if trust_remote_code is None else trust_remote_code
+    choice = choose(path, trust=trust)
+    # What is missing is drawn at random before it is refused or thrown away: not from the caller's numbers.
+    with torch.random.fork_rng(devices=[]):
+        found, headless = _read(path, place.folder, choice, whole, trust_remote_code=trust, **kwargs)
+        if headless:
+            assert choice.base is not None
+            note = f"'{path}' lacks the head of {type(found).__name__}: loaded as {choice.base.__name__}, without one"
+            choice = Choice(choice.base, note=note)
+            found, _ = _read(path, place.folder, choice, True, trust_remote_code=trust, **kwargs)
+    if choice.note is not None:
+        _warn(choice.note)
+    return found
+
+
+def choose(path: Path, *, trust: bool | None = None) -> Choice:
+    """Which class a directory is to be loaded as, by its descriptions alone.
+
+    Raises:
+        CheckpointError: descriptions that cannot be read, a class or type of model that transformers does not have, or
+            code in the directory that is not trusted.
+    """
+    trust = trusted() if trust is None else trust
+    place = layout.place(path)
+    described = layout.read_config(place.folder)
+    named, brought = _named(described), described.get("auto_map") or {}
+    encodes = place.task == layout.ENCODES
+    native = getattr(transformers, named, None) if named else None
+    if not (isinstance(native, type) and issubclass(native, transformers.PreTrainedModel)):
+        native = None
+    own = {key: str(ref).rpartition(".")[2] for key, ref in brought.items() if key.startswith("AutoModel")}
+    if own and trust:
+        key = next((key for key, name in own.items() if name == named and not encodes), "AutoModel")
+        return Choice(getattr(transformers, key if key in own else next(iter(own))))
+    if own and (native is None or not compat.knows_type(described.get("model_type"))):
+        raise CheckpointError(
+            f"the model in '{path}' is made by Python code of its own ({', '.join(sorted(set(own.values())))}): read "
+            "that code, and allow it by --trust-remote-code, or load(..., trust_remote_code=True)"
+        )
+    config = read_config(place.folder, trust=trust)
+    base = compat.base_class(config)
+    if encodes and base is not None:
+        # Of an encoder-decoder, sentence-transformers takes the encoder, where that is a class of its own.
+        base = getattr(transformers, base.__name__.removesuffix("Model") + "EncoderModel", base)
+        note = f"'{path}' is a sentence encoder: loaded as {base.__name__}, and not as {named}, which config.json names"
+        return Choice(base, note=None if named in (base.__name__, None) else note)
+    if native is not None:
+        return Choice(native, None if base is native else base)
+    if base is None:
+        raise CheckpointError(f"'{path}/config.json' names the model class {named!r}, which transformers does not have")
+    names = f"the class {named!r}, which transformers does not have" if named else "no class"
+    return Choice(base, note=f"'{path}/config.json' names {names}: loaded as {base.__name__}, the model without a head")
+
+
+def read_config(folder: Path, *, trust: bool | None = None) -> transformers.PreTrainedConfig:
+    """The configuration of a model.
+
+    Args:
+        folder: that holds its config.json.
+        trust: whether code may be executed that the directory brings; by default, as the command line was told.
+
+    Raises:
+        CheckpointError: it is missing, malformed, or of a model that transformers does not know.
+    """
     try:
-        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"'{path}' is not a model directory: {error}") from error
-    name = (config.get("architectures") or [None])[0] if isinstance(config, dict) else None
-    architecture = getattr(transformers, name, None) if name else None
-    if not (isinstance(architecture, type) and issubclass(architecture, transformers.PreTrainedModel)):
-        raise CheckpointError(f"'{path}/config.json' names the model class {name!r}, which transformers does not have")
-    try:
-        loaded: Any = architecture.from_pretrained(path, output_loading_info=True, **kwargs)
-        model, info = loaded
+        return transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trusted() if trust is None else trust)
     except FactorformerError:
         raise
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError, safetensors.SafetensorError) as error:
-        raise CheckpointError(f"cannot load '{path}': {error}") from error
-    kinds = {"missing_keys": "missing", "mismatched_keys": "misshapen"}
-    if "quantization_config" in config:
-        kinds["unexpected_keys"] = "unexpected"
-    problems = [f"{kind}: {sorted(map(str, info[key]))[:5]}" for key, kind in kinds.items() if info[key]]
-    if problems:
-        raise CheckpointError(f"'{path}' does not fit {name}: {'; '.join(problems)}")
-    return model
+    except Exception as error:  # malformed content surfaces as many types
+        raise CheckpointError(f"cannot read '{folder}/config.json': {message(error)}") from error
+
+
+def read_model(loader: Any, path: Path, **options: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """A model and what transformers says of its tensors; any failure is a `CheckpointError`."""
+    try:
+        return loader.from_pretrained(path, output_loading_info=True, **options)
+    except FactorformerError:
+        raise
+    except Exception as error:  # transformers, safetensors and torch raise many types for files that do not fit
+        raise CheckpointError(f"cannot load '{path}': {message(error)}") from error
+
+
+def message(error: Exception) -> str:
+    """What an error of another package says, on one line, and not all of it where it goes on for pages."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]}..."
+
+
+def some(names: Iterable[object], most: int = 5) -> str:
+    """Up to five names, and whether there are more."""
+    ordered = sorted(map(str, names))
+    return ", ".join(ordered[:most]) + (", ..." if len(ordered) > most else "")
+
+
+def _read(path: Path, folder: Path, choice: Choice, whole: bool, **options: Any) -> tuple[PreTrainedModel, bool]:
+    """A model of the class that was chosen, and whether its head is missing."""
+    compressed = "quantization_config" in layout.read_config(folder)
+    if not compressed:
+        options.setdefault("ignore_mismatched_sizes", True)  # they are refused below, by name
+    model, info = read_model(choice.loader, folder, **options)
+    missing, kind = set(info["missing_keys"]), type(model).__name__
+    if missing and all(name.startswith("pooler.") for name in missing) and takes_no_pooler(model):
+        drop_pooler(model)
+        missing = set()
+    inside = f"{model.base_model_prefix}."
+    body = {name for name in missing if name.startswith(inside) and not name.startswith(f"{inside}pooler.")}
+    wrong = {"lacks": missing, "has other shapes for": _misshapen(info["mismatched_keys"])}
+    if compressed:
+        wrong["has too many tensors for"] = set(info["unexpected_keys"])
+    elif missing and not body and not wrong["has other shapes for"] and choice.base is not None and not whole:
+        return model, True
+    for what, names in wrong.items():
+        if names:
+            raise CheckpointError(f"'{path}' {what} {len(names)} weights of {kind}: {some(names)}")
+    unused = info["unexpected_keys"]
+    if unused:
+        _warn(f"'{path}' holds {len(unused)} tensors that {kind} does not use, and that are left out: {some(unused)}")
+    return model, False
+
+
+def _misshapen(keys: Iterable[Any]) -> set[str]:
+    """Names of tensors, where transformers gives their sizes too."""
+    return {str(key) if isinstance(key, str) else f"{key[0]} {list(key[1])}" for key in keys}
+
+
+def _named(described: dict[str, Any]) -> str | None:
+    names = described.get("architectures")
+    return names[0] if isinstance(names, list) and names and isinstance(names[0], str) else None
+
+
+def _warn(text: str) -> None:
+    warnings.warn(text, FactorformerWarning, stacklevel=4)

@@ -13,14 +13,18 @@ from factorformer.structures import Shape, Structure, TensorSpec, from_dict, int
 METHOD = "factorformer"
 FORMAT = 1
 
+INT8, FLOATS_FOR_INT8 = "int8", "fake_int8"
+"""The `values` of a layer that are not plain floats: int8 with scales, or floats that every product rounds to int8."""
+
 
 class FactorformerConfig(QuantizationConfigMixin):
     """The `quantization_config` of a compressed model.
 
     Args:
         layers: for each factorized matrix, by module name, its `shape`, the fields of its structure, the names of
-            modules `tied` to it, the name of the layer whose factors it `shares`, if it does, and `"values": "int8"` if
-            its factors are stored so.
+            modules `tied` to it, the name of the layer whose factors it `shares`, if it does, and its `values`:
+            `int8` if its factors are stored so, `fake_int8` for floats that products round to int8
+            (quantization-aware training), and nothing for plain floats.
         format: version of this description.
 
     Raises:
@@ -58,10 +62,19 @@ class FactorformerConfig(QuantizationConfigMixin):
 
     def quantized(self, name: str) -> bool:
         """Whether the factors of a layer are stored in int8."""
+        return self._values(name) == INT8
+
+    def fake_quantized(self, name: str) -> bool:
+        """Whether the factors of a layer are floats that products round to int8."""
+        return self._values(name) == FLOATS_FOR_INT8
+
+    def _values(self, name: str) -> object:
         values = self.layers[name].get("values")
-        if values not in (None, "int8"):
-            raise CheckpointError(f"config.json gives layer '{name}' values of type {values!r}: only int8 is known")
-        return values == "int8"
+        if values not in (None, INT8, FLOATS_FOR_INT8):
+            raise CheckpointError(
+                f"config.json gives layer '{name}' values of type {values!r}; allowed: {INT8}, {FLOATS_FOR_INT8}"
+            )
+        return values
 
     def tensors(self, name: str) -> dict[str, TensorSpec]:
         """Name, size and type of what is stored of a layer."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 from pathlib import Path
@@ -10,35 +9,37 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from transformers import (
-    AutoConfig,
-    AutoTokenizer,
-    PretrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from factorformer.errors import CheckpointError, FactorformerError, ModelError
-from factorformer.hf import minilm
-from factorformer.hf.checkpoint import load
+from factorformer.errors import CheckpointError, ModelError
+from factorformer.hf import checkpoint, layout, minilm
+from factorformer.hf.checkpoint import choose, load, message
+from factorformer.hf.trust import trusted
 
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".ot", ".tflite", ".gguf", ".index.json")
-"""How names of weight files end."""
+"""How names of weight files end; those of optimizers too."""
+
+RECORDS_OF_TRAINING = (
+    *("trainer_state.json", "all_results.json", "train_results.json", "eval_results.json", "predict_results.json"),
+    *("latest", "zero_to_fp32.py", "training_args.json"),
+)
+"""What a `Trainer` leaves beside a model."""
 
 
 def find(model: str) -> Path:
     """The directory of a model; a name on the Hub is downloaded first.
 
     Args:
-        model: a directory, a name such as `google-bert/bert-base-uncased`, or `minilm`.
+        model: a directory, plain or of sentence-transformers, a name such as `google-bert/bert-base-uncased`, or
+            `minilm`.
 
     Raises:
         ModelError: no such directory, or the Hub has no such model or cannot be reached.
+        CheckpointError: a directory that holds no model, or several.
     """
     path = Path(model)
     if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise ModelError(f"'{model}' is not a model directory: it has no config.json")
+        layout.place(path)
         return path
     if model == "minilm":
         return minilm.directory()
@@ -48,18 +49,17 @@ def find(model: str) -> Path:
 
 
 def _download(name: str) -> Path:
-    patterns = ["*.json", "*.txt", "*.model", "*.safetensors"]
+    patterns = ["*.json", "*.txt", "*.model", "*.safetensors", *(["*.py"] if trusted() else [])]
     others = ["onnx/*", "openvino/*", "coreml/*"]
     try:
         path = Path(snapshot_download(name, allow_patterns=patterns, ignore_patterns=others))
-        if not any(path.glob("*.safetensors")):
+        if not any(path.rglob("*.safetensors")):
             path = Path(snapshot_download(name, allow_patterns=[*patterns, "pytorch_model*.bin"]))
     except Exception as error:  # of the Hub's client, of HTTP, of sockets
         raise ModelError(
-            f"'{name}' is no directory here, and it cannot be had from the Hub: {_short(error)}"
+            f"'{name}' is no directory here, and it cannot be had from the Hub: {message(error)}"
         ) from error
-    if not (path / "config.json").is_file():
-        raise ModelError(f"'{name}' on the Hub holds no Transformers model: it has no config.json")
+    layout.place(path)
     return path
 
 
@@ -67,35 +67,49 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a model directory, with a padding token.
 
     Raises:
-        ModelError: there is none, or it cannot be read.
+        ModelError: there is none, or it cannot be read; or the model reads something else than text.
     """
+    folder = layout.place(path).folder
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trusted())
     except Exception as error:  # tokenizers raise many types, all of which mean a directory without a usable one
-        raise ModelError(f"cannot load a tokenizer from '{path}': {_short(error)}") from error
+        _check_reads_text(path)
+        raise ModelError(f"cannot load a tokenizer from '{path}': {message(error)}") from error
     files = {"tokenizer.json", "tokenizer_config.json", *tokenizer.vocab_files_names.values()}
-    if not any((path / file).exists() for file in files):  # transformers then makes one with an empty vocabulary
+    if not any((folder / file).exists() for file in files):  # transformers then makes one with an empty vocabulary
+        _check_reads_text(path)
         raise ModelError(f"'{path}' has no tokenizer: none of {', '.join(sorted(files))}")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 
-def load_model(path: Path, dtype: torch.dtype | None = None) -> PreTrainedModel:
-    """The model of a directory, dense or compressed, as the class that it was saved from.
+def _check_reads_text(path: Path) -> None:
+    """Raise `ModelError` if the model in a directory reads images or sound."""
+    name = getattr(choose(path).loader, "main_input_name", "input_ids")
+    kinds = {"pixel": "images", "input_features": "sound", "input_values": "sound", "audio": "sound"}
+    reads = next((kind for start, kind in kinds.items() if name.startswith(start)), None)
+    if reads is not None:
+        raise ModelError(
+            f"the model in '{path}' reads {reads} ({name}) and has no tokenizer: compress it without text "
+            "(--method svd), or calibrate in Python, where batches may hold anything"
+        )
 
-    Tensors in the files that the class has no use for (heads of other tasks) are passed over in a dense model.
+
+def load_model(path: Path, dtype: torch.dtype | None = None, *, whole: bool = False) -> PreTrainedModel:
+    """The model of a directory, dense or compressed; which class it is says `checkpoint.load`.
 
     Args:
         path: the directory.
         dtype: of the weights; None keeps the one on disk.
+        whole: take a missing head for an error.
 
     Raises:
-        CheckpointError: weights that are missing or misshapen.
-        ModelError: a class that transformers does not have, or weights that are not finite.
+        CheckpointError: weights that are missing or misshapen, or a class that transformers does not have.
+        ModelError: weights that are not finite.
     """
-    read_config(path)
-    return ready(load(path, **({} if dtype is None else {"dtype": dtype})))
+    options: dict[str, Any] = {} if dtype is None else {"dtype": dtype}
+    return ready(load(path, whole=whole, **options))
 
 
 def most_tokens(model: PreTrainedModel) -> int | None:
@@ -112,51 +126,50 @@ def most_tokens(model: PreTrainedModel) -> int | None:
 def copy_companions(source: Path, target: Path) -> None:
     """Copy what stands beside the weights of a model, byte by byte, wherever `target` does not have it already.
 
-    These are the small files at the top (tokenizer, `modules.json`, ...), and the folders of the sentence-transformers
-    modules that `modules.json` lists. Weights, hidden files, the model card and the original's records stay behind.
+    These are the small files (tokenizer, `modules.json`, ...) at the top and beside the Transformer, and the folders of
+    the other modules that `modules.json` lists. The model's weights, hidden files, the model card, and the records of
+    how it was trained stay behind.
     """
-    for file in source.iterdir():
-        left = file.name.startswith((".", "README", "factorformer")) or file.name.endswith(WEIGHTS)
-        if file.is_file() and not left and not (target / file.name).exists():
-            shutil.copyfile(file, target / file.name)
-    for folder in _module_folders(source):
-        shutil.copytree(source / folder, target / folder, dirs_exist_ok=True)
+    inside = layout.place(source).folder.relative_to(source)
+    for folder in dict.fromkeys((Path(), inside)):
+        (target / folder).mkdir(parents=True, exist_ok=True)
+        for file in (source / folder).iterdir():
+            if file.is_file() and not _stays(file.name) and not (target / folder / file.name).exists():
+                shutil.copyfile(file, target / folder / file.name)
+    for folder in layout.module_folders(source):
+        if Path(folder) != inside:
+            shutil.copytree(source / folder, target / folder, dirs_exist_ok=True)
+    for router in source.glob(f"*/{layout.ROUTER}"):
+        shutil.copyfile(router, target / router.relative_to(source))
 
 
-def _module_folders(source: Path) -> list[str]:
-    description = source / "modules.json"
-    if not description.is_file():
-        return []
-    try:
-        folders = [module["path"] for module in json.loads(description.read_text(encoding="utf-8"))]
-        inside = [path for path in folders if path and ".." not in Path(path).parts and not Path(path).is_absolute()]
-    except (ValueError, TypeError, KeyError) as error:
-        raise CheckpointError(f"cannot read '{description}': {error}") from error
-    return [path for path in inside if (source / path).is_dir()]
+def _stays(name: str) -> bool:
+    """Whether a file is not of the model that comes out."""
+    return name.startswith((".", "README", "factorformer")) or name.endswith(WEIGHTS) or name in RECORDS_OF_TRAINING
+
+
+def place_of_weights(source: Path) -> Path:
+    """The folder of the Transformer's weights, relative to its directory: not `.` in some of sentence-transformers."""
+    return layout.place(source).folder.relative_to(source)
 
 
 def read_config(path: Path) -> PretrainedConfig:
-    """The configuration of a model directory.
+    """The configuration of the model in a directory.
 
     Raises:
         CheckpointError: it is missing, malformed, or of a model that transformers does not know.
     """
-    try:
-        return AutoConfig.from_pretrained(path)
-    except FactorformerError:
-        raise
-    except Exception as error:  # malformed content surfaces as many types
-        raise CheckpointError(f"cannot read '{path}/config.json': {_short(error)}") from error
+    choose(path)
+    return checkpoint.read_config(layout.place(path).folder)
 
 
 def from_pretrained(architecture: Any, path: Path, **options: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
-    """A model and what transformers says of its tensors; any failure is a `CheckpointError`."""
-    try:
-        return architecture.from_pretrained(path, output_loading_info=True, **options)
-    except FactorformerError:
-        raise
-    except Exception as error:  # transformers, safetensors and torch raise many types for files that do not fit
-        raise CheckpointError(f"cannot load '{path}': {_short(error)}") from error
+    """The model in a directory as another class, and what transformers says of its tensors.
+
+    Raises:
+        CheckpointError: any failure.
+    """
+    return checkpoint.read_model(architecture, layout.place(path).folder, trust_remote_code=trusted(), **options)
 
 
 def refuse(path: Path, missing: list[str], misshapen: list[Any]) -> None:
@@ -173,8 +186,3 @@ def ready(model: PreTrainedModel) -> PreTrainedModel:
         if not torch.isfinite(parameter).all():
             raise ModelError(f"the weight '{name}' holds NaN or infinite values")
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()  # pyright: ignore[reportArgumentType]
-
-
-def _short(error: Exception) -> str:
-    """The first line of a message, which for some of these goes on for pages."""
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from factorformer.errors import ModelError
 from factorformer.kernels import sparse
+from factorformer.kernels._compat import reference
 from factorformer.kernels.support import CODES, code_of, row_bytes
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -99,7 +100,7 @@ def register(device: str = "cuda") -> None:
         (sparse.sparse_matmul_transposed, sparse_matmul_transposed),
         (sparse.sparse_outer, sparse_outer),
     ):
-        operator.register_kernel(device, _where_it_runs(kernel, operator._init_fn))
+        operator.register_kernel(device, _where_it_runs(kernel, reference(operator)))
 
 
 def _where_it_runs(kernel: Callable[..., Tensor], reference: Callable[..., Tensor]) -> Callable[..., Tensor]:

@@ -12,10 +12,9 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._C._functorch import peek_interpreter_stack  # pyright: ignore[reportMissingModuleSource]
-from torch.autograd import forward_ad
 
 from factorformer.kernels import cpu
+from factorformer.kernels._compat import unobserved
 
 
 class Dense(NamedTuple):
@@ -70,12 +69,7 @@ def served(x: Tensor, *others: Tensor | None, support: Tensor | None = None) -> 
                 return False
     if torch.compiler.is_compiling():
         return True
-    return (
-        not torch._C._len_torch_dispatch_stack()
-        and peek_interpreter_stack() is None
-        and torch._C._get_tracing_state() is None
-        and forward_ad._current_level < 0
-    )
+    return unobserved()
 
 
 def gelu(x: Tensor, *, overwrite: bool = False) -> Tensor:

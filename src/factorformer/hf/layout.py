@@ -1,0 +1,128 @@
+"""What a model directory is: a plain one, or one of sentence-transformers with a Transformer somewhere inside."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from factorformer.errors import CheckpointError
+
+MODULES, ROUTER, ADAPTER = "modules.json", "router_config.json", "adapter_config.json"
+
+TRANSFORMERS = {"Transformer": None, "MLMTransformer": "fill-mask", "CLIPModel": "clip"}
+"""Kinds of sentence-transformers modules that hold a model of transformers, and the task of those that have but one."""
+
+ENCODES = "feature-extraction"
+"""The task of a sentence-transformers module that uses no head."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Where the model of transformers lies in a directory.
+
+    Args:
+        folder: with its config.json, weights and tokenizer.
+        task: what sentence-transformers does with it; None in a plain directory.
+    """
+
+    folder: Path
+    task: str | None = None
+
+
+def place(path: Path) -> Place:
+    """Find the model of transformers in a directory.
+
+    Raises:
+        CheckpointError: there is none, or several; an adapter without the model that it belongs to; descriptions that
+            cannot be read. The message says what to do.
+    """
+    if (path / ADAPTER).is_file():
+        base = _mapping(path / ADAPTER).get("base_model_name_or_path")
+        raise CheckpointError(
+            f"'{path}' holds a PEFT adapter of {base!r}: merge it into that model first (`merge_and_unload`), and save "
+            "the result as a model directory"
+        )
+    if not (path / MODULES).is_file():
+        if not (path / "config.json").is_file():
+            raise CheckpointError(f"'{path}' is not a model directory: it has no config.json")
+        return Place(path)
+    modules = list(_modules(path))
+    found = {folder: kind for kind, folder in modules if kind in TRANSFORMERS}
+    if len(found) != 1:
+        kinds = ", ".join(kind for kind, _ in modules) or "nothing"
+        names = ", ".join(f"'{path / folder}'" for folder in found)
+        raise CheckpointError(
+            f"'{path}' holds several Transformers: give the directory of one of them, {names}"
+            if found
+            else f"'{path}/{MODULES}' lists no Transformer to compress: {kinds}"
+        )
+    ((relative, kind),) = found.items()
+    folder = path / relative
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(f"'{path}/{MODULES}' lists the Transformer '{relative or '.'}', which has no config.json")
+    return Place(folder, TRANSFORMERS[kind] or _task(folder))
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """What config.json of a model says.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
+    return _mapping(folder / "config.json")
+
+
+def module_folders(path: Path) -> list[str]:
+    """Folders below a directory of sentence-transformers that hold its modules; none in a plain directory."""
+    if not (path / MODULES).is_file():
+        return []
+    return [folder for _, folder in _modules(path) if folder not in ("", ".") and (path / folder).is_dir()]
+
+
+def _modules(path: Path) -> Iterator[tuple[str, str]]:
+    """Kind and folder of each module, and in the place of a router those that it chooses from."""
+    try:
+        listed = [(str(module["type"]), str(module["path"])) for module in _read(path / MODULES)]
+    except (TypeError, KeyError) as error:
+        raise CheckpointError(f"'{path}/{MODULES}' does not list modules with a type and a path") from error
+    for kind, folder in listed:
+        _check_inside(path, folder)
+        router = path / folder / ROUTER
+        if not router.is_file():
+            yield kind.rpartition(".")[2], folder
+            continue
+        types = _mapping(router).get("types")
+        if not isinstance(types, dict):
+            raise CheckpointError(f"'{router}' does not list the types of its modules")
+        for name, inner in types.items():
+            below = f"{folder}/{name}" if folder else str(name)
+            _check_inside(path, below)
+            yield str(inner).rpartition(".")[2], below
+
+
+def _check_inside(path: Path, folder: str) -> None:
+    if ".." in Path(folder).parts or Path(folder).is_absolute():
+        raise CheckpointError(f"'{path}' lists the module '{folder}', which lies outside of it")
+
+
+def _task(folder: Path) -> str:
+    for file in sorted(folder.glob("sentence_*_config.json")):
+        return _mapping(file).get("transformer_task") or ENCODES
+    return ENCODES
+
+
+def _mapping(file: Path) -> dict[str, Any]:
+    content = _read(file)
+    if not isinstance(content, dict):
+        raise CheckpointError(f"'{file}' holds no JSON object")
+    return content
+
+
+def _read(file: Path) -> Any:
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"cannot read '{file}': {error}") from error
