@@ -203,7 +203,8 @@ def _translate(task: Task) -> ir.Model:
                 cause = cause.__cause__
             if isinstance(cause, ExportError):
                 raise cause from error
-            raise ExportError(f"torch cannot export {type(task.model).__name__} to ONNX: {first_line(cause)}") from error
+            name = type(task.model).__name__
+            raise ExportError(f"torch cannot export {name} to ONNX: {first_line(cause)}") from error
         assert program is not None
         graph.simplify(program.model)
     return program.model
