@@ -47,6 +47,7 @@ from factorformer.hf import minilm
 from factorformer.layers.nn import FactorizedMatrix
 from factorformer.layers.surgery import find_blocks, find_matrices
 from factorformer.tasks import data as task_data
+from factorformer.tasks import evaluation
 from factorformer.tasks import finetuning as training
 from factorformer.training.dynamic_rank import DynamicRank, DynamicRankSettings
 from factorformer.training.straight_through import StraightThrough, StraightThroughSettings
@@ -191,7 +192,7 @@ class Bench:
             if from_start:
                 model, acting = self.reduce(model, name, ratio, batches, "")
             self.train(model, acting, learn, self.settings(rate, 0, epochs))
-            scores[rate] = training.evaluate(model, self.tokenizer, check, labels)[task.metric]
+            scores[rate] = evaluation.evaluate(model, self.tokenizer, check, labels)[task.metric]
         best = max(scores, key=scores.__getitem__)
         append_line(self.args.rates, {**key, "ratio": ratio, "rate": best, "scores": scores})
         print(f"  learning rate of {name} on {task.name}: {scores}", flush=True)
@@ -286,7 +287,7 @@ class Bench:
             batches = self._batches(task_data.sample(train, CALIBRATION, cell.seed))
             model, acting = self.reduce(model, method, cell.ratio, batches, f"{task.name}-{cell.seed}")
             if not isinstance(acting, DynamicRank):
-                row["before_training"] = training.evaluate(model, self.tokenizer, test, labels)[task.metric]
+                row["before_training"] = evaluation.evaluate(model, self.tokenizer, test, labels)[task.metric]
             if method != "torchao-int8":
                 row["learning_rate"] = self.rate(task, method, cell.ratio)
                 started, cpu = time.perf_counter(), time.process_time()
@@ -304,12 +305,12 @@ class Bench:
         row["cpu_seconds"] = round(time.process_time() - cpu, 1)
         row["block_bytes"] = block_bytes(model)
         row["measured_ratio"] = round(original / row["block_bytes"], 4)
-        row["metrics"] = training.evaluate(model, self.tokenizer, test, labels)
+        row["metrics"] = evaluation.evaluate(model, self.tokenizer, test, labels)
         row["metric"] = row["metrics"][task.metric]
         if any(isinstance(module, FactorizedMatrix) and not module.quantized for module in model.modules()):
             row["int8_block_bytes"] = round_to_int8(model)
             row["int8_ratio"] = round(original / row["int8_block_bytes"], 4)
-            row["int8_metric"] = training.evaluate(model, self.tokenizer, test, labels)[task.metric]
+            row["int8_metric"] = evaluation.evaluate(model, self.tokenizer, test, labels)[task.metric]
         ours = any(isinstance(module, FactorizedMatrix) for module in model.modules())
         if self.args.keep and (ours or method == "dense"):
             place = self.args.keep / f"{task.name}-{cell.method.replace(':', '-')}-{cell.ratio or 1:g}-{cell.seed}"
@@ -334,7 +335,7 @@ class Bench:
             feed = {name: batch[name].numpy() for name in made.inputs}
             logits.append(session.run(None, feed)[0])
             order += rows
-        return training.score(np.concatenate(logits)[np.argsort(order)], np.asarray(test["labels"]), labels)
+        return evaluation.score(np.concatenate(logits)[np.argsort(order)], np.asarray(test["labels"]), labels)
 
 
 def block_bytes(model: nn.Module) -> int:

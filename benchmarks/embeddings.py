@@ -23,7 +23,7 @@ import factorformer
 from factorformer import recipes
 from factorformer.hf import minilm
 from factorformer.tasks import data
-from factorformer.tasks.finetuning import compare_embeddings, embed
+from factorformer.tasks.evaluation import compare_embeddings, embed
 
 QUESTIONS = 500
 

@@ -37,9 +37,9 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 import factorformer
-from factorformer.bench.contestants import Contestant, Runner, draw, first_line, load, parse
+from factorformer.bench.contestants import Contestant, Runner, draw, load, parse
 from factorformer.bench.race import LEAST, SETTLE, WARM_UP, Shape, compare
-from factorformer.errors import FactorformerError
+from factorformer.errors import FactorformerError, first_line
 from factorformer.files import output_directory
 from factorformer.hf.source import find, load_model, load_tokenizer, most_tokens
 from factorformer.layers.surgery import find_blocks

@@ -38,6 +38,7 @@ from factorformer.planning.evidence.prediction import Prediction, fitted_errors,
 from factorformer.report import latency
 from factorformer.structures import STRUCTURES, LowRank
 from factorformer.tasks import data as task_data
+from factorformer.tasks import evaluation
 from factorformer.tasks import finetuning as training
 
 IMAGE = Path(__file__).parent.parent / "docs" / "images" / "planning.svg"
@@ -89,7 +90,7 @@ class Bench:
         return model.eval()
 
     def accuracy(self, model: PreTrainedModel) -> float:
-        return training.evaluate(model, self.tokenizer, self.test, self.labels)["accuracy"]
+        return evaluation.evaluate(model, self.tokenizer, self.test, self.labels)["accuracy"]
 
     def plan(self, method: str, ratio: float) -> Plan:
         name, _, seed = method.partition("-")

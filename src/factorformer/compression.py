@@ -117,9 +117,8 @@ def plan(
     """
     name = method or recipes.default_method(calibrated=True)
     ratio = (RATIO_INT8 if int8 else RATIO) if ratio is None else ratio
+    check_options(name, ratio, share, budget)
     recipe = recipes.get(name)
-    _check_share(share, name, recipe.structure)
-    _check_budget(budget, name)
     scope = scope or recipe.scope
     data = None if calibration is None else list(calibrate.as_batches(model, calibration))
     matrices, rest = find_matrices(model, scope, include, exclude, int8=int8, batch=data[0] if data else None)
@@ -169,6 +168,20 @@ def _check_any(matrices: Sequence[Matrix], included: bool) -> None:
         f"no matrix in scope can be factorized ({reasons or 'there is none'}); widen "
         + ("include and scope" if included else "the scope")
     )
+
+
+def check_options(method: str, ratio: float | None, share: Share | None, budget: Unit) -> None:
+    """Refuse what `plan` refuses of any model, before there is one.
+
+    Raises:
+        MethodError: an unknown method or budget, a budget that the method does not count, or a method whose matrices
+            have nothing to share.
+        BudgetError: a ratio that no model can meet.
+    """
+    _check_share(share, method, recipes.get(method).structure)
+    _check_budget(budget, method)
+    if ratio is not None and not 1 <= ratio < math.inf:
+        raise BudgetError(f"ratio must be at least 1 (original bytes / compressed bytes), and finite; got {ratio}")
 
 
 def _check_budget(budget: Unit, method: str) -> None:

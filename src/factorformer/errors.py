@@ -91,3 +91,17 @@ def one_of(given: str, allowed: Iterable[str]) -> str:
     near = difflib.get_close_matches(given, names, n=1, cutoff=0.5)
     hint = f" (did you mean '{near[0]}'?)" if near else ""
     return f"'{given}'{hint}; allowed: {', '.join(names)}"
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of a message that may go on for pages, with the next one where it ends in a colon.
+
+    A message of this package is one line already, and is returned whole.
+
+    >>> first_line(RuntimeError("cannot load:\n  no such file\nand much more"))
+    'cannot load: no such file'
+    """
+    if isinstance(error, FactorformerError):
+        return str(error)
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return " ".join(lines[: 2 if lines[0].endswith(":") else 1])

@@ -13,7 +13,7 @@ from factorformer.fitting import fit
 from factorformer.fitting.linalg import leading_singular_vectors
 from factorformer.structures import DenseSparse
 from factorformer.tasks.data import Columns, batches, encode, read, sample
-from factorformer.tasks.finetuning import compare_embeddings, embed
+from factorformer.tasks.evaluation import compare_embeddings, embed
 
 pytestmark = pytest.mark.real
 

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
-from factorformer.errors import FactorformerError, MethodError, ModelError, one_of
+from factorformer.errors import MethodError, ModelError, first_line, one_of
 from factorformer.layers.nn import FactorizedMatrix
 
 VARIANTS = {
@@ -268,10 +268,3 @@ def draw(runners: Sequence[Runner], batch: int, tokens: int, seed: int, vocabula
     for skipped in padding:
         ids[ids >= skipped] += 1
     return ids
-
-
-def first_line(error: BaseException) -> str:
-    """Of a message that may go on for pages; of ours, all of it."""
-    if isinstance(error, FactorformerError):
-        return str(error)
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

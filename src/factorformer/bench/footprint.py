@@ -21,9 +21,9 @@ from typing import Any
 
 import torch
 
-from factorformer.bench.contestants import PRECISIONS, Contestant, draw, first_line, load, parse
+from factorformer.bench.contestants import PRECISIONS, Contestant, draw, load, parse
 from factorformer.bench.race import Shape
-from factorformer.errors import ModelError
+from factorformer.errors import ModelError, first_line
 
 LOADS = 3
 """Loads that count."""

@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterable, Sequence
 
 import torch
 
-from factorformer.bench.contestants import Contestant, Runner, draw, first_line
-from factorformer.errors import DataError, ModelError
+from factorformer.bench.contestants import Contestant, Runner, draw
+from factorformer.errors import DataError, ModelError, first_line
 from factorformer.planning.evidence.times import race
 from factorformer.progress import Progress, silent
 

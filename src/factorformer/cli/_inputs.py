@@ -2,25 +2,40 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import datasets
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from safetensors import SafetensorError
+from torch import Tensor
+from transformers import AutoModel, PreTrainedModel, PreTrainedTokenizerBase
 
 from factorformer.cli._options import note
-from factorformer.errors import DataError, ModelError
-from factorformer.files import output_directory
-from factorformer.hf.source import copy_companions, find, load_model, place_of_weights
+from factorformer.errors import DataError, FactorformerError, ModelError, OutputError
+from factorformer.files import output_directory, whole_file
+from factorformer.hf.source import copy_companions, find, load_model, place_of_weights, read_config
 from factorformer.layers.surgery import find_matrices
 from factorformer.planning import Entry, Plan
 from factorformer.report import Result
 from factorformer.report.result import BEFORE
-from factorformer.tasks.classification import Classifier, head_labels
-from factorformer.tasks.data import Columns, encode, read
+from factorformer.tasks.classification import Head, head_labels
+from factorformer.tasks.data import (
+    Columns,
+    Labels,
+    batches,
+    check_ends,
+    check_lengths,
+    encode,
+    read,
+    sample,
+    with_decoder_inputs,
+)
 from factorformer.tasks.finetuning import check_can_follow
+from factorformer.tasks.reading import text_format
 from factorformer.training.rank_history import RankHistory
 
 RESULT_FILE = "factorformer.json"
@@ -36,31 +51,76 @@ def columns_of(text: list[str] | None, label: str | None) -> Columns:
 
 
 def read_table(source: str, columns: Columns) -> datasets.Dataset:
-    """Rows of a file or of the Hub that have these columns.
+    """Rows of a file or of the Hub that have these columns, and nothing in them that does not belong there.
 
     Raises:
-        DataError: missing, unreadable or empty, or without one of the columns.
+        DataError: missing, unreadable, malformed or empty, or without one of the columns.
     """
-    rows = read(source)
-    columns.check(rows, f"'{source}'")
-    return rows
+    return read(source, columns, note)
 
 
-def plain_columns(source: str, columns: Columns) -> Columns:
-    """The text columns alone; a plain text file has its own."""
-    return Columns(("text",) if Path(source).suffix.lower() == ".txt" else columns.text)
+def plain_columns(source: str, columns: Columns, *, words: bool = False) -> Columns:
+    """The text columns alone, maybe of lists of words; a plain text file has its own."""
+    return Columns(("text",) if text_format(Path(source)) == ".txt" else columns.text, words=words)
 
 
-def encoded_text(
-    source: str, columns: Columns, tokenizer: PreTrainedTokenizerBase, max_length: int
+def encode_table(
+    source: str,
+    rows: datasets.Dataset,
+    columns: Columns,
+    tokenizer: PreTrainedTokenizerBase,
+    labels: Labels | None,
+    max_length: int,
+    path: Path,
 ) -> datasets.Dataset:
-    """Encoded rows of the text columns alone.
+    """Encoded rows that the model of a directory can read; its weights are not looked at.
 
     Raises:
-        DataError: missing, unreadable or empty, or without one of the columns.
+        DataError: what does not fit labels, tokenizer or model; the message names the source.
     """
-    plain = plain_columns(source, columns)
-    return encode(tokenizer, read_table(source, plain), plain, None, max_length)
+    with about(source):
+        encoded = encode(tokenizer, rows, columns, labels, max_length)
+    skeleton = _skeleton(path)
+    if skeleton is not None:
+        check_lengths(skeleton, encoded, f"'{source}'")
+    if labels is not None and labels.kind != "tokens":
+        check_ends(read_config(path), encoded, f"'{source}'")
+    return encoded
+
+
+@contextlib.contextmanager
+def about(source: str) -> Iterator[None]:
+    """Begin messages on data with the name of the data."""
+    try:
+        yield
+    except DataError as error:
+        raise DataError(f"'{source}': {error}") from error
+
+
+def _skeleton(path: Path) -> PreTrainedModel | None:
+    """A model without weights, to be asked for its sizes; None for one that cannot be made without them."""
+    try:
+        with torch.device("meta"):
+            return AutoModel.from_config(read_config(path))
+    except Exception:  # code of many architectures; what is asked here is asked again of the model itself
+        return None
+
+
+def calibration_batches(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    data: datasets.Dataset,
+    rows: int,
+    seed: int,
+    batch_size: int = 32,
+) -> list[dict[str, Tensor]]:
+    """Batches of some of the rows, as the model runs on them.
+
+    Raises:
+        DataError: an encoder-decoder that does not say how its decoder starts.
+    """
+    made = batches(tokenizer, sample(data, rows, seed), batch_size)
+    return [batch if "labels" in batch else with_decoder_inputs(model, batch) for batch in made]
 
 
 def predictions(plan: Plan) -> dict[str, float]:
@@ -84,33 +144,43 @@ def hold_out(data: datasets.Dataset, seed: int) -> tuple[datasets.Dataset, datas
     return data.select(order[rows:]), data.select(order[:rows])
 
 
-def load_teacher(name: str, student: PreTrainedModel, *, labelled: bool) -> PreTrainedModel:
-    """A model that a student can follow: same inputs, same hidden states, and with labels the same outputs.
+def check_teacher(name: str, path: Path, head: Head | None) -> None:
+    """Compare a teacher with the model that is to follow it, by their configurations.
+
+    Args:
+        name: of the teacher.
+        path: of the model.
+        head: for the labels of the task; None for plain text.
 
     Raises:
         ModelError: the two do not fit together, or are encoder-decoders; the message says where.
     """
+    student, teacher = read_config(path), read_config(find(name))
     check_can_follow(student)
-    teacher = load_model(find(name), student.dtype)
     for field in ("vocab_size", "hidden_size", "num_hidden_layers"):
-        theirs, ours = getattr(teacher.config, field, None), getattr(student.config, field, None)
+        theirs, ours = getattr(teacher, field, None), getattr(student, field, None)
         if theirs != ours:
             raise ModelError(f"the teacher '{name}' does not fit the model: its {field} is {theirs}, not {ours}")
-    if not labelled:
-        return teacher
-    theirs, ours = head_labels(teacher.config), student.config.id2label
-    if theirs is None:
+    if head is None:
+        return
+    known = head_labels(teacher)
+    if known is None:
         raise ModelError(f"the teacher '{name}' has no sequence-classification head: fine-tune it first")
-    if teacher.config.num_labels != student.config.num_labels or teacher.config.id2label != ours:
-        raise ModelError(f"the teacher '{name}' predicts other labels: {teacher.config.id2label}, not {ours}")
-    return teacher
+    ours = head_labels(student) if head.trained else head.labels
+    if known != ours:
+        raise ModelError(f"the teacher '{name}' predicts other labels: {known}, not {ours}")
 
 
-def note_new_head(classifier: Classifier) -> None:
+def load_teacher(name: str | None, student: PreTrainedModel) -> PreTrainedModel | None:
+    """The model that a student learns from, in the student's precision; None if there is none."""
+    return None if name is None else load_model(find(name), student.dtype)
+
+
+def note_new_head(head: Head) -> None:
     """Tell that a head of the model was for other labels and is gone."""
-    if classifier.replaced is not None:
+    if head.replaced is not None:
         note(
-            f"new head: the model's labels ({classifier.replaced}) differ from the data's ({classifier.labels}), "
+            f"new head: the model's labels ({head.replaced}) differ from the data's ({head.labels}), "
             "what its head has learned is lost"
         )
 
@@ -185,3 +255,32 @@ def write(
     description.write_text(json.dumps(result.to_dict(), indent=1) + "\n", encoding="utf-8")
     for file in directory.rglob("*.safetensors"):  # which safetensors makes private
         file.chmod(description.stat().st_mode)
+
+
+@contextlib.contextmanager
+def saved(output: str, what: str) -> Iterator[None]:
+    """Say of whatever stops the measuring of a model that the model itself is saved.
+
+    Args:
+        output: its directory, complete but for metrics in `factorformer.json`.
+        what: the model is.
+    """
+    fate = f"the {what} model is complete in '{output}', but was not measured"
+    try:
+        yield
+    except FactorformerError as error:
+        raise type(error)(f"{error}; {fate}") from error
+    except (OSError, SafetensorError) as error:
+        raise OutputError(f"{error}; {fate}") from error
+    except KeyboardInterrupt as error:
+        raise KeyboardInterrupt(fate) from error
+    except BaseException:
+        note(fate)
+        raise
+
+
+def update(result: Result) -> None:
+    """Write a result over the one that lies in its output directory."""
+    assert result.output is not None
+    with whole_file(Path(result.output) / RESULT_FILE, "the result") as partial:
+        partial.write_text(json.dumps(result.to_dict(), indent=1) + "\n", encoding="utf-8")

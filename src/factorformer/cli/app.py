@@ -42,7 +42,7 @@ class Commands(TyperGroup):
             typer.echo(f"error: {' '.join(str(error).split())}", err=True)
             raise typer.Exit(ERROR) from error
         except KeyboardInterrupt as error:
-            typer.echo("interrupted; nothing was written", err=True)
+            typer.echo(f"interrupted; {str(error) or 'nothing was written'}", err=True)
             raise typer.Exit(INTERRUPTED) from error
 
 

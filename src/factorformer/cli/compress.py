@@ -35,9 +35,7 @@ from factorformer.cli._options import (
     TextColumns,
     TrainFile,
     emit,
-    note,
 )
-from factorformer.errors import DataError, MethodError
 
 PlanFile = Annotated[
     Path | None,
@@ -103,79 +101,34 @@ def compress(
       factorformer compress dense/ small/ --ratio 2.8 --train train.tsv \\
           --eval dev.tsv --label label --distill dense/
     """
-    from factorformer import recipes
     from factorformer.files import check_output
-    from factorformer.planning import Plan
 
     check_output(output, overwrite=overwrite)
-    options = (method, ratio, budget, scope, include, exclude, share)
-    if plan is not None and (int8 or any(option is not None for option in options)):
-        raise MethodError(
-            "--plan holds method, budget, scope, patterns, sharing and int8 already: leave these options out"
-        )
-    if distill is not None and train is None:
-        raise DataError("--distill needs text to learn on: give --train")
-    if train is not None and label is None and distill is None:
-        raise DataError("training needs labels or a teacher: give --label, or --distill with the original model")
-    if label is not None and train is None and evaluation is None and calibration is None:
-        raise DataError("--label is the name of a column: give --train, --eval or --calibration")
-    if regression and label is None:
-        raise DataError("--regression is about labels: name their column with --label")
-    planned = None if plan is None else Plan.load(plan)
-    method = planned.method if planned is not None else method
-    measured = calibration is not None or train is not None
-    chosen = method or recipes.default_method(calibrated=measured)
-    needs = recipes.get(chosen).needs
-    if needs != "nothing" and not measured:
-        raise DataError(f"method '{chosen}' needs {needs} to measure on: give --calibration or --train, or use 'svd'")
-    if needs == "labelled text" and label is None:
-        raise DataError(f"method '{chosen}' needs labelled text: name the column of the labels with --label")
-    if needs == "nothing" and calibration is not None and train is None and evaluation is None:
-        note(f"method '{chosen}' measures nothing: --calibration is not used")
-    if label is not None and train is None and evaluation is None and needs != "labelled text":
-        note(f"method '{chosen}' reads no labels: --label is not used without --train or --eval")
-        label = None
-
-    recipe = recipes.get(chosen)
-    if share is not None and not recipe.structure.shareable:
-        able = [name for name, other in recipes.RECIPES.items() if other.structure.shareable]
-        raise MethodError(f"--share needs a method whose matrices can share: choose --method {' or '.join(able)}")
-    if recipe.training == "none" and train is not None:
-        note(f"method '{chosen}' is a fit without training, which --train adds to it")
-    if recipe.training == "straight-through" and train is None:
-        note(f"method '{chosen}' learns in training: without --train, this is its start alone")
-
-    if recipe.allocation == "dynamic" and train is None:
-        note(f"method '{chosen}' finds its ranks in training: without --train, all matrices shrink alike")
-
     from factorformer.cli._inputs import columns_of
     from factorformer.cli._jobs.compress import Job, run
+    from factorformer.planning import Plan
+    from factorformer.tasks.finetuning import TrainingSettings
 
-    note(f"method: {chosen}" + ("" if method else f" (the default {'with' if measured else 'without'} text)"))
     job = Job(
         model=model,
         output=str(output),
         method=method,
         ratio=ratio,
-        budget="bytes" if budget is None else budget.value,
+        budget=None if budget is None else budget.value,
         int8=int8,
-        scope="blocks" if scope is None else scope.value,
+        scope=None if scope is None else scope.value,
         include=include,
         exclude=exclude,
         share=None if share is None else share.value,
-        plan=planned,
+        plan=None if plan is None else Plan.load(plan),
         columns=columns_of(text, label),
         regression=regression,
         train=train,
         evaluation=evaluation,
-        calibration=(calibration or train) if needs != "nothing" else None,
+        calibration=calibration,
         calibration_rows=calibration_rows,
         max_length=max_length,
-        epochs=epochs,
-        learning_rate=lr,
-        batch_size=batch_size,
-        seed=seed,
-        freeze_embeddings=freeze_embeddings,
+        settings=TrainingSettings(epochs, lr, batch_size, seed, freeze_embeddings=freeze_embeddings),
         distill=distill,
         overwrite=overwrite,
     )

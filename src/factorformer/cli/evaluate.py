@@ -10,13 +10,15 @@ import typer
 from factorformer.cli._options import MODELS, AsJson, MaxLength, TextColumns, emit
 
 Evaluated = Annotated[str, typer.Argument(metavar="DIR", show_default=False, help=MODELS)]
-DataFile = Annotated[
-    str, typer.Option("--data", metavar="FILE", show_default=False, help="Labelled rows to measure on.")
-]
+DataFile = Annotated[str, typer.Option("--data", metavar="FILE", show_default=False, help="Rows to measure on.")]
 LabelColumn = Annotated[
-    str,
+    str | None,
     typer.Option(
-        "--label", metavar="COLUMN", help="The column that holds the label: a name of the model's, or its id."
+        "--label",
+        metavar="COLUMN",
+        show_default=False,
+        help="The column that holds the label, by default 'label': a name of the model's, or its id. Causal language "
+        "models are measured on text alone.",
     ),
 ]
 
@@ -25,39 +27,54 @@ def evaluate(
     model: Evaluated,
     data: DataFile,
     text: TextColumns = None,
-    label: LabelColumn = "label",
+    label: LabelColumn = None,
     max_length: MaxLength = 128,
     as_json: AsJson = False,
 ) -> None:
-    """Measure a fine-tuned model, compressed or not, on labelled rows.
+    """Measure a fine-tuned model on labelled rows, or a causal language model on text; compressed or not.
 
     Classes: accuracy, macro-F1 (the mean over classes, each counting the same), Matthews correlation, and with two
-    classes the F1 of the second. Regression: Pearson and Spearman correlation and mean squared error. What the labels
+    classes the F1 of the second. Several classes a text: micro- and macro-F1 and the accuracy of whole sets. Classes of
+    words: accuracy and macro-F1. Regression: Pearson and Spearman correlation and mean squared error. What the labels
     mean is read from the model's configuration.
+
+    Language models: the mean loss of a token in nats, perplexity, and how often the likeliest token is the next one,
+    each text by itself.
 
     \b
     [bold]Examples[/bold]
       factorformer evaluate small/ --data test.tsv
       factorformer evaluate small/ --data test.jsonl --text question --label intent
+      factorformer evaluate chat/ --data texts.txt
     """
-    from factorformer.cli._inputs import columns_of, read_table
-    from factorformer.hf.source import find, load_model, load_tokenizer
+    from factorformer.cli._inputs import about, columns_of, encode_table, plain_columns, read_table
+    from factorformer.cli._measure import check_measurable, measure
+    from factorformer.hf.source import find, load_model, load_tokenizer, read_config
     from factorformer.progress import bars
     from factorformer.report import Result, inventory
-    from factorformer.tasks.classification import labels_for
-    from factorformer.tasks.data import check_lengths, encode
-    from factorformer.tasks.finetuning import evaluate as evaluate_model
+    from factorformer.tasks.classification import check_head, is_causal, labels_for
+    from factorformer.tasks.data import check_lengths
 
     path = find(model)
-    columns = columns_of(text, label)
+    config = read_config(path)
+    plain = label is None and is_causal(config)
+    columns, labels = columns_of(text, None if plain else label or "label"), None
+    if plain:
+        columns = plain_columns(data, columns)
+    else:
+        check_head(path)
     rows = read_table(data, columns)
-    labels = labels_for(path, rows, label)
+    if columns.label is not None:
+        with about(data):
+            labels = labels_for(path, rows, columns.label)
     tokenizer = load_tokenizer(path)
-    encoded = encode(tokenizer, rows, columns, labels, max_length)
+    encoded = encode_table(data, rows, columns, tokenizer, labels, max_length, path)
+    if plain:
+        check_measurable(config, encoded, data)
     loaded = load_model(path)
-    check_lengths(loaded, encoded)
+    check_lengths(loaded, encoded, f"'{data}'")
     started = time.perf_counter()
     with bars() as progress:
-        metrics = evaluate_model(loaded, tokenizer, encoded, labels, progress)
+        metrics = measure(loaded, tokenizer, encoded, labels, progress, "evaluate").metrics
     seconds = {"evaluate": time.perf_counter() - started}
     emit(Result.of(inventory(loaded), metrics=metrics, seconds=seconds), as_json=as_json)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from typing import Annotated
 
 import typer
@@ -62,8 +61,14 @@ def finetune(
     MODEL may be compressed: then its factors are trained, and stay in int8 if they are. The output is an ordinary
     Hugging Face model directory with the tokenizer, and the result as factorformer.json.
 
-    Metrics are accuracy, macro-F1, Matthews correlation (and the F1 of the second of two classes), or Pearson and
-    Spearman correlation and mean squared error for a regression.
+    Labels decide the task: names or whole numbers are classes of a text, fractions a regression, lists any number of
+    classes of a text, and lists beside lists of words a class of every word (JSONL or Parquet hold lists). A model that
+    has a head for another task is refused.
+
+    Metrics are accuracy, macro-F1, Matthews correlation (and the F1 of the second of two classes); for a regression
+    Pearson and Spearman correlation and mean squared error; for several classes a text micro- and macro-F1 and the
+    accuracy of whole sets; for words accuracy and macro-F1. The model is saved before it is measured, in the precision
+    that it came in.
 
     \b
     [bold]Examples[/bold]
@@ -74,47 +79,20 @@ def finetune(
     from factorformer.files import check_output
 
     check_output(output, overwrite=overwrite)
-    from factorformer import compression
-    from factorformer.cli._inputs import columns_of, load_teacher, note_new_head, read_table, save
-    from factorformer.hf.source import find, load_tokenizer
-    from factorformer.progress import bars
-    from factorformer.report import Result, inventory
-    from factorformer.tasks.classification import load_classifier
-    from factorformer.tasks.data import Labels, check_lengths, encode
+    from factorformer.cli._inputs import columns_of
+    from factorformer.cli._jobs.finetune import Job, run
     from factorformer.tasks.finetuning import TrainingSettings
-    from factorformer.tasks.finetuning import evaluate as evaluate_model
-    from factorformer.tasks.finetuning import train as train_model
 
-    started = time.perf_counter()
-    path = find(model)
-    columns = columns_of(text, label)
-    rows = read_table(train, columns)
-    eval_rows = None if evaluation is None else read_table(evaluation, columns)
-    tokenizer = load_tokenizer(path)
-    classifier = load_classifier(path, Labels.of(rows, label, regression), seed)
-    note_new_head(classifier)
-    data = encode(tokenizer, rows, columns, classifier.labels, max_length)
-    eval_data = None if eval_rows is None else encode(tokenizer, eval_rows, columns, classifier.labels, max_length)
-    for encoded in (data, eval_data):
-        if encoded is not None:
-            check_lengths(classifier.model, encoded)
-    teacher = None if distill is None else load_teacher(distill, classifier.model, labelled=True)
-    settings = TrainingSettings(epochs, lr, batch_size, seed, freeze_embeddings=freeze_embeddings)
-    compression.hold_floats(classifier.model)
-    metrics: dict[str, float] = {}
-    with bars() as progress:
-        seconds = {
-            "train": train_model(classifier.model, tokenizer, data, settings, teacher=teacher, progress=progress)
-        }
-        compression.quantize(classifier.model)
-        if eval_data is not None:
-            metrics = evaluate_model(classifier.model, tokenizer, eval_data, classifier.labels, progress)
-    result = Result.of(
-        inventory(classifier.model),
-        metrics=metrics,
-        seconds=seconds | {"total": time.perf_counter() - started},
-        seed=seed,
+    job = Job(
+        model=model,
         output=str(output),
+        train=train,
+        evaluation=evaluation,
+        columns=columns_of(text, label),
+        regression=regression,
+        max_length=max_length,
+        settings=TrainingSettings(epochs, lr, batch_size, seed, freeze_embeddings=freeze_embeddings),
+        distill=distill,
+        overwrite=overwrite,
     )
-    save(result, classifier.model, overwrite=overwrite, tokenizer=tokenizer)
-    emit(result, as_json=as_json)
+    emit(run(job), as_json=as_json)

@@ -79,28 +79,38 @@ def plan(
         raise OutputError(f"'{output}' exists already: choose another name or allow --overwrite")
     from factorformer import compression
     from factorformer.bench.layers import slower_than_dense
-    from factorformer.cli._inputs import columns_of, encoded_text, predictions
+    from factorformer.cli._inputs import (
+        calibration_batches,
+        columns_of,
+        encode_table,
+        plain_columns,
+        predictions,
+        read_table,
+    )
     from factorformer.hf.source import find, load_model, load_tokenizer
     from factorformer.progress import bars
     from factorformer.report import Result
-    from factorformer.tasks.data import batches, check_lengths, sample
+    from factorformer.tasks.data import check_lengths
 
     if calibration is None and text is not None:
         note("nothing is read without --calibration: --text is not used")
     started = time.perf_counter()
     path = find(model)
-    loaded, data = load_model(path), None
+    tokenizer, rows, data = None, None, None
     if calibration is not None:
-        tokenizer = load_tokenizer(path)
-        rows = encoded_text(calibration, columns_of(text, None), tokenizer, max_length)
+        tokenizer, columns = load_tokenizer(path), plain_columns(calibration, columns_of(text, None))
+        table = read_table(calibration, columns)
+        rows = encode_table(calibration, table, columns, tokenizer, None, max_length, path)
+    loaded = load_model(path)
+    if tokenizer is not None and rows is not None:
         check_lengths(loaded, rows, "the calibration data")
-        data = list(batches(tokenizer, sample(rows, calibration_rows, seed)))
+        data = calibration_batches(loaded, tokenizer, rows, calibration_rows, seed)
     with bars() as progress:
         made = compression.plan(
             loaded,
             method,
             ratio,
-            "blocks" if scope is None else scope.value,
+            None if scope is None else scope.value,
             include,
             exclude,
             share=None if share is None else share.value,

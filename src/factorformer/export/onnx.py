@@ -20,7 +20,7 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from factorformer.errors import ExportError, OutputError
+from factorformer.errors import ExportError, OutputError, first_line
 from factorformer.export.sentence import Pooling, find_layout, read_longest
 from factorformer.export.task import HEADS, Task, input_names
 from factorformer.files import check_output, output_directory
@@ -206,7 +206,8 @@ def _translate(task: Task) -> ir.Model:
                 cause = cause.__cause__
             if isinstance(cause, ExportError):
                 raise cause from error
-            raise ExportError(f"torch cannot export {type(task.model).__name__} to ONNX: {_line(cause)}") from error
+            name = type(task.model).__name__
+            raise ExportError(f"torch cannot export {name} to ONNX: {first_line(cause)}") from error
         assert program is not None
         graph.simplify(program.model)
     return program.model
@@ -235,7 +236,7 @@ def _save(
         feeds = [{name: t.numpy() for name, t in zip(task.names, batch, strict=True)} for batch in batches]
         found = [torch.from_numpy(session.run(None, feed)[0]) for feed in feeds]
     except Exception as error:  # ONNX Runtime raises types of its own, which share no base
-        raise ExportError(f"ONNX Runtime cannot run the exported {kind}: {_line(error)}") from error
+        raise ExportError(f"ONNX Runtime cannot run the exported {kind}: {first_line(error)}") from error
     pairs = [
         (_real(got, batch[1]), _real(wanted, batch[1]))
         for got, wanted, batch in zip(found, expected, batches, strict=True)
@@ -268,7 +269,3 @@ def _silent() -> Iterator[None]:
     finally:
         for name, level in levels.items():
             logging.getLogger(name).setLevel(level)
-
-
-def _line(error: Any) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 from rich import box
@@ -78,6 +79,8 @@ def _layers(entries: Iterable[Entry]) -> Table:
 def _number(value: float | None) -> str:
     if value is None:
         return ""
+    if not math.isfinite(value):
+        return "undefined"
     return f"{value:,}" if isinstance(value, int) else f"{value:.4f}" if abs(value) < 1 else f"{value:,.2f}"
 
 

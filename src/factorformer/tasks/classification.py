@@ -1,18 +1,52 @@
-"""Models with a head for the labels of a task: their own, or a new one."""
+"""Models with a head for the labels of a task: their own, or a new one where there is none for another task."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import datasets
 import torch
-from transformers import AutoModelForSequenceClassification, PretrainedConfig, PreTrainedModel, set_seed
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_MASKED_LM_MAPPING,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING,
+    MODEL_MAPPING,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 
 from factorformer.errors import DataError, ModelError
 from factorformer.hf.source import from_pretrained, load_model, load_tokenizer, read_config, ready, refuse
-from factorformer.tasks.data import Labels
+from factorformer.tasks.labels import TASKS, Kind, Labels
+from factorformer.tasks.trainer import seeded
+
+PROBLEMS: dict[Kind, Any] = {
+    "classification": "single_label_classification",
+    "regression": "regression",
+    "multi_label": "multi_label_classification",
+}
+"""What transformers calls the tasks of a sequence-classification head."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Head:
+    """The head that a model has, or is to get, for the labels of a task.
+
+    Args:
+        labels: of the task, in the order of the head's outputs.
+        trained: the head comes with the model; a new one has random weights.
+        replaced: what the model's own head predicts, if a new one is to take its place.
+    """
+
+    labels: Labels
+    trained: bool
+    replaced: Labels | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,20 +54,47 @@ class Classifier:
     """A model with a head for the labels of a task.
 
     Args:
-        model: any `...ForSequenceClassification`.
-        labels: of the task, in the order of the head's outputs.
-        trained: the head came with the model; a new one has random weights.
-        replaced: what the head predicted that a new one took the place of; None if there was none.
+        model: any `...ForSequenceClassification` or `...ForTokenClassification`.
+        head: where its head comes from.
     """
 
     model: PreTrainedModel
-    labels: Labels
-    trained: bool
-    replaced: Labels | None = None
+    head: Head
+
+    @property
+    def labels(self) -> Labels:
+        """Of the task, in the order of the head's outputs."""
+        return self.head.labels
+
+
+def find_head(path: Path, labels: Labels) -> Head:
+    """The head for a task, before any weight is read: the model's own if that knows the task's labels, else a new one.
+
+    A head for another task is never thrown away: a model that has one is refused.
+
+    Args:
+        path: the model directory, dense or compressed.
+        labels: as the data has them; the order of a head that is kept goes before theirs.
+
+    Raises:
+        ModelError: the model has a head for another task, or an architecture that has no head for this one.
+    """
+    config = read_config(path)
+    own = head_labels(config)
+    if own is None:
+        _check_headless(path, config, labels)
+        return Head(labels, trained=False)
+    if _family(own) != _family(labels):
+        raise ModelError(
+            f"'{path}' is a {_class_name(config)} whose task is {TASKS[own.kind]}, and that of the data is "
+            f"{TASKS[labels.kind]}: give labels of the model's kind, or a model without such a head"
+        )
+    kept = _agree(own, labels)
+    return Head(labels, trained=False, replaced=own) if kept is None else Head(kept, trained=True)
 
 
 def load_classifier(path: Path, labels: Labels, seed: int = 0, dtype: torch.dtype | None = torch.float32) -> Classifier:
-    """A model with a sequence-classification head: its own if that knows the task's labels, else a new one.
+    """A model with the head that `find_head` finds.
 
     Args:
         path: the model directory, dense or compressed.
@@ -43,56 +104,115 @@ def load_classifier(path: Path, labels: Labels, seed: int = 0, dtype: torch.dtyp
 
     Raises:
         CheckpointError: weights other than the head's are missing or misshapen.
-        ModelError: an architecture without such heads, or weights that are not finite.
+        ModelError: as `find_head`, or weights that are not finite.
     """
+    head = find_head(path, labels)
+    if head.trained:
+        return Classifier(load_model(path, dtype), head)
     config = read_config(path)
-    head = head_labels(config)
-    kept = _agree(head, labels) if head is not None else None
-    if kept is not None:
-        return Classifier(load_model(path, dtype), kept, trained=True)
     config.num_labels = max(len(labels.names), 1)
-    if labels.kind == "classification":
+    if labels.names:
         config.id2label = dict(enumerate(labels.names))
         config.label2id = {name: i for i, name in enumerate(labels.names)}
-        config.problem_type = "single_label_classification"
-    else:
-        config.problem_type = "regression"
+    config.problem_type = PROBLEMS.get(labels.kind)
     if config.pad_token_id is None:
         config.pad_token_id = load_tokenizer(path).pad_token_id
-    set_seed(seed)
-    model, info = from_pretrained(
-        AutoModelForSequenceClassification, path, config=config, dtype=dtype or "auto", ignore_mismatched_sizes=True
-    )
+    auto = AutoModelForTokenClassification if labels.kind == "tokens" else AutoModelForSequenceClassification
+    with seeded(seed):
+        model, info = from_pretrained(auto, path, config=config, dtype=dtype or "auto", ignore_mismatched_sizes=True)
     inside = f"{model.base_model_prefix}."
     wrong = [[str(k) for k in info[kind]] for kind in ("missing_keys", "mismatched_keys")]
     # A checkpoint from masked-language modelling has no pooler: it belongs to the head and is new as well.
     refuse(path, *[[key for key in keys if inside in key and ".pooler." not in key] for keys in wrong])
-    return Classifier(ready(model), labels, trained=False, replaced=head)
+    return Classifier(ready(model), head)
 
 
 def head_labels(config: PretrainedConfig) -> Labels | None:
-    """What the sequence-classification head of a saved model predicts; None if it has no such head."""
-    if not (config.architectures or [""])[0].endswith("ForSequenceClassification"):
+    """What the classification head of a saved model predicts; None if it has no such head."""
+    names = tuple(name for _, name in sorted((config.id2label or {}).items()))
+    if _class_name(config).endswith("ForTokenClassification"):
+        return Labels("tokens", names)
+    if not _class_name(config).endswith("ForSequenceClassification"):
         return None
-    if config.problem_type == "regression" or config.num_labels == 1:
+    if config.problem_type == PROBLEMS["multi_label"]:
+        return Labels("multi_label", names)
+    if config.problem_type == PROBLEMS["regression"] or config.num_labels == 1:
         return Labels("regression")
-    return Labels("classification", tuple(name for _, name in sorted((config.id2label or {}).items())))
+    return Labels("classification", names)
+
+
+def check_head(path: Path) -> Labels:
+    """What the classification head of a model predicts.
+
+    Raises:
+        ModelError: the model has none.
+    """
+    config = read_config(path)
+    head = head_labels(config)
+    if head is None:
+        _check_headless(path, config, None)
+        raise ModelError(f"'{path}' has no classification head: train one with `factorformer finetune`")
+    return head
 
 
 def labels_for(path: Path, rows: datasets.Dataset, column: str) -> Labels:
     """How labelled data reads under the head that a model has: labels are matched by name, or else by number.
 
     Raises:
-        ModelError: the model has no sequence-classification head.
+        DataError: labels of another kind, or that the head does not know.
+        ModelError: the model has no head for labels.
     """
-    head = head_labels(read_config(path))
-    if head is None:
-        raise ModelError(f"'{path}' has no sequence-classification head: train one with `factorformer finetune`")
-    for labels in (head, _numbered(head)):
+    head = check_head(path)
+    try:
+        head.ids(rows, column)
+        return head
+    except DataError:
+        numbered = _numbered(head)
         with contextlib.suppress(DataError):
-            labels.ids(rows, column)
-            return labels
-    return head  # whoever reads the labels with it meets the error that names them
+            numbered.ids(rows, column)
+            return numbered
+        raise
+
+
+def is_causal(config: PretrainedConfig) -> bool:
+    """Whether a saved model goes on with a text, token by token, without an encoder."""
+    name = _class_name(config)
+    known = _names_of(MODEL_FOR_CAUSAL_LM_MAPPING, config)
+    return not config.is_encoder_decoder and (name in known or name.endswith(("ForCausalLM", "LMHeadModel")))
+
+
+def _class_name(config: PretrainedConfig) -> str:
+    return (config.architectures or [""])[0]
+
+
+def _names_of(mapping: Any, config: PretrainedConfig) -> list[str]:
+    """Names of the classes that transformers has for a configuration; empty for one that it does not know."""
+    found = mapping.get(type(config), ())
+    return [each.__name__ for each in (found if isinstance(found, tuple | list) else (found,))]
+
+
+def _check_headless(path: Path, config: PretrainedConfig, labels: Labels | None) -> None:
+    """Raise `ModelError` for a model whose head a new one would take the place of, and for one that can get none."""
+    name = _class_name(config)
+    bare = name.endswith("Model") and not name.endswith(("HeadModel", "HeadsModel"))
+    hidden = (*_names_of(MODEL_MAPPING, config), *_names_of(MODEL_FOR_MASKED_LM_MAPPING, config))
+    if name and not (bare or name in hidden or name.endswith(("ForMaskedLM", "ForPreTraining"))):
+        advice = "measure it on plain text" if is_causal(config) else "measure it with its own tools"
+        raise ModelError(
+            f"'{path}' is a {name}: labels are for classifiers of texts (ForSequenceClassification) and of words "
+            f"(ForTokenClassification), and for models without a head, which get one; {advice}, or save its base model "
+            "(`AutoModel`) to train a head on that"
+        )
+    mapping = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
+    if labels is not None and labels.kind == "tokens":
+        mapping = MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING
+    if labels is not None and type(config) not in mapping and not hasattr(config, "auto_map"):
+        raise ModelError(f"'{path}' ({config.model_type}) has no head in transformers for {TASKS[labels.kind]}")
+
+
+def _family(labels: Labels) -> str:
+    """Tasks of one family have heads that can take each other's place."""
+    return "sequence" if labels.kind in ("classification", "regression") else labels.kind
 
 
 def _agree(head: Labels, data: Labels) -> Labels | None:

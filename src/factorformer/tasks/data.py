@@ -1,171 +1,43 @@
-"""Labelled and plain text: from local files or the Hub, through `datasets`, to batches of token ids."""
+"""Texts and labels to batches of token ids."""
 
 from __future__ import annotations
 
-import csv
-import dataclasses
-import math
-import os
 from collections.abc import Iterator, Sequence
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import datasets
 import torch
 from torch import Tensor
-from transformers import DataCollatorWithPadding, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    DataCollatorForTokenClassification,
+    DataCollatorWithPadding,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
-from factorformer.errors import DataError, one_of
+from factorformer.errors import DataError, ModelError
 from factorformer.hf.source import most_tokens
+from factorformer.tasks.cells import row_name
+from factorformer.tasks.labels import TASKS, Labels
+from factorformer.tasks.tables import Columns, read
 
-READERS: dict[str, tuple[str, dict[str, Any]]] = {
-    # Without quoting: a quote in a sentence is a quote. Empty and "NA" fields are text, not missing numbers. Without an
-    # index: pandas would take surplus fields for one and shift all columns.
-    ".tsv": ("csv", {"sep": "\t", "quoting": csv.QUOTE_NONE, "keep_default_na": False, "index_col": False}),
-    ".csv": ("csv", {"keep_default_na": False, "index_col": False}),
-    ".jsonl": ("json", {}),
-    ".json": ("json", {}),
-    ".txt": ("text", {}),
-}
+__all__ = [
+    "Columns",
+    "Labels",
+    "batches",
+    "check_ends",
+    "check_lengths",
+    "collator",
+    "encode",
+    "indexed_batches",
+    "read",
+    "sample",
+    "with_decoder_inputs",
+]
 
-
-def read(source: str | os.PathLike[str]) -> datasets.Dataset:
-    """Rows of a local TSV (no quoting), CSV, JSONL or plain text file, or of a data set on the Hub.
-
-    Args:
-        source: a file name, or `NAME[:CONFIG]:SPLIT` on the Hub, e.g. `nyu-mll/glue:sst2:train`.
-
-    Raises:
-        DataError: the file is missing, unreadable or empty, or the Hub cannot be reached or has no such data.
-    """
-    path = Path(source)
-    if path.suffix.lower() not in READERS:
-        return _from_hub(str(source))
-    if not path.is_file():
-        raise DataError(f"no such data file: '{path}'")
-    builder, options = READERS[path.suffix.lower()]
-    shown = datasets.is_progress_bar_enabled()
-    datasets.disable_progress_bars()
-    try:
-        if path.stat().st_size == 0:
-            raise DataError(f"'{path}' is empty")
-        rows = datasets.load_dataset(builder, data_files=str(path), split="train", **options)
-    except DataError:
-        raise
-    except Exception as error:  # readers raise many types, all of which mean a malformed file
-        raise DataError(f"cannot read '{path}' as {path.suffix[1:].upper()}: {error.__cause__ or error}") from error
-    finally:
-        if shown:
-            datasets.enable_progress_bars()
-    if not isinstance(rows, datasets.Dataset) or len(rows) == 0:
-        raise DataError(f"'{path}' has no rows")
-    return rows
-
-
-def _from_hub(source: str) -> datasets.Dataset:
-    name, *rest = source.split(":")
-    if len(rest) not in (1, 2):
-        raise DataError(
-            f"'{source}' is neither a file ({', '.join(READERS)}) nor a data set on the Hub (NAME[:CONFIG]:SPLIT)"
-        )
-    try:
-        rows = datasets.load_dataset(name, *rest[:-1], split=rest[-1])
-    except Exception as error:
-        raise DataError(f"cannot load '{source}' from the Hub: {error}") from error
-    assert isinstance(rows, datasets.Dataset)
-    return rows
-
-
-@dataclasses.dataclass(frozen=True)
-class Columns:
-    """Which columns of a table hold the text (one, or a pair of sentences) and the label (None: plain text)."""
-
-    text: tuple[str, ...]
-    label: str | None = None
-
-    def check(self, rows: datasets.Dataset, source: object = "the data") -> None:
-        """Raise `DataError` unless the table has these columns."""
-        if not 1 <= len(self.text) <= 2:
-            raise DataError(f"give one text column, or two for sentence pairs; got {len(self.text)}")
-        for column in [*self.text, *([self.label] if self.label else [])]:
-            if column not in rows.column_names:
-                raise DataError(f"{source} has no column {one_of(column, rows.column_names)}")
-
-
-@dataclasses.dataclass(frozen=True)
-class Labels:
-    """The meaning of the labels of a task.
-
-    Args:
-        kind: what is predicted: one of several classes, or a number.
-        names: class names in the order of their ids; empty for regression.
-    """
-
-    kind: Literal["classification", "regression"]
-    names: tuple[str, ...] = ()
-
-    @classmethod
-    def of(cls, rows: datasets.Dataset, column: str, regression: bool = False) -> Labels:
-        """Read the labels of training data: fractional numbers mean regression, everything else classes.
-
-        Args:
-            rows: a table.
-            column: where its labels are.
-            regression: whole numbers are scores as well.
-
-        Raises:
-            DataError: fewer than two classes, or a label that is missing.
-        """
-        feature = rows.features[column]
-        values = rows[column]
-        if isinstance(feature, datasets.ClassLabel) and not regression:
-            return cls("classification", tuple(feature.names))
-        if any(value is None for value in values):
-            raise DataError(f"column '{column}' has rows without a label")
-        if regression or any(isinstance(value, float) and not value.is_integer() for value in values):
-            return cls("regression")
-        names = sorted({_name(value) for value in values}, key=_natural)
-        if len(names) < 2:
-            raise DataError(f"column '{column}' holds a single label {names}: nothing can be learned from it")
-        return cls("classification", tuple(names))
-
-    def ids(self, rows: datasets.Dataset, column: str) -> list[int] | list[float]:
-        """Labels as the model wants them.
-
-        Raises:
-            DataError: a label that training has not seen, or that is not a number in a regression task.
-        """
-        if self.kind == "regression":
-            try:
-                numbers = [float(value) for value in rows[column]]
-            except (TypeError, ValueError) as error:
-                raise DataError(f"column '{column}' must hold numbers for regression: {error}") from error
-            if not all(map(math.isfinite, numbers)):
-                raise DataError(f"column '{column}' holds NaN or infinite numbers")
-            return numbers
-        feature = rows.features[column]
-        known = feature.names if isinstance(feature, datasets.ClassLabel) else None
-        names = [_name(value) if known is None else known[value] for value in rows[column]]
-        index = {name: i for i, name in enumerate(self.names)}
-        unseen = sorted(set(names) - index.keys())
-        if unseen:
-            raise DataError(
-                f"column '{column}' holds labels never seen in training: {unseen[:5]}; known: {list(self.names)[:20]}"
-            )
-        return [index[name] for name in names]
-
-    def __str__(self) -> str:
-        shown = ", ".join(self.names[:10]) + (", ..." if len(self.names) > 10 else "")
-        return shown or "a score"
-
-
-def _name(value: object) -> str:
-    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
-
-
-def _natural(name: str) -> tuple[bool, float, str]:
-    """Numbers in numeric order before words."""
-    return (False, float(name), "") if name.lstrip("-").isdigit() else (True, 0.0, name)
+IGNORED = -100
+"""The label of a token that has none."""
 
 
 def encode(
@@ -177,6 +49,9 @@ def encode(
 ) -> datasets.Dataset:
     """Token ids of every row, with `labels` where the task has them, and `length` for bucketing.
 
+    The first token of a word carries its label, the others none (-100). Plain texts without a single token are left
+    out.
+
     Args:
         tokenizer: of the model.
         rows: a table.
@@ -185,24 +60,48 @@ def encode(
         max_length: longer inputs are cut.
 
     Raises:
-        DataError: a missing column or text, or labels that do not fit.
+        DataError: a missing column or text, a labelled text without any token, or labels that do not fit.
+        ModelError: labels of words, and a tokenizer that does not tell which word a token is of.
     """
     columns.check(rows)
-    texts = [_texts(rows, column) for column in columns.text]
-    encoded = tokenizer(texts[0], texts[1] if len(texts) > 1 else None, truncation=True, max_length=max_length)
+    words = columns.of_words(rows)
+    if labels is not None and (labels.kind == "tokens") != words:
+        needed = "lists of words" if labels.kind == "tokens" else "strings"
+        raise DataError(f"column '{columns.text[0]}' has to hold {needed}: the task is {TASKS[labels.kind]}")
+    if words and not tokenizer.is_fast:
+        raise ModelError(f"{type(tokenizer).__name__} does not tell which word a token is of: a fast tokenizer does")
+    texts: Any = [[v if isinstance(v, list) else str(v) for v in rows[column]] for column in columns.text]
+    options: dict[str, Any] = {"truncation": True, "max_length": max_length, "is_split_into_words": words}
+    encoded = tokenizer(texts[0], texts[1] if len(texts) > 1 else None, **options)
     content: dict[str, Any] = {key: encoded[key] for key in encoded if key in tokenizer.model_input_names}
     content["length"] = [len(ids) for ids in content["input_ids"]]
     if labels is not None and columns.label is not None:
-        content["labels"] = labels.ids(rows, columns.label)
-    return datasets.Dataset.from_dict(content)
+        ids = labels.ids(rows, columns.label)
+        content["labels"] = [_aligned(encoded.word_ids(i), ids[i]) for i in range(len(ids))] if words else ids
+    empty = [row for row, length in enumerate(content["length"]) if length == 0]
+    if empty and labels is not None:
+        raise DataError(f"{row_name(empty[0])}: the tokenizer makes no token of the text {texts[0][empty[0]]!r}")
+    data = datasets.Dataset.from_dict(content)
+    if not empty:
+        return data
+    if len(empty) == len(data):
+        raise DataError("there is no text: every row is empty")
+    return data.select(sorted(set(range(len(data))) - set(empty)))
 
 
-def _texts(rows: datasets.Dataset, column: str) -> list[str]:
-    values = rows[column]
-    missing = next((row for row, value in enumerate(values) if value is None), None)
-    if missing is not None:
-        raise DataError(f"column '{column}' has no text in row {missing + 1} of {len(rows)}")
-    return [str(value) for value in values]
+def _aligned(words: Sequence[int | None], labels: Sequence[int]) -> list[int]:
+    """The label of each token: that of its word for the first token of a word."""
+    before = [None, *words[:-1]]
+    return [IGNORED if w is None or w == last else labels[w] for w, last in zip(words, before, strict=True)]
+
+
+def collator(
+    tokenizer: PreTrainedTokenizerBase, data: datasets.Dataset
+) -> DataCollatorWithPadding | DataCollatorForTokenClassification:
+    """What pads rows of encoded data to a batch; labels of words with them."""
+    labels = data.features.get("labels")
+    by_word = isinstance(labels, datasets.List) and labels.feature.dtype.startswith("int")
+    return DataCollatorForTokenClassification(tokenizer) if by_word else DataCollatorWithPadding(tokenizer)
 
 
 def batches(
@@ -217,7 +116,7 @@ def indexed_batches(
     tokenizer: PreTrainedTokenizerBase, data: datasets.Dataset, batch_size: int = 32
 ) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
     """As `batches`, with the row numbers of each batch."""
-    collate = DataCollatorWithPadding(tokenizer)
+    collate = collator(tokenizer, data)
     lengths: Sequence[int] = data["length"]
     order = sorted(range(len(data)), key=lambda row: lengths[row], reverse=True)
     inputs = data.remove_columns("length")
@@ -249,3 +148,58 @@ def check_lengths(model: PreTrainedModel, data: datasets.Dataset, source: str = 
             f"{source} holds a text of {longest} tokens, and the model has {positions} positions: "
             f"cut texts with a --max-length of at most {positions}"
         )
+
+
+def check_ends(config: PretrainedConfig, data: datasets.Dataset, source: str = "the data") -> None:
+    """Raise `DataError` if texts for an encoder-decoder's classification head do not end alike.
+
+    Such a head (of T5, BART and their kin) reads the state of the last end token, of which all texts of a batch need
+    the same number.
+
+    Args:
+        config: of the model.
+        data: from `data.encode`.
+        source: the data's name in the message.
+    """
+    if not config.is_encoder_decoder:
+        return
+    end = config.eos_token_id
+    counts = [ids.count(end) for ids in data["input_ids"]]
+    if not min(counts):
+        raise DataError(
+            f"{source}, {row_name(counts.index(0))}: the tokenizer adds no end token (id {end}), whose state the "
+            "classification head of an encoder-decoder reads: use a tokenizer that ends texts, or an encoder"
+        )
+    if min(counts) != max(counts):
+        row = next(row for row, count in enumerate(counts) if count != counts[0])
+        raise DataError(f"{source}, {row_name(row)}: the text holds {counts[row]} end tokens, and row 1 {counts[0]}")
+
+
+def with_decoder_inputs(model: PreTrainedModel, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Text as an encoder-decoder runs on it: the decoder reads the text as well, one token late.
+
+    Args:
+        model: batches of models that need nothing but `input_ids` stay as they are.
+        batch: `input_ids` and `attention_mask`, `(rows, tokens)`.
+
+    Raises:
+        DataError: the model does not say with what token its decoder starts.
+    """
+    own = type(model).__name__.endswith(("ForSequenceClassification", "ForTokenClassification"))
+    if not model.config.is_encoder_decoder or own or model.main_input_name != "input_ids":
+        return batch
+    ids = batch["input_ids"]
+    start = getattr(model.config, "decoder_start_token_id", None)
+    shift = getattr(model, "prepare_decoder_input_ids_from_labels", None)
+    if start is None:
+        raise DataError(
+            f"{type(model).__name__} does not say with what token its decoder starts (decoder_start_token_id in "
+            "config.json): calibrate in Python, on batches with decoder_input_ids, or use a method that needs no text"
+        )
+    shifted = torch.cat([torch.full_like(ids[:, :1], start), ids[:, :-1]], 1) if shift is None else shift(labels=ids)
+    mask = batch["attention_mask"]
+    return {
+        **batch,
+        "decoder_input_ids": shifted,
+        "decoder_attention_mask": torch.cat([torch.ones_like(mask[:, :1]), mask[:, :-1]], 1),
+    }

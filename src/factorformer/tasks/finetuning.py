@@ -1,9 +1,10 @@
-"""Fine-tuning and evaluation with the Hugging Face `Trainer`."""
+"""Fine-tuning with the Hugging Face `Trainer`."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
@@ -12,25 +13,23 @@ from typing import Any, Literal
 import datasets
 import numpy as np
 import torch
-from scipy.stats import rankdata
-from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 from torch import Tensor, nn
 from transformers import (
-    DataCollatorWithPadding,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     Trainer,
     TrainerCallback,
     TrainingArguments,
-    set_seed,
 )
 from transformers.trainer_callback import PrinterCallback
 
-from factorformer.errors import DataError, ModelError
+from factorformer.errors import DataError, MethodError, ModelError
 from factorformer.hf.callbacks import DynamicRankCallback, StraightThroughCallback
 from factorformer.layers.nn import FactorizedMatrix
 from factorformer.progress import Progress, silent
-from factorformer.tasks.data import Labels, indexed_batches
+from factorformer.tasks.data import IGNORED, collator
+from factorformer.tasks.trainer import own_forward, seeded
 from factorformer.training.distillation import (
     WITHOUT_LABELS,
     DistillationWeights,
@@ -68,6 +67,23 @@ class TrainingSettings:
     freeze_embeddings: bool = True
     precision: Literal["fp32", "bf16"] = "fp32"
 
+    def __post_init__(self) -> None:
+        """Refuse settings under which nothing sensible can happen.
+
+        Raises:
+            MethodError: the message names the setting, its value and what is allowed.
+        """
+        rules = {
+            "epochs": (0 < self.epochs < math.inf, "a finite number above 0"),
+            "learning_rate": (0 <= self.learning_rate < math.inf, "a finite number of at least 0"),
+            "batch_size": (self.batch_size >= 1, "at least 1"),
+            "warmup": (0 <= self.warmup < 1, "a fraction of at least 0 and below 1"),
+            "weight_decay": (0 <= self.weight_decay < math.inf, "a finite number of at least 0"),
+        }
+        for name, (holds, allowed) in rules.items():
+            if not holds:
+                raise MethodError(f"{name.replace('_', ' ')} has to be {allowed}; got {getattr(self, name)}")
+
 
 class DistillationTrainer(Trainer):
     """A `Trainer` whose model also follows a teacher: logits, hidden states, pooled embeddings.
@@ -104,7 +120,12 @@ class DistillationTrainer(Trainer):
         if weights.labels > 0:
             terms.append(weights.labels * outputs.loss)
         if weights.logits > 0:
-            terms.append(weights.logits * logit_loss(outputs.logits, target.logits, weights.temperature))
+            logits, wanted = outputs.logits, target.logits
+            if logits.dim() == 3:  # of every token: those that have a label count
+                counted = inputs["labels"] != IGNORED if "labels" in inputs else mask
+                logits, wanted = logits[counted], wanted[counted]
+            several = self.teacher.config.problem_type == "multi_label_classification"
+            terms.append(weights.logits * logit_loss(logits, wanted, weights.temperature, several))
         if weights.hidden > 0:
             terms.append(weights.hidden * hidden_loss(outputs.hidden_states, target.hidden_states, mask))
         if weights.pooled > 0:
@@ -114,12 +135,12 @@ class DistillationTrainer(Trainer):
         return (loss, outputs) if return_outputs else loss
 
 
-def check_can_follow(student: PreTrainedModel) -> None:
+def check_can_follow(student: PretrainedConfig) -> None:
     """Raise `ModelError` for a model that cannot learn from a teacher."""
-    if student.config.is_encoder_decoder:
+    if student.is_encoder_decoder:
         raise ModelError(
-            f"{type(student).__name__} is an encoder and a decoder: distillation is not defined for it, train without "
-            "a teacher"
+            f"the model ({student.model_type}) is an encoder and a decoder: distillation is not defined for it, train "
+            "without a teacher"
         )
 
 
@@ -163,44 +184,28 @@ def train(
     if not labelled and teacher is None:
         raise DataError("training needs labels or a teacher: give a label column or --distill")
     if teacher is not None:
-        check_can_follow(model)
-    acting: list[TrainerCallback] = [] if straight is None else [StraightThroughCallback(straight)]
+        check_can_follow(model.config)
+    weights = distillation or (DistillationWeights() if labelled else WITHOUT_LABELS)
+    acting: list[TrainerCallback] = [_Steps(progress, phase)]
+    acting += [] if straight is None else [StraightThroughCallback(straight)]
     acting += [] if ranks is None else [DynamicRankCallback(ranks)]
     frozen = settings.freeze_embeddings and (ranks is None or not ranks.holds(model.get_input_embeddings()))
-    with tempfile.TemporaryDirectory() as scratch, _frozen_embeddings(model, frozen), _own_forward(model):
-        arguments = TrainingArguments(
-            output_dir=scratch,
-            num_train_epochs=settings.epochs,
-            learning_rate=settings.learning_rate,
-            per_device_train_batch_size=settings.batch_size,
-            seed=settings.seed,
-            data_seed=settings.seed,
-            warmup_steps=settings.warmup,
-            weight_decay=settings.weight_decay,
-            bf16=settings.precision == "bf16",
-            use_cpu=not torch.accelerator.is_available(),  # or else bf16 is refused
-            optim="adamw_torch_fused",
-            train_sampling_strategy="group_by_length",
-            save_strategy="no",
-            logging_strategy="epoch",
-            logging_nan_inf_filter=False,  # which would report a finite loss for a run that diverged
-            report_to=[],
-            disable_tqdm=True,
-            dataloader_pin_memory=torch.cuda.is_available(),
-        )
+    with (
+        tempfile.TemporaryDirectory() as scratch,
+        _frozen_embeddings(model, frozen),
+        own_forward(model),
+        seeded(settings.seed),
+    ):
         common: dict[str, Any] = {
             "model": model,
-            "args": arguments,
+            "args": _arguments(settings, scratch),
             "train_dataset": data,
-            "data_collator": DataCollatorWithPadding(tokenizer),
-            "callbacks": [_Steps(progress, phase), *acting, *(callbacks or [])],
+            "data_collator": collator(tokenizer, data),
+            "callbacks": [*acting, *(callbacks or [])],
         }
-        set_seed(settings.seed)
-        if teacher is None:
-            trainer = Trainer(**common)
-        else:
-            weights = distillation or (DistillationWeights() if labelled else WITHOUT_LABELS)
-            trainer = DistillationTrainer(**common, teacher=teacher, weights=weights)
+        trainer = (
+            Trainer(**common) if teacher is None else DistillationTrainer(**common, teacher=teacher, weights=weights)
+        )
         trainer.remove_callback(PrinterCallback)
         started = time.perf_counter()
         try:
@@ -217,6 +222,29 @@ def train(
         )
     model.eval()
     return seconds
+
+
+def _arguments(settings: TrainingSettings, scratch: str) -> TrainingArguments:
+    return TrainingArguments(
+        output_dir=scratch,
+        num_train_epochs=settings.epochs,
+        learning_rate=settings.learning_rate,
+        per_device_train_batch_size=settings.batch_size,
+        seed=settings.seed,
+        data_seed=settings.seed,
+        warmup_steps=settings.warmup,
+        weight_decay=settings.weight_decay,
+        bf16=settings.precision == "bf16",
+        use_cpu=not torch.accelerator.is_available(),  # or else bf16 is refused
+        optim="adamw_torch_fused",
+        train_sampling_strategy="group_by_length",
+        save_strategy="no",
+        logging_strategy="epoch",
+        logging_nan_inf_filter=False,  # which would report a finite loss for a run that diverged
+        report_to=[],
+        disable_tqdm=True,
+        dataloader_pin_memory=torch.cuda.is_available(),
+    )
 
 
 class _Steps(TrainerCallback):
@@ -243,126 +271,3 @@ def _frozen_embeddings(model: PreTrainedModel, frozen: bool) -> Iterator[None]:
     finally:
         for parameter in parameters:
             parameter.requires_grad_(True)
-
-
-@contextlib.contextmanager
-def _own_forward(model: PreTrainedModel) -> Iterator[None]:
-    """Accelerate wraps `forward` for the precision of the training, which is not that of what comes after."""
-    wrapped = ("forward", "_original_forward")
-    own = {name: vars(model)[name] for name in wrapped if name in vars(model)}
-    try:
-        yield
-    finally:
-        for name in wrapped:
-            vars(model).pop(name, None)
-        vars(model).update(own)
-
-
-def predict(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    data: datasets.Dataset,
-    batch_size: int = 32,
-    progress: Progress = silent,
-    phase: str = "evaluate",
-) -> np.ndarray:
-    """Logits of every row, `(rows, classes)`, in the order of the rows."""
-    model.eval()
-    unlabelled = data.remove_columns("labels") if "labels" in data.column_names else data
-    result: np.ndarray | None = None
-    done = 0
-    with torch.inference_mode():
-        for rows, batch in indexed_batches(tokenizer, unlabelled, batch_size):
-            logits = model(**{key: value.to(model.device) for key, value in batch.items()}).logits.float().cpu().numpy()
-            if result is None:
-                result = np.empty((len(data), logits.shape[-1]), dtype=np.float32)
-            result[rows] = logits
-            done += len(rows)
-            progress(phase, done, len(data))
-    if result is None:
-        raise DataError("there are no rows to evaluate on")
-    return result
-
-
-def score(logits: np.ndarray, references: np.ndarray, labels: Labels) -> dict[str, float]:
-    """The metrics that fit the task: accuracy, macro-F1 and Matthews correlation, or Pearson and Spearman.
-
-    Two classes also get the F1 of the second one, as MRPC reports it.
-    """
-    if labels.kind == "regression":
-        predicted = logits[:, 0]
-        return {
-            "pearson": correlation(predicted, references),
-            "spearman": rank_correlation(predicted, references),
-            "mse": float(np.mean((predicted - references) ** 2)),
-        }
-    predicted = logits.argmax(-1)
-    metrics = {
-        "accuracy": float(accuracy_score(references, predicted)),
-        "macro_f1": float(f1_score(references, predicted, average="macro")),
-        "matthews": float(matthews_corrcoef(references, predicted)),
-    }
-    if len(labels.names) == 2:
-        metrics["f1"] = float(f1_score(references, predicted))
-    return metrics
-
-
-def correlation(a: np.ndarray, b: np.ndarray) -> float:
-    """Pearson's correlation of two vectors; 0 where one of them is constant and it is not defined."""
-    return float(np.corrcoef(a, b)[0, 1]) if np.ptp(a) > 0 and np.ptp(b) > 0 else 0.0
-
-
-def rank_correlation(a: np.ndarray, b: np.ndarray) -> float:
-    """Spearman's rank correlation of two vectors; ties share their mean rank."""
-    return correlation(rankdata(a), rankdata(b))
-
-
-def evaluate(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    data: datasets.Dataset,
-    labels: Labels,
-    progress: Progress = silent,
-    phase: str = "evaluate",
-) -> dict[str, float]:
-    """Metrics of a model on encoded, labelled rows."""
-    logits = predict(model, tokenizer, data, progress=progress, phase=phase)
-    if not np.isfinite(logits).all():
-        raise ModelError("the model's predictions are NaN or infinite")
-    return score(logits, np.asarray(data["labels"]), labels)
-
-
-def embed(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, data: datasets.Dataset, batch_size: int = 32
-) -> Tensor:
-    """Mean-pooled last hidden states of every row, `(rows, width)`, in the order of the rows."""
-    base = model.base_model.eval()
-    device = model.device
-    result: list[Tensor] = []
-    order: list[int] = []
-    with torch.inference_mode():
-        for rows, batch in indexed_batches(tokenizer, data, batch_size):
-            inputs = {key: value.to(device) for key, value in batch.items() if key != "labels"}
-            hidden = base(**inputs).last_hidden_state
-            result.append(mean_pool(hidden, inputs["attention_mask"].bool()).float().cpu())
-            order += rows
-    return torch.cat(result)[torch.tensor(order).argsort()]
-
-
-def compare_embeddings(original: Tensor, compressed: Tensor) -> dict[str, float]:
-    """How well a compressed encoder keeps embeddings `(rows, width)` and the similarities between rows.
-
-    Returns:
-        `embedding_cosine`: mean cosine of each row's two embeddings; `similarity_spearman`: rank correlation, over all
-        pairs of rows, of the cosine similarities that the two models give.
-    """
-    cosine = nn.functional.cosine_similarity(original, compressed).mean()
-    pairs = torch.triu_indices(len(original), len(original), 1)
-    similarities = [
-        (unit @ unit.T)[pairs[0], pairs[1]].numpy()
-        for unit in (nn.functional.normalize(e, dim=-1) for e in (original, compressed))
-    ]
-    return {
-        "embedding_cosine": float(cosine),
-        "similarity_spearman": rank_correlation(*similarities),
-    }

@@ -231,7 +231,7 @@ def evaluate(
     Args:
         model: dense or factorized.
         tokenizer: of the model.
-        data: from `encode`.
+        data: from `encode`, or texts one by one from `data.encode`.
         task: what is predicted.
         batch_size: blocks in a forward pass.
         progress: told how many blocks are done.
@@ -241,10 +241,24 @@ def evaluate(
         DataError: too little text: no token is predicted.
         ModelError: predictions that are NaN or infinite.
     """
+    return predict(model, tokenizer, data, task, batch_size, progress, phase)[0]
+
+
+def predict(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    data: datasets.Dataset,
+    task: Task,
+    batch_size: int = 32,
+    progress: Progress = silent,
+    phase: str = "evaluate",
+) -> tuple[dict[str, float], Tensor]:
+    """As `evaluate`, with the likeliest token of every place, `(tokens,)`, in the order of the data."""
     model.eval()
     collate = BlockCollator(tokenizer, task)
     rows = (hide(data, tokenizer) if task == "masked" else data).remove_columns("length")
-    loss, right, tokens = 0.0, 0, 0
+    loss, right = 0.0, 0
+    likeliest: list[Tensor] = []
     with torch.inference_mode():
         for start in range(0, len(rows), batch_size):
             chosen = range(start, min(start + batch_size, len(rows)))
@@ -253,12 +267,15 @@ def evaluate(
             predicted = labels != IGNORED
             logits, labels = model(**batch).logits[predicted].float(), labels[predicted]
             loss += float(F.cross_entropy(logits, labels, reduction="sum"))
-            right += int((logits.argmax(-1) == labels).sum())
-            tokens += len(labels)
+            best = logits.argmax(-1)
+            right += int((best == labels).sum())
+            likeliest.append(best.cpu())
             progress(phase, chosen.stop, len(rows))
+    tokens = sum(map(len, likeliest))
     if tokens == 0:
         raise DataError("too little text to measure on: no token is predicted")
     if not math.isfinite(loss):
         raise ModelError("the model's predictions are NaN or infinite")
     mean = loss / tokens
-    return {"loss": mean, "perplexity": math.exp(min(mean, 700)), "token_accuracy": right / tokens}
+    metrics = {"loss": mean, "perplexity": math.exp(min(mean, 700)), "token_accuracy": right / tokens}
+    return metrics, torch.cat(likeliest)

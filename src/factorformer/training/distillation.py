@@ -35,12 +35,27 @@ WITHOUT_LABELS = DistillationWeights(labels=0.0, logits=0.0, hidden=1.0, pooled=
 
 
 def logit_loss(
-    student: Float[Tensor, "batch classes"], teacher: Float[Tensor, "batch classes"], temperature: float
+    student: Float[Tensor, "rows classes"],
+    teacher: Float[Tensor, "rows classes"],
+    temperature: float,
+    independent: bool = False,
 ) -> Float[Tensor, ""]:
     """Kullback-Leibler divergence of softened predictions, times temperature squared (Hinton et al., 2015).
 
     A single column is a regression output: there the squared error takes its place.
+
+    Args:
+        student, teacher: of texts or of words.
+        temperature: what logits are divided by.
+        independent: classes do not exclude each other (multi-label): divergences of all of them add up.
     """
+    if independent:
+        target = torch.sigmoid(teacher / temperature)
+        losses = [
+            F.binary_cross_entropy_with_logits(logits / temperature, target, reduction="sum")
+            for logits in (student, teacher)
+        ]
+        return (losses[0] - losses[1]) / len(student) * temperature**2
     if student.shape[-1] == 1:
         return F.mse_loss(student, teacher)
     log_p = F.log_softmax(student / temperature, -1)

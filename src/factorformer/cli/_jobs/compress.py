@@ -5,16 +5,20 @@ from __future__ import annotations
 import copy
 import dataclasses
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import datasets
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from factorformer import compression, recipes
 from factorformer.bench.layers import slower_than_dense
 from factorformer.cli._inputs import (
+    about,
+    calibration_batches,
+    check_teacher,
+    encode_table,
     fit_plan,
     hold_out,
     load_teacher,
@@ -23,19 +27,23 @@ from factorformer.cli._inputs import (
     predictions,
     read_table,
     save,
+    saved,
+    update,
 )
+from factorformer.cli._measure import Measured, check_measurable, compare, measure
 from factorformer.cli._options import note
-from factorformer.errors import DataError, ModelError
-from factorformer.hf.source import find, load_model, load_tokenizer
+from factorformer.errors import DataError, MethodError
+from factorformer.hf.source import find, load_model, load_tokenizer, read_config
 from factorformer.layers.matrix import Scope
 from factorformer.planning import Plan, Share, Unit, left_dense
 from factorformer.progress import Progress, bars
 from factorformer.report import Result, inventory
-from factorformer.report.result import BEFORE
-from factorformer.tasks.classification import labels_for, load_classifier
-from factorformer.tasks.data import Columns, Labels, batches, check_lengths, encode, sample
-from factorformer.tasks.finetuning import TrainingSettings, compare_embeddings, embed, evaluate, train
+from factorformer.tasks.classification import Head, find_head, head_labels, labels_for, load_classifier
+from factorformer.tasks.data import Columns, Labels, check_lengths, sample
+from factorformer.tasks.finetuning import TrainingSettings, train
+from factorformer.tasks.trainer import in_full_precision
 from factorformer.training.dynamic_rank import DynamicRank
+from factorformer.training.rank_history import RankHistory
 from factorformer.training.straight_through import StraightThrough
 
 COMPARED = 1000
@@ -44,15 +52,15 @@ COMPARED = 1000
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """The options of `compress`, checked; their help texts say what they are."""
+    """The options of `compress`; their help texts say what they are."""
 
     model: str
     output: str
     method: str | None
     ratio: float | None
-    budget: Unit
+    budget: Unit | None
     int8: bool
-    scope: Scope
+    scope: Scope | None
     include: list[str] | None
     exclude: list[str] | None
     share: Share | None
@@ -64,46 +72,244 @@ class Job:
     calibration: str | None
     calibration_rows: int
     max_length: int
-    epochs: float
-    learning_rate: float
-    batch_size: int
-    seed: int
-    freeze_embeddings: bool
+    settings: TrainingSettings
     distill: str | None
     overwrite: bool
 
+    @property
+    def chosen(self) -> str:
+        """The method, by default the data-aware one where there is text."""
+        method = self.method if self.plan is None else self.plan.method
+        return method or recipes.default_method(calibrated=self.calibration is not None or self.train is not None)
+
+    @property
+    def needs(self) -> str:
+        """What data the fit of the method needs."""
+        return recipes.get(self.chosen).needs
+
 
 @dataclasses.dataclass(frozen=True)
-class Prepared:
-    """A model and its data, read and checked before any long work starts.
+class Inputs:
+    """What is read and checked before the weights of a model are.
 
     Args:
-        model: still dense.
+        path: the model's directory.
         tokenizer: None where there is no text at all.
         labels: of the task, in the order of the model's head; None without one.
-        fresh: the head is new: its predictions mean nothing yet.
+        head: where the head to train comes from; None if none is trained.
         train, evaluation, calibration: encoded rows.
-        teacher: to learn from.
     """
 
-    model: PreTrainedModel
+    path: Path
     tokenizer: PreTrainedTokenizerBase | None
     labels: Labels | None
-    fresh: bool
+    head: Head | None
     train: datasets.Dataset | None
     evaluation: datasets.Dataset | None
     calibration: datasets.Dataset | None
-    teacher: PreTrainedModel | None
+
+    @property
+    def fresh(self) -> bool:
+        """The head is new: its predictions mean nothing yet."""
+        return self.head is not None and not self.head.trained
 
 
 def run(job: Job) -> Result:
-    """Plan, fit, train, measure, save."""
+    """Check, plan, fit, train, save, measure."""
     started = time.perf_counter()
-    path = find(job.model)
-    ready = _prepare(job, path)
-    model = ready.model
-    calibration = _calibration_batches(job, ready)
-    if job.plan is None:
+    job = check(job)
+    inputs = read_inputs(job)
+    model = _load(job, inputs)
+    calibration = None
+    if inputs.calibration is not None and inputs.tokenizer is not None:
+        rows, size = job.calibration_rows, job.settings.batch_size
+        calibration = calibration_batches(model, inputs.tokenizer, inputs.calibration, rows, job.settings.seed, size)
+    plan, warnings = _plan(job, model, calibration)
+    with bars() as progress:
+        before = None if inputs.fresh else _measure(inputs, model, progress, "evaluate original")
+        restore = in_full_precision(model) if inputs.train is not None else None
+        plan, history, seconds = _fit(job, inputs, model, plan, calibration, progress)
+        if restore is not None:
+            restore()
+    result = Result.of(
+        plan if history is None else inventory(model, plan.scope),
+        method=job.chosen,
+        metrics=predictions(plan) | compare(before, None),
+        seconds=seconds | {"total": time.perf_counter() - started},
+        seed=None if inputs.tokenizer is None else job.settings.seed,
+        output=job.output,
+        warnings=warnings,
+    )
+    # Whatever lies beside the weights belongs to the model as it was; a new head makes it a model for something else.
+    tokenizer, companions = (inputs.tokenizer, None) if inputs.fresh else (None, inputs.path)
+    save(result, model, overwrite=job.overwrite, tokenizer=tokenizer, companions=companions, history=history)
+    if inputs.evaluation is None:
+        return result
+    with saved(job.output, "compressed"):
+        with bars() as progress:
+            after = _measure(inputs, model, progress, "evaluate")
+        seconds |= {"total": time.perf_counter() - started}
+        result = dataclasses.replace(result, metrics=predictions(plan) | compare(before, after), seconds=seconds)
+        update(result)
+    return result
+
+
+# Options
+
+
+def check(job: Job) -> Job:
+    """Refuse options that do not go together, and drop, with a note, what nothing reads.
+
+    Raises:
+        MethodError: an unknown method, or options of methods that do not go together.
+        DataError: data, or the name of a column, that is missing.
+        BudgetError: a ratio that no model can meet.
+    """
+    _check_method(job)
+    _check_data(job)
+    recipe, label, untrained = recipes.get(job.chosen), job.columns.label, job.train is None
+    unread = job.needs == "nothing" and untrained and job.evaluation is None and job.calibration is not None
+    for happens, text in (
+        (unread, "measures nothing: --calibration is not used"),
+        (recipe.training == "none" and not untrained, "is a fit without training, which --train adds to it"),
+        (
+            recipe.training == "straight-through" and untrained,
+            "learns in training: without --train, this is its start alone",
+        ),
+        (
+            recipe.allocation == "dynamic" and untrained,
+            "finds its ranks in training: without --train, all matrices shrink alike",
+        ),
+    ):
+        if happens:
+            note(f"method '{job.chosen}' {text}")
+    measured = job.calibration is not None or job.train is not None
+    given = job.method if job.plan is None else job.plan.method
+    note(f"method: {job.chosen}" + ("" if given else f" (the default {'with' if measured else 'without'} text)"))
+    if label is not None and untrained and job.evaluation is None and job.needs != "labelled text":
+        note(f"method '{job.chosen}' reads no labels: --label is not used without --train or --eval")
+        job = dataclasses.replace(job, columns=dataclasses.replace(job.columns, label=None))
+    return dataclasses.replace(job, calibration=(job.calibration or job.train) if job.needs != "nothing" else None)
+
+
+def _check_method(job: Job) -> None:
+    options = (job.method, job.ratio, job.budget, job.scope, job.include, job.exclude, job.share)
+    if job.plan is not None and (job.int8 or any(option is not None for option in options)):
+        raise MethodError(
+            "--plan holds method, budget, scope, patterns, sharing and int8 already: leave these options out"
+        )
+    if recipes.get(job.chosen).training == "from scratch":
+        raise MethodError(
+            f"method '{job.chosen}' trains a new model from scratch, not the weights of one: use `factorformer train`, "
+            "or method 'kronecker' to fit these"
+        )
+    compression.check_options(job.chosen, job.ratio, job.share, job.budget or "bytes")
+
+
+def _check_data(job: Job) -> None:
+    label = job.columns.label
+    if job.distill is not None and job.train is None:
+        raise DataError("--distill needs text to learn on: give --train")
+    if job.train is not None and label is None and job.distill is None:
+        raise DataError("training needs labels or a teacher: give --label, or --distill with the original model")
+    if label is not None and job.train is None and job.evaluation is None and job.calibration is None:
+        raise DataError("--label is the name of a column: give --train, --eval or --calibration")
+    if job.regression and label is None:
+        raise DataError("--regression is about labels: name their column with --label")
+    if job.needs != "nothing" and job.calibration is None and job.train is None:
+        raise DataError(
+            f"method '{job.chosen}' needs {job.needs} to measure on: give --calibration or --train, or use 'svd'"
+        )
+    if job.needs == "labelled text" and label is None:
+        raise DataError(f"method '{job.chosen}' needs labelled text: name the column of the labels with --label")
+
+
+# Data
+
+
+def read_inputs(job: Job) -> Inputs:
+    """Read all data, and check that it fits the model, of which nothing but the configuration is looked at.
+
+    Raises:
+        DataError: data that is missing, malformed, too little, or does not fit the model.
+        ModelError: no such model, a head for another task, or a teacher that does not fit.
+    """
+    path, label = find(job.model), job.columns.label
+    config = read_config(path)
+    own = head_labels(config)
+    labelled = {"train": job.train, "evaluation": job.evaluation} if label is not None else {}
+    if job.needs == "labelled text":
+        labelled["calibration"] = job.calibration
+    sources = {"train": job.train, "evaluation": job.evaluation, "calibration": job.calibration}
+    sources = {name: source for name, source in sources.items() if source is not None}
+    columns: dict[str, Columns] = {name: job.columns for name in sources if labelled.get(name) is not None}
+    tables = {name: read_table(sources[name], job.columns) for name in columns}
+    words = any(job.columns.of_words(rows) for rows in tables.values()) or (own is not None and own.kind == "tokens")
+    for name in sources.keys() - columns.keys():
+        columns[name] = plain_columns(sources[name], job.columns, words=words)
+        tables[name] = read_table(sources[name], columns[name])
+    labels, head = _task(job, path, {name: tables[name] for name in labelled if name in tables})
+    if head is not None and not head.trained and job.needs == "labelled text":
+        raise DataError(
+            f"method '{job.chosen}' measures the model on labels, but '{job.model}' has no head trained for them: "
+            "run `factorformer finetune` first and compress its output"
+        )
+    if job.distill is not None:
+        check_teacher(job.distill, path, head)
+    tokenizer = load_tokenizer(path) if tables else None
+    data: dict[str, datasets.Dataset] = {}
+    for name, rows in tables.items():
+        assert tokenizer is not None
+        known = labels if columns[name].label is not None else None
+        data[name] = encode_table(sources[name], rows, columns[name], tokenizer, known, job.max_length, path)
+    seed = job.settings.seed
+    if label is None and job.train is not None and job.evaluation is None:
+        data["train"], data["evaluation"] = hold_out(data["train"], seed)
+        if job.calibration == job.train:  # what is measured on is not calibrated on
+            data["calibration"] = data["train"]
+    if labels is None and "evaluation" in data:
+        check_measurable(config, data["evaluation"], job.evaluation or job.train or "")
+        data["evaluation"] = sample(data["evaluation"], COMPARED, seed)
+    names = ("train", "evaluation", "calibration")
+    return Inputs(path, tokenizer, labels, head, *(data.get(name) for name in names))
+
+
+def _task(job: Job, path: Path, tables: Mapping[str, datasets.Dataset]) -> tuple[Labels | None, Head | None]:
+    """What labels mean, and the head that is trained on them, if one is."""
+    label = job.columns.label
+    if label is None or not tables:
+        return None, None
+    name = next(name for name in ("train", "evaluation", "calibration") if name in tables)
+    with about(getattr(job, name)):
+        if name != "train":
+            return labels_for(path, tables[name], label), None
+        words = job.columns.of_words(tables[name])
+        head = find_head(path, Labels.of(tables[name], label, job.regression, words))
+    note_new_head(head)
+    return head.labels, head
+
+
+# Model
+
+
+def _load(job: Job, inputs: Inputs) -> PreTrainedModel:
+    """The model in its own precision, with the head that is to be trained."""
+    if inputs.head is None:
+        model = load_model(inputs.path)
+    else:
+        model = load_classifier(inputs.path, inputs.head.labels, job.settings.seed, None).model
+    for name in ("train", "evaluation", "calibration"):
+        data = getattr(inputs, name)
+        if data is not None:
+            check_lengths(model, data, f"the {name} data")
+    return model
+
+
+def _plan(job: Job, model: PreTrainedModel, calibration: list[dict[str, Tensor]] | None) -> tuple[Plan, list[str]]:
+    """The plan, and warnings about it, which are told as well."""
+    if job.plan is not None:
+        plan = fit_plan(job.plan, model)
+    else:
         with bars() as progress:
             plan = compression.plan(
                 model,
@@ -113,141 +319,64 @@ def run(job: Job) -> Result:
                 job.include,
                 job.exclude,
                 share=job.share,
-                budget=job.budget,
+                budget=job.budget or "bytes",
                 int8=job.int8,
                 calibration=calibration,
                 progress=progress,
             )
-    else:
-        plan = fit_plan(job.plan, model)
     for line in left_dense(plan.entries, plan.original.bytes):
         note(f"left dense: {line}")
-    warnings = slower_than_dense(plan.entries, model.device)
+    warnings = list(slower_than_dense(plan.entries, model.device))
     for line in warnings:
         note(f"slower: {line}")
-    chosen = plan.method or recipes.default_method(calibrated=calibration is not None)
-    with bars() as progress:
-        before = _measure(ready, progress, "evaluate original")
-        through = ready.train is not None and recipes.get(chosen).training == "straight-through"
-        ranks, straight, seconds = None, None, {}
-        if ready.train is not None and recipes.get(chosen).allocation == "dynamic":
-            begun = time.perf_counter()
-            ranks = DynamicRank(model, plan, calibration, progress=progress)
-            seconds["start"] = time.perf_counter() - begun
-        else:
-            dense = copy.deepcopy(model) if through else None
-            report = compression.compress(
-                model, plan, calibration, progress, keep_statistics=through, hold_floats=ready.train is not None
-            )
-            plan = report.plan
-            for line in report.notes:
-                note(f"left dense: {line}")
-            straight = None if dense is None else StraightThrough(model, report.statistics, dense)
-            dense, seconds = None, dict(report.seconds)
-            del report  # its statistics are large
-        if ready.train is not None and ready.tokenizer is not None:
-            settings = TrainingSettings(
-                job.epochs, job.learning_rate, job.batch_size, job.seed, freeze_embeddings=job.freeze_embeddings
-            )
-            seconds["train"] = train(
-                model,
-                ready.tokenizer,
-                ready.train,
-                settings,
-                teacher=ready.teacher,
-                straight=straight,
-                ranks=ranks,
-                progress=progress,
-            )
-            compression.quantize(model)
-        after = _measure(ready, progress, "evaluate", trained=ready.train is not None)
-    seconds["total"] = time.perf_counter() - started
-    result = Result.of(
-        plan if ranks is None else inventory(model, plan.scope),
-        method=chosen,
-        metrics=predictions(plan) | _metrics(before, after),
-        seconds=seconds,
-        seed=None if ready.tokenizer is None else job.seed,
-        output=job.output,
-        warnings=warnings,
-    )
-    history = None if ranks is None else ranks.history
-    # Whatever lies beside the weights belongs to the model as it was; a new head makes it a model for something else.
-    if ready.fresh:
-        save(result, model, overwrite=job.overwrite, tokenizer=ready.tokenizer, history=history)
-    else:
-        save(result, model, overwrite=job.overwrite, companions=path, history=history)
-    return result
+    return plan, warnings
 
 
-def _prepare(job: Job, path: Path) -> Prepared:
-    columns, label = job.columns, job.columns.label
-    needs_labels = recipes.get(job.method).needs == "labelled text" if job.method else False
-    rows: dict[str, datasets.Dataset] = {}
-    columns_of: dict[str, Columns] = {}
-    for name, source in (("train", job.train), ("evaluation", job.evaluation), ("calibration", job.calibration)):
-        if source is None:
-            continue
-        plain = label is None or (name == "calibration" and not needs_labels)
-        columns_of[name] = plain_columns(source, columns) if plain else columns
-        rows[name] = read_table(source, columns_of[name])
-    tokenizer = load_tokenizer(path) if rows else None
-    labels, fresh, precision = None, False, torch.float32 if job.train is not None else None
-    if label is not None and "train" in rows:
-        classifier = load_classifier(path, Labels.of(rows["train"], label, job.regression), job.seed, precision)
-        note_new_head(classifier)
-        model, labels, fresh = classifier.model, classifier.labels, not classifier.trained
+def _fit(
+    job: Job,
+    inputs: Inputs,
+    model: PreTrainedModel,
+    plan: Plan,
+    calibration: list[dict[str, Tensor]] | None,
+    progress: Progress,
+) -> tuple[Plan, RankHistory | None, dict[str, float]]:
+    """Replace matrices by factors and train these, in place.
+
+    Returns:
+        The plan as it was carried out, how ranks moved, if they did, and seconds by phase.
+    """
+    recipe, training = recipes.get(job.chosen), inputs.train is not None
+    ranks, straight, seconds = None, None, {}
+    if training and recipe.allocation == "dynamic":
+        begun = time.perf_counter()
+        ranks = DynamicRank(model, plan, calibration, progress=progress)
+        seconds["start"] = time.perf_counter() - begun
     else:
-        model = load_model(path, precision)
-        if label is not None:
-            # `compress` drops a label that nothing reads: without training, one of these two is labelled.
-            labels = labels_for(path, rows["evaluation" if "evaluation" in rows else "calibration"], label)
-    if fresh and needs_labels:
-        raise DataError(
-            f"method '{job.method}' measures the model on labels, but '{job.model}' has no head trained for them: "
-            "run `factorformer finetune` first and compress its output"
+        through = training and recipe.training == "straight-through"
+        dense = copy.deepcopy(model) if through else None
+        report = compression.compress(model, plan, calibration, progress, keep_statistics=through, hold_floats=training)
+        straight = None if dense is None else StraightThrough(model, report.statistics, dense)
+        seconds |= report.seconds
+        plan = report.plan
+        for line in report.notes:
+            note(f"left dense: {line}")
+        del dense, report  # both are large
+    if inputs.train is not None and inputs.tokenizer is not None:
+        seconds["train"] = train(
+            model,
+            inputs.tokenizer,
+            inputs.train,
+            job.settings,
+            teacher=load_teacher(job.distill, model),
+            straight=straight,
+            ranks=ranks,
+            progress=progress,
         )
-    data = {
-        name: encode(tokenizer, table, columns_of[name], labels, job.max_length)
-        for name, table in rows.items()
-        if tokenizer is not None
-    }
-    for name, encoded in data.items():
-        check_lengths(model, encoded, f"the {name} data")
-    if label is None and "train" in data and "evaluation" not in data:
-        data["train"], data["evaluation"] = hold_out(data["train"], job.seed)
-        if job.calibration == job.train:  # what is measured on is not calibrated on
-            data["calibration"] = data["train"]
-    if labels is None and "evaluation" in data:
-        data["evaluation"] = sample(data["evaluation"], COMPARED, job.seed)
-        if model.config.is_encoder_decoder:
-            raise ModelError(f"'{job.model}' is an encoder and a decoder: embeddings of texts are not defined for it")
-    teacher = None if job.distill is None else load_teacher(job.distill, model, labelled=labels is not None)
-    names = ("train", "evaluation", "calibration")
-    return Prepared(model, tokenizer, labels, fresh, *(data.get(name) for name in names), teacher=teacher)
+        compression.quantize(model)
+    return plan, None if ranks is None else ranks.history, seconds
 
 
-def _calibration_batches(job: Job, ready: Prepared) -> list[dict[str, Tensor]] | None:
-    if ready.calibration is None or ready.tokenizer is None:
+def _measure(inputs: Inputs, model: PreTrainedModel, progress: Progress, phase: str) -> Measured | None:
+    if inputs.evaluation is None or inputs.tokenizer is None:
         return None
-    rows = sample(ready.calibration, job.calibration_rows, job.seed)
-    return list(batches(ready.tokenizer, rows, job.batch_size))
-
-
-def _measure(
-    ready: Prepared, progress: Progress, phase: str, *, trained: bool = False
-) -> dict[str, float] | Tensor | None:
-    """Metrics of a task, or embeddings of plain text; None without data, or where a new head knows nothing yet."""
-    if ready.evaluation is None or ready.tokenizer is None or (ready.fresh and not trained):
-        return None
-    if ready.labels is not None:
-        return evaluate(ready.model, ready.tokenizer, ready.evaluation, ready.labels, progress, phase)
-    return embed(ready.model, ready.tokenizer, ready.evaluation)
-
-
-def _metrics(before: dict[str, float] | Tensor | None, after: dict[str, float] | Tensor | None) -> dict[str, float]:
-    if isinstance(before, Tensor) and isinstance(after, Tensor):
-        return compare_embeddings(before, after)
-    earlier = before if isinstance(before, dict) else {}
-    later = after if isinstance(after, dict) else {}
-    return {**{BEFORE + name: value for name, value in earlier.items()}, **later}
+    return measure(model, inputs.tokenizer, inputs.evaluation, inputs.labels, progress, phase)

@@ -29,7 +29,8 @@ from factorformer.report.result import BEFORE
 from factorformer.tasks.classification import load_classifier
 from factorformer.tasks.data import Columns, Labels, batches, encode, sample
 from factorformer.tasks.docstrings import stdlib_docstrings
-from factorformer.tasks.finetuning import TrainingSettings, evaluate, train
+from factorformer.tasks.evaluation import evaluate
+from factorformer.tasks.finetuning import TrainingSettings, train
 
 # Sized so that everything takes some four minutes on two cores, nearly all of it in these training steps:
 # epochs * TRAIN_ROWS / BATCH_SIZE, 225 for either model.

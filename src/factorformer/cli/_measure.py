@@ -1,0 +1,85 @@
+"""What a model is measured by on a table: its task, the tokens it goes on with, or its embeddings."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+import datasets
+from torch import Tensor
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from factorformer.errors import DataError, ModelError
+from factorformer.progress import Progress
+from factorformer.report.result import BEFORE
+from factorformer.tasks import language_modelling
+from factorformer.tasks.classification import is_causal
+from factorformer.tasks.data import Labels
+from factorformer.tasks.evaluation import LEAST_TEXTS, compare_embeddings, embed, evaluate
+
+LOGITS = 2**27
+"""A language model's predictions of so many numbers are held at a time."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """What was found out about a model.
+
+    Args:
+        metrics: of the model alone.
+        tokens: the likeliest next token at every place of the texts, of a language model.
+        embeddings: of the texts, `(rows, width)`, of an encoder.
+    """
+
+    metrics: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    tokens: Tensor | None = None
+    embeddings: Tensor | None = None
+
+
+def check_measurable(config: PretrainedConfig, data: datasets.Dataset, source: str) -> None:
+    """Raise an error for plain text, or a model, that `measure` could make nothing of.
+
+    Raises:
+        DataError: too few texts or tokens.
+        ModelError: an encoder-decoder.
+    """
+    if config.is_encoder_decoder:
+        raise ModelError("the model is an encoder and a decoder: embeddings of texts are not defined for it")
+    if is_causal(config):
+        if max(data["length"]) < 2:
+            raise DataError(f"'{source}' has no text of two tokens: give one at least, to predict the second")
+    elif len(data) < LEAST_TEXTS:
+        raise DataError(
+            f"'{source}' has {len(data)} texts: give at least {LEAST_TEXTS}, whose similarities can be ranked"
+        )
+
+
+def measure(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    data: datasets.Dataset,
+    labels: Labels | None,
+    progress: Progress,
+    phase: str,
+) -> Measured:
+    """Metrics of a task; without labels perplexity and tokens of a language model, or embeddings."""
+    if labels is not None:
+        return Measured(evaluate(model, tokenizer, data, labels, progress, phase))
+    if not is_causal(model.config):
+        return Measured(embeddings=embed(model, tokenizer, data))
+    size = max(1, LOGITS // (max(data["length"]) * model.config.get_text_config().vocab_size))
+    metrics, tokens = language_modelling.predict(
+        model, tokenizer, data.sort("length"), "causal", min(size, 32), progress, phase
+    )
+    return Measured(metrics, tokens)
+
+
+def compare(before: Measured | None, after: Measured | None) -> dict[str, float]:
+    """All metrics: of the original under the prefix `original_`, of the result, and of how far the two agree."""
+    earlier, later = before or Measured(), after or Measured()
+    metrics = {**{BEFORE + name: value for name, value in earlier.metrics.items()}, **later.metrics}
+    if earlier.tokens is not None and later.tokens is not None:
+        metrics["next_token_agreement"] = float((earlier.tokens == later.tokens).float().mean())
+    if earlier.embeddings is not None and later.embeddings is not None:
+        metrics |= compare_embeddings(earlier.embeddings, later.embeddings)
+    return metrics

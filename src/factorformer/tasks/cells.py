@@ -1,0 +1,99 @@
+"""What cells of a table may hold: texts, lists of words, labels; every error names row and column."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import datasets
+
+from factorformer.errors import DataError
+from factorformer.tasks.reading import described, kind_of
+
+
+def row_name(row: int) -> str:
+    """The place of a row of a table in messages."""
+    return f"row {row + 1}"
+
+
+def class_label(feature: Any) -> datasets.ClassLabel | None:
+    """The classes of a column of labels, or of lists of these, that the data set itself names."""
+    inner = feature.feature if isinstance(feature, datasets.List | datasets.LargeList) else feature
+    return inner if isinstance(inner, datasets.ClassLabel) else None
+
+
+def _missing(value: object) -> bool:
+    return value is None or (isinstance(value, float) and math.isnan(value))
+
+
+def check_texts(values: Iterable[Any], source: str, column: str, where: Callable[[int], str], words: bool) -> None:
+    """Raise `DataError` unless all cells are texts or numbers, or, where that may be, all are lists of words.
+
+    Args:
+        values: the cells of a column.
+        source: the table's name in messages.
+        column: the column's name in messages.
+        where: the place of a row in messages.
+        words: whether cells may be lists of words.
+    """
+    lists = None
+    for row, value in enumerate(values):
+        place = f"{source}, {where(row)}, column '{column}'"
+        if _missing(value):
+            raise DataError(f"{place}: no text")
+        is_list = isinstance(value, list)
+        if is_list and words:
+            wrong = next((word for word in value if not isinstance(word, str)), None)
+            if wrong is not None:
+                raise DataError(f"{place}: every word has to be text, not {described(wrong)}")
+        elif isinstance(value, bool) or not isinstance(value, str | int | float):
+            more = "; lists of words need a label for every word" if is_list else ""
+            raise DataError(f"{place}: a text belongs here, not {described(value)}{more}")
+        if lists is not None and is_list != lists:
+            raise DataError(f"{place}: {described(value)}, but earlier rows hold {'a list' if lists else 'a text'}")
+        lists = is_list
+
+
+def check_label_cells(values: Iterable[Any], source: str, column: str, where: Callable[[int], str]) -> None:
+    """Raise `DataError` unless all cells are names or numbers, or all are lists of these; arguments as above."""
+    for row, value in enumerate(values):
+        for item in value if isinstance(value, list) else [value]:
+            place = f"{source}, {where(row)}, column '{column}'"
+            if _missing(item) or (isinstance(item, str) and not item.strip()):
+                raise DataError(f"{place}: no label")
+            if not isinstance(item, str | int | float):
+                raise DataError(f"{place}: a name or a number belongs here, not {described(item)}")
+            if isinstance(item, float) and math.isinf(item):
+                raise DataError(f"{place}: an infinite number is no label")
+    check_kind(values, source, column, where)
+
+
+def check_kind(values: Iterable[Any], source: str, column: str, where: Callable[[int], str]) -> None:
+    """Raise `DataError` if values of a column are of several types; None is of all."""
+    first: tuple[str, int] | None = None
+    for row, value in enumerate(values):
+        for item in value if isinstance(value, list) else [value]:
+            kind = kind_of(item) + (" in a list" if isinstance(value, list) else "")
+            if item is None:
+                continue
+            first = first or (kind, row)
+            if kind != first[0]:
+                raise DataError(
+                    f"{source}, {where(row)}, column '{column}': {described(item)}, but {where(first[1])} holds "
+                    f"{first[0]}: a column holds values of one type"
+                )
+
+
+def check_labels(rows: datasets.Dataset, column: str, source: str = "the data") -> None:
+    """Raise `DataError` unless every row has a label, and all are of one type."""
+    check_label_cells(rows[column], source, column, row_name)
+    feature = class_label(rows.features[column])
+    classes = 0 if feature is None else len(feature.names)
+    for row, cell in enumerate(rows[column] if classes else ()):
+        for value in cell if isinstance(cell, list) else [cell]:
+            if not 0 <= value < classes:
+                what = "no label (-1)" if value == -1 else f"label {value}"
+                raise DataError(
+                    f"{source}, {row_name(row)}, column '{column}': {what}; classes are numbered 0 to {classes - 1}"
+                )

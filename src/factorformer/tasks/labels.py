@@ -1,0 +1,157 @@
+"""What the labels of a task mean, and the ids that a model knows them by."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import datasets
+
+from factorformer.errors import DataError
+from factorformer.tasks.cells import check_labels, class_label
+from factorformer.tasks.reading import described
+
+Kind = Literal["classification", "regression", "multi_label", "tokens"]
+
+TASKS: dict[Kind, str] = {
+    "classification": "one label a text",
+    "regression": "a score for a text",
+    "multi_label": "any number of labels a text (multi-label)",
+    "tokens": "a label for every word",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Labels:
+    """The meaning of the labels of a task.
+
+    Args:
+        kind: what is predicted: one of several classes of a text, a number, any number of classes of a text, or a class
+            of every word.
+        names: class names in the order of their ids; empty for regression.
+    """
+
+    kind: Kind
+    names: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, rows: datasets.Dataset, column: str, regression: bool = False, words: bool = False) -> Labels:
+        """Read the labels of training data.
+
+        Fractional numbers, also those written as strings, mean regression; lists mean several classes a text, or one a
+        word; everything else means classes.
+
+        Args:
+            rows: a table.
+            column: where its labels are.
+            regression: whole numbers are scores as well.
+            words: lists hold the label of every word.
+
+        Raises:
+            DataError: fewer than two classes, a label that is missing, or values of several types.
+        """
+        check_labels(rows, column)
+        values = list(rows[column])
+        lists = any(isinstance(value, list) for value in values)
+        feature = class_label(rows.features[column])
+        kind: Kind = "classification" if not lists else "tokens" if words else "multi_label"
+        if regression and lists:
+            raise DataError(f"column '{column}' holds lists, which cannot be the scores of a regression")
+        if feature is not None and not regression:
+            return cls(kind, tuple(feature.names))
+        items = [item for value in values for item in (value if isinstance(value, list) else [value])]
+        if kind == "classification" and (regression or _fractional(items)):
+            labels = cls("regression")
+            labels.ids(rows, column)  # which says what is not a number
+            return labels
+        names = sorted({_name(item) for item in items}, key=_natural)
+        if len(names) < (1 if kind == "multi_label" else 2):
+            raise DataError(f"column '{column}' holds a single label {names}: nothing can be learned from it")
+        return cls(kind, tuple(names))
+
+    def ids(self, rows: datasets.Dataset, column: str) -> list[Any]:
+        """Labels as the model wants them: an id, a number, a 0 or 1 for each class, or a list with an id for each word.
+
+        Raises:
+            DataError: a label that training has not seen, one that is missing, that is not a number in a regression
+                task, or a list where the task has none, or the other way round.
+        """
+        check_labels(rows, column)
+        values = list(rows[column])
+        self._check_shape(values, column)
+        if self.kind == "regression":
+            return [_number(value, row, column) for row, value in enumerate(values)]
+        feature = class_label(rows.features[column])
+        index = {name: i for i, name in enumerate(self.names)}
+        unseen: dict[str, int] = {}
+
+        def id_of(value: Any, row: int) -> int:
+            raw = str(value) if feature is None else feature.names[value]
+            name = raw if raw in index else _name(value) if feature is None else raw
+            if name not in index:
+                unseen.setdefault(name, row)
+            return index.get(name, -1)
+
+        found: list[Any] = [
+            [id_of(item, row) for item in value] if isinstance(value, list) else id_of(value, row)
+            for row, value in enumerate(values)
+        ]
+        if unseen:
+            raise DataError(
+                f"column '{column}' holds labels never seen in training: {list(unseen)[:5]}, first in "
+                f"row {next(iter(unseen.values())) + 1}; known: {list(self.names)[:20]}"
+            )
+        if self.kind == "multi_label":
+            return [[float(i in set(ids)) for i in range(len(self.names))] for ids in found]
+        return found
+
+    def _check_shape(self, values: Sequence[Any], column: str) -> None:
+        lists = self.kind in ("multi_label", "tokens")
+        wrong = next((row for row, value in enumerate(values) if isinstance(value, list) != lists), None)
+        if wrong is not None:
+            raise DataError(
+                f"column '{column}', row {wrong + 1}: the task is {TASKS[self.kind]}: "
+                f"{'a list' if lists else 'one value'} belongs here, not {described(values[wrong])}"
+            )
+
+    def __str__(self) -> str:
+        shown = ", ".join(self.names[:10]) + (", ..." if len(self.names) > 10 else "")
+        return shown or "a score"
+
+
+_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
+
+
+def _fractional(values: Sequence[Any]) -> bool:
+    """Whether these are numbers, as such or written as strings, not all of them whole."""
+    if all(isinstance(value, str) for value in values):
+        if not all(_NUMBER.fullmatch(value.strip()) for value in values):
+            return False
+        values = [float(value) for value in values]
+    return any(isinstance(value, float) and not value.is_integer() for value in values)
+
+
+def _number(value: Any, row: int, column: str) -> float:
+    try:
+        number = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise DataError(f"column '{column}', row {row + 1}: regression needs finite numbers, not {described(value)}")
+    return number
+
+
+def _name(value: object) -> str:
+    """The name of a class; whole numbers have no decimal point."""
+    if isinstance(value, float) and value.is_integer():
+        return str(int(value))
+    whole = re.fullmatch(r"(-?\d+)\.0*", value) if isinstance(value, str) else None
+    return whole[1] if whole else str(value)
+
+
+def _natural(name: str) -> tuple[bool, float, str]:
+    """Numbers in numeric order before words."""
+    return (False, float(name), "") if re.fullmatch(r"-?\d+", name, re.ASCII) else (True, 0.0, name)
