@@ -22,6 +22,10 @@ class ModelError(FactorformerError):
     """A model, layer or weight that cannot be factorized as asked."""
 
 
+class DivergedError(ModelError):
+    """A training whose loss became NaN or infinite."""
+
+
 class DataError(FactorformerError):
     """Calibration, training or evaluation data that is missing, empty or malformed."""
 
@@ -35,7 +39,7 @@ class ExportError(FactorformerError):
 
 
 class OutputError(FactorformerError):
-    """An output path that exists already or cannot be written."""
+    """An output path that is taken, would cost other files, or cannot be written."""
 
 
 def one_of(given: str, allowed: Iterable[str]) -> str:
@@ -48,3 +52,16 @@ def one_of(given: str, allowed: Iterable[str]) -> str:
     near = difflib.get_close_matches(given, names, n=1, cutoff=0.5)
     hint = f" (did you mean '{near[0]}'?)" if near else ""
     return f"'{given}'{hint}; allowed: {', '.join(names)}"
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of a message that may go on for pages; all of it if the error is one of ours.
+
+    >>> first_line(RuntimeError("sizes differ\\n  at layer 3"))
+    'sizes differ'
+    >>> first_line(KeyError())
+    'KeyError'
+    """
+    if isinstance(error, FactorformerError):
+        return str(error)
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from factorformer.cli._options import note
 from factorformer.errors import DataError, ModelError
-from factorformer.files import output_directory
+from factorformer.files import RESULT_FILE, output_directory
 from factorformer.hf.source import copy_companions, find, load_model
 from factorformer.layers.surgery import find_matrices
 from factorformer.planning import Entry, Plan
@@ -22,9 +22,6 @@ from factorformer.tasks.classification import Classifier, head_labels
 from factorformer.tasks.data import Columns, encode, read
 from factorformer.tasks.finetuning import check_can_follow
 from factorformer.training.rank_history import RankHistory
-
-RESULT_FILE = "factorformer.json"
-"""The result of the command that made a directory lies in it under this name."""
 
 HELD_OUT = 500
 """At most so many rows, and at most a tenth of them, are held out of plain text to compare embeddings on."""
@@ -160,7 +157,7 @@ def save(
         history: how ranks moved in training, written beside the model, if given.
     """
     assert result.output is not None
-    with output_directory(result.output, overwrite=overwrite) as partial:
+    with output_directory(result.output, overwrite=overwrite, inputs=(companions,)) as partial:
         write(result, model, partial, tokenizer=tokenizer)
         if companions is not None:
             copy_companions(companions, partial)

@@ -107,7 +107,7 @@ def compress(
     from factorformer.files import check_output
     from factorformer.planning import Plan
 
-    check_output(output, overwrite=overwrite)
+    check_output(output, overwrite=overwrite, inputs=(model, plan, calibration, train, evaluation, distill))
     options = (method, ratio, budget, scope, include, exclude, share)
     if plan is not None and (int8 or any(option is not None for option in options)):
         raise MethodError(

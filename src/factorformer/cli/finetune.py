@@ -73,7 +73,7 @@ def finetune(
     """
     from factorformer.files import check_output
 
-    check_output(output, overwrite=overwrite)
+    check_output(output, overwrite=overwrite, inputs=(model, train, evaluation, distill))
     from factorformer import compression
     from factorformer.cli._inputs import columns_of, load_teacher, note_new_head, read_table, save
     from factorformer.hf.source import find, load_tokenizer

@@ -28,7 +28,7 @@ from factorformer.cli._options import (
     emit,
     note,
 )
-from factorformer.errors import OutputError
+from factorformer.files import check_file
 
 PlanFile = Annotated[
     Path | None,
@@ -75,8 +75,8 @@ def plan(
       factorformer plan minilm --method auto --ratio 1.5 --budget milliseconds
       factorformer plan minilm --exclude '*.output.dense'
     """
-    if output is not None and output.exists() and not overwrite:
-        raise OutputError(f"'{output}' exists already: choose another name or allow --overwrite")
+    if output is not None:
+        check_file(output, overwrite=overwrite, inputs=(model, calibration))
     from factorformer import compression
     from factorformer.bench.layers import slower_than_dense
     from factorformer.cli._inputs import columns_of, encoded_text, predictions

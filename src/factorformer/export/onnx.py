@@ -20,7 +20,7 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from factorformer.errors import ExportError, OutputError
+from factorformer.errors import ExportError
 from factorformer.export.task import Pooling, Task, input_names, read_longest, read_pooling
 from factorformer.files import check_output, output_directory
 from factorformer.hf.source import find, load_model, load_tokenizer
@@ -105,8 +105,7 @@ def export(
         whole = copy.deepcopy(model)
     else:
         source = find(os.fspath(model))
-        if Path(path).resolve() in (source.resolve(), *source.resolve().parents):
-            raise OutputError(f"'{path}' holds the model itself: choose another directory")
+        check_output(path, overwrite=overwrite, inputs=(source,))
         if tokenizer is None:
             tokenizer = load_tokenizer(source)
             tokenizer.model_max_length = read_longest(source) or tokenizer.model_max_length

@@ -18,7 +18,6 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    set_seed,
 )
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import (
@@ -28,6 +27,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from factorformer.errors import ModelError
+from factorformer.tasks.seeding import seeded
 
 Task = Literal["translation", "causal", "masked"]
 """What a model learns: one text from another, the next token, or tokens that are hidden."""
@@ -146,14 +146,14 @@ class Architecture:
 
 
 def new_model(config: PreTrainedConfig, task: Task, seed: int = 0) -> PreTrainedModel:
-    """A model with random weights.
+    """A model with random weights, which depend on the seed alone.
 
     Raises:
         ModelError: sizes that its layers refuse.
     """
-    set_seed(seed)
     try:
-        return _MODELS[task].from_config(config)
+        with seeded(seed):
+            return _MODELS[task].from_config(config)
     except Exception as error:  # layers check their sizes with many types of errors
         raise ModelError(f"no model can be made from this {type(config).__name__}: {_reason(error)}") from error
 
