@@ -17,8 +17,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, PreTrainedModel, T5Config, T5ForSequenceClassification
 
-
-
 COMMAND = [sys.executable, "-W", "ignore", "-c", "from factorformer.cli import main; main()"]
 
 

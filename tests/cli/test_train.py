@@ -20,9 +20,11 @@ from tests.cli.test_errors import COMMAND, check
 from transformers import AutoTokenizer, PreTrainedModel
 
 import factorformer
-from factorformer.cli._jobs import train as from_scratch
+from factorformer.cli._jobs import train as job
 from factorformer.cli.train import train
+from factorformer.errors import ModelError
 from factorformer.tasks import translation
+from factorformer.tasks.checkpoints import last_checkpoint, locked
 from factorformer.tasks.from_scratch import ScratchSettings, _Watch
 
 NUMBERS = {"eins": "one", "zwei": "two", "drei": "three", "vier": "four", "fünf": "five", "sechs": "six"}
@@ -283,7 +285,7 @@ def test_a_full_disk_at_the_end_costs_no_training(
     def full(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(from_scratch, "write", full)
+    monkeypatch.setattr(job, "write", full)
     done = run(*command)
     assert done.exit_code == 2
     assert "No space left" in done.stderr
@@ -303,10 +305,65 @@ def test_a_dry_run_beside_an_interrupted_run_trains_its_own_tokenizer(
     assert json.loads(done.stdout)["metrics"]["vocabulary"] == 265
 
 
-def test_a_run_that_diverges_leaves_nothing(run: Any, tmp_path: Path) -> None:
-    check(
-        run("train", tmp_path / "new", "--train", "text.txt", *options("gpt2", "--lr", 1e30)), "lower the learning rate"
-    )
+def test_a_run_that_diverges_keeps_its_checkpoints_and_says_so(run: Any, tmp_path: Path) -> None:
+    done = run("train", tmp_path / "new", "--train", "text.txt", *options("gpt2", "--lr", 1e30))
+    check(done, "lower the learning rate")
+    checkpoints = tmp_path / ".new.training" / "checkpoints"
+    assert f"checkpoints are kept in '{checkpoints}'" in done.stderr
+    assert last_checkpoint(checkpoints) is not None
+    assert [path.name for path in tmp_path.iterdir()] == [".new.training"]
+
+
+def test_no_failure_deletes_checkpoints(
+    run: Any, tmp_path: Path, corpus: Path, interrupted: list[object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(corpus)
+    folder = tmp_path / ".new.training"
+
+    def content() -> dict[str, bytes]:
+        return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+    (folder / "checkpoints" / "checkpoint-6").mkdir()  # whose writing was interrupted
+    before = content()
+    # A resumed run that cannot read its tokenizer, or whose architecture is out of reach.
+    for broken in ("load_tokenizer", "Architecture.of"):
+
+        def fail(*_: object) -> None:
+            raise ModelError("out of reach")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(f"factorformer.cli._jobs.train.{broken}", fail)
+            done = run(*interrupted, "--resume")
+        check(done, "out of reach")
+        assert "--resume" in done.stderr
+        assert content() == before
+    # A new run in its place that fails before it has a checkpoint of its own.
+    for wrong in (("--vocabulary", 5000), ("--include", "*.nothing")):
+        done = run(*interrupted, "--overwrite", *wrong)
+        check(done, "nothing" if "--include" in wrong else "vocabulary")
+        assert "as it was" in done.stderr
+        assert content() == before
+    assert [path.name for path in tmp_path.iterdir() if path.name != "whole"] == [".new.training"]
+    assert run(*interrupted, "--resume").exit_code == 0
+
+
+def test_a_second_process_is_kept_out(run: Any, tmp_path: Path) -> None:
+    command = ("train", tmp_path / "new", *PAIRS, *options("marian"))
+    with locked(tmp_path / ".new.training.lock"):
+        check(run(*command), "another process is training")
+    (tmp_path / ".new.training").mkdir()
+    (tmp_path / ".new.training" / "mine.txt").write_text("not a run")
+    check(run(*command), "no run of factorformer")
+    assert (tmp_path / ".new.training" / "mine.txt").read_text() == "not a run"
+
+
+def test_numbers_have_to_be_finite(run: Any, tmp_path: Path) -> None:
+    for option in ("--epochs", "--lr", "--ratio"):
+        for value in ("nan", "inf"):
+            done = run("train", tmp_path / "new", *PAIRS, option, value)
+            assert done.exit_code == 2
+            assert option in done.stderr
+            assert "Traceback" not in done.stderr
     assert list(tmp_path.iterdir()) == []
 
 

@@ -68,15 +68,20 @@ def predictions(plan: Plan) -> dict[str, float]:
     return found
 
 
-def hold_out(data: datasets.Dataset, seed: int) -> tuple[datasets.Dataset, datasets.Dataset]:
+def hold_out(data: datasets.Dataset, seed: int, options: str = "--eval") -> tuple[datasets.Dataset, datasets.Dataset]:
     """Split rows at random into those to train on and those to measure on.
+
+    Args:
+        data: rows.
+        seed: of the choice.
+        options: those that make it unnecessary, for the message.
 
     Raises:
         DataError: too few rows.
     """
     rows = min(len(data) // 10, HELD_OUT)
     if rows < 3:
-        raise DataError(f"{len(data)} rows are too few to hold some out and measure on them: give --eval")
+        raise DataError(f"{len(data)} rows are too few to hold some out and measure on them: give {options}")
     order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed)).tolist()
     return data.select(order[rows:]), data.select(order[:rows])
 
