@@ -10,6 +10,10 @@ class FactorformerError(ValueError):
     """Base of all errors raised on purpose; the command line prints its message and exits with code 2."""
 
 
+class FactorformerWarning(UserWarning):
+    """Something that a user should know, and that is no error; the command line prints it as one line."""
+
+
 class MethodError(FactorformerError):
     """An unknown method, structure, scope or an unusable combination of options."""
 
@@ -55,13 +59,14 @@ def one_of(given: str, allowed: Iterable[str]) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of a message that may go on for pages; all of it if the error is one of ours.
+    """The first line of a message that may go on for pages, with the next one where it ends in a colon.
 
-    >>> first_line(RuntimeError("sizes differ\\n  at layer 3"))
-    'sizes differ'
-    >>> first_line(KeyError())
-    'KeyError'
+    A message of this package is one line already, and is returned whole.
+
+    >>> first_line(RuntimeError("cannot load:\\n  no such file\\nand much more"))
+    'cannot load: no such file'
     """
     if isinstance(error, FactorformerError):
         return str(error)
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return " ".join(lines[: 2 if lines[0].endswith(":") else 1])

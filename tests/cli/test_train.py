@@ -6,6 +6,7 @@ import errno
 import inspect
 import json
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,9 +19,11 @@ import torch
 from tests.cli.test_commands import result_of
 from tests.cli.test_errors import COMMAND, check
 from transformers import AutoTokenizer, PreTrainedModel
+from typer.testing import CliRunner
 
 import factorformer
 from factorformer.cli._jobs import train as job
+from factorformer.cli.app import app
 from factorformer.cli.train import train
 from factorformer.errors import ModelError
 from factorformer.tasks import translation
@@ -35,6 +38,7 @@ TINY = {
     "llama": ["hidden_size=32", "num_hidden_layers=2", "intermediate_size=64"],
     "bert": ["hidden_size=32", "num_hidden_layers=2", "intermediate_size=64", "max_position_embeddings=40"],
 }
+HALFWAY = ("whole", "new")
 PAIRS = ("--source", "train.de", "--target", "train.en")
 
 
@@ -165,34 +169,38 @@ def test_a_run_without_a_checkpoint_leaves_nothing_to_resume(run: Any, tmp_path:
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.fixture
-def interrupted(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[object]:
-    """A command that was interrupted after its fourth step, which has a checkpoint."""
-    command = ["train", tmp_path / "new", *PAIRS, *options("marian")]
-    assert run("train", tmp_path / "whole", *PAIRS, *options("marian")).exit_code == 0
-    watch = _Watch.on_step_end
+@pytest.fixture(scope="module")
+def halfway(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a whole run, and one that was interrupted after its fourth step, which has a checkpoint."""
+    folder, runner, watch = tmp_path_factory.mktemp("halfway"), CliRunner(), _Watch.on_step_end
 
     def stop(self: Any, args: Any, state: Any, control: Any, **others: Any) -> None:
         watch(self, args, state, control, **others)
         if state.global_step == 5:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(_Watch, "on_step_end", stop)
-    done = run(*command)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(corpus)
+        commands = [[str(part) for part in ("train", folder / name, *PAIRS, *options("marian"))] for name in HALFWAY]
+        assert runner.invoke(app, commands[0], catch_exceptions=False).exit_code == 0
+        patch.setattr(_Watch, "on_step_end", stop)
+        done = runner.invoke(app, commands[1], catch_exceptions=False)
     assert done.exit_code == 130
-    assert done.stderr.splitlines()[-1] == (
-        "interrupted; to go on from the last checkpoint, add --resume to the same command"
-    )
-    monkeypatch.undo()
-    monkeypatch.chdir(Path.cwd())
-    assert not (tmp_path / "new").exists()
-    return command
+    assert "add --resume" in done.stderr.splitlines()[-1]
+    assert sorted(path.name for path in folder.iterdir()) == [".new.training", "whole"]
+    return folder
+
+
+@pytest.fixture
+def interrupted(halfway: Path, tmp_path: Path) -> list[object]:
+    """The command whose run was interrupted, in a copy of its folder."""
+    shutil.copytree(halfway, tmp_path, dirs_exist_ok=True)
+    return ["train", tmp_path / "new", *PAIRS, *options("marian")]
 
 
 def test_a_resumed_run_ends_as_if_it_had_not_been_interrupted(
-    run: Any, tmp_path: Path, corpus: Path, interrupted: list[object], monkeypatch: pytest.MonkeyPatch
+    run: Any, tmp_path: Path, interrupted: list[object]
 ) -> None:
-    monkeypatch.chdir(corpus)
     check(run(*interrupted), "an interrupted run for")
     check(run(*interrupted, "--lr", 0.5), "add --resume, or start anew with --overwrite")
     check(run(*interrupted, "--lr", 0.5, "--resume"), "other options: learning_rate was 0.002, not 0.5; repeat its")
@@ -204,10 +212,7 @@ def test_a_resumed_run_ends_as_if_it_had_not_been_interrupted(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["new", "whole"]
 
 
-def test_an_interrupted_run_can_be_started_anew(
-    run: Any, tmp_path: Path, corpus: Path, interrupted: list[object], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(corpus)
+def test_an_interrupted_run_can_be_started_anew(run: Any, tmp_path: Path, interrupted: list[object]) -> None:
     (tmp_path / ".new.training" / "options.json").write_text("{")
     check(run(*interrupted, "--resume"), "cannot read what the interrupted run was")
     done = run(*interrupted, "--overwrite")
@@ -297,10 +302,7 @@ def test_a_full_disk_at_the_end_costs_no_training(
     assert [path.name for path in tmp_path.iterdir()] == ["new"]
 
 
-def test_a_dry_run_beside_an_interrupted_run_trains_its_own_tokenizer(
-    run: Any, corpus: Path, interrupted: list[object], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(corpus)
+def test_a_dry_run_beside_an_interrupted_run_trains_its_own_tokenizer(run: Any, interrupted: list[object]) -> None:
     done = run(*interrupted, "--dry-run", "--vocabulary", 265, "--json")
     assert json.loads(done.stdout)["metrics"]["vocabulary"] == 265
 
@@ -315,9 +317,8 @@ def test_a_run_that_diverges_keeps_its_checkpoints_and_says_so(run: Any, tmp_pat
 
 
 def test_no_failure_deletes_checkpoints(
-    run: Any, tmp_path: Path, corpus: Path, interrupted: list[object], monkeypatch: pytest.MonkeyPatch
+    run: Any, tmp_path: Path, interrupted: list[object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.chdir(corpus)
     folder = tmp_path / ".new.training"
 
     def content() -> dict[str, bytes]:

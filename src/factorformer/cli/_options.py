@@ -110,8 +110,8 @@ Int8 = Annotated[
         "--int8",
         rich_help_panel=_BUDGET,
         help="Store the factors in int8 with a scale for each row. The ratio counts them so: at 4 times the ratio, "
-        "factors have about as many values as without it. Training is then quantization-aware: it rounds factors in the "
-        "forward pass; only 'dsformer' rounds them once, at the end.",
+        "factors have about as many values as without it. Training is then quantization-aware: it rounds factors in "
+        "the forward pass; only 'dsformer' rounds them once, at the end.",
     ),
 ]
 Scope = Annotated[

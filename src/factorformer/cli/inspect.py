@@ -59,7 +59,7 @@ def inspect(
         check_image(ranks)
         if history is None:
             raise MethodError(f"'{model}' has no history of ranks: they were not found in training")
-    found = inventory(load_model(path), scope.value)
+    found = inventory(load_model(path, device="cpu"), scope.value)
     if ranks is not None and history is not None:
         heat_map(history, ranks)
     output = None if ranks is None else str(ranks)

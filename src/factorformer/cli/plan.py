@@ -13,6 +13,8 @@ from factorformer.cli._options import (
     Budget,
     CalibrationFile,
     CalibrationRows,
+    Device,
+    DeviceChoice,
     Exclude,
     Include,
     Int8,
@@ -27,6 +29,7 @@ from factorformer.cli._options import (
     TextColumns,
     emit,
     note,
+    place_of,
 )
 from factorformer.files import check_file
 
@@ -51,13 +54,14 @@ def plan(
     text: TextColumns = None,
     max_length: MaxLength = 128,
     seed: Seed = 0,
+    device: Device = DeviceChoice.auto,
     output: PlanFile = None,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
     """Show what `compress` would make of every weight matrix, without changing anything.
 
-    The table tells for each matrix what it becomes, the bytes that this takes, and why it has its size or stays dense.
+    The table lists what each matrix becomes, the bytes that this takes, and why it has its size or stays dense.
     The plan can be written to a file, edited, and carried out with `compress --plan`.
 
     A dictionary and its nonzeros can divide their bytes in many ways: a few cheap fits of the weights decide, which
@@ -89,7 +93,7 @@ def plan(
         note("nothing is read without --calibration: --text is not used")
     started = time.perf_counter()
     path = find(model)
-    loaded, data = load_model(path), None
+    loaded, data = load_model(path, device=place_of(device)), None
     if calibration is not None:
         tokenizer = load_tokenizer(path)
         rows = encoded_text(calibration, columns_of(text, None), tokenizer, max_length)

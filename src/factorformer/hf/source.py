@@ -18,7 +18,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from factorformer.errors import CheckpointError, FactorformerError, ModelError
+from factorformer.errors import CheckpointError, FactorformerError, ModelError, first_line
 from factorformer.hf import minilm
 from factorformer.hf.checkpoint import load
 
@@ -56,7 +56,7 @@ def _download(name: str) -> Path:
             path = Path(snapshot_download(name, allow_patterns=[*patterns, "pytorch_model*.bin"]))
     except Exception as error:  # of the Hub's client, of HTTP, of sockets
         raise ModelError(
-            f"'{name}' is no directory here, and it cannot be had from the Hub: {_short(error)}"
+            f"'{name}' is no directory here, and it cannot be had from the Hub: {first_line(error)}"
         ) from error
     if not (path / "config.json").is_file():
         raise ModelError(f"'{name}' on the Hub holds no Transformers model: it has no config.json")
@@ -72,7 +72,7 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
     except Exception as error:  # tokenizers raise many types, all of which mean a directory without a usable one
-        raise ModelError(f"cannot load a tokenizer from '{path}': {_short(error)}") from error
+        raise ModelError(f"cannot load a tokenizer from '{path}': {first_line(error)}") from error
     files = {"tokenizer.json", "tokenizer_config.json", *tokenizer.vocab_files_names.values()}
     if not any((path / file).exists() for file in files):  # transformers then makes one with an empty vocabulary
         raise ModelError(f"'{path}' has no tokenizer: none of {', '.join(sorted(files))}")
@@ -81,7 +81,7 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_model(path: Path, dtype: torch.dtype | None = None) -> PreTrainedModel:
+def load_model(path: Path, dtype: torch.dtype | None = None, device: str | None = None) -> PreTrainedModel:
     """The model of a directory, dense or compressed, as the class that it was saved from.
 
     Tensors in the files that the class has no use for (heads of other tasks) are passed over in a dense model.
@@ -89,13 +89,14 @@ def load_model(path: Path, dtype: torch.dtype | None = None) -> PreTrainedModel:
     Args:
         path: the directory.
         dtype: of the weights; None keeps the one on disk.
+        device: where the model is put; None for a GPU if there is one.
 
     Raises:
         CheckpointError: weights that are missing or misshapen.
         ModelError: a class that transformers does not have, or weights that are not finite.
     """
     read_config(path)
-    return ready(load(path, **({} if dtype is None else {"dtype": dtype})))
+    return ready(load(path, **({} if dtype is None else {"dtype": dtype})), device)
 
 
 def most_tokens(model: PreTrainedModel) -> int | None:
@@ -146,7 +147,7 @@ def read_config(path: Path) -> PretrainedConfig:
     except FactorformerError:
         raise
     except Exception as error:  # malformed content surfaces as many types
-        raise CheckpointError(f"cannot read '{path}/config.json': {_short(error)}") from error
+        raise CheckpointError(f"cannot read '{path}/config.json': {first_line(error)}") from error
 
 
 def from_pretrained(architecture: Any, path: Path, **options: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
@@ -156,7 +157,7 @@ def from_pretrained(architecture: Any, path: Path, **options: Any) -> tuple[PreT
     except FactorformerError:
         raise
     except Exception as error:  # transformers, safetensors and torch raise many types for files that do not fit
-        raise CheckpointError(f"cannot load '{path}': {_short(error)}") from error
+        raise CheckpointError(f"cannot load '{path}': {first_line(error)}") from error
 
 
 def refuse(path: Path, missing: list[str], misshapen: list[Any]) -> None:
@@ -167,14 +168,9 @@ def refuse(path: Path, missing: list[str], misshapen: list[Any]) -> None:
             raise CheckpointError(f"'{path}' {what} {len(names)} weights of its model: {', '.join(names[:5])}")
 
 
-def ready(model: PreTrainedModel) -> PreTrainedModel:
+def ready(model: PreTrainedModel, device: str | None = None) -> PreTrainedModel:
     """The model in evaluation mode, on the device it is to run on; `ModelError` if a weight is not finite."""
     for name, parameter in model.named_parameters():
         if not torch.isfinite(parameter).all():
             raise ModelError(f"the weight '{name}' holds NaN or infinite values")
-    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()  # pyright: ignore[reportArgumentType]
-
-
-def _short(error: Exception) -> str:
-    """The first line of a message, which for some of these goes on for pages."""
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()  # pyright: ignore[reportArgumentType]

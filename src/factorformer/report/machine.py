@@ -1,4 +1,4 @@
-"""What a time was measured on."""
+"""Hardware and versions recorded with every measurement."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ from typing import Any
 
 import torch
 
+from factorformer import kernels
+
 
 def processor() -> str:
-    """The name of the processor, as well as the system knows it."""
+    """The name of the processor, as far as the system knows it."""
     information = Path("/proc/cpuinfo")
     if information.exists():
         names = [line for line in information.read_text().splitlines() if line.startswith("model name")]
@@ -21,11 +23,12 @@ def processor() -> str:
 
 
 def machine() -> dict[str, Any]:
-    """Processor, its cores, its vector instructions as torch sees them, what it is busy with, and the GPU if any."""
+    """Processor, cores, vector instructions as torch sees them, variant of our kernels, load, and the GPU if any."""
     return {
         "processor": processor(),
         "cores": os.cpu_count(),
         "instructions": torch.backends.cpu.get_cpu_capability(),
+        "kernels": kernels.variant(),
         "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "system": platform.system(),

@@ -26,7 +26,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
 )
 
-from factorformer.errors import ModelError
+from factorformer.errors import ModelError, first_line
 from factorformer.tasks.seeding import seeded
 
 Task = Literal["translation", "causal", "masked"]
@@ -285,8 +285,5 @@ def _near(given: str, names: Iterable[str]) -> str:
 
 
 def _reason(error: Exception) -> str:
-    """What an error says, in one line: the last of its lines that says something, which for these is the reason."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    first = lines[0] if lines else type(error).__name__
-    reason = lines[1] if len(lines) > 1 and first.endswith(":") else first
-    return re.sub(r"^\w*Error: ", "", reason)
+    """The reason of an error in one line, without the heading and the class that some put in front."""
+    return re.sub(r"^(.*: )?\w+Error: ", "", first_line(error))

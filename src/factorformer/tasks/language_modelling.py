@@ -83,8 +83,8 @@ def encode(
         tokenizer: of the model, see `adapt_tokenizer`.
         task: what is predicted.
         max_length: tokens in a block.
-        progress: told how many texts are done.
-        phase: the name under which progress is told.
+        progress: progress callback, called with the number of texts done.
+        phase: name of the phase reported to `progress`.
 
     Raises:
         DataError: no text at all, or a length that leaves no room for text.
@@ -193,8 +193,8 @@ def train(
         task: what is predicted.
         settings: of the training; label smoothing of language models is usually 0.
         output: directory of checkpoints.
-        progress: told how many steps are done.
-        phase: the name under which progress is told.
+        progress: progress callback, called with the number of steps done.
+        phase: name of the phase reported to `progress`.
 
     Returns:
         The learning curve, see `from_scratch.optimize`.
@@ -234,8 +234,8 @@ def evaluate(
         data: from `encode`.
         task: what is predicted.
         batch_size: blocks in a forward pass.
-        progress: told how many blocks are done.
-        phase: the name under which progress is told.
+        progress: progress callback, called with the number of blocks done.
+        phase: name of the phase reported to `progress`.
 
     Raises:
         DataError: too little text: no token is predicted.

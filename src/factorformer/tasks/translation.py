@@ -74,8 +74,8 @@ def encode(
         pairs: texts and their translations.
         tokenizer: of both languages; it appends its end of text.
         max_length: longer texts are cut, their end of text kept.
-        progress: told how many pairs are done.
-        phase: the name under which progress is told.
+        progress: progress callback, called with the number of pairs done.
+        phase: name of the phase reported to `progress`.
 
     Raises:
         DataError: no pairs, or a tokenizer that marks no end of text, so that a translation would never end.
@@ -149,8 +149,8 @@ def translate(
         beams: kept hypotheses.
         max_length: in tokens, of texts, which are cut, and of translations.
         batch: texts that are translated together; sorted by length first, so that little is padded.
-        progress: told how many texts are done.
-        phase: the name under which progress is told.
+        progress: progress callback, called with the number of texts done.
+        phase: name of the phase reported to `progress`.
     """
     model.eval()
     ids = tokenizer(list(texts), truncation=True, max_length=max_length)["input_ids"] if texts else []

@@ -21,7 +21,7 @@ from factorformer import compression
 from factorformer.cli._inputs import write
 from factorformer.cli._options import note
 from factorformer.errors import CheckpointError
-from factorformer.files import RESULT_FILE, output_directory
+from factorformer.files import RESULT_FILE, check_output, output_directory
 from factorformer.hf.source import find, load_model, load_tokenizer
 from factorformer.progress import Progress, bars
 from factorformer.report import Result, inventory, latency
@@ -53,6 +53,7 @@ FILES = ("original", "compressed", "train.jsonl", "test.jsonl")
 
 def demonstrate(target: Path, *, overwrite: bool) -> Result:
     """Fine-tune, compress, fine-tune again, measure, save, load in a new process."""
+    check_output(target, overwrite=overwrite, known=FILES)
     started = time.perf_counter()
     path = find(MODEL)
     task = stdlib_docstrings()
