@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from factorformer.errors import DataError
 from factorformer.fitting.linalg import square_root
+from factorformer.layers.modes import evaluating
 
 Batch = Mapping[str, Tensor]
 
@@ -114,19 +115,13 @@ def collect(
     """
     recorder = _Recorder(model, layers, moments, fisher)
     device = next(model.parameters()).device
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
     done = 0
-    try:
-        with recorder.attached(), torch.set_grad_enabled(fisher):
-            for batch in batches:
-                recorder.run({key: value.to(device) for key, value in batch.items()})
-                done += 1
-                if progress is not None:
-                    progress(done)
-    finally:
-        for module, training in modes:
-            module.training = training
+    with evaluating(model), recorder.attached(), torch.set_grad_enabled(fisher):
+        for batch in batches:
+            recorder.run({key: value.to(device) for key, value in batch.items()})
+            done += 1
+            if progress is not None:
+                progress(done)
     if done == 0:
         raise DataError(
             "calibration data is empty: give at least one batch, and a list where both plan and compress are to read it"

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel, Seq2SeqTrainer, Seq2SeqTrainingArgumen
 from transformers.trainer_callback import PrinterCallback
 
 from factorformer.errors import DivergedError, MethodError
+from factorformer.layers.modes import evaluating
 from factorformer.progress import Progress, silent
 from factorformer.tasks.checkpoints import check_same_run, last_checkpoint, locked
 from factorformer.tasks.seeding import seeded
@@ -313,12 +314,10 @@ def token_loss(model: PreTrainedModel, collate: Any, data: datasets.Dataset, bat
         data: encoded rows with their `length`.
         batch_size: rows in a forward pass.
     """
-    was_training = model.training
-    model.eval()
     order = np.argsort(data["length"], kind="stable")
     rows = data.remove_columns("length")
     total, tokens = 0.0, 0
-    with torch.inference_mode():
+    with evaluating(model), torch.inference_mode():
         for start in range(0, len(order), batch_size):
             batch = collate([rows[int(row)] for row in order[start : start + batch_size]])
             labels = batch.pop("labels").to(model.device)
@@ -327,5 +326,4 @@ def token_loss(model: PreTrainedModel, collate: Any, data: datasets.Dataset, bat
                 F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum")
             )
             tokens += int((labels != IGNORED).sum())
-    model.train(was_training)
     return total / tokens

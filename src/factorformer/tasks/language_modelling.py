@@ -21,6 +21,7 @@ from transformers import (
 )
 
 from factorformer.errors import DataError, ModelError
+from factorformer.layers.modes import evaluating
 from factorformer.progress import Progress, silent
 from factorformer.tasks.data import check_lengths
 from factorformer.tasks.from_scratch import IGNORED, ScratchSettings, optimize
@@ -241,11 +242,10 @@ def evaluate(
         DataError: too little text: no token is predicted.
         ModelError: predictions that are NaN or infinite.
     """
-    model.eval()
     collate = BlockCollator(tokenizer, task)
     rows = (hide(data, tokenizer) if task == "masked" else data).remove_columns("length")
     loss, right, tokens = 0.0, 0, 0
-    with torch.inference_mode():
+    with evaluating(model), torch.inference_mode():
         for start in range(0, len(rows), batch_size):
             chosen = range(start, min(start + batch_size, len(rows)))
             batch = {name: value.to(model.device) for name, value in collate([rows[i] for i in chosen]).items()}

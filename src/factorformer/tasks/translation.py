@@ -16,6 +16,7 @@ from transformers import (
 )
 
 from factorformer.errors import DataError, ModelError
+from factorformer.layers.modes import evaluating
 from factorformer.progress import Progress, silent
 from factorformer.tasks.data import check_lengths
 from factorformer.tasks.from_scratch import IGNORED, ScratchSettings, optimize
@@ -152,12 +153,11 @@ def translate(
         progress: progress callback, called with the number of texts done.
         phase: name of the phase reported to `progress`.
     """
-    model.eval()
     ids = tokenizer(list(texts), truncation=True, max_length=max_length)["input_ids"] if texts else []
     order = sorted(range(len(ids)), key=lambda row: len(ids[row]), reverse=True)
     collate, generate = DataCollatorWithPadding(tokenizer), cast(Any, model).generate
     result = [""] * len(ids)
-    with torch.inference_mode():
+    with evaluating(model), torch.inference_mode():
         for start in range(0, len(order), batch):
             rows = order[start : start + batch]
             inputs = collate([{"input_ids": ids[row]} for row in rows])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
@@ -11,6 +10,7 @@ from transformers import PreTrainedModel
 
 from factorformer.errors import DataError
 from factorformer.fitting.statistics import Batch
+from factorformer.layers.modes import evaluating
 from factorformer.layers.surgery import is_transposed
 
 ROWS = 48
@@ -53,7 +53,7 @@ def measure_sensitivities(
     device = next(model.parameters()).device
     few = [{key: value.to(device) for key, value in batch.items()} for batch in _some(batches, ROWS)]
     found: dict[str, float] = {}
-    with _evaluating(model), torch.no_grad():
+    with evaluating(model), torch.no_grad():
         expected = [_outputs(model, batch) for batch in few]
         spreads = [_spread(torch.cat(parts)) for parts in zip(*expected, strict=True)]
         for done, name in enumerate(names, 1):
@@ -116,14 +116,3 @@ def _real(states: Tensor, mask: Tensor | None) -> Tensor:
     if mask is not None and mask.shape == states.shape[:-1]:
         return states[mask.bool()].float()
     return states.flatten(0, -2).float()
-
-
-@contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
