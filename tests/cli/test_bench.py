@@ -95,7 +95,7 @@ def test_no_gpu(run: Any, base: Path) -> None:
         pytest.skip("there is one")
     done = run("bench", base, "--device", "cuda")
     assert (done.exit_code, done.stdout) == (2, "")
-    assert "torch finds no GPU here" in done.stderr
+    assert "torch finds no CUDA GPU here" in done.stderr
 
 
 @pytest.mark.parametrize("command", ["plan", "compress"])
