@@ -3,7 +3,7 @@
     python benchmarks/latency.py --ratios 2.5 --methods svd kronecker dense_sparse_plain
     python benchmarks/latency.py --ratios 10 --methods svd:int8 kronecker:int8 dense_sparse_plain:int8
 
-For each method and ratio the compressed model runs a race (see `factorformer bench`) against the dense model in eager
+For each method and ratio the compressed model is compared (see `factorformer bench`) with the dense model in eager
 torch, which is the baseline, and compiled; torch's and torchao's dynamic int8; ONNX Runtime with torch's export of the
 dense model, with its own dynamic int8 of that, and with our export; Torch-Pruning, with heads and feed-forward units
 removed until the blocks hold no more parameters than ours; and tensorly-torch, with every linear layer of the blocks
@@ -37,8 +37,8 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 import factorformer
-from factorformer.bench.contestants import Contestant, Runner, draw, load, parse
-from factorformer.bench.race import LEAST, SETTLE, WARM_UP, Shape, compare
+from factorformer.bench.candidates import Candidate, Runner, draw, load, parse
+from factorformer.bench.comparison import LEAST, SETTLE, WARM_UP, Shape, compare
 from factorformer.errors import FactorformerError, first_line
 from factorformer.files import output_directory
 from factorformer.hf.source import find, load_model, load_tokenizer, most_tokens
@@ -160,7 +160,7 @@ class Field:
         if not self.source.exists():
             self.save(self.dense, self.source)
         self.installed = {name: importlib.util.find_spec(name) is not None for name in MODULES}
-        self.ready: dict[str, tuple[Contestant, Runner]] = {}
+        self.ready: dict[str, tuple[Candidate, Runner]] = {}
 
     def save(self, model: PreTrainedModel, path: Path) -> None:
         with output_directory(path) as directory:
@@ -168,21 +168,21 @@ class Field:
             load_tokenizer(find("minilm")).save_pretrained(directory)
 
     def add(self, label: str, written: str) -> None:
-        """A contestant in the notation of `factorformer bench`, loaded once."""
+        """A candidate in the notation of `factorformer bench`, loaded once."""
         if label not in self.ready:
             try:
-                contestant = parse(written)
-                self.ready[label] = contestant, load(contestant, torch.get_num_threads(), CPU)
+                candidate = parse(written)
+                self.ready[label] = candidate, load(candidate, torch.get_num_threads(), CPU)
             except FactorformerError as error:
                 print(f"left out: {label}: {error}", flush=True)
 
     def made(self, label: str, package: str, make: Callable[[], PreTrainedModel]) -> None:
-        """A contestant that another library makes of the dense model."""
+        """A candidate that another library makes of the dense model."""
         if not self.installed[package]:
             print(f"left out: {label}: {package} is not installed", flush=True)
             return
         try:
-            self.ready[label] = Contestant(label, self.source), runner(make())
+            self.ready[label] = Candidate(label, self.source), runner(make())
         except FactorformerError as error:
             print(f"left out: {label}: {error}", flush=True)
 
@@ -267,7 +267,7 @@ class Field:
             self.made(f"tensorly-torch, {kind}", "tltorch", lambda kind=kind: tensorized(self.dense, target, kind))
         return {"ratio": round(found.ratio, 4), "parameters_in_blocks": target}
 
-    def race(self, shape: Shape) -> list[dict[str, Any]]:
+    def compare(self, shape: Shape) -> list[dict[str, Any]]:
         for label, (_, of) in list(self.ready.items()):
             try:
                 with torch.inference_mode():
@@ -275,12 +275,12 @@ class Field:
             except Exception as error:  # compilers and quantized operators raise many types
                 print(f"left out: {label}: {first_line(error)}", flush=True)
                 del self.ready[label]
-        contestants, runners = zip(*self.ready.values(), strict=True)
-        (heat,) = compare(
-            contestants, runners, [shape], rounds=self.args.rounds, seconds=self.args.seconds, seed=self.args.seed
+        candidates, runners = zip(*self.ready.values(), strict=True)
+        (comparison,) = compare(
+            candidates, runners, [shape], rounds=self.args.rounds, seconds=self.args.seconds, seed=self.args.seed
         )
         rows = []
-        for label, timing in zip(self.ready, heat.timings, strict=True):
+        for label, timing in zip(self.ready, comparison.timings, strict=True):
             _, of = self.ready[label]
             # torch's int8 has none: its weights are packed.
             blocks = parameters(of.module) if isinstance(of.module, PreTrainedModel) else 0
@@ -291,7 +291,7 @@ class Field:
                     "milliseconds": {
                         key: round(value, 4) for key, value in dataclasses.asdict(timing.milliseconds).items()
                     },
-                    "rounds": heat.rounds,
+                    "rounds": comparison.rounds,
                     "parameters_in_blocks": blocks or None,
                 }
             )
@@ -316,7 +316,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=["svd", "kronecker", "dense_sparse_plain"])
     parser.add_argument("--ratios", nargs="+", type=float, default=[2.5], help="of bytes in the blocks")
     parser.add_argument("--shapes", nargs="+", type=Shape.parse, default=[Shape(1, 32), Shape(8, 64), Shape(32, 128)])
-    parser.add_argument("--also", nargs="*", default=[], help="more contestants, in the notation of factorformer bench")
+    parser.add_argument("--also", nargs="*", default=[], help="more candidates, in the notation of factorformer bench")
     parser.add_argument("--threads", type=int, default=None, help="by default one for each core")
     parser.add_argument("--rounds", type=int, default=None, help=f"by default as many as fit, at least {LEAST}")
     parser.add_argument("--seconds", type=float, default=60, help="for each shape")
@@ -353,7 +353,7 @@ def main() -> None:
                     "asked_ratio": ratio,
                     "shape": str(shape),
                     **known,
-                    "results": field.race(shape),
+                    "results": field.compare(shape),
                     "warm_up": WARM_UP,
                     "settle": SETTLE,
                     "seed": args.seed,

@@ -27,6 +27,10 @@ class ModelError(FactorformerError):
     """A model, layer or weight that cannot be factorized as asked."""
 
 
+class DivergedError(ModelError):
+    """A training whose loss became NaN or infinite."""
+
+
 class DataError(FactorformerError):
     """Calibration, training or evaluation data that is missing, empty or malformed."""
 
@@ -40,7 +44,7 @@ class ExportError(FactorformerError):
 
 
 class OutputError(FactorformerError):
-    """An output path that exists already or cannot be written."""
+    """An output path that is taken, would cost other files, or cannot be written."""
 
 
 class MissingPackageError(FactorformerError, ImportError):
@@ -49,7 +53,7 @@ class MissingPackageError(FactorformerError, ImportError):
 
 EXTRAS = {
     "cli": ("rich", "typer"),
-    "train": ("accelerate", "datasets", "scipy", "sklearn", "tokenizers"),
+    "train": ("accelerate", "datasets", "filelock", "scipy", "sklearn", "tokenizers"),
     "onnx": ("onnx", "onnx_ir", "onnxruntime", "onnxscript"),
     "plot": ("matplotlib",),
     "sentence": ("sentence_transformers",),
@@ -98,7 +102,7 @@ def first_line(error: BaseException) -> str:
 
     A message of this package is one line already, and is returned whole.
 
-    >>> first_line(RuntimeError("cannot load:\n  no such file\nand much more"))
+    >>> first_line(RuntimeError("cannot load:\\n  no such file\\nand much more"))
     'cannot load: no such file'
     """
     if isinstance(error, FactorformerError):

@@ -1,28 +1,198 @@
-"""Files that appear whole or not at all."""
+"""Output files and directories: checked before the work, and complete or absent after it."""
 
 from __future__ import annotations
 
 import contextlib
+import errno
+import filecmp
+import json
 import os
 import shutil
-import tempfile
-from collections.abc import Iterator
+import uuid
+from collections.abc import Iterable, Iterator
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 from safetensors import SafetensorError
 
 from factorformer.errors import OutputError
 
+Name = str | os.PathLike[str]
+
+RESULT_FILE = "factorformer.json"
+"""The result of the command that made a directory lies in it under this name."""
+
+MODEL_FILES = (
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "pytorch_model*.bin",
+    "model.onnx",
+    "model.onnx[._]data",
+    "config.json",
+    "*_config.json",
+    "config_*.json",
+    "modules.json",
+    "tokenizer*",
+    "vocab.*",
+    "vocab-*.json",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "*.spm",
+    "spiece.model",
+    "sentencepiece*.model",
+    "chat_template.*",
+    "README.md",
+    "LICENSE*",
+    ".gitattributes",
+    ".DS_Store",
+    "factorformer*.json",
+    "training.json",
+    "training_args.bin",
+    "modeling_*.py",
+    "configuration_*.py",
+    "tokenization_*.py",
+)
+"""Names of the files that make up a model directory; a directory that holds others is never replaced."""
+
+MODULE_FOLDERS = "[0-9]*_[A-Z]*"
+"""Name of the folders in which sentence-transformers keeps the modules behind the Transformer, such as `1_Pooling`."""
+
+_WRITING = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}
+"""Errors that mean a failed write, whatever file they name."""
+
+
+def check_output(path: Name, *, overwrite: bool, inputs: Iterable[Name | None] = (), known: Iterable[str] = ()) -> None:
+    """Refuse a place for a directory where it would fail after the work, or cost somebody else's files.
+
+    Only a directory that is empty, or a model's and nothing else, can be replaced. Links are followed.
+
+    Args:
+        path: the directory to make.
+        overwrite: replace what is there.
+        inputs: what the command reads, models, data and plans; names that are no paths here are passed over.
+        known: names of further files and folders that the command itself writes, beside those of a model directory.
+
+    Raises:
+        OutputError: something is there and `overwrite` is off; it is not a model directory; the place equals, holds or
+            lies inside an input, or holds the current directory or the home directory; or it cannot be written to.
+    """
+    target = Path(path).resolve()
+    _check_inputs(path, target, inputs)
+    _check_parent(path, next(parent for parent in target.parents if os.path.lexists(parent)))
+    if not target.exists():
+        return
+    if not target.is_dir():
+        raise OutputError(f"'{path}' is a file: give a directory name that is free")
+    if not overwrite:
+        raise OutputError(f"'{path}' exists already: choose another name or allow --overwrite")
+    if not any(target.iterdir()):
+        return
+    if not _is_model(target):
+        raise OutputError(f"'{path}' is not a model directory, so --overwrite does not replace it: choose another name")
+    folders = [Path(name) for name in inputs if name is not None and Path(name).is_dir()]
+    foreign = _foreign(target, folders, tuple(known))
+    if foreign is not None:
+        raise OutputError(
+            f"'{path}' holds '{foreign}', which is no part of a model, so --overwrite does not replace it: move that "
+            "file or choose another name"
+        )
+
+
+def check_file(path: Name, *, overwrite: bool, inputs: Iterable[Name | None] = ()) -> None:
+    """Refuse a place for a file where it would fail after the work, or cost an input.
+
+    Args:
+        path: the file to make.
+        overwrite: replace what is there.
+        inputs: as for `check_output`.
+
+    Raises:
+        OutputError: something is there and `overwrite` is off, it is a directory, an input or a file of one, its
+            directory is missing, or it cannot be written to.
+    """
+    target = Path(path).resolve()
+    if target.is_dir():
+        raise OutputError(f"'{path}' is a directory: give the name of a file")
+    if target.exists() and not overwrite:
+        raise OutputError(f"'{path}' exists already: choose another name or allow --overwrite")
+    _check_inputs(path, target, inputs)
+    if not target.parent.exists():
+        raise OutputError(f"cannot write '{path}': there is no directory '{Path(path).parent}'")
+    _check_parent(path, target.parent)
+
+
+def _check_inputs(path: Name, target: Path, inputs: Iterable[Name | None]) -> None:
+    """`OutputError` if a place equals, holds or lies inside what a command reads, or where the user is at home."""
+    if not target.name:
+        raise OutputError(f"'{path}' is the root of the file system: choose another name")
+    for what, folder in (("the current directory", "."), ("the home directory", os.path.expanduser("~"))):
+        if _within(Path(folder).resolve(), target):
+            raise OutputError(f"'{path}' is or holds {what}: choose another name")
+    for name in inputs:
+        if name is None or not (given := Path(name)).exists():
+            continue
+        source = given.resolve()
+        if _within(source, target):
+            kind = "is" if _within(target, source) else "holds"
+            raise OutputError(f"'{path}' {kind} the input '{name}': choose another name")
+        if source.is_dir() and _within(target, source):
+            raise OutputError(f"'{path}' lies inside the input '{name}': choose a name outside of it")
+        linked = [file.resolve() for file in source.iterdir() if file.is_symlink()] if source.is_dir() else []
+        if any(_within(file, target) for file in linked):
+            raise OutputError(f"'{path}' holds files that '{name}' links to: choose another name")
+
+
+def _within(path: Path, folder: Path) -> bool:
+    """Whether a resolved path is a folder or lies in it, however the file system spells the two."""
+    if path == folder or folder in path.parents:
+        return True
+    if not folder.exists():
+        return False
+    return any(place.exists() and place.samefile(folder) for place in (path, *path.parents))
+
+
+def _check_parent(path: Name, parent: Path) -> None:
+    if not parent.is_dir():
+        raise OutputError(f"cannot write '{path}': '{parent}' is not a directory")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise OutputError(f"cannot write '{path}': no permission to write in '{parent}'")
+
+
+def _is_model(directory: Path) -> bool:
+    """Whether a directory is a model's, or was made by one of our commands."""
+    if (directory / RESULT_FILE).is_file():
+        return True
+    try:
+        config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(config, dict) and not {"model_type", "architectures"}.isdisjoint(config)
+
+
+def _foreign(directory: Path, inputs: Iterable[Path], known: tuple[str, ...]) -> Path | None:
+    """Something in a directory that belongs to no model, and of which no input has a copy; None if all of it does."""
+    for path in sorted(directory.rglob("*")):
+        place, is_folder = path.relative_to(directory), path.is_dir() and not path.is_symlink()
+        if any(fnmatchcase(path.name, name) for name in ((MODULE_FOLDERS,) if is_folder else MODEL_FILES) + known):
+            continue
+        copies = [folder / place for folder in inputs]
+        if is_folder and any(copy.is_dir() for copy in copies):  # what is in it is looked at by itself
+            continue
+        if is_folder or not any(copy.is_file() and filecmp.cmp(path, copy, shallow=False) for copy in copies):
+            return place
+    return None
+
 
 @contextlib.contextmanager
-def whole_file(path: str | os.PathLike[str], what: str) -> Iterator[Path]:
-    """A name beside `path` to write to, `.NAME.partial`; what was written there takes the name `path` at the end.
+def whole_file(path: Name, what: str) -> Iterator[Path]:
+    """A name beside `path` to write to; what was written there takes the name `path` at the end.
 
-    After an error, whatever stood at `path` is as it was.
+    After an error, whatever stood at `path` is as it was. A file that is replaced keeps its permissions.
 
     Args:
         path: the file to make or to replace.
-        what: it is, for the message.
+        what: its description, for the message.
 
     Raises:
         OutputError: it cannot be written there.
@@ -34,67 +204,101 @@ def whole_file(path: str | os.PathLike[str], what: str) -> Iterator[Path]:
     ...     [file.name for file in Path(folder).iterdir()]
     ['plan.json']
     """
-    target = Path(path)
-    partial = target.with_name(f".{target.name}.partial")
+    target = Path(path).resolve()
+    partial = _neighbour(target, "partial")
     try:
         try:
             yield partial
+            if target.exists():
+                shutil.copymode(target, partial)
+            _flush(partial)
             partial.replace(target)
         finally:
             partial.unlink(missing_ok=True)
     except (OSError, SafetensorError) as error:
-        # A full disk is an OSError from Python, and a SafetensorError from the writer of weights.
+        if not _is_writing(error, partial):
+            raise
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error
         raise OutputError(f"cannot write {what} to '{path}': {reason}") from error
 
 
 @contextlib.contextmanager
-def output_directory(path: str | os.PathLike[str], *, overwrite: bool = False) -> Iterator[Path]:
+def output_directory(
+    path: Name, *, overwrite: bool = False, inputs: Iterable[Name | None] = (), known: Iterable[str] = ()
+) -> Iterator[Path]:
     """A directory that appears under its name only when the block ends without an error.
 
     Everything is written to a hidden neighbour first, then renamed: an interruption at any moment leaves no directory
-    or a complete one. What is overwritten stays in a hidden neighbour until the new content is in place.
+    or a complete one. What is overwritten stays in a hidden neighbour until the new content is in place. If the place
+    was taken meanwhile, the new content is kept under another name.
 
     Args:
         path: the directory to make.
         overwrite: replace what is there; the old content is deleted after the new one is in place.
+        inputs, known: as for `check_output`.
 
     Raises:
-        OutputError: the path exists and `overwrite` is off, or it cannot be written.
+        OutputError: see `check_output`; or the content cannot be written.
     """
-    target = Path(path)
-    check_output(target, overwrite=overwrite)
+    target, inputs, known = Path(path).resolve(), tuple(inputs), tuple(known)
+    check_output(path, overwrite=overwrite, inputs=inputs, known=known)
+    made = [parent for parent in target.parents if not parent.exists()]
+    partial = _neighbour(target, "partial")
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
-    except OSError as error:
-        raise OutputError(f"cannot write to '{target.parent}': {error}") from error
-    try:
+        partial.mkdir(parents=True)
         yield partial
-        partial.chmod(0o755)  # mkdtemp makes private directories
-        old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old-", dir=target.parent)) / "content"
-        try:
-            if target.exists():
-                target.rename(old)
-            partial.rename(target)
-        finally:
-            if old.exists() and not target.exists():
-                old.rename(target)
-            shutil.rmtree(old.parent, ignore_errors=True)
-    except OSError as error:
-        raise OutputError(f"could not write '{target}': {error}; nothing was left behind") from error
-    finally:
+        for file in partial.rglob("*"):
+            if file.is_file():
+                _flush(file)
+    except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
+        with contextlib.suppress(OSError):  # not empty any more
+            for parent in made:
+                parent.rmdir()
+        if isinstance(error, (OSError, SafetensorError)) and _is_writing(error, partial):
+            raise OutputError(f"could not write '{path}': {error}; nothing was left behind") from error
+        raise
+    try:
+        check_output(path, overwrite=overwrite, inputs=inputs, known=known)
+        _swap(partial, target)
+    except (OSError, OutputError) as error:
+        kept = target.with_name(f"{target.name}-{partial.name[-8:]}")
+        try:
+            partial.rename(kept)
+        except OSError:
+            kept = partial
+        raise OutputError(f"{error}; the result is in '{kept}'") from error
 
 
-def check_output(path: str | os.PathLike[str], *, overwrite: bool) -> None:
-    """Fail early, before any work is done, where `output_directory` would fail late.
+def _swap(new: Path, target: Path) -> None:
+    """Give a directory the name of another one, which is deleted once it is replaced."""
+    old = _neighbour(target, "old")
+    try:
+        if target.exists():
+            target.rename(old)
+        new.rename(target)
+    finally:
+        if old.exists() and not target.exists():
+            old.rename(target)
+        shutil.rmtree(old, ignore_errors=True)
 
-    Raises:
-        OutputError: the path exists and `overwrite` is off, or a file stands there.
-    """
-    target = Path(path)
-    if target.exists() and not target.is_dir():
-        raise OutputError(f"'{target}' is a file: give a directory name that is free")
-    if target.exists() and not overwrite:
-        raise OutputError(f"'{target}' exists already: choose another name or allow --overwrite")
+
+def _neighbour(target: Path, what: str) -> Path:
+    """A hidden name beside a file or directory that no other process uses."""
+    return target.with_name(f".{target.name}.{what}-{uuid.uuid4().hex[:8]}")
+
+
+def _flush(file: Path) -> None:
+    """Bring a file to the disk before its name says that it is complete."""
+    with file.open("rb+") as opened:
+        os.fsync(opened.fileno())
+
+
+def _is_writing(error: Exception, partial: Path) -> bool:
+    """Whether an error is about what is being written, and not about something that is read meanwhile."""
+    if isinstance(error, SafetensorError):  # of the writer of weights, which has a class of its own for a full disk
+        return "serializ" in str(error) and "deserializ" not in str(error)
+    if not isinstance(error, OSError):
+        return False
+    names = [Path(os.fsdecode(name)) for name in (error.filename, error.filename2) if isinstance(name, (str, bytes))]
+    return error.errno in _WRITING or any(name == partial or partial in name.parents for name in names)

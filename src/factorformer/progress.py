@@ -1,4 +1,4 @@
-"""How long work reports how far it is."""
+"""Progress reporting for long-running steps."""
 
 from __future__ import annotations
 

@@ -9,9 +9,9 @@ import torch
 from tests.tiny import MODELS
 from transformers import BertConfig, BertModel
 
-from factorformer.bench.contestants import Contestant, parse
+from factorformer.bench.candidates import Candidate, parse
+from factorformer.bench.comparison import Shape
 from factorformer.bench.footprint import footprint, measure
-from factorformer.bench.race import Shape
 from factorformer.errors import ModelError
 
 
@@ -33,11 +33,11 @@ def test_memory_follows_the_model_and_not_what_was_imported(tmp_path: Path) -> N
 def test_a_variant_without_a_file_is_saved_to_be_weighed(tmp_path: Path) -> None:
     MODELS["bert"].build().save_pretrained(tmp_path / "model")
     size = (tmp_path / "model" / "model.safetensors").stat().st_size
-    contestant = parse(f"bf16:{tmp_path / 'model'}")
-    found = measure(contestant, Shape(1, 4), torch.get_num_threads(), torch.device("cpu"), seed=0, vocabulary=None)
+    candidate = parse(f"bf16:{tmp_path / 'model'}")
+    found = measure(candidate, Shape(1, 4), torch.get_num_threads(), torch.device("cpu"), seed=0, vocabulary=None)
     assert 0 < found.file_bytes < size
 
 
 def test_a_process_that_fails_is_explained(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"memory of '.*/gone': no such model directory"):
-        footprint(Contestant(str(tmp_path / "gone"), tmp_path / "gone"), Shape(1, 4), threads=1)
+        footprint(Candidate(str(tmp_path / "gone"), tmp_path / "gone"), Shape(1, 4), threads=1)

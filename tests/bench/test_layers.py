@@ -13,8 +13,8 @@ from torch import Tensor
 
 import factorformer
 from factorformer.bench import layers
-from factorformer.bench.layers import LayerPaces, Pace, layer_paces, slower_than_dense
-from factorformer.bench.race import Spread
+from factorformer.bench.comparison import Spread
+from factorformer.bench.layers import LayerComparison, LayerTiming, slower_than_dense, time_layers
 from factorformer.errors import ModelError
 from factorformer.layers.matrix import Matrix
 from factorformer.layers.nn import FactorizedLinear
@@ -24,13 +24,13 @@ from factorformer.structures import Factors, KroneckerSum, LowRank, Shape
 CPU = torch.device("cpu")
 
 
-def paces(*ratios: float) -> LayerPaces:
+def timings(*ratios: float) -> LayerComparison:
     one = Spread(1, 1, 1)
     found = tuple(
-        Pace(tokens, Spread(ratio, ratio, ratio), one, one)
+        LayerTiming(tokens, Spread(ratio, ratio, ratio), one, one)
         for tokens, ratio in zip((1, 16, 128, 1024), ratios, strict=True)
     )
-    return LayerPaces(("a", "b"), (64, 32), LowRank(4), "float32", found)
+    return LayerComparison(("a", "b"), (64, 32), LowRank(4), "float32", found)
 
 
 @pytest.mark.parametrize(
@@ -44,7 +44,7 @@ def paces(*ratios: float) -> LayerPaces:
     ],
 )
 def test_break_even(ratios: Sequence[float], break_even: int | None, pays: list[int], verdict: str) -> None:
-    found = paces(*ratios)
+    found = timings(*ratios)
     assert (found.break_even, found.pays, found.verdict) == (break_even, pays, verdict)
     assert found.ideal == 64 * 32 / (4 * 96)
 
@@ -52,30 +52,30 @@ def test_break_even(ratios: Sequence[float], break_even: int | None, pays: list[
 def test_every_distinct_layer_is_timed_once() -> None:
     model = MODELS["bert"].build()
     factorformer.compress(model, factorformer.plan(model, "svd", 2))
-    found = layer_paces(model, tokens=(8, 2, 8), seconds=0.01)
+    found = time_layers(model, tokens=(8, 2, 8), seconds=0.01)
     names = [name for layer in found for name in layer.names]
     assert sorted(names) == sorted(entry.matrix.name for entry in factorformer.plan(MODELS["bert"].build()).factorized)
     assert len({(layer.shape, layer.spec) for layer in found}) == len(found) >= 3
     for layer in found:
-        assert [pace.tokens for pace in layer.paces] == [2, 8]
-        assert all(min(pace.dense.low, pace.factors.low, pace.speedup.low) > 0 for pace in layer.paces)
+        assert [timing.tokens for timing in layer.timings] == [2, 8]
+        assert all(min(timing.dense.low, timing.factors.low, timing.speedup.low) > 0 for timing in layer.timings)
 
 
 def test_layers_in_int8_are_timed_apart() -> None:
     model = MODELS["bert"].build()
     factorformer.compress(model, factorformer.plan(model, "svd", 2))
-    alike = next(layer for layer in layer_paces(model, tokens=(2,), seconds=0.01) if len(layer.names) > 1)
+    alike = next(layer for layer in time_layers(model, tokens=(2,), seconds=0.01) if len(layer.names) > 1)
     stored = model.get_submodule(alike.names[0])
     assert isinstance(stored, FactorizedLinear)
     stored.quantize()
-    found = layer_paces(model, tokens=(2,), seconds=0.01)
+    found = time_layers(model, tokens=(2,), seconds=0.01)
     names = {x.dtype: x.names for x in found if (x.shape, x.spec) == (alike.shape, alike.spec)}
     assert names == {"int8": alike.names[:1], "float32": alike.names[1:]}
 
 
 def test_a_dense_model_has_no_factors_to_time() -> None:
     with pytest.raises(ModelError, match="no factorized linear layers"):
-        layer_paces(MODELS["bert"].build())
+        time_layers(MODELS["bert"].build())
 
 
 def entry(name: str, spec: object, side: int = 512, dtype: str = "float32", products: int = 1) -> Entry:
@@ -142,13 +142,13 @@ def test_factors_in_int8_are_judged_as_such() -> None:
 
 def test_each_size_is_timed_once(monkeypatch: pytest.MonkeyPatch) -> None:
     timed: list[tuple[object, ...]] = []
-    real = layers._pace
+    real = layers._time
 
-    def counted(*arguments: object, **options: object) -> Pace:
+    def counted(*arguments: object, **options: object) -> LayerTiming:
         timed.append(arguments[:2])
         return real(*arguments, **options)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(layers, "_pace", counted)
+    monkeypatch.setattr(layers, "_time", counted)
     spec = next(KroneckerSum.candidates((64, 64), torch.float32))
     slower_than_dense([entry(f"layer.{i}.{n}", s, 64) for i in range(4) for n, s in (("q", FAST), ("k", spec))], CPU)
     assert timed == [((64, 64), FAST), ((64, 64), spec)]

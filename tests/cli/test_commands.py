@@ -287,14 +287,19 @@ def test_plans_and_models_print_as_tables(run: Any, base: Path, monkeypatch: pyt
 
 def test_an_existing_output_is_replaced_only_on_demand(run: Any, base: Path, tmp_path: Path) -> None:
     output = tmp_path / "small"
-    output.mkdir()
-    (output / "precious").touch()
-    done = run("compress", base, output)
+    assert run("compress", base, output, "--ratio", 3).exit_code == 0
+    before = (output / "model.safetensors").read_bytes()
+    done = run("compress", base, output, "--ratio", 2)
     assert done.exit_code == 2
     assert "--overwrite" in done.stderr
-    assert [file.name for file in output.iterdir()] == ["precious"]
+    (output / "precious").touch()
+    done = run("compress", base, output, "--ratio", 2, "--overwrite")
+    assert done.exit_code == 2
+    assert "precious" in done.stderr
+    assert (output / "model.safetensors").read_bytes() == before
+    (output / "precious").unlink()
     assert run("compress", base, output, "--ratio", 2, "--overwrite").exit_code == 0
-    assert not (output / "precious").exists()
+    assert (output / "model.safetensors").read_bytes() != before
     assert [file.name for file in tmp_path.iterdir()] == ["small"]
 
 

@@ -6,6 +6,7 @@ import errno
 import inspect
 import json
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,11 +19,15 @@ import torch
 from tests.cli.test_commands import result_of
 from tests.cli.test_errors import COMMAND, check
 from transformers import AutoTokenizer, PreTrainedModel
+from typer.testing import CliRunner
 
 import factorformer
-from factorformer.cli._jobs import train as from_scratch
+from factorformer.cli._jobs import train as job
+from factorformer.cli.app import app
 from factorformer.cli.train import train
+from factorformer.errors import ModelError
 from factorformer.tasks import translation
+from factorformer.tasks.checkpoints import last_checkpoint, locked
 from factorformer.tasks.from_scratch import ScratchSettings, _Watch
 
 NUMBERS = {"eins": "one", "zwei": "two", "drei": "three", "vier": "four", "fünf": "five", "sechs": "six"}
@@ -33,6 +38,7 @@ TINY = {
     "llama": ["hidden_size=32", "num_hidden_layers=2", "intermediate_size=64"],
     "bert": ["hidden_size=32", "num_hidden_layers=2", "intermediate_size=64", "max_position_embeddings=40"],
 }
+HALFWAY = ("whole", "new")
 PAIRS = ("--source", "train.de", "--target", "train.en")
 
 
@@ -163,34 +169,38 @@ def test_a_run_without_a_checkpoint_leaves_nothing_to_resume(run: Any, tmp_path:
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.fixture
-def interrupted(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[object]:
-    """A command that was interrupted after its fourth step, which has a checkpoint."""
-    command = ["train", tmp_path / "new", *PAIRS, *options("marian")]
-    assert run("train", tmp_path / "whole", *PAIRS, *options("marian")).exit_code == 0
-    watch = _Watch.on_step_end
+@pytest.fixture(scope="module")
+def halfway(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a whole run, and one that was interrupted after its fourth step, which has a checkpoint."""
+    folder, runner, watch = tmp_path_factory.mktemp("halfway"), CliRunner(), _Watch.on_step_end
 
     def stop(self: Any, args: Any, state: Any, control: Any, **others: Any) -> None:
         watch(self, args, state, control, **others)
         if state.global_step == 5:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(_Watch, "on_step_end", stop)
-    done = run(*command)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(corpus)
+        commands = [[str(part) for part in ("train", folder / name, *PAIRS, *options("marian"))] for name in HALFWAY]
+        assert runner.invoke(app, commands[0], catch_exceptions=False).exit_code == 0
+        patch.setattr(_Watch, "on_step_end", stop)
+        done = runner.invoke(app, commands[1], catch_exceptions=False)
     assert done.exit_code == 130
-    assert done.stderr.splitlines()[-1] == (
-        "interrupted; to go on from the last checkpoint, add --resume to the same command"
-    )
-    monkeypatch.undo()
-    monkeypatch.chdir(Path.cwd())
-    assert not (tmp_path / "new").exists()
-    return command
+    assert "add --resume" in done.stderr.splitlines()[-1]
+    assert sorted(path.name for path in folder.iterdir()) == [".new.training", "whole"]
+    return folder
+
+
+@pytest.fixture
+def interrupted(halfway: Path, tmp_path: Path) -> list[object]:
+    """The command whose run was interrupted, in a copy of its folder."""
+    shutil.copytree(halfway, tmp_path, dirs_exist_ok=True)
+    return ["train", tmp_path / "new", *PAIRS, *options("marian")]
 
 
 def test_a_resumed_run_ends_as_if_it_had_not_been_interrupted(
-    run: Any, tmp_path: Path, corpus: Path, interrupted: list[object], monkeypatch: pytest.MonkeyPatch
+    run: Any, tmp_path: Path, interrupted: list[object]
 ) -> None:
-    monkeypatch.chdir(corpus)
     check(run(*interrupted), "an interrupted run for")
     check(run(*interrupted, "--lr", 0.5), "add --resume, or start anew with --overwrite")
     check(run(*interrupted, "--lr", 0.5, "--resume"), "other options: learning_rate was 0.002, not 0.5; repeat its")
@@ -202,10 +212,7 @@ def test_a_resumed_run_ends_as_if_it_had_not_been_interrupted(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["new", "whole"]
 
 
-def test_an_interrupted_run_can_be_started_anew(
-    run: Any, tmp_path: Path, corpus: Path, interrupted: list[object], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(corpus)
+def test_an_interrupted_run_can_be_started_anew(run: Any, tmp_path: Path, interrupted: list[object]) -> None:
     (tmp_path / ".new.training" / "options.json").write_text("{")
     check(run(*interrupted, "--resume"), "cannot read what the interrupted run was")
     done = run(*interrupted, "--overwrite")
@@ -283,7 +290,7 @@ def test_a_full_disk_at_the_end_costs_no_training(
     def full(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(from_scratch, "write", full)
+    monkeypatch.setattr(job, "write", full)
     done = run(*command)
     assert done.exit_code == 2
     assert "No space left" in done.stderr
@@ -295,18 +302,69 @@ def test_a_full_disk_at_the_end_costs_no_training(
     assert [path.name for path in tmp_path.iterdir()] == ["new"]
 
 
-def test_a_dry_run_beside_an_interrupted_run_trains_its_own_tokenizer(
-    run: Any, corpus: Path, interrupted: list[object], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(corpus)
+def test_a_dry_run_beside_an_interrupted_run_trains_its_own_tokenizer(run: Any, interrupted: list[object]) -> None:
     done = run(*interrupted, "--dry-run", "--vocabulary", 265, "--json")
     assert json.loads(done.stdout)["metrics"]["vocabulary"] == 265
 
 
-def test_a_run_that_diverges_leaves_nothing(run: Any, tmp_path: Path) -> None:
-    check(
-        run("train", tmp_path / "new", "--train", "text.txt", *options("gpt2", "--lr", 1e30)), "lower the learning rate"
-    )
+def test_a_run_that_diverges_keeps_its_checkpoints_and_says_so(run: Any, tmp_path: Path) -> None:
+    done = run("train", tmp_path / "new", "--train", "text.txt", *options("gpt2", "--lr", 1e30))
+    check(done, "lower the learning rate")
+    checkpoints = tmp_path / ".new.training" / "checkpoints"
+    assert f"checkpoints are kept in '{checkpoints}'" in done.stderr
+    assert last_checkpoint(checkpoints) is not None
+    assert [path.name for path in tmp_path.iterdir()] == [".new.training"]
+
+
+def test_no_failure_deletes_checkpoints(
+    run: Any, tmp_path: Path, interrupted: list[object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / ".new.training"
+
+    def content() -> dict[str, bytes]:
+        return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+    (folder / "checkpoints" / "checkpoint-6").mkdir()  # whose writing was interrupted
+    before = content()
+    # A resumed run that cannot read its tokenizer, or whose architecture is out of reach.
+    for broken in ("load_tokenizer", "Architecture.of"):
+
+        def fail(*_: object) -> None:
+            raise ModelError("out of reach")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(f"factorformer.cli._jobs.train.{broken}", fail)
+            done = run(*interrupted, "--resume")
+        check(done, "out of reach")
+        assert "--resume" in done.stderr
+        assert content() == before
+    # A new run in its place that fails before it has a checkpoint of its own.
+    for wrong in (("--vocabulary", 5000), ("--include", "*.nothing")):
+        done = run(*interrupted, "--overwrite", *wrong)
+        check(done, "nothing" if "--include" in wrong else "vocabulary")
+        assert "as it was" in done.stderr
+        assert content() == before
+    assert [path.name for path in tmp_path.iterdir() if path.name != "whole"] == [".new.training"]
+    assert run(*interrupted, "--resume").exit_code == 0
+
+
+def test_a_second_process_is_kept_out(run: Any, tmp_path: Path) -> None:
+    command = ("train", tmp_path / "new", *PAIRS, *options("marian"))
+    with locked(tmp_path / ".new.training.lock"):
+        check(run(*command), "another process is training")
+    (tmp_path / ".new.training").mkdir()
+    (tmp_path / ".new.training" / "mine.txt").write_text("not a run")
+    check(run(*command), "no run of factorformer")
+    assert (tmp_path / ".new.training" / "mine.txt").read_text() == "not a run"
+
+
+def test_numbers_have_to_be_finite(run: Any, tmp_path: Path) -> None:
+    for option in ("--epochs", "--lr", "--ratio"):
+        for value in ("nan", "inf"):
+            done = run("train", tmp_path / "new", *PAIRS, option, value)
+            assert done.exit_code == 2
+            assert option in done.stderr
+            assert "Traceback" not in done.stderr
     assert list(tmp_path.iterdir()) == []
 
 

@@ -309,6 +309,6 @@ def test_a_model_is_not_replaced_by_its_export(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "model")
     before = {file.name: file.read_bytes() for file in (tmp_path / "model").iterdir()}
     for target in (tmp_path / "model", tmp_path):
-        with pytest.raises(OutputError, match="holds the model itself: choose another directory"):
+        with pytest.raises(OutputError, match=r"(is|holds) the input"):
             export(tmp_path / "model", target, overwrite=True)
     assert {file.name: file.read_bytes() for file in (tmp_path / "model").iterdir()} == before

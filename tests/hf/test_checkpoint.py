@@ -16,8 +16,7 @@ from tests.tiny import MODELS, logits
 from torch import Tensor
 
 import factorformer
-from factorformer.errors import CheckpointError, OutputError
-from factorformer.files import check_output, output_directory
+from factorformer.errors import CheckpointError
 from factorformer.hf.tensors import read_sizes
 
 QUERY = "bert.encoder.layer.0.attention.self.query"
@@ -312,102 +311,3 @@ def test_a_head_of_another_size_is_an_error(tmp_path: Path) -> None:
     assert torch.equal(
         renewed.roberta.encoder.layer[0].output.dense.right, model.roberta.encoder.layer[0].output.dense.right
     )
-
-
-# Output directories
-
-
-def contents(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir())
-
-
-def test_an_output_directory_appears_when_it_is_complete(tmp_path: Path) -> None:
-    target = tmp_path / "new" / "model"
-    with output_directory(target) as partial:
-        (partial / "file").write_text("content")
-        assert not target.exists()
-        assert partial.parent == target.parent
-        assert partial.name.startswith(".")
-    assert contents(target.parent) == ["model"]
-    assert (target / "file").read_text() == "content"
-    assert target.stat().st_mode & 0o777 == 0o755
-
-
-@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, SystemExit])
-def test_a_failure_leaves_nothing(tmp_path: Path, error: type[BaseException]) -> None:
-    def fail(partial: Path) -> None:
-        (partial / "file").write_text("content")
-        raise error
-
-    with pytest.raises(error), output_directory(tmp_path / "model") as partial:
-        fail(partial)
-    assert contents(tmp_path) == []
-
-
-def test_a_full_disk_leaves_nothing(tmp_path: Path) -> None:
-    with (
-        pytest.raises(OutputError, match=r"could not write.*No space left.*nothing was left"),
-        output_directory(tmp_path / "m"),
-    ):
-        raise OSError(28, "No space left on device")
-    assert contents(tmp_path) == []
-
-
-def test_an_existing_directory_is_refused_before_any_work(tmp_path: Path) -> None:
-    (tmp_path / "model").mkdir()
-    with pytest.raises(OutputError, match=r"exists already.*--overwrite"), output_directory(tmp_path / "model"):
-        pytest.fail("the block ran")
-    with pytest.raises(OutputError, match="exists already"):
-        check_output(tmp_path / "model", overwrite=False)
-    check_output(tmp_path / "model", overwrite=True)
-    check_output(tmp_path / "free", overwrite=False)
-
-
-def test_overwriting_replaces_everything(tmp_path: Path) -> None:
-    (tmp_path / "model").mkdir()
-    (tmp_path / "model" / "old").write_text("old")
-    with output_directory(tmp_path / "model", overwrite=True) as partial:
-        (partial / "new").write_text("new")
-        assert contents(tmp_path / "model") == ["old"]
-    assert contents(tmp_path) == ["model"]
-    assert contents(tmp_path / "model") == ["new"]
-
-
-def test_a_failure_while_overwriting_keeps_the_old(tmp_path: Path) -> None:
-    (tmp_path / "model").mkdir()
-    (tmp_path / "model" / "old").write_text("old")
-    with pytest.raises(RuntimeError), output_directory(tmp_path / "model", overwrite=True):
-        raise RuntimeError
-    assert contents(tmp_path) == ["model"]
-    assert contents(tmp_path / "model") == ["old"]
-
-
-def test_a_rename_that_fails_keeps_the_old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "model").mkdir()
-    (tmp_path / "model" / "old").write_text("old")
-    rename = Path.rename
-
-    def fail(self: Path, target: Path) -> Path:
-        if ".partial-" in self.name:
-            raise OSError(5, "Input/output error")
-        return rename(self, target)
-
-    monkeypatch.setattr(Path, "rename", fail)
-    with pytest.raises(OutputError), output_directory(tmp_path / "model", overwrite=True):
-        pass
-    assert contents(tmp_path / "model") == ["old"]
-    assert contents(tmp_path) == ["model"]
-
-
-@pytest.mark.parametrize("overwrite", [True, False])
-def test_a_file_in_the_way(tmp_path: Path, overwrite: bool) -> None:
-    (tmp_path / "model").write_text("a file")
-    with pytest.raises(OutputError, match="is a file"), output_directory(tmp_path / "model", overwrite=overwrite):
-        pytest.fail("the block ran")
-    assert (tmp_path / "model").read_text() == "a file"
-
-
-def test_a_file_among_the_parents(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("a file")
-    with pytest.raises(OutputError, match="cannot write"), output_directory(tmp_path / "file" / "model"):
-        pytest.fail("the block ran")

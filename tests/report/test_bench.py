@@ -8,19 +8,20 @@ from pathlib import Path
 
 from rich.console import Console
 
-from factorformer.bench.contestants import Contestant
+from factorformer import kernels
+from factorformer.bench.candidates import Candidate
+from factorformer.bench.comparison import Comparison, Shape, Spread, summarize
 from factorformer.bench.footprint import Footprint
-from factorformer.bench.layers import LayerPaces, Pace
-from factorformer.bench.race import Heat, Shape, Spread, summarize
+from factorformer.bench.layers import LayerComparison, LayerTiming
 from factorformer.report.bench import BenchResult, show_bench
 from factorformer.structures import LowRank
 
-CONTESTANTS = (Contestant("dense/", Path("dense")), Contestant("int8:dense/", Path("dense"), "torch", ("int8",)))
+CANDIDATES = (Candidate("dense/", Path("dense")), Candidate("int8:dense/", Path("dense"), "torch", ("int8",)))
 FOOTPRINTS = (Footprint(1000, 30.0, 4000, 50), Footprint(250, 60.0, 0, 50))
-HEATS = (Heat(Shape(8, 64), 2, summarize([[10.0, 5.0], [30.0, 10.0]], first=[40.0, 50.0])),)
-MODELS = BenchResult(CONTESTANTS, FOOTPRINTS, HEATS, threads=2, device="cpu", seed=3)
-PACES = tuple(Pace(n, Spread(r, r, r), Spread(4, 5, 6), Spread(1, 2, 3)) for n, r in ((1, 0.5), (128, 2.5)))
-LAYERS = BenchResult([], [], [], 1, "cpu", 0, [LayerPaces(("q", "k"), (64, 32), LowRank(4), "float32", PACES)])
+COMPARISONS = (Comparison(Shape(8, 64), 2, summarize([[10.0, 5.0], [30.0, 10.0]], first=[40.0, 50.0])),)
+MODELS = BenchResult(CANDIDATES, FOOTPRINTS, COMPARISONS, threads=2, device="cpu", seed=3)
+PACES = tuple(LayerTiming(n, Spread(r, r, r), Spread(4, 5, 6), Spread(1, 2, 3)) for n, r in ((1, 0.5), (128, 2.5)))
+LAYERS = BenchResult([], [], [], 1, "cpu", 0, [LayerComparison(("q", "k"), (64, 32), LowRank(4), "float32", PACES)])
 
 
 def printed(result: BenchResult) -> str:
@@ -31,10 +32,10 @@ def printed(result: BenchResult) -> str:
 
 def test_json_of_models() -> None:
     content = json.loads(json.dumps(MODELS.to_dict(), allow_nan=False))
-    keys = ["baseline", "contestants", "shapes", "layers", "settings", "machine", "versions"]
+    keys = ["baseline", "candidates", "shapes", "layers", "settings", "machine", "versions"]
     assert list(content) == keys
     assert (content["baseline"], content["layers"]) == ("dense/", None)
-    _, other = content["contestants"]
+    _, other = content["candidates"]
     assert other == {
         "name": "int8:dense/",
         "route": "torch",
@@ -63,7 +64,7 @@ def test_json_of_models() -> None:
 
 def test_json_of_layers() -> None:
     content = json.loads(json.dumps(LAYERS.to_dict(), allow_nan=False))
-    assert (content["baseline"], content["contestants"], content["shapes"]) == (None, [], [])
+    assert (content["baseline"], content["candidates"], content["shapes"]) == (None, [], [])
     (layer,) = content["layers"]
     assert layer["names"] == ["q", "k"]
     assert layer["structure"] == {"structure": "low_rank", "rank": 4}
@@ -97,8 +98,9 @@ def test_tables_of_models_have_ratios_first() -> None:
     assert "8 x 64 tokens, 2 rounds" in text
     size = [line for line in text.splitlines() if "int8:dense/" in line][1]
     assert size.split() == ["int8:dense/", "4.00x", "250", "0", "0.50x", "60"]
-    assert "2 threads; ratios to dense/" in text
-    assert "3 rounds to warm up" in text
+    assert f"2 threads, kernels: {kernels.variant()}" in text
+    assert "ratios to dense/" in text
+    assert "3 rounds of warm-up" in text
 
 
 def test_the_table_of_layers_says_where_factors_pay() -> None:

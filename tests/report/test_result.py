@@ -21,6 +21,7 @@ from transformers import (
 )
 
 import factorformer
+from factorformer.errors import ModelError
 from factorformer.layers.matrix import Cost, Scope
 from factorformer.report import Result, inventory, latency
 from factorformer.report.tables import show
@@ -104,6 +105,16 @@ def test_tables() -> None:
     table = printed(Result.of(plan, layers=plan.entries))
     assert "encoder.layer.1.output.dense" in table
     assert "low_rank(rank=" in table
+
+
+def test_a_model_without_blocks_is_counted_as_a_whole() -> None:
+    model = bert()
+    model.encoder = nn.Identity()
+    found = inventory(model)
+    assert found.scope == "all"
+    assert found.original.parameters == sum(p.numel() for p in model.parameters())
+    with pytest.raises(ModelError, match="no Transformer blocks"):
+        inventory(model, "blocks")
 
 
 def test_int8_is_shown() -> None:

@@ -18,7 +18,8 @@ from torch.nn import functional as F
 
 import factorformer
 from factorformer.errors import DataError, ModelError, OutputError
-from factorformer.tasks.from_scratch import LengthGroupedSampler, ScratchSettings, last_checkpoint, token_loss
+from factorformer.tasks.checkpoints import last_checkpoint
+from factorformer.tasks.from_scratch import LengthGroupedSampler, ScratchSettings, token_loss
 from factorformer.tasks.tokenization import train_tokenizer
 from factorformer.tasks.translation import bleu, encode, read_parallel, train, translate
 
@@ -181,7 +182,7 @@ def test_an_interrupted_run_ends_as_if_it_had_not_been(
     with pytest.raises(Killed):
         train(make(kind), words, encoded, encoded, FAST, tmp_path / "cut", kill)
     (tmp_path / "cut" / "checkpoint-9").mkdir()  # another interruption, in the middle of writing
-    assert last_checkpoint(tmp_path / "cut") == str(tmp_path / "cut" / "checkpoint-8")
+    assert last_checkpoint(tmp_path / "cut") == tmp_path / "cut" / "checkpoint-8"
     torch.manual_seed(1)
     resumed = make(kind)
     again = train(resumed, words, encoded, encoded, FAST, tmp_path / "cut")

@@ -21,22 +21,22 @@ from typing import Any
 
 import torch
 
-from factorformer.bench.contestants import PRECISIONS, Contestant, draw, load, parse
-from factorformer.bench.race import Shape
+from factorformer.bench.candidates import PRECISIONS, Candidate, draw, load, parse
+from factorformer.bench.comparison import Shape
 from factorformer.errors import ModelError, first_line
 
 LOADS = 3
-"""Loads that count."""
+"""Number of timed loads."""
 
 FAILED = 3
-"""Exit code of a process that has written why."""
+"""Exit code of a process that has written the reason to standard error."""
 
 STATUS = Path("/proc/self/status")
 
 
 @dataclasses.dataclass(frozen=True)
 class Footprint:
-    """What a model takes.
+    """Size, load time and peak memory of a model.
 
     Args:
         file_bytes: of its weight files. A variant that changes the weights has no file: then those that `torch.save`
@@ -57,7 +57,7 @@ class Footprint:
 
 
 def footprint(
-    contestant: Contestant,
+    candidate: Candidate,
     shape: Shape,
     threads: int,
     device: str = "cpu",
@@ -67,7 +67,7 @@ def footprint(
     """Load a model in a new process, and run it there.
 
     Args:
-        contestant: from `contestants.parse`.
+        candidate: from `candidates.parse`.
         shape: of the input.
         threads: of torch or of ONNX Runtime.
         device: for the models that torch runs.
@@ -78,55 +78,55 @@ def footprint(
         ModelError: the process failed.
     """
     job: dict[str, Any] = {
-        "name": contestant.name,
+        "name": candidate.name,
         "shape": str(shape),
         "threads": threads,
         "device": device,
         "seed": seed,
+        "vocabulary": vocabulary,
     }
-    job["vocabulary"] = vocabulary
     command = [sys.executable, "-W", "ignore", "-m", __name__, json.dumps(job)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode != 0:
-        # A process that the system ended, for want of memory above all, has not said why.
+        # A process that the system ended, for want of memory above all, gives no reason.
         ended = f"its process ended with exit code {done.returncode}"
-        why = done.stderr.strip().splitlines()[-1] if done.returncode == FAILED else ended
-        raise ModelError(f"cannot measure the memory of '{contestant.name}': {why}")
+        why = (done.stderr.strip().splitlines() or [ended])[-1] if done.returncode == FAILED else ended
+        raise ModelError(f"cannot measure the memory of '{candidate.name}': {why}")
     return Footprint(**json.loads(done.stdout.strip().splitlines()[-1]))
 
 
 def measure(
-    contestant: Contestant, shape: Shape, threads: int, device: torch.device, seed: int, vocabulary: int | None
+    candidate: Candidate, shape: Shape, threads: int, device: torch.device, seed: int, vocabulary: int | None
 ) -> Footprint:
     """The same in this process, which should not have done anything else before."""
     torch.set_num_threads(threads)
-    _import_what_runs(contestant)
+    _import_what_runs(candidate)
     imported = _reset_peak()
-    runner = load(contestant, threads, device)
+    runner = load(candidate, threads, device)
     run = runner.prepare(draw([runner], shape.batch, shape.tokens, seed, vocabulary))
     with torch.inference_mode():
         for _ in range(2):
             run()
     peak = _peak()
-    files = sum(file.stat().st_size for file in contestant.files)
-    if runner.module is not None and set(contestant.variants) & set(PRECISIONS):
+    files = sum(file.stat().st_size for file in candidate.files)
+    if runner.module is not None and set(candidate.variants) & set(PRECISIONS):
         files = _saved(runner.module)
     gpu = torch.cuda.max_memory_allocated() if device.type == "cuda" else None
     del runner, run
-    return Footprint(files, _load_time(contestant, threads, device), peak - imported, imported, gpu)
+    return Footprint(files, _load_time(candidate, threads, device), peak - imported, imported, gpu)
 
 
-def _load_time(contestant: Contestant, threads: int, device: torch.device) -> float:
+def _load_time(candidate: Candidate, threads: int, device: torch.device) -> float:
     times: list[float] = []
     for _ in range(LOADS):
         started = time.perf_counter()
-        load(contestant, threads, device)
+        load(candidate, threads, device)
         times.append(1000 * (time.perf_counter() - started))
     return statistics.median(times)
 
 
-def _import_what_runs(contestant: Contestant) -> None:
-    if contestant.route == "onnxruntime":
+def _import_what_runs(candidate: Candidate) -> None:
+    if candidate.route == "onnxruntime":
         import onnxruntime  # noqa: F401  # pyright: ignore
 
         return
@@ -134,12 +134,12 @@ def _import_what_runs(contestant: Contestant) -> None:
 
     from factorformer.hf.source import read_config
 
-    for name in read_config(contestant.path).architectures or []:
+    for name in read_config(candidate.path).architectures or []:
         getattr(transformers, name, None)  # its module is imported when it is asked for
 
 
 def _reset_peak() -> int:
-    """Forget how high memory was before, where the system can; what it is now, in bytes."""
+    """Reset the peak of resident memory, where the system can; the memory in use now, in bytes."""
     if STATUS.exists():
         try:
             Path("/proc/self/clear_refs").write_text("5")
@@ -174,7 +174,7 @@ def _saved(module: torch.nn.Module) -> int:
 
 
 def main(arguments: list[str]) -> int:
-    """Carry out a job that `footprint` wrote."""
+    """Measure what `footprint` asks for, and print it as JSON."""
     warnings.simplefilter("ignore")
     job: dict[str, Any] = json.loads(arguments[0])
     try:

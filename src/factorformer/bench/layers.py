@@ -1,4 +1,4 @@
-"""Which factors are faster than the dense matrix on this machine, and from how many tokens on."""
+"""Products in factors against dense ones on this machine, by number of tokens."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fnmatch import fnmatchcase
 import torch
 from torch import Tensor, nn
 
-from factorformer.bench.race import Spread
+from factorformer.bench.comparison import Spread
 from factorformer.errors import ModelError
 from factorformer.layers.nn import FactorizedLinear, new_factors
 from factorformer.planning import Entry
@@ -24,23 +24,24 @@ TOKENS = (1, 16, 128, 1024)
 """Rows of input at which products are timed by default."""
 
 USUAL = 128
-"""Rows of input at which a plan is judged: one long text, or a few short ones."""
+"""Rows of input for which a plan is checked: one long text, or a few short ones."""
 
-NOISE = 1.1
-"""How many times longer than the dense product one has to take, so that it is told."""
+SLOWDOWN_THRESHOLD = 1.1
+"""Layers slower than dense by this factor are reported."""
 
 MOST = 2000
-"""Rounds of one pair of products."""
+"""Maximum rounds of one pair of products."""
 
 PART = 0.1
-"""Seconds that a plan's check spends on one shape and structure at most."""
+"""Maximum seconds that the check of a plan spends on one shape and structure."""
 
 LEAST_ROUNDS = 3
+"""Minimum rounds of one pair of products."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Pace:
-    """A product in factors against the dense one, at one number of tokens.
+class LayerTiming:
+    """Time of a product in factors and of the dense one, at one number of tokens.
 
     Args:
         tokens: rows of input.
@@ -55,47 +56,47 @@ class Pace:
 
 
 @dataclasses.dataclass(frozen=True)
-class LayerPaces:
-    """All layers of one shape, structure and type.
+class LayerComparison:
+    """Timings of all layers of one shape, structure and type.
 
     Args:
         names: of the layers.
         shape: `(out, in)`.
         spec: their structure.
         dtype: in which the factors are stored: `int8`, or the floating type of the layers.
-        paces: in growing numbers of tokens.
+        timings: in growing numbers of tokens.
     """
 
     names: tuple[str, ...]
     shape: Shape
     spec: Structure
     dtype: str
-    paces: tuple[Pace, ...]
+    timings: tuple[LayerTiming, ...]
 
     @property
     def ideal(self) -> float:
-        """The speed-up if FLOPs were all that takes time."""
+        """The ratio of FLOPs: the speed-up if time were proportional to them."""
         return 2 * math.prod(self.shape) / self.spec.flops(self.shape)
 
     @property
     def pays(self) -> list[int]:
         """The numbers of tokens, of those measured, at which factors are at least as fast as the dense matrix."""
-        return [pace.tokens for pace in self.paces if pace.speedup.median >= 1]
+        return [timing.tokens for timing in self.timings if timing.speedup.median >= 1]
 
     @property
     def break_even(self) -> int | None:
         """The smallest measured number of tokens from which on factors always pay; None if they never do."""
         found = None
-        for pace in reversed(self.paces):
-            if pace.speedup.median < 1:
+        for timing in reversed(self.timings):
+            if timing.speedup.median < 1:
                 break
-            found = pace.tokens
+            found = timing.tokens
         return found
 
     @property
     def verdict(self) -> str:
         """Where factors pay, in words."""
-        measured, pays = [pace.tokens for pace in self.paces], self.pays
+        measured, pays = [timing.tokens for timing in self.timings], self.pays
         if not pays:
             return "never"
         if pays == measured:
@@ -107,16 +108,16 @@ class LayerPaces:
         return f"at {', '.join(map(str, pays))} tokens"
 
 
-def layer_paces(
+def time_layers(
     model: nn.Module, tokens: Sequence[int] = TOKENS, seconds: float = 0.5, progress: Progress = silent
-) -> list[LayerPaces]:
+) -> list[LayerComparison]:
     """Time every distinct shape, structure and type among the factorized linear layers of a model.
 
     Args:
         model: compressed; its own factors multiply, on their device.
         tokens: rows of input.
         seconds: for each pair of products.
-        progress: told how many are done.
+        progress: progress callback, called with the products timed.
 
     Raises:
         ModelError: no factorized linear layer.
@@ -128,23 +129,23 @@ def layer_paces(
             groups.setdefault(key, []).append((name, module))
     if not groups:
         raise ModelError("the model has no factorized linear layers: there is nothing to compare with dense products")
-    found: list[LayerPaces] = []
+    found: list[LayerComparison] = []
     counts = sorted(set(tokens))
     for (shape, spec, dtype, quantized), layers in groups.items():
         factors = layers[0][1].factors
-        paces = []
+        timings = []
         for count in counts:
-            paces.append(_pace(shape, spec, factors, dtype, count, seconds))
-            progress("products", len(found) * len(counts) + len(paces), len(groups) * len(counts))
+            timings.append(_time(shape, spec, factors, dtype, count, seconds))
+            progress("products", len(found) * len(counts) + len(timings), len(groups) * len(counts))
         names = tuple(name for name, _ in layers)
         stored = "int8" if quantized else str(dtype).removeprefix("torch.")
-        found.append(LayerPaces(names, shape, spec, stored, tuple(paces)))
+        found.append(LayerComparison(names, shape, spec, stored, tuple(timings)))
     return found
 
 
-def _pace(
+def _time(
     shape: Shape, spec: Structure, factors: Factors, dtype: torch.dtype, tokens: int, seconds: float, settle: int = 1
-) -> Pace:
+) -> LayerTiming:
     device = next(iter(factors.values())).device
     x = torch.randn(tokens, shape[1], device=device, dtype=dtype)
     weight = torch.full(shape, 0.01, device=device, dtype=dtype)
@@ -154,7 +155,7 @@ def _pace(
     ]
     race(runs, 1, settle=2, device=device)
     times = race(runs, MOST, seconds=seconds, least=LEAST_ROUNDS, settle=settle, device=device)
-    return Pace(
+    return LayerTiming(
         tokens,
         Spread.of(dense / factorized for dense, factorized in times),
         Spread.of(dense for dense, _ in times),
@@ -165,7 +166,7 @@ def _pace(
 def slower_than_dense(
     entries: Iterable[Entry], device: torch.device, tokens: int = USUAL, seconds: float = 2.0
 ) -> list[str]:
-    """What of a plan takes more time in factors than it would dense, as advice: a line for each shape and structure.
+    """Advice on layers of a plan that are slower in factors than dense: a line for each shape and structure.
 
     Each distinct size is timed once, with random factors, for no product depends on values. What the time does not
     suffice for is passed over, and so is what this machine is not made for: half precision on a CPU, and models without
@@ -194,9 +195,9 @@ def slower_than_dense(
         factors = new_factors(spec, shape, device, values)
         spec.initialize(factors, 1.0)
         factors = int8.quantize(factors) if quantized else factors
-        pace = _pace(shape, spec, factors, values, tokens, min(PART, seconds / len(sizes)), settle=0)
-        ratio = pace.factors.median / pace.dense.median
-        if ratio > NOISE:
+        timing = _time(shape, spec, factors, values, tokens, min(PART, seconds / len(sizes)), settle=0)
+        ratio = timing.factors.median / timing.dense.median
+        if ratio > SLOWDOWN_THRESHOLD:
             slow.setdefault((shape, spec.kind), {}).update(dict.fromkeys(names, ratio))
         else:
             others += names
@@ -204,7 +205,7 @@ def slower_than_dense(
 
 
 def _advice(shape: Shape, kind: str, ratios: Mapping[str, float], others: Sequence[str], tokens: int) -> str:
-    """What is slower, by how much, and the patterns that keep it dense, which match none of the other matrices."""
+    """The slower layers, by how much, and the patterns that keep them dense and match none of the other matrices."""
     patterns: list[str] = []
     for name in ratios:
         pattern = re.sub(r"(?<=\.)\d+(?=\.)", "*", name)

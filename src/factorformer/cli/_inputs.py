@@ -16,7 +16,7 @@ from transformers import AutoModel, PreTrainedModel, PreTrainedTokenizerBase
 
 from factorformer.cli._options import note
 from factorformer.errors import DataError, FactorformerError, ModelError, OutputError
-from factorformer.files import output_directory, whole_file
+from factorformer.files import RESULT_FILE, output_directory, whole_file
 from factorformer.hf.source import copy_companions, find, load_model, place_of_weights, read_config
 from factorformer.layers.surgery import find_matrices
 from factorformer.planning import Entry, Plan
@@ -37,9 +37,6 @@ from factorformer.tasks.data import (
 from factorformer.tasks.finetuning import check_can_follow
 from factorformer.tasks.reading import text_format
 from factorformer.training.rank_history import RankHistory
-
-RESULT_FILE = "factorformer.json"
-"""The result of the command that made a directory lies in it under this name."""
 
 HELD_OUT = 500
 """At most so many rows, and at most a tenth of them, are held out of plain text to compare embeddings on."""
@@ -131,15 +128,20 @@ def predictions(plan: Plan) -> dict[str, float]:
     return found
 
 
-def hold_out(data: datasets.Dataset, seed: int) -> tuple[datasets.Dataset, datasets.Dataset]:
+def hold_out(data: datasets.Dataset, seed: int, options: str = "--eval") -> tuple[datasets.Dataset, datasets.Dataset]:
     """Split rows at random into those to train on and those to measure on.
+
+    Args:
+        data: rows.
+        seed: of the choice.
+        options: those that make it unnecessary, for the message.
 
     Raises:
         DataError: too few rows.
     """
     rows = min(len(data) // 10, HELD_OUT)
     if rows < 3:
-        raise DataError(f"{len(data)} rows are too few to hold some out and measure on them: give --eval")
+        raise DataError(f"{len(data)} rows are too few to hold some out and measure on them: give {options}")
     order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed)).tolist()
     return data.select(order[rows:]), data.select(order[:rows])
 
@@ -230,7 +232,7 @@ def save(
         history: how ranks moved in training, written beside the model, if given.
     """
     assert result.output is not None
-    with output_directory(result.output, overwrite=overwrite) as partial:
+    with output_directory(result.output, overwrite=overwrite, inputs=(companions,)) as partial:
         weights = partial if companions is None else partial / place_of_weights(companions)
         write(result, model, partial, tokenizer=tokenizer, weights=weights)
         if companions is not None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import sys
 from collections.abc import Iterator
@@ -15,6 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from factorformer.errors import MethodError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -44,6 +47,21 @@ class BudgetChoice(str, Enum):
     milliseconds = "milliseconds"
 
 
+class DeviceChoice(str, Enum):
+    """Where models run."""
+
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+def finite(value: float | None) -> float | None:
+    """The value of an option; a usage error if it is NaN or infinite, which are within any bounds of an option."""
+    if value is not None and not math.isfinite(value):
+        raise typer.BadParameter(f"{value} is not a finite number")
+    return value
+
+
 MODELS = "A directory, a name on the Hugging Face Hub, or 'minilm' for the all-MiniLM-L6-v2 that comes with pip."
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", show_default=False, help=MODELS)]
@@ -69,6 +87,7 @@ Ratio = Annotated[
     float | None,
     typer.Option(
         "--ratio",
+        callback=finite,
         show_default=False,
         rich_help_panel=_BUDGET,
         help="Bytes of the original tensors in scope over the bytes of what replaces them; met within 1 %. "
@@ -91,7 +110,8 @@ Int8 = Annotated[
         "--int8",
         rich_help_panel=_BUDGET,
         help="Store the factors in int8 with a scale for each row. The ratio counts them so: at 4 times the ratio, "
-        "factors have about as many values as without it. Training rounds them.",
+        "factors have about as many values as without it. Training is then quantization-aware: it rounds factors in "
+        "the forward pass; only 'dsformer' rounds them once, at the end.",
     ),
 ]
 Scope = Annotated[
@@ -184,12 +204,18 @@ MaxLength = Annotated[
 
 _TRAINING = "Training"
 Epochs = Annotated[
-    float, typer.Option("--epochs", min=1e-3, rich_help_panel=_TRAINING, help="Passes over the training data.")
+    float,
+    typer.Option(
+        "--epochs", min=1e-3, callback=finite, rich_help_panel=_TRAINING, help="Passes over the training data."
+    ),
 ]
 LearningRate = Annotated[
-    float, typer.Option("--lr", min=0.0, rich_help_panel=_TRAINING, help="Peak of the learning rate.")
+    float,
+    typer.Option("--lr", min=0.0, callback=finite, rich_help_panel=_TRAINING, help="Peak of the learning rate."),
 ]
-BatchSize = Annotated[int, typer.Option("--batch-size", min=1, rich_help_panel=_TRAINING, help="Rows in a step.")]
+BatchSize = Annotated[
+    int, typer.Option("--batch-size", min=1, rich_help_panel=_TRAINING, help="Rows in a step: texts, pairs or blocks.")
+]
 Seed = Annotated[
     int,
     typer.Option(
@@ -215,7 +241,13 @@ FreezeEmbeddings = Annotated[
     ),
 ]
 
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what stands at the output's place.")]
+Device = Annotated[DeviceChoice, typer.Option("--device", help="Where to compute; 'auto' takes a GPU if there is one.")]
+Overwrite = Annotated[
+    bool,
+    typer.Option(
+        "--overwrite", help="Replace a model directory or a file that is there; never one with files of another kind."
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else on standard output.")]
 
 
@@ -236,13 +268,32 @@ def quiet() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
+def place_of(device: DeviceChoice) -> str:
+    """The device of torch that an option means, with a note if that is a GPU that nobody named.
+
+    Raises:
+        MethodError: there is no such device.
+    """
+    import torch
+
+    if device is DeviceChoice.cpu:
+        return "cpu"
+    if torch.cuda.is_available():
+        if device is DeviceChoice.auto:
+            note(f"device: {torch.cuda.get_device_name()} (--device cpu leaves it alone)")
+        return "cuda"
+    if device is DeviceChoice.cuda:
+        raise MethodError("--device cuda: torch finds no CUDA GPU here; choose cpu or auto")
+    return "cpu"
+
+
 def note(text: str) -> None:
-    """Tell a person something beside the result."""
+    """Print something beside the result on standard error."""
     typer.echo(text, err=True)
 
 
 def emit(result: Result, *, as_json: bool) -> None:
-    """Print a result on standard output, for a program or for a person."""
+    """Print a result on standard output, as JSON or as tables."""
     if as_json:
         emit_json(result.to_dict())
         return

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-from enum import Enum
-from typing import Annotated
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from factorformer.cli._options import AsJson, console, emit_json, note
+from factorformer.cli._options import AsJson, Device, DeviceChoice, console, emit_json, finite, note, place_of
 from factorformer.errors import MethodError
 
-
-class DeviceChoice(str, Enum):
-    """Where torch's models run."""
-
-    cpu = "cpu"
-    cuda = "cuda"
-
+if TYPE_CHECKING:
+    from factorformer.bench.candidates import Candidate
+    from factorformer.report.bench import BenchResult
 
 Benched = Annotated[
     str,
@@ -58,12 +54,12 @@ Seconds = Annotated[
     typer.Option(
         "--seconds",
         min=0.01,
+        callback=finite,
         show_default=False,
         help="Without --rounds, the time for each shape: by default 10; with --layers that for each pair of products: "
         "by default 0.5.",
     ),
 ]
-Device = Annotated[DeviceChoice, typer.Option("--device", help="Where models run that torch runs.")]
 Layers = Annotated[
     bool, typer.Option("--layers", help="Time each kind of factorized layer against the dense product instead.")
 ]
@@ -88,7 +84,7 @@ def bench(
     threads: Threads = None,
     rounds: Rounds = None,
     seconds: Seconds = None,
-    device: DeviceChoice = DeviceChoice.cpu,
+    device: Device = DeviceChoice.cpu,
     layers: Layers = False,
     tokens: Tokens = None,
     seed: Seed = 0,
@@ -96,9 +92,9 @@ def bench(
 ) -> None:
     """Measure how fast and how large a model is on this machine, against others.
 
-    All models take turns in one process, so that whatever else the machine does meets all of them alike; ratios are
-    taken within each round. 'speed-up' is the time of the first --against over that of the model, and its quartiles
-    tell how sure it is. Peak memory and the time to load are taken in a new process for each model.
+    Passes of all models are interleaved in one process, so that whatever else the machine does meets all of them alike;
+    ratios are taken within each round. 'speed-up' is the time of the first --against over that of the model, and its
+    quartiles tell how sure it is. Peak memory and the time to load are taken in a new process for each model.
 
     A variant before a model chooses its route: [bold]fused:[/bold] with attention and activations by the package's own
     kernels as well, [bold]compile:[/bold] through torch.compile, [bold]bf16:[/bold] in bfloat16, [bold]int8:[/bold] in
@@ -125,56 +121,19 @@ def bench(
         raise MethodError("--rounds and --seconds both say when to stop: leave one out")
     import torch
 
-    from factorformer.bench.contestants import common_vocabulary, load, parse
-    from factorformer.bench.footprint import footprint
-    from factorformer.bench.layers import TOKENS, layer_paces
-    from factorformer.bench.race import Shape, compare
-    from factorformer.hf.source import load_model
-    from factorformer.progress import bars
-    from factorformer.report.bench import BenchResult, show_bench
+    from factorformer.bench.candidates import parse
+    from factorformer.report.bench import show_bench
 
-    if device is DeviceChoice.cuda and not torch.cuda.is_available():
-        raise MethodError("--device cuda: torch finds no GPU here")
-    place, before = torch.device(device.value), torch.get_num_threads()
-    count = threads or before
-    shapes = [Shape.parse(text) for text in shape or DEFAULT_SHAPES]
+    place, before = place_of(device), torch.get_num_threads()
     benched, *others = [parse(text) for text in (model, *(against or []))]
     # Ratios are to the first of the others, which is most often the original.
-    contestants = [*others[:1], benched, *others[1:]]
-    torch.set_num_threads(count)
+    candidates = [*others[:1], benched, *others[1:]]
+    torch.set_num_threads(threads or before)
     try:
-        with bars() as progress:
-            if layers:
-                if benched.route != "torch" or benched.variants:
-                    raise MethodError(f"--layers reads the factors of a model directory, not '{model}'")
-                loaded = load_model(benched.path).to(place)  # pyright: ignore[reportArgumentType]
-                paces = layer_paces(loaded, tokens or TOKENS, seconds or 0.5, progress)
-                result = BenchResult([], [], [], count, device.value, seed, paces)
-            else:
-                runners = []
-                for contestant in contestants:
-                    progress("load", len(runners), len(contestants))
-                    runners.append(load(contestant, count, place))
-                progress("load", len(runners), len(contestants))
-                heats = compare(
-                    contestants,
-                    runners,
-                    shapes,
-                    rounds=rounds,
-                    seconds=seconds or 10.0,
-                    seed=seed,
-                    device=place,
-                    progress=progress,
-                )
-                words = common_vocabulary(runners)
-                runners.clear()  # what follows has the memory to itself
-                footprints = []
-                largest = max(shapes, key=lambda shape: shape.batch * shape.tokens)
-                for contestant in contestants:
-                    progress("memory and load time", len(footprints), len(contestants))
-                    footprints.append(footprint(contestant, largest, count, device.value, seed, words))
-                progress("memory and load time", len(footprints), len(contestants))
-                result = BenchResult(contestants, footprints, heats, count, device.value, seed)
+        if layers:
+            result = _layers(benched, tokens, seconds, place, seed)
+        else:
+            result = _models(candidates, shape or DEFAULT_SHAPES, rounds, seconds, place, seed)
     finally:
         torch.set_num_threads(before)
     if as_json:
@@ -183,3 +142,65 @@ def bench(
     show_bench(result, console())
     if not layers and against is None:
         note("ratios are to the model itself: name the original with --against")
+
+
+def _layers(benched: Candidate, tokens: list[int] | None, seconds: float | None, place: str, seed: int) -> BenchResult:
+    """Time the factorized layers of a model against dense products."""
+    import torch
+
+    from factorformer.bench.layers import TOKENS, time_layers
+    from factorformer.hf.source import load_model
+    from factorformer.progress import bars
+    from factorformer.report.bench import BenchResult
+
+    if benched.route != "torch" or benched.variants:
+        raise MethodError(f"--layers reads the factors of a model directory, not '{benched.name}'")
+    with bars() as progress:
+        found = time_layers(load_model(benched.path, device=place), tokens or TOKENS, seconds or 0.5, progress)
+    return BenchResult([], [], [], torch.get_num_threads(), place, seed, found)
+
+
+def _models(
+    candidates: Sequence[Candidate],
+    shapes: Sequence[str],
+    rounds: int | None,
+    seconds: float | None,
+    place: str,
+    seed: int,
+) -> BenchResult:
+    """Time the models against each other, and measure their size and memory."""
+    import torch
+
+    from factorformer.bench.candidates import common_vocabulary, load
+    from factorformer.bench.comparison import Shape, compare
+    from factorformer.bench.footprint import footprint
+    from factorformer.progress import bars
+    from factorformer.report.bench import BenchResult
+
+    sizes = [Shape.parse(text) for text in shapes]
+    device, threads = torch.device(place), torch.get_num_threads()
+    with bars() as progress:
+        runners = []
+        for candidate in candidates:
+            progress("load", len(runners), len(candidates))
+            runners.append(load(candidate, threads, device))
+        progress("load", len(runners), len(candidates))
+        comparisons = compare(
+            candidates,
+            runners,
+            sizes,
+            rounds=rounds,
+            seconds=seconds or 10.0,
+            seed=seed,
+            device=device,
+            progress=progress,
+        )
+        words = common_vocabulary(runners)
+        runners.clear()  # what follows has the memory to itself
+        footprints = []
+        largest = max(sizes, key=lambda shape: shape.batch * shape.tokens)
+        for candidate in candidates:
+            progress("memory and load time", len(footprints), len(candidates))
+            footprints.append(footprint(candidate, largest, threads, place, seed, words))
+        progress("memory and load time", len(footprints), len(candidates))
+    return BenchResult(candidates, footprints, comparisons, threads, place, seed)

@@ -103,7 +103,7 @@ def compress(
     """
     from factorformer.files import check_output
 
-    check_output(output, overwrite=overwrite)
+    check_output(output, overwrite=overwrite, inputs=(model, plan, calibration, train, evaluation, distill))
     from factorformer.cli._inputs import columns_of
     from factorformer.cli._jobs.compress import Job, run
     from factorformer.planning import Plan

@@ -57,6 +57,7 @@ def export(
       factorformer export minilm --to onnx
     """
     from factorformer.export import onnx
+    from factorformer.files import check_output
     from factorformer.hf.source import find, load_model
     from factorformer.report import Result, inventory
 
@@ -66,11 +67,10 @@ def export(
     if output is None:
         named = path.resolve() if Path(model).is_dir() else Path(Path(model).name)
         output = named.with_name(named.name + suffix)
+    check_output(output, overwrite=overwrite, inputs=(model, path))
+    costs = inventory(load_model(path, device="cpu"), "all")
     started = time.perf_counter()
     done = onnx.export(path, output, int8=int8, overwrite=overwrite)
     seconds = {"export": time.perf_counter() - started}
     metrics = {"file_bytes": done.file_bytes, "deviation": done.deviation}
-    emit(
-        Result.of(inventory(load_model(path), "all"), metrics=metrics, seconds=seconds, output=str(output)),
-        as_json=as_json,
-    )
+    emit(Result.of(costs, metrics=metrics, seconds=seconds, output=str(output)), as_json=as_json)

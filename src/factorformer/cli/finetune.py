@@ -78,7 +78,7 @@ def finetune(
     """
     from factorformer.files import check_output
 
-    check_output(output, overwrite=overwrite)
+    check_output(output, overwrite=overwrite, inputs=(model, train, evaluation, distill))
     from factorformer.cli._inputs import columns_of
     from factorformer.cli._jobs.finetune import Job, run
     from factorformer.tasks.finetuning import TrainingSettings

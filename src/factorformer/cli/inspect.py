@@ -8,7 +8,8 @@ from typing import Annotated
 import typer
 
 from factorformer.cli._options import MODELS, AsJson, Overwrite, ScopeChoice, emit
-from factorformer.errors import MethodError, OutputError
+from factorformer.errors import MethodError
+from factorformer.files import check_file
 
 Inspected = Annotated[str, typer.Argument(metavar="DIR", show_default=False, help=MODELS)]
 InspectedScope = Annotated[
@@ -45,8 +46,8 @@ def inspect(
       factorformer inspect small/ --scope blocks --json
       factorformer inspect small/ --ranks ranks.svg
     """
-    if ranks is not None and ranks.exists() and not overwrite:
-        raise OutputError(f"'{ranks}' exists already: choose another name or allow --overwrite")
+    if ranks is not None:
+        check_file(ranks, overwrite=overwrite, inputs=(model,))
     from factorformer.hf.source import find, load_model
     from factorformer.report import Result, inventory
     from factorformer.report.ranks import check_image, heat_map
@@ -58,7 +59,7 @@ def inspect(
         check_image(ranks)
         if history is None:
             raise MethodError(f"'{model}' has no history of ranks: they were not found in training")
-    found = inventory(load_model(path), scope.value)
+    found = inventory(load_model(path, device="cpu"), scope.value)
     if ranks is not None and history is not None:
         heat_map(history, ranks)
     output = None if ranks is None else str(ranks)

@@ -13,6 +13,8 @@ from factorformer.cli._options import (
     Budget,
     CalibrationFile,
     CalibrationRows,
+    Device,
+    DeviceChoice,
     Exclude,
     Include,
     Int8,
@@ -27,8 +29,9 @@ from factorformer.cli._options import (
     TextColumns,
     emit,
     note,
+    place_of,
 )
-from factorformer.errors import OutputError
+from factorformer.files import check_file
 
 PlanFile = Annotated[
     Path | None,
@@ -51,13 +54,14 @@ def plan(
     text: TextColumns = None,
     max_length: MaxLength = 128,
     seed: Seed = 0,
+    device: Device = DeviceChoice.auto,
     output: PlanFile = None,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
     """Show what `compress` would make of every weight matrix, without changing anything.
 
-    The table tells for each matrix what it becomes, the bytes that this takes, and why it has its size or stays dense.
+    The table lists what each matrix becomes, the bytes that this takes, and why it has its size or stays dense.
     The plan can be written to a file, edited, and carried out with `compress --plan`.
 
     A dictionary and its nonzeros can divide their bytes in many ways: a few cheap fits of the weights decide, which
@@ -75,8 +79,8 @@ def plan(
       factorformer plan minilm --method auto --ratio 1.5 --budget milliseconds
       factorformer plan minilm --exclude '*.output.dense'
     """
-    if output is not None and output.exists() and not overwrite:
-        raise OutputError(f"'{output}' exists already: choose another name or allow --overwrite")
+    if output is not None:
+        check_file(output, overwrite=overwrite, inputs=(model, calibration))
     from factorformer import compression
     from factorformer.bench.layers import slower_than_dense
     from factorformer.cli._inputs import (
@@ -101,7 +105,7 @@ def plan(
         tokenizer, columns = load_tokenizer(path), plain_columns(calibration, columns_of(text, None))
         table = read_table(calibration, columns)
         rows = encode_table(calibration, table, columns, tokenizer, None, max_length, path)
-    loaded = load_model(path)
+    loaded = load_model(path, device=place_of(device))
     if tokenizer is not None and rows is not None:
         check_lengths(loaded, rows, "the calibration data")
         data = calibration_batches(loaded, tokenizer, rows, calibration_rows, seed)

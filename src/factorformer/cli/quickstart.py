@@ -36,13 +36,10 @@ def quickstart(output: Destination = None, overwrite: Overwrite = False, as_json
     'majority accuracy' is what always guessing the largest class scores.
     Latencies are the median of repeated forward passes, in milliseconds, of 1 and of 32 texts.
     """
-    from factorformer.files import check_output
-
-    target = _free_name() if output is None else output
-    check_output(target, overwrite=overwrite)
     from factorformer.cli._jobs.quickstart import demonstrate
     from factorformer.report.result import BEFORE
 
+    target = _free_name() if output is None else output
     result = demonstrate(target, overwrite=overwrite)
     if as_json:
         emit(result, as_json=True)

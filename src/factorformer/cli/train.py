@@ -9,6 +9,10 @@ import typer
 
 from factorformer.cli._options import (
     AsJson,
+    BatchSize,
+    Device,
+    DeviceChoice,
+    Epochs,
     Exclude,
     Include,
     Output,
@@ -16,9 +20,12 @@ from factorformer.cli._options import (
     ScopeChoice,
     Seed,
     emit,
-    note,
+    finite,
+    place_of,
 )
-from factorformer.errors import DataError, MethodError
+from factorformer.cli._text_files import TextFiles
+from factorformer.errors import MethodError
+from factorformer.files import check_output
 
 
 class PrecisionChoice(str, Enum):
@@ -27,14 +34,6 @@ class PrecisionChoice(str, Enum):
     fp32 = "fp32"
     bf16 = "bf16"
     fp16 = "fp16"
-
-
-class DeviceChoice(str, Enum):
-    """Where training runs."""
-
-    auto = "auto"
-    cpu = "cpu"
-    cuda = "cuda"
 
 
 _PAIRS = "Data of a translation: two files, line by line"
@@ -133,6 +132,7 @@ Ratio = Annotated[
     float | None,
     typer.Option(
         "--ratio",
+        callback=finite,
         show_default=False,
         rich_help_panel=_BUDGET,
         help="Bytes of the dense tensors in scope over the bytes of what takes their place; met within 1 %. By "
@@ -150,28 +150,20 @@ Scope = Annotated[
 ]
 
 _TRAINING = "Training"
-Epochs = Annotated[
-    float, typer.Option("--epochs", min=1e-3, rich_help_panel=_TRAINING, help="Passes over the training data.")
-]
 Steps = Annotated[
     int | None,
     typer.Option("--steps", min=1, rich_help_panel=_TRAINING, help="Train for so many steps, whatever --epochs says."),
-]
-BatchSize = Annotated[
-    int, typer.Option("--batch-size", min=1, rich_help_panel=_TRAINING, help="Pairs or blocks of text in a step.")
 ]
 LearningRate = Annotated[
     float | None,
     typer.Option(
         "--lr",
         min=1e-9,
+        callback=finite,
         show_default=False,
         rich_help_panel=_TRAINING,
         help="Peak of the learning rate. By default 2e-3, and 1e-3 for the dense model.",
     ),
-]
-Device = Annotated[
-    DeviceChoice, typer.Option("--device", rich_help_panel=_TRAINING, help="Where to train; 'auto' takes a GPU if any.")
 ]
 Precision = Annotated[
     PrecisionChoice,
@@ -232,7 +224,8 @@ def train(
     a token of this tokenizer. All are measured on held-out text: --eval, --eval-source and --eval-target, or else at
     most a tenth of the training text, drawn at random.
 
-    A checkpoint is written twenty times on the way. After an interruption the same command goes on with --resume.
+    A checkpoint is written twenty times on the way. After an interruption the same command goes on with --resume. No
+    failure deletes checkpoints; they lie beside the output until it is complete.
 
     \b
     [bold]Examples[/bold]
@@ -243,49 +236,33 @@ def train(
     """
     if resume and dry_run:
         raise MethodError("--dry-run trains nothing: leave --resume out")
-    pairs = _checked_files(source, target, eval_source, eval_target, text_file, eval_file, text)
-    import torch
+    files = TextFiles(source, target, eval_source, eval_target, text_file, eval_file, text)
+    if not dry_run:
+        check_output(output, overwrite=overwrite, inputs=(config, *files.names))
+    _check_method(method, ratio, include, exclude)
+    from factorformer.cli._jobs.train import DENSE, TrainJob, preview, run
+    from factorformer.cli._jobs.unfinished import Unfinished
+    from factorformer.tasks.checkpoints import last_checkpoint
+    from factorformer.tasks.from_scratch import ScratchSettings
 
-    from factorformer import recipes
-    from factorformer.cli._jobs.train import DENSE, Job, preview, run
-    from factorformer.tasks.from_scratch import ScratchSettings, last_checkpoint
-
-    usable = [n for n, recipe in recipes.RECIPES.items() if recipe.metric == "plain" and recipe.allocation != "dynamic"]
-    if method not in (*usable, DENSE):
-        recipes.get(method)  # which knows better what to say of a name that does not exist
-        raise MethodError(
-            f"method '{method}' begins with a trained model's weights, and a new model has none: "
-            f"choose one of {', '.join([*usable, DENSE])}"
-        )
-    if method == DENSE and (ratio is not None or include is not None or exclude is not None):
-        raise MethodError("--method dense changes no weights: leave --ratio, --include and --exclude out")
-    if not torch.cuda.is_available() or device == DeviceChoice.cpu:
-        if device == DeviceChoice.cuda:
-            raise MethodError("--device cuda: torch finds no CUDA GPU here; choose cpu or auto")
-        if precision == PrecisionChoice.fp16:
-            raise MethodError("--precision fp16 needs a GPU: choose bf16 or fp32")
-
+    place = place_of(device)
+    if precision == PrecisionChoice.fp16 and place == "cpu":
+        raise MethodError("--precision fp16 needs a GPU: choose bf16 or fp32")
     settings = ScratchSettings(
         epochs=epochs,
         steps=steps,
         learning_rate=lr or (1e-3 if method == DENSE else 2e-3),
         batch_size=batch_size,
-        label_smoothing=0.1 if pairs else 0.0,
+        label_smoothing=0.1 if files.pairs else 0.0,
         precision=precision.value,
         seed=seed,
-        use_cpu=device == DeviceChoice.cpu,
+        use_cpu=place == "cpu",
     )
-    job = Job(
+    job = TrainJob(
         output=output,
-        source=source,
-        target=target,
-        eval_source=eval_source,
-        eval_target=eval_target,
-        train=text_file,
-        evaluation=eval_file,
-        text=text,
+        files=files,
         max_length=max_length,
-        config=config or ("marian" if pairs else "gpt2"),
+        config=config or ("marian" if files.pairs else "gpt2"),
         overrides=overrides or [],
         vocabulary=vocabulary,
         method=method,
@@ -301,33 +278,22 @@ def train(
     try:
         emit(run(job, resume=resume, overwrite=overwrite), as_json=as_json)
     except KeyboardInterrupt as error:
-        if last_checkpoint(job.checkpoints) is None:
+        if last_checkpoint(Unfinished(output).checkpoints) is None:
             raise
-        note("interrupted; to go on from the last checkpoint, add --resume to the same command")
-        raise typer.Exit(130) from error
+        raise typer.Exit(130) from error  # what is kept was said already
 
 
-def _checked_files(
-    source: str | None,
-    target: str | None,
-    eval_source: str | None,
-    eval_target: str | None,
-    text_file: str | None,
-    eval_file: str | None,
-    text: list[str] | None,
-) -> bool:
-    """Whether the options name pairs of texts; else they name plain text."""
-    if (source is None) != (target is None):
-        given, lacking = ("--source", "--target") if target is None else ("--target", "--source")
-        raise DataError(f"{given} alone is no translation: give the same lines in the other language with {lacking}")
-    if (eval_source is None) != (eval_target is None):
-        raise DataError("--eval-source and --eval-target are measured on together: give both or none")
-    pairs, plain = source is not None, text_file is not None
-    if pairs and (plain or eval_file is not None or text is not None):
-        raise DataError("--train, --eval and --text are for language models: leave them out beside --source, --target")
-    if eval_source is not None and not pairs:
-        raise DataError("--eval-source and --eval-target are for translations: give --source and --target")
-    if not pairs and not plain:
-        hint = "; --text names a column of it" if text is not None else ""
-        raise DataError(f"there is nothing to learn: give --source and --target to translate, or --train{hint}")
-    return pairs
+def _check_method(method: str, ratio: float | None, include: list[str] | None, exclude: list[str] | None) -> None:
+    """`MethodError` for a method that begins with trained weights, or options that the dense model has no use for."""
+    from factorformer import recipes
+    from factorformer.cli._jobs.train import DENSE
+
+    usable = [n for n, recipe in recipes.RECIPES.items() if recipe.metric == "plain" and recipe.allocation != "dynamic"]
+    if method not in (*usable, DENSE):
+        recipes.get(method)  # which knows better what to say of a name that does not exist
+        raise MethodError(
+            f"method '{method}' begins with a trained model's weights, and a new model has none: "
+            f"choose one of {', '.join([*usable, DENSE])}"
+        )
+    if method == DENSE and (ratio is not None or include is not None or exclude is not None):
+        raise MethodError("--method dense changes no weights: leave --ratio, --include and --exclude out")

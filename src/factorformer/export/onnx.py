@@ -20,7 +20,7 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from factorformer.errors import ExportError, OutputError, first_line
+from factorformer.errors import ExportError, first_line
 from factorformer.export.sentence import Pooling, find_layout, read_longest
 from factorformer.export.task import HEADS, Task, input_names
 from factorformer.files import check_output, output_directory
@@ -106,8 +106,7 @@ def export(
         whole = copy.deepcopy(model)
     else:
         layout = find_layout(os.fspath(model))
-        if Path(path).resolve() in (layout.source.resolve(), *layout.source.resolve().parents):
-            raise OutputError(f"'{path}' holds the model itself: choose another directory")
+        check_output(path, overwrite=overwrite, inputs=(layout.source,))
         if tokenizer is None:
             with_tokenizer = (layout.source / "tokenizer_config.json").is_file()
             tokenizer = load_tokenizer(layout.source if with_tokenizer else layout.transformer)

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from factorformer.errors import DataError
 from factorformer.fitting.linalg import square_root
+from factorformer.layers.modes import evaluating
 
 Batch = Mapping[str, Any]
 """Keyword arguments of a model: tensors with one row for each example, and plain settings."""
@@ -282,19 +283,16 @@ class _Recorder:
         ]
         # Gradients with respect to outputs exist only downstream of something that requires them.
         frozen = [p for m in self.layers.values() for p in m.parameters() if self.want_fisher and not p.requires_grad]
-        modes = [(module, module.training) for module in self.model.modules()]
-        self.model.eval()
         try:
             for parameter in frozen:
                 parameter.requires_grad_(True)
-            yield
+            with evaluating(self.model):
+                yield
         finally:
             for parameter in frozen:
                 parameter.requires_grad_(False)
             for handle in handles:
                 handle.remove()
-            for module, training in modes:
-                module.training = training
 
     def check(self, batches: int) -> None:
         """Raise `DataError` if there were no batches, or none that reached a layer."""

@@ -96,12 +96,15 @@ def _check_reads_text(path: Path) -> None:
         )
 
 
-def load_model(path: Path, dtype: torch.dtype | None = None, *, whole: bool = False) -> PreTrainedModel:
+def load_model(
+    path: Path, dtype: torch.dtype | None = None, device: str | None = None, *, whole: bool = False
+) -> PreTrainedModel:
     """The model of a directory, dense or compressed; which class it is says `checkpoint.load`.
 
     Args:
         path: the directory.
         dtype: of the weights; None keeps the one on disk.
+        device: where the model is put; None for a GPU if there is one.
         whole: take a missing head for an error.
 
     Raises:
@@ -109,7 +112,7 @@ def load_model(path: Path, dtype: torch.dtype | None = None, *, whole: bool = Fa
         ModelError: weights that are not finite.
     """
     options: dict[str, Any] = {} if dtype is None else {"dtype": dtype}
-    return ready(load(path, whole=whole, **options))
+    return ready(load(path, whole=whole, **options), device)
 
 
 def most_tokens(model: PreTrainedModel) -> int | None:
@@ -180,9 +183,9 @@ def refuse(path: Path, missing: list[str], misshapen: list[Any]) -> None:
             raise CheckpointError(f"'{path}' {what} {len(names)} weights of its model: {', '.join(names[:5])}")
 
 
-def ready(model: PreTrainedModel) -> PreTrainedModel:
+def ready(model: PreTrainedModel, device: str | None = None) -> PreTrainedModel:
     """The model in evaluation mode, on the device it is to run on; `ModelError` if a weight is not finite."""
     for name, parameter in model.named_parameters():
         if not torch.isfinite(parameter).all():
             raise ModelError(f"the weight '{name}' holds NaN or infinite values")
-    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()  # pyright: ignore[reportArgumentType]
+    return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()  # pyright: ignore[reportArgumentType]

@@ -1,4 +1,4 @@
-"""What a model costs and how well it does: measured, as one schema for programs and one table for people."""
+"""What a model costs and how well it does: one JSON schema, and human-readable tables."""
 
 from factorformer.report.inventory import inventory
 from factorformer.report.measure import latency

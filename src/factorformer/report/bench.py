@@ -2,8 +2,8 @@
 
 ```
 {
-  "baseline":    name of the contestant that ratios compare with,
-  "contestants": [{"name", "route": "torch" or "onnxruntime", "variants": [str],
+  "baseline":    name of the candidate that ratios compare with,
+  "candidates":  [{"name", "route": "torch" or "onnxruntime", "variants": [str],
                    "file_bytes", "peak_bytes", "import_bytes", "gpu_peak_bytes": int or null,
                    "load_milliseconds": number,
                    "smaller": {"file", "peak", "load": baseline / this one}}],
@@ -21,7 +21,7 @@
 ```
 
 A SPREAD is `{"low", "median", "high"}`: quartiles. `warm_up` passes over each shape come before the first that counts,
-and `settle` uncounted ones before each that counts. Contestants and results have the baseline first.
+and `settle` uncounted ones before each that counts. Candidates and results have the baseline first.
 """
 
 from __future__ import annotations
@@ -36,54 +36,55 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from factorformer.bench.contestants import Contestant
+from factorformer.bench.candidates import Candidate
+from factorformer.bench.comparison import SETTLE, WARM_UP, Comparison, Spread
 from factorformer.bench.footprint import Footprint
-from factorformer.bench.layers import LayerPaces
-from factorformer.bench.race import SETTLE, WARM_UP, Heat, Spread
+from factorformer.bench.layers import LayerComparison
+from factorformer.kernels.cpu import REFERENCE
 from factorformer.report.machine import machine
 from factorformer.report.result import versions
 
 
 @dataclasses.dataclass(frozen=True)
 class BenchResult:
-    """What `factorformer bench` measured; see the module's description for its JSON form.
+    """Measurements of `factorformer bench`; see the module's description for its JSON form.
 
     Args:
-        contestants: the baseline first.
+        candidates: the baseline first.
         footprints: one for each.
-        heats: one for each shape.
+        comparisons: one for each shape.
         threads: of torch and of ONNX Runtime.
         device: where torch's models ran.
         seed: of the words.
         layers: where layers were measured and not models.
     """
 
-    contestants: Sequence[Contestant]
+    candidates: Sequence[Candidate]
     footprints: Sequence[Footprint]
-    heats: Sequence[Heat]
+    comparisons: Sequence[Comparison]
     threads: int
     device: str
     seed: int
-    layers: Sequence[LayerPaces] | None = None
+    layers: Sequence[LayerComparison] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready content."""
         models = self.layers is None
         return {
-            "baseline": self.contestants[0].name if models else None,
-            "contestants": [
+            "baseline": self.candidates[0].name if models else None,
+            "candidates": [
                 {
-                    "name": contestant.name,
-                    "route": contestant.route,
-                    "variants": list(contestant.variants),
+                    "name": candidate.name,
+                    "route": candidate.route,
+                    "variants": list(candidate.variants),
                     **dataclasses.asdict(footprint),
                     "smaller": _smaller(self.footprints[0], footprint),
                 }
-                for contestant, footprint in zip(self.contestants, self.footprints, strict=True)
+                for candidate, footprint in zip(self.candidates, self.footprints, strict=True)
             ]
             if models
             else [],
-            "shapes": [_heat(self.contestants, heat) for heat in self.heats],
+            "shapes": [_comparison(self.candidates, comparison) for comparison in self.comparisons],
             "layers": None if self.layers is None else [_layer(layer) for layer in self.layers],
             "settings": {
                 "threads": self.threads,
@@ -91,11 +92,11 @@ class BenchResult:
                 "seed": self.seed,
                 "warm_up": WARM_UP,
                 "settle": SETTLE,
-                "order": "in turns; the first of a round is the last of the next",
+                "order": "interleaved; the first of a round is the last of the next",
                 "inputs": "random words, no padding",
             },
             "machine": machine(),
-            "versions": {**versions(), **_others(self.contestants)},
+            "versions": {**versions(), **_others(self.candidates)},
         }
 
 
@@ -108,27 +109,27 @@ def _smaller(baseline: Footprint, this: Footprint) -> dict[str, float | None]:
     return {name: before / after if after > 0 else None for name, (before, after) in pairs.items()}
 
 
-def _heat(contestants: Sequence[Contestant], heat: Heat) -> dict[str, Any]:
-    batch, tokens = heat.shape.batch, heat.shape.tokens
+def _comparison(candidates: Sequence[Candidate], comparison: Comparison) -> dict[str, Any]:
+    batch, tokens = comparison.shape.batch, comparison.shape.tokens
     return {
         "batch": batch,
         "tokens": tokens,
-        "rounds": heat.rounds,
+        "rounds": comparison.rounds,
         "results": [
             {
-                "name": contestant.name,
+                "name": candidate.name,
                 "speedup": dataclasses.asdict(timing.speedup),
                 "milliseconds": dataclasses.asdict(timing.milliseconds),
                 "texts_per_second": 1000 * batch / timing.milliseconds.median,
                 "tokens_per_second": 1000 * batch * tokens / timing.milliseconds.median,
                 "first_pass_milliseconds": timing.first,
             }
-            for contestant, timing in zip(contestants, heat.timings, strict=True)
+            for candidate, timing in zip(candidates, comparison.timings, strict=True)
         ],
     }
 
 
-def _layer(layer: LayerPaces) -> dict[str, Any]:
+def _layer(layer: LayerComparison) -> dict[str, Any]:
     return {
         "names": list(layer.names),
         "shape": list(layer.shape),
@@ -139,49 +140,50 @@ def _layer(layer: LayerPaces) -> dict[str, Any]:
         "pays": layer.pays,
         "tokens": [
             {
-                "tokens": pace.tokens,
-                "speedup": dataclasses.asdict(pace.speedup),
-                "dense_milliseconds": dataclasses.asdict(pace.dense),
-                "milliseconds": dataclasses.asdict(pace.factors),
+                "tokens": timing.tokens,
+                "speedup": dataclasses.asdict(timing.speedup),
+                "dense_milliseconds": dataclasses.asdict(timing.dense),
+                "milliseconds": dataclasses.asdict(timing.factors),
             }
-            for pace in layer.paces
+            for timing in layer.timings
         ],
     }
 
 
-def _others(contestants: Sequence[Contestant]) -> dict[str, str]:
-    used = {"onnxruntime": any(c.route == "onnxruntime" for c in contestants)}
-    used["torchao"] = any("torchao-int8" in c.variants for c in contestants)
+def _others(candidates: Sequence[Candidate]) -> dict[str, str]:
+    used = {"onnxruntime": any(c.route == "onnxruntime" for c in candidates)}
+    used["torchao"] = any("torchao-int8" in c.variants for c in candidates)
     return {name: importlib.metadata.version(name) for name, took_part in used.items() if took_part}
 
 
 def show_bench(result: BenchResult, console: Console) -> None:
-    """Print everything that a result holds."""
+    """Print a result as tables."""
     if result.layers is not None:
         console.print(_layers_table(result.layers))
     else:
-        for heat in result.heats:
-            console.print(_heat_table(result, heat))
+        for comparison in result.comparisons:
+            console.print(_comparison_table(result, comparison))
         console.print(_footprints_table(result))
     console.print(_conditions(result), soft_wrap=True)
 
 
-def _heat_table(result: BenchResult, heat: Heat) -> Table:
-    title = f"{heat.shape}: {heat.shape.batch} x {heat.shape.tokens} tokens, {heat.rounds} rounds"
+def _comparison_table(result: BenchResult, comparison: Comparison) -> Table:
+    shape = comparison.shape
+    title = f"{shape}: {shape.batch} x {shape.tokens} tokens, {comparison.rounds} rounds"
     table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left")
     table.add_column("", overflow="fold")
     for column in ("speed-up", "quartiles", "ms", "quartiles", "texts/s", "tokens/s"):
         table.add_column(column, justify="right")
-    for contestant, timing in zip(result.contestants, heat.timings, strict=True):
-        texts = 1000 * heat.shape.batch / timing.milliseconds.median
+    for candidate, timing in zip(result.candidates, comparison.timings, strict=True):
+        texts = 1000 * shape.batch / timing.milliseconds.median
         table.add_row(
-            escape(contestant.name),
+            escape(candidate.name),
             f"{timing.speedup.median:.2f}x",
             _range(timing.speedup),
             f"{timing.milliseconds.median:,.2f}",
             _range(timing.milliseconds),
             f"{texts:,.1f}",
-            f"{texts * heat.shape.tokens:,.0f}",
+            f"{texts * shape.tokens:,.0f}",
         )
     return table
 
@@ -194,11 +196,11 @@ def _footprints_table(result: BenchResult) -> Table:
     gpu = any(footprint.gpu_peak_bytes is not None for footprint in result.footprints)
     if gpu:
         table.add_column("GPU MiB", justify="right")
-    for contestant, footprint in zip(result.contestants, result.footprints, strict=True):
+    for candidate, footprint in zip(result.candidates, result.footprints, strict=True):
         ratios = _smaller(result.footprints[0], footprint)
         file, peak, load = ("" if ratios[key] is None else f"{ratios[key]:.2f}x" for key in ("file", "peak", "load"))
         table.add_row(
-            escape(contestant.name),
+            escape(candidate.name),
             file,
             f"{footprint.file_bytes:,}",
             peak,
@@ -210,12 +212,12 @@ def _footprints_table(result: BenchResult) -> Table:
     return table
 
 
-def _layers_table(layers: Sequence[LayerPaces]) -> Table:
+def _layers_table(layers: Sequence[LayerComparison]) -> Table:
     table = Table(box=box.SIMPLE_HEAD, title="Factors against the dense product: speed-up (ms)", title_justify="left")
     table.add_column("layers", overflow="fold")
     for column in ("shape", "stored as"):
         table.add_column(column, justify="right")
-    for tokens in dict.fromkeys(pace.tokens for layer in layers for pace in layer.paces):
+    for tokens in dict.fromkeys(timing.tokens for layer in layers for timing in layer.timings):
         table.add_column(f"{tokens} token{'s' if tokens > 1 else ''}", justify="right")
     table.add_column("by FLOPs", justify="right")
     table.add_column("pays")
@@ -225,7 +227,7 @@ def _layers_table(layers: Sequence[LayerPaces]) -> Table:
             escape(name + (f" and {len(more)} more" if more else "")),
             "x".join(map(str, layer.shape)),
             f"{layer.spec}{', int8' * (layer.dtype == 'int8')}",
-            *(f"{pace.speedup.median:.2f}x ({pace.factors.median:.3f})" for pace in layer.paces),
+            *(f"{timing.speedup.median:.2f}x ({timing.factors.median:.3f})" for timing in layer.timings),
             f"{layer.ideal:.2f}x",
             layer.verdict,
         )
@@ -235,14 +237,18 @@ def _layers_table(layers: Sequence[LayerPaces]) -> Table:
 def _conditions(result: BenchResult) -> str:
     found = machine()
     where = f"{found['gpu']} and " if result.device != "cpu" else ""
-    machine_line = f"{where}{found['processor']}, {result.threads} thread{'s' if result.threads > 1 else ''}"
+    compiled = found["kernels"] != REFERENCE
+    kernels = f"kernels: {found['kernels']}" + ("" if compiled else " (not compiled, which is slow)")
+    threads = f"{result.threads} thread{'s' if result.threads > 1 else ''}"
+    machine_line = f"{where}{found['processor']}, {threads}, {kernels}"
     if result.layers is not None:
-        return f"{machine_line}; the two take turns, medians of ratios within a round"
-    baseline = escape(result.contestants[0].name)
+        return f"{machine_line}; interleaved passes, medians of ratios within a round"
+    baseline = escape(result.candidates[0].name)
     return (
-        f"{machine_line}; ratios to {baseline}, above 1 is better; all models take turns, in {WARM_UP} rounds to warm "
-        f"up and then with {SETTLE} uncounted pass before each that counts; speed-ups are medians of ratios within a "
-        "round; random words without padding; memory beyond imports, in a process of its own, at the largest shape"
+        f"{machine_line}; ratios to {baseline}, above 1 is better; passes of all models are interleaved, after "
+        f"{WARM_UP} rounds of warm-up and with {SETTLE} uncounted pass before each that counts; speed-ups are medians "
+        "of ratios within a round; random words without padding; memory beyond imports, in a process of its own, at "
+        "the largest shape"
     )
 
 

@@ -9,18 +9,21 @@ from transformers import PreTrainedModel
 
 from factorformer.layers.matrix import Matrix, Scope
 from factorformer.layers.nn import FactorizedMatrix
-from factorformer.layers.surgery import find_matrices
+from factorformer.layers.surgery import find_blocks, find_matrices
 from factorformer.planning import Entry, Plan
 
 
-def inventory(model: PreTrainedModel, scope: Scope = "blocks") -> Plan:
+def inventory(model: PreTrainedModel, scope: Scope | None = None) -> Plan:
     """The plan that a model is the result of, read off the model itself; tied matrices are counted once.
 
     `original` is the cost of the same architecture with dense weights of the same type.
 
     Args:
         model: dense or compressed.
-        scope: what to count.
+        scope: what to count; by default the Transformer blocks, or the whole model if it has none.
+
+    Raises:
+        ModelError: "blocks" of a model that has none.
 
     >>> from transformers import BertConfig, BertModel
     >>> dense = BertModel(BertConfig(hidden_size=64, num_attention_heads=4, intermediate_size=128, vocab_size=50))
@@ -28,7 +31,9 @@ def inventory(model: PreTrainedModel, scope: Scope = "blocks") -> Plan:
     1.0
     """
     compressed = any(isinstance(module, FactorizedMatrix) for module in model.modules())
-    matrices, rest = find_matrices(_dense_skeleton(model) if compressed else model, scope)
+    dense = _dense_skeleton(model) if compressed else model
+    scope = scope or ("blocks" if find_blocks(dense) else "all")
+    matrices, rest = find_matrices(dense, scope)
     owners: dict[int, str] = {}
     entries = tuple(_entry(model, matrix, owners) for matrix in matrices)
     found = Plan(None, scope, 1.0, entries, rest)

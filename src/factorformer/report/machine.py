@@ -1,4 +1,4 @@
-"""What a time was measured on."""
+"""Hardware and versions recorded with every measurement."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from factorformer.kernels import variant
 
 
 def processor() -> str:
-    """The name of the processor, as well as the system knows it."""
+    """The name of the processor, as far as the system knows it."""
     information = Path("/proc/cpuinfo")
     if information.exists():
         names = [line for line in information.read_text().splitlines() if line.startswith("model name")]

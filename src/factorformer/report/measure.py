@@ -1,4 +1,4 @@
-"""How long a forward pass takes."""
+"""Latency of forward passes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from factorformer.planning.evidence.times import race
 def latency(models: Sequence[nn.Module], inputs: Mapping[str, Tensor], repeats: int = 15) -> list[float]:
     """Median milliseconds of a forward pass of each model on the same inputs.
 
-    The models take turns (A B B A ...), so whatever else the machine does meanwhile meets all of them alike.
+    Passes are interleaved, so that whatever else the machine does meets all models alike.
 
     Args:
         models: put into evaluation mode; they stay on their devices.

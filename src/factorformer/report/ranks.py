@@ -1,4 +1,4 @@
-"""Where the ranks went: the history of a training with dynamic ranks as a table and as an image."""
+"""The history of ranks in a training, as a table and as a heat map."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from factorformer.files import whole_file
 from factorformer.training.rank_history import RankHistory
 
 COLUMNS = 6
-"""Steps of the history that the table shows."""
+"""Number of steps that the table shows."""
 
 FORMATS = (".svg", ".png", ".pdf")
 

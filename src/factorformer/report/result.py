@@ -12,7 +12,7 @@
   "seed":            int or null,
   "versions":        {"factorformer", "torch", "transformers", "python": str},
   "output":          path of what was written, or null,
-  "warnings":        [what a person should know beside the numbers]
+  "warnings":        [notes that belong to the numbers]
 }
 ```
 
@@ -47,7 +47,7 @@ BEFORE = "original_"
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """What a command found out; see the module's description for its JSON form.
+    """The result of a command; see the module's description for its JSON form.
 
     Args:
         original, compressed: cost of everything in scope; equal for a dense model.
@@ -57,7 +57,7 @@ class Result:
         seconds: wall time by phase.
         seed: of training and sampling; None where nothing is random.
         output: where the command wrote.
-        warnings: what a person should know beside the numbers.
+        warnings: notes that belong to the numbers.
         layers: one entry for each matrix, where the command is about them.
         history: how ranks moved in training, where they did.
 
@@ -103,7 +103,7 @@ class Result:
 
 
 def versions() -> dict[str, str]:
-    """Of what a result depends on."""
+    """Versions of the libraries that a result depends on."""
     return {
         "factorformer": __version__,
         "torch": str(torch.__version__),

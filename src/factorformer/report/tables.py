@@ -17,11 +17,11 @@ from factorformer.report.result import BEFORE, Result
 
 SCOPES: dict[Scope, str] = {"blocks": "the Transformer blocks", "all": "the whole model, embeddings included"}
 AMOUNTS = ("latency", "file_bytes")
-"""How the names of metrics begin that are amounts, so that a ratio means something."""
+"""Prefixes of metrics that are amounts, of which a ratio is meaningful."""
 
 
 def show(result: Result, console: Console) -> None:
-    """Print everything that a result holds."""
+    """Print a result as tables."""
     if result.layers is not None:
         console.print(_layers(result.layers))
     if result.history is not None:

@@ -18,7 +18,6 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    set_seed,
 )
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import (
@@ -27,7 +26,8 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
 )
 
-from factorformer.errors import ModelError
+from factorformer.errors import ModelError, first_line
+from factorformer.tasks.seeding import seeded
 
 Task = Literal["translation", "causal", "masked"]
 """What a model learns: one text from another, the next token, or tokens that are hidden."""
@@ -146,14 +146,14 @@ class Architecture:
 
 
 def new_model(config: PreTrainedConfig, task: Task, seed: int = 0) -> PreTrainedModel:
-    """A model with random weights.
+    """A model with random weights, which depend on the seed alone.
 
     Raises:
         ModelError: sizes that its layers refuse.
     """
-    set_seed(seed)
     try:
-        return _MODELS[task].from_config(config)
+        with seeded(seed):
+            return _MODELS[task].from_config(config)
     except Exception as error:  # layers check their sizes with many types of errors
         raise ModelError(f"no model can be made from this {type(config).__name__}: {_reason(error)}") from error
 
@@ -285,8 +285,5 @@ def _near(given: str, names: Iterable[str]) -> str:
 
 
 def _reason(error: Exception) -> str:
-    """What an error says, in one line: the last of its lines that says something, which for these is the reason."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    first = lines[0] if lines else type(error).__name__
-    reason = lines[1] if len(lines) > 1 and first.endswith(":") else first
-    return re.sub(r"^\w*Error: ", "", reason)
+    """The reason of an error in one line, without the heading and the class that some put in front."""
+    return re.sub(r"^(.*: )?\w+Error: ", "", first_line(error))

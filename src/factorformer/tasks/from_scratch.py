@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import math
-import shutil
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -18,16 +16,20 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import Sampler
-from transformers import PreTrainedModel, Seq2SeqTrainer, Seq2SeqTrainingArguments, TrainerCallback, set_seed
+from transformers import PreTrainedModel, Seq2SeqTrainer, Seq2SeqTrainingArguments, TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 
-from factorformer.errors import ModelError, OutputError
+from factorformer.errors import DivergedError, MethodError
+from factorformer.layers.modes import evaluating
 from factorformer.progress import Progress, silent
+from factorformer.tasks.checkpoints import check_same_run, last_checkpoint, locked
+from factorformer.tasks.seeding import seeded
 
 IGNORED = -100
 """The label of padding, which no loss counts."""
 
 _POOL = 50
+"""Batches among which rows are sorted by length."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +42,7 @@ class ScratchSettings:
         learning_rate: peak of a linear schedule with warm-up.
         batch_size: rows in a step, of similar length.
         label_smoothing: part of the probability that goes to all tokens alike (Szegedy et al. 2016).
-        warmup: fraction of all steps.
+        warmup: fraction of all steps, from 0 to 1, in which the learning rate rises.
         weight_decay: of AdamW, on matrices and factors.
         adam_beta2: decay of AdamW's second moment; 0.98 for Transformers from scratch (Vaswani et al. 2017).
         clip: largest norm of the gradient.
@@ -48,6 +50,9 @@ class ScratchSettings:
         precision: in which matrices are multiplied; parameters and optimizer are fp32 in any case. fp16 needs a GPU.
         seed: of order and dropout.
         use_cpu: leave a GPU alone.
+
+    Raises:
+        MethodError: a number that is not finite or out of its range.
     """
 
     epochs: float = 20.0
@@ -64,6 +69,14 @@ class ScratchSettings:
     seed: int = 0
     use_cpu: bool = False
 
+    def __post_init__(self) -> None:
+        for name in ("epochs", "learning_rate", "adam_beta2", "clip"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise MethodError(f"{name} is {getattr(self, name)}, and has to be a finite number above 0")
+        for name in ("warmup", "label_smoothing"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise MethodError(f"{name} is {getattr(self, name)}, and has to be a fraction from 0 to 1")
+
     def total_steps(self, rows: int) -> int:
         """Optimizer steps of the whole training.
 
@@ -74,11 +87,12 @@ class ScratchSettings:
 
 
 class LengthGroupedSampler(Sampler[int]):
-    """Rows in an order that puts texts of similar length in a batch: a function of seed and epoch alone.
+    """An order of rows that puts texts of similar length in a batch: a function of seed and epoch alone.
 
-    Unlike the one of transformers it draws nothing from torch's global generator. So models with other dropout see the
-    same batches, and a resumed epoch goes on as the interrupted one would have. Batches are shuffled too: their lengths
-    do not run from long to short.
+    The Trainer's own `group_by_length` draws from torch's global generator, whose state at the start of an epoch is in
+    no checkpoint: an epoch resumed halfway would go on with other batches. Here it goes on as the interrupted one would
+    have, and models with other dropout see the same batches. Batches are shuffled too: their lengths do not run from
+    long to short.
 
     Args:
         lengths: of the rows.
@@ -162,7 +176,7 @@ class _Clock(TrainerCallback):
 
 
 class _Watch(TrainerCallback):
-    """Tells progress, and stops a run whose loss is no number."""
+    """Reports progress, and stops a run whose loss is not finite."""
 
     def __init__(self, progress: Progress, phase: str) -> None:
         self.progress, self.phase = progress, phase
@@ -175,7 +189,7 @@ class _Watch(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
         loss = (logs or {}).get("loss", 0.0)
         if not math.isfinite(loss):
-            raise ModelError(
+            raise DivergedError(
                 f"training diverged by step {state.global_step} (loss {loss}): lower the learning rate "
                 f"{args.learning_rate:g}"
             )
@@ -204,8 +218,8 @@ def optimize(
         validation: rows whose loss is measured; nothing else is done with them.
         settings: see `ScratchSettings`.
         output: directory of checkpoints, ordinary model directories with the state of the optimizer beside.
-        progress: told how many steps are done.
-        phase: the name under which progress is told.
+        progress: progress callback, called with the steps done.
+        phase: name of the phase reported to `progress`.
         keep_columns: whether the collator sees columns that the model's `forward` does not name.
 
     Returns:
@@ -213,19 +227,18 @@ def optimize(
         `validation_loss` (nats per token, not smoothed), `learning_rate`, `seconds` of training so far.
 
     Raises:
-        ModelError: the loss became NaN or infinite.
-        OutputError: `output` holds checkpoints of a run with other settings.
+        DivergedError: the loss became NaN or infinite.
+        OutputError: `output` holds checkpoints of a run with other settings, or another process trains into it.
     """
     steps = settings.total_steps(len(train))
     every = math.ceil(steps / settings.points)
-    _same_run(output, {**dataclasses.asdict(settings), "rows": len(train), "parameters": model.num_parameters()})
     arguments = Seq2SeqTrainingArguments(
         output_dir=str(output),
         max_steps=steps,
         learning_rate=settings.learning_rate,
         per_device_train_batch_size=settings.batch_size,
         per_device_eval_batch_size=settings.batch_size,
-        warmup_steps=settings.warmup,
+        warmup_steps=math.ceil(steps * settings.warmup),
         weight_decay=settings.weight_decay,
         adam_beta2=settings.adam_beta2,
         max_grad_norm=settings.clip,
@@ -247,61 +260,38 @@ def optimize(
         disable_tqdm=True,
         dataloader_pin_memory=torch.cuda.is_available() and not settings.use_cpu,
     )
-    set_seed(settings.seed)
-    trainer = ScratchTrainer(
-        model=model,
-        args=arguments,
-        train_dataset=train,
-        eval_dataset=validation,
-        data_collator=collate,
-        callbacks=[_Watch(progress, phase)],
-        label_smoothing=settings.label_smoothing,
-    )
-    trainer.remove_callback(PrinterCallback)
-    checkpoint = last_checkpoint(output)
+    run = {**dataclasses.asdict(settings), "rows": len(train), "parameters": model.num_parameters()}
+    with locked(output / ".lock"), seeded(settings.seed):
+        check_same_run(output, run)
+        trainer = ScratchTrainer(
+            model=model,
+            args=arguments,
+            train_dataset=train,
+            eval_dataset=validation,
+            data_collator=collate,
+            callbacks=[_Watch(progress, phase)],
+            label_smoothing=settings.label_smoothing,
+        )
+        trainer.remove_callback(PrinterCallback)
+        history = _finish(trainer, last_checkpoint(output), steps)
+    model.eval()
+    return _curve(history)
+
+
+def _finish(trainer: ScratchTrainer, checkpoint: Path | None, steps: int) -> list[dict[str, Any]]:
+    """Train from the start or from a checkpoint to the last step; the log of the whole run."""
     if checkpoint is not None:
-        state = json.loads((Path(checkpoint) / "trainer_state.json").read_text())
+        state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
         if state["global_step"] >= steps:  # the Trainer would make one step more
-            trainer._load_from_checkpoint(checkpoint)
-            model.eval()
-            return _curve(state["log_history"])
+            trainer._load_from_checkpoint(str(checkpoint))
+            return state["log_history"]
     try:
-        trainer.train(resume_from_checkpoint=checkpoint)
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     finally:
         # What accelerate wraps around `forward` for autocasting must not outlive the training.
         for name in ("forward", "_original_forward"):
-            vars(model).pop(name, None)
-    model.eval()
-    return _curve(trainer.state.log_history)
-
-
-def _same_run(output: Path, run: dict[str, Any]) -> None:
-    """Write down what a run is, or compare with what stands there, so that none goes on with another's checkpoints."""
-    path = output / "run.json"
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        if path.is_file() and last_checkpoint(output):
-            begun = json.loads(path.read_text())
-            other = [f"{key} {begun.get(key)}, not {value}" for key, value in run.items() if begun.get(key) != value]
-            if other:
-                raise OutputError(
-                    f"'{output}' holds checkpoints of a run with {'; '.join(other)}: go on with the same settings or "
-                    "give another output"
-                )
-        path.write_text(json.dumps(run, indent=2) + "\n")
-    except (OSError, json.JSONDecodeError) as error:
-        raise OutputError(f"cannot use '{output}' for checkpoints: {error}") from error
-
-
-def last_checkpoint(output: Path) -> str | None:
-    """The newest complete checkpoint in a directory; incomplete ones, whose writing was interrupted, are deleted."""
-    folders = [path for path in output.glob("checkpoint-*") if path.name.rpartition("-")[2].isdigit()]
-    for folder in sorted(folders, key=lambda path: int(path.name.rpartition("-")[2]), reverse=True):
-        with contextlib.suppress(OSError, json.JSONDecodeError):
-            json.loads((folder / "trainer_state.json").read_text())  # what the Trainer writes last
-            return str(folder)
-        shutil.rmtree(folder)
-    return None
+            vars(trainer.model).pop(name, None)
+    return trainer.state.log_history
 
 
 def _curve(history: list[dict[str, Any]]) -> list[dict[str, float]]:
@@ -316,20 +306,18 @@ def _curve(history: list[dict[str, Any]]) -> list[dict[str, float]]:
 
 
 def token_loss(model: PreTrainedModel, collate: Any, data: datasets.Dataset, batch_size: int = 128) -> float:
-    """Mean negative log-likelihood of the tokens of all translations, in nats; its exponential is the perplexity.
+    """Mean negative log-likelihood per predicted token, in nats; its exponential is the perplexity.
 
     Args:
         model: dense or factorized.
         collate: makes a padded batch of rows, with padding labelled -100 (`DataCollatorForSeq2Seq`).
-        data: from `encode`.
-        batch_size: pairs in a forward pass.
+        data: encoded rows with their `length`.
+        batch_size: rows in a forward pass.
     """
-    was_training = model.training
-    model.eval()
     order = np.argsort(data["length"], kind="stable")
     rows = data.remove_columns("length")
     total, tokens = 0.0, 0
-    with torch.inference_mode():
+    with evaluating(model), torch.inference_mode():
         for start in range(0, len(order), batch_size):
             batch = collate([rows[int(row)] for row in order[start : start + batch_size]])
             labels = batch.pop("labels").to(model.device)
@@ -338,5 +326,4 @@ def token_loss(model: PreTrainedModel, collate: Any, data: datasets.Dataset, bat
                 F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum")
             )
             tokens += int((labels != IGNORED).sum())
-    model.train(was_training)
     return total / tokens

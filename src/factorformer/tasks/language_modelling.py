@@ -21,6 +21,7 @@ from transformers import (
 )
 
 from factorformer.errors import DataError, ModelError
+from factorformer.layers.modes import evaluating
 from factorformer.progress import Progress, silent
 from factorformer.tasks.data import check_lengths
 from factorformer.tasks.from_scratch import IGNORED, ScratchSettings, optimize
@@ -83,8 +84,8 @@ def encode(
         tokenizer: of the model, see `adapt_tokenizer`.
         task: what is predicted.
         max_length: tokens in a block.
-        progress: told how many texts are done.
-        phase: the name under which progress is told.
+        progress: progress callback, called with the number of texts done.
+        phase: name of the phase reported to `progress`.
 
     Raises:
         DataError: no text at all, or a length that leaves no room for text.
@@ -193,8 +194,8 @@ def train(
         task: what is predicted.
         settings: of the training; label smoothing of language models is usually 0.
         output: directory of checkpoints.
-        progress: told how many steps are done.
-        phase: the name under which progress is told.
+        progress: progress callback, called with the number of steps done.
+        phase: name of the phase reported to `progress`.
 
     Returns:
         The learning curve, see `from_scratch.optimize`.
@@ -234,8 +235,8 @@ def evaluate(
         data: from `encode`, or texts one by one from `data.encode`.
         task: what is predicted.
         batch_size: blocks in a forward pass.
-        progress: told how many blocks are done.
-        phase: the name under which progress is told.
+        progress: progress callback, called with the number of blocks done.
+        phase: name of the phase reported to `progress`.
 
     Raises:
         DataError: too little text: no token is predicted.
@@ -254,12 +255,11 @@ def predict(
     phase: str = "evaluate",
 ) -> tuple[dict[str, float], Tensor]:
     """As `evaluate`, with the likeliest token of every place, `(tokens,)`, in the order of the data."""
-    model.eval()
     collate = BlockCollator(tokenizer, task)
     rows = (hide(data, tokenizer) if task == "masked" else data).remove_columns("length")
     loss, right = 0.0, 0
     likeliest: list[Tensor] = []
-    with torch.inference_mode():
+    with evaluating(model), torch.inference_mode():
         for start in range(0, len(rows), batch_size):
             chosen = range(start, min(start + batch_size, len(rows)))
             batch = {name: value.to(model.device) for name, value in collate([rows[i] for i in chosen]).items()}

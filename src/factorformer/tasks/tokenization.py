@@ -30,8 +30,8 @@ def train_tokenizer(
     Args:
         texts: raw text, e.g. the lines of both languages of a translation for a joint vocabulary.
         vocabulary: number of tokens, the 256 bytes and the special tokens `<pad>` (0), `</s>` (1), `<s>` (2) included.
-        progress: told how many texts have been read.
-        phase: the name under which progress is told.
+        progress: progress callback, called with the number of texts read.
+        phase: name of the phase reported to `progress`.
 
     Raises:
         DataError: no text, or a vocabulary that is too small for the bytes or too large for the text.
@@ -86,7 +86,7 @@ def train_tokenizer(
 
 
 class _Counted:
-    """Texts on their way to the trainer, with their number told as they pass."""
+    """Texts on their way to the trainer, counted for the progress callback as they pass."""
 
     def __init__(self, texts: Iterable[str], progress: Progress, phase: str) -> None:
         self.texts, self.progress, self.phase = texts, progress, phase

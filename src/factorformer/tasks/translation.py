@@ -16,6 +16,7 @@ from transformers import (
 )
 
 from factorformer.errors import DataError, ModelError
+from factorformer.layers.modes import evaluating
 from factorformer.progress import Progress, silent
 from factorformer.tasks.data import check_lengths
 from factorformer.tasks.from_scratch import IGNORED, ScratchSettings, optimize
@@ -74,8 +75,8 @@ def encode(
         pairs: texts and their translations.
         tokenizer: of both languages; it appends its end of text.
         max_length: longer texts are cut, their end of text kept.
-        progress: told how many pairs are done.
-        phase: the name under which progress is told.
+        progress: progress callback, called with the number of pairs done.
+        phase: name of the phase reported to `progress`.
 
     Raises:
         DataError: no pairs, or a tokenizer that marks no end of text, so that a translation would never end.
@@ -149,15 +150,14 @@ def translate(
         beams: kept hypotheses.
         max_length: in tokens, of texts, which are cut, and of translations.
         batch: texts that are translated together; sorted by length first, so that little is padded.
-        progress: told how many texts are done.
-        phase: the name under which progress is told.
+        progress: progress callback, called with the number of texts done.
+        phase: name of the phase reported to `progress`.
     """
-    model.eval()
     ids = tokenizer(list(texts), truncation=True, max_length=max_length)["input_ids"] if texts else []
     order = sorted(range(len(ids)), key=lambda row: len(ids[row]), reverse=True)
     collate, generate = DataCollatorWithPadding(tokenizer), cast(Any, model).generate
     result = [""] * len(ids)
-    with torch.inference_mode():
+    with evaluating(model), torch.inference_mode():
         for start in range(0, len(order), batch):
             rows = order[start : start + batch]
             inputs = collate([{"input_ids": ids[row]} for row in rows])

@@ -18,10 +18,10 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from factorformer import compression
-from factorformer.cli._inputs import RESULT_FILE, write
+from factorformer.cli._inputs import write
 from factorformer.cli._options import note
 from factorformer.errors import CheckpointError
-from factorformer.files import output_directory
+from factorformer.files import RESULT_FILE, check_output, output_directory
 from factorformer.hf.source import find, load_model, load_tokenizer
 from factorformer.progress import Progress, bars
 from factorformer.report import Result, inventory, latency
@@ -48,8 +48,13 @@ CHECKED_ROWS = 64
 TIMED_BATCHES = (1, 32)
 
 
+FILES = ("original", "compressed", "train.jsonl", "test.jsonl")
+"""What the directory holds beside the result."""
+
+
 def demonstrate(target: Path, *, overwrite: bool) -> Result:
     """Fine-tune, compress, fine-tune again, measure, save, load in a new process."""
+    check_output(target, overwrite=overwrite, known=FILES)
     started = time.perf_counter()
     path = find(MODEL)
     task = stdlib_docstrings()
@@ -90,7 +95,7 @@ def demonstrate(target: Path, *, overwrite: bool) -> Result:
         "original": (dense, Result.of(inventory(dense), metrics=original, seed=settings.seed)),
         "compressed": (small, Result.of(report, method=report.method, metrics=metrics, seed=settings.seed)),
     }
-    with output_directory(target, overwrite=overwrite) as partial:
+    with output_directory(target, overwrite=overwrite, known=FILES) as partial:
         for name, table in rows.items():
             lines = (json.dumps(row) + "\n" for row in table)
             (partial / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")

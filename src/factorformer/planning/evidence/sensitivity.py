@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
@@ -12,6 +11,7 @@ from transformers import PreTrainedModel
 
 from factorformer.errors import DataError
 from factorformer.fitting.statistics import Batch
+from factorformer.layers.modes import evaluating
 from factorformer.layers.surgery import is_transposed
 
 ROWS = 48
@@ -63,7 +63,7 @@ def measure_sensitivities(
     device = next(model.parameters()).device
     few = [{k: v.to(device) if isinstance(v, Tensor) else v for k, v in b.items()} for b in _some(batches, ROWS)]
     found: dict[str, float] = {}
-    with _evaluating(model), torch.no_grad():
+    with evaluating(model), torch.no_grad():
         expected = [_outputs(model, batch, LOGITS // len(few)) for batch in few]
         spreads = {name: _spread(torch.cat([outputs[name] for outputs in expected])) for name in expected[0]}
         for done, name in enumerate(names, 1):
@@ -153,14 +153,3 @@ def _real(states: Tensor, mask: Tensor | None) -> Tensor:
     if mask is not None and mask.shape == states.shape[:2] and states.dim() > 2:
         return states[mask.bool()].flatten(0, -2).float()
     return states.flatten(0, -2).float()
-
-
-@contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training

@@ -12,7 +12,7 @@ from tests.tiny import MODELS
 from transformers import PreTrainedModel
 
 import factorformer
-from factorformer.bench.contestants import Contestant, _in_int8, load, parse
+from factorformer.bench.candidates import Candidate, _in_int8, load, parse
 from factorformer.errors import MethodError, ModelError
 
 CPU = torch.device("cpu")
@@ -36,37 +36,37 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save(model, tmp_path_factory.mktemp("models") / "small")
 
 
-def output(contestant: Contestant) -> torch.Tensor:
-    run: Callable[[], object] = load(contestant, 1, CPU).prepare(IDS)
+def output(candidate: Candidate) -> torch.Tensor:
+    run: Callable[[], object] = load(candidate, 1, CPU).prepare(IDS)
     with torch.inference_mode():
         found = run()
     return found.logits  # type: ignore[attr-defined]
 
 
 def test_a_directory_is_run_by_torch(dense: Path) -> None:
-    contestant = parse(str(dense))
-    assert contestant == Contestant(str(dense), dense)
-    assert [file.name for file in contestant.files] == ["model.safetensors"]
+    candidate = parse(str(dense))
+    assert candidate == Candidate(str(dense), dense)
+    assert [file.name for file in candidate.files] == ["model.safetensors"]
     with torch.inference_mode():
         expected = MODELS["bert"].build()(IDS).logits
-    assert torch.equal(output(contestant), expected)
-    loaded = load(contestant, 1, CPU)
+    assert torch.equal(output(candidate), expected)
+    loaded = load(candidate, 1, CPU)
     assert (loaded.vocabulary, loaded.padding, loaded.positions) == (99, 0, 24)
 
 
 @pytest.mark.parametrize(("variant", "tolerance"), [("bf16", 0.05), ("int8", 0.05)])
 def test_variants_change_precision(dense: Path, variant: str, tolerance: float) -> None:
-    contestant = parse(f"{variant}:{dense}")
-    assert (contestant.path, contestant.variants) == (dense, (variant,))
-    exact, found = output(parse(str(dense))), output(contestant)
+    candidate = parse(f"{variant}:{dense}")
+    assert (candidate.path, candidate.variants) == (dense, (variant,))
+    exact, found = output(parse(str(dense))), output(candidate)
     assert found.dtype == (torch.bfloat16 if variant == "bf16" else torch.float32)
     assert 0 < (found.float() - exact).abs().max() < tolerance
 
 
 def test_variants_combine(small: Path) -> None:
-    contestant = parse(f"compile:bf16:{small}")
-    assert contestant.variants == ("compile", "bf16")
-    loaded = load(contestant, 1, CPU)
+    candidate = parse(f"compile:bf16:{small}")
+    assert candidate.variants == ("compile", "bf16")
+    loaded = load(candidate, 1, CPU)
     assert isinstance(loaded.module, torch._dynamo.OptimizedModule)
     assert next(loaded.module.parameters()).dtype == torch.bfloat16
 
@@ -126,9 +126,9 @@ class TestOnnx:
     def test_a_file_or_a_directory(self, tmp_path: Path) -> None:
         file = write_onnx(tmp_path / "exported" / "model.onnx")
         (file.parent / "config.json").write_text('{"vocab_size": 14, "pad_token_id": 2}')
-        contestants = [parse(str(file)), parse(str(file.parent)), parse(f"onnx:{file.parent}")]
-        assert {(c.path, c.route, c.variants) for c in contestants} == {(file, "onnxruntime", ())}
-        loaded = load(contestants[1], 1, CPU)
+        candidates = [parse(str(file)), parse(str(file.parent)), parse(f"onnx:{file.parent}")]
+        assert {(c.path, c.route, c.variants) for c in candidates} == {(file, "onnxruntime", ())}
+        loaded = load(candidates[1], 1, CPU)
         assert (loaded.vocabulary, loaded.padding, loaded.positions, loaded.module) == (14, 2, None, None)
         (rows,) = loaded.prepare(IDS)()  # type: ignore[misc]
         assert rows.shape == (2, 3, 4)

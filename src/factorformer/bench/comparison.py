@@ -1,4 +1,4 @@
-"""Forward passes of several models in turns, and what the times say."""
+"""Interleaved forward passes of several models, and the statistics of their times."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 import torch
 
-from factorformer.bench.contestants import Contestant, Runner, draw
+from factorformer.bench.candidates import Candidate, Runner, draw
 from factorformer.errors import DataError, ModelError, first_line
 from factorformer.planning.evidence.times import race
 from factorformer.progress import Progress, silent
@@ -19,7 +19,7 @@ WARM_UP = 3
 """Passes of each model over each shape before the first that counts."""
 
 SETTLE = 1
-"""Uncounted passes at the start of each turn: see `timing.race`."""
+"""Uncounted passes before each pass that counts: see `race`."""
 
 LEAST, MOST = 5, 300
 """Rounds of a shape, whatever the time limit."""
@@ -27,7 +27,7 @@ LEAST, MOST = 5, 300
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """Of the input: so many texts of so many tokens each.
+    """Shape of the input: texts, and tokens in each.
 
     >>> Shape.parse("8x64")
     Shape(batch=8, tokens=64)
@@ -54,7 +54,7 @@ class Shape:
 
 @dataclasses.dataclass(frozen=True)
 class Spread:
-    """The middle of a sample and its quartiles, interpolated linearly.
+    """Median and quartiles of a sample, interpolated linearly.
 
     >>> Spread.of([4, 1, 3, 2, 5])
     Spread(low=2.0, median=3.0, high=4.0)
@@ -66,7 +66,7 @@ class Spread:
 
     @classmethod
     def of(cls, values: Iterable[float]) -> Spread:
-        """Of at least one value."""
+        """The spread of one value or more."""
         values = [float(value) for value in values]
         quartiles = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
         return cls(*quartiles)
@@ -74,7 +74,7 @@ class Spread:
 
 @dataclasses.dataclass(frozen=True)
 class Timing:
-    """How fast one contestant was at one shape.
+    """The speed of one candidate at one shape.
 
     Args:
         speedup: how many times faster than the baseline in the same round.
@@ -88,13 +88,13 @@ class Timing:
 
 
 @dataclasses.dataclass(frozen=True)
-class Heat:
-    """All contestants at one shape, the baseline first.
+class Comparison:
+    """All candidates at one shape, the baseline first.
 
     Args:
         shape: of the input.
         rounds: that counted.
-        timings: one for each contestant.
+        timings: one for each candidate.
     """
 
     shape: Shape
@@ -103,13 +103,13 @@ class Heat:
 
 
 def summarize(times: Sequence[Sequence[float]], first: Sequence[float] | None = None) -> tuple[Timing, ...]:
-    """What times of rounds say of each contestant.
+    """Speed-ups and times of each candidate.
 
     A speed-up is taken within each round, so that what slows the machine for a while does not blur it: its median and
     quartiles are those of these ratios, not the ratio of medians.
 
     Args:
-        times: milliseconds, `(rounds, contestants)`, the baseline in front.
+        times: milliseconds, `(rounds, candidates)`, the baseline in front.
         first: milliseconds of the first passes.
 
     >>> summarize([[10.0, 5.0], [30.0, 10.0]])[1].speedup.median
@@ -126,7 +126,7 @@ def summarize(times: Sequence[Sequence[float]], first: Sequence[float] | None = 
 
 
 def compare(
-    contestants: Sequence[Contestant],
+    candidates: Sequence[Candidate],
     runners: Sequence[Runner],
     shapes: Sequence[Shape],
     *,
@@ -135,36 +135,36 @@ def compare(
     seed: int = 0,
     device: torch.device | None = None,
     progress: Progress = silent,
-) -> list[Heat]:
+) -> list[Comparison]:
     """Time forward passes over random words, with no padding.
 
     Args:
-        contestants, runners: the same models in the same order, the baseline first.
+        candidates, runners: the same models in the same order, the baseline first.
         shapes: of the input.
         rounds: of each shape; None for as many as fit into the seconds, but 5 at least and 300 at most.
         seconds: for each shape.
         seed: of the words.
         device: where torch's models run.
-        progress: told how far the work is.
+        progress: progress callback.
 
     Raises:
         DataError: a shape with more tokens than a model has positions.
         ModelError: a model that cannot run.
     """
     for shape in shapes:
-        for contestant, runner in zip(contestants, runners, strict=True):
+        for candidate, runner in zip(candidates, runners, strict=True):
             if runner.positions is not None and shape.tokens > runner.positions:
                 raise DataError(
-                    f"shape {shape} has {shape.tokens} tokens, and '{contestant.name}' has {runner.positions} "
+                    f"shape {shape} has {shape.tokens} tokens, and '{candidate.name}' has {runner.positions} "
                     f"positions: ask for at most {shape.batch}x{runner.positions}"
                 )
-    heats: list[Heat] = []
+    comparisons: list[Comparison] = []
     for shape in shapes:
         ids = draw(runners, shape.batch, shape.tokens, seed)
         phase = f"passes over {shape}"
         progress(phase, 0, rounds)
         runs: list[Callable[[], object]] = [runner.prepare(ids) for runner in runners]
-        first = [_warm(c, shape, run) for c, run in zip(contestants, runs, strict=True)]
+        first = [_warm(c, shape, run) for c, run in zip(candidates, runs, strict=True)]
         times = race(
             runs,
             rounds or MOST,
@@ -175,12 +175,12 @@ def compare(
             progress=lambda done, phase=phase: progress(phase, done, rounds),
         )
         progress(phase, len(times), len(times))
-        heats.append(Heat(shape, len(times), summarize(times, first)))
-    return heats
+        comparisons.append(Comparison(shape, len(times), summarize(times, first)))
+    return comparisons
 
 
-def _warm(contestant: Contestant, shape: Shape, run: Callable[[], object]) -> float:
-    """Milliseconds of the first of the passes before the race."""
+def _warm(candidate: Candidate, shape: Shape, run: Callable[[], object]) -> float:
+    """Milliseconds of the first of the uncounted passes."""
     began, first = time.perf_counter(), 0.0
     try:
         with torch.inference_mode():
@@ -188,5 +188,5 @@ def _warm(contestant: Contestant, shape: Shape, run: Callable[[], object]) -> fl
                 run()
                 first = first if i else 1000 * (time.perf_counter() - began)
     except Exception as error:  # torch, its compiler and ONNX Runtime raise many types
-        raise ModelError(f"'{contestant.name}' cannot run at shape {shape}: {first_line(error)}") from error
+        raise ModelError(f"'{candidate.name}' cannot run at shape {shape}: {first_line(error)}") from error
     return first

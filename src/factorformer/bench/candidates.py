@@ -1,4 +1,4 @@
-"""What takes part in a benchmark: a model directory by one of several routes, or an ONNX file."""
+"""The candidates of a benchmark: model directories by one of several routes, and ONNX files."""
 
 from __future__ import annotations
 
@@ -20,33 +20,33 @@ from factorformer.layers.nn import FactorizedMatrix
 
 VARIANTS = {
     "fused": "attention and activations by our compiled kernels as well (`factorformer.fuse`)",
-    "compile": "through torch.compile, for each shape anew",
+    "compile": "through torch.compile, compiled for each shape",
     "bf16": "weights and activations in bfloat16",
     "int8": "torch's dynamic int8 of every nn.Linear",
     "torchao-int8": "torchao's dynamic int8 of every nn.Linear",
     "onnx": "the model.onnx of a directory that holds other weights as well",
 }
-"""What can stand before a model, and what it means."""
+"""Prefixes of a model's name, and what they mean."""
 
 PRECISIONS = ("bf16", "int8", "torchao-int8")
 
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 
 VOCABULARY = 1000
-"""Tokens are drawn below this where no configuration says how many a model knows."""
+"""Assumed size of the vocabulary where no configuration gives it."""
 
 Tokens = Int[Tensor, "batch tokens"]
 Route = Literal["torch", "onnxruntime"]
 
 
 @dataclasses.dataclass(frozen=True)
-class Contestant:
-    """A model and the route that it takes.
+class Candidate:
+    """A model and the runtime that runs it.
 
     Args:
         name: as the user wrote it, e.g. `compile:small/`.
         path: a model directory, or a file in ONNX form.
-        route: what runs it.
+        route: the runtime.
         variants: names of `VARIANTS`, outermost first.
     """
 
@@ -65,7 +65,7 @@ class Contestant:
         return next((sorted(found) for found in (list(self.path.glob(end)) for end in WEIGHTS) if found), [])
 
 
-def parse(text: str) -> Contestant:
+def parse(text: str) -> Candidate:
     """Read `[VARIANT:]...MODEL`.
 
     MODEL is a directory, a name on the Hub, `minilm`, a file `*.onnx`, or a directory with a `model.onnx` and no other
@@ -90,10 +90,10 @@ def parse(text: str) -> Contestant:
     if file is not None:
         if set(variants) - {"onnx"}:
             raise MethodError(f"'{text}': ONNX Runtime runs a file as it is: leave out '{variants[0]}:'")
-        return Contestant(text, file, "onnxruntime")
+        return Candidate(text, file, "onnxruntime")
     from factorformer.hf.source import find
 
-    return Contestant(text, find(rest), "torch", tuple(variants))
+    return Candidate(text, find(rest), "torch", tuple(variants))
 
 
 def _onnx_file(text: str, path: Path, *, forced: bool) -> Path | None:
@@ -111,14 +111,14 @@ def _onnx_file(text: str, path: Path, *, forced: bool) -> Path | None:
 
 @dataclasses.dataclass(frozen=True)
 class Runner:
-    """A contestant that is ready to run.
+    """A loaded candidate.
 
     Args:
         prepare: binds token ids to a forward pass.
-        vocabulary: ids below it are words.
-        padding: the id that is none; None if there is no such.
-        positions: the most tokens that it can read; None if any number.
-        module: what torch runs.
+        vocabulary: number of token ids.
+        padding: id of the padding token; None if there is none.
+        positions: maximum length of the input in tokens; None if unlimited.
+        module: the module that torch runs; None for other runtimes.
     """
 
     prepare: Callable[[Tokens], Callable[[], object]]
@@ -128,11 +128,11 @@ class Runner:
     module: nn.Module | None = None
 
 
-def load(contestant: Contestant, threads: int, device: torch.device) -> Runner:
-    """Load a contestant.
+def load(candidate: Candidate, threads: int, device: torch.device) -> Runner:
+    """Load a candidate.
 
     Args:
-        contestant: from `parse`.
+        candidate: from `parse`.
         threads: that ONNX Runtime may use; torch's are set for the whole process.
         device: for the models that torch runs.
 
@@ -140,20 +140,20 @@ def load(contestant: Contestant, threads: int, device: torch.device) -> Runner:
         MethodError: a variant or route that does not run on the device or without a package that is missing.
         ModelError: the model cannot be loaded, or reads other things than tokens.
     """
-    if contestant.route == "onnxruntime":
-        return _load_onnx(contestant, threads, device)
+    if candidate.route == "onnxruntime":
+        return _load_onnx(candidate, threads, device)
     from factorformer.hf.source import load_model, most_tokens
 
-    model = load_model(contestant.path).to(device)  # pyright: ignore[reportArgumentType]
+    model = load_model(candidate.path, device=str(device))
     config = model.config
     if model.main_input_name != "input_ids":
-        raise ModelError(f"'{contestant.name}' reads {model.main_input_name}: only models of text can be compared")
+        raise ModelError(f"'{candidate.name}' reads {model.main_input_name}: only models of text can be compared")
     if getattr(config, "use_cache", False):
         # Keys and values are kept for generating, and what is timed is one pass over all tokens.
         config.use_cache = False
     known, padding = config.get_text_config().vocab_size, config.get_text_config().pad_token_id
     positions, encoder_decoder = most_tokens(model), config.is_encoder_decoder
-    run: Any = _changed(contestant, model, device)
+    run: Any = _changed(candidate, model, device)
 
     def prepare(ids: Tokens) -> Callable[[], object]:
         ids = ids.to(device)
@@ -165,9 +165,9 @@ def load(contestant: Contestant, threads: int, device: torch.device) -> Runner:
     return Runner(prepare, known, padding, positions, run)
 
 
-def _changed(contestant: Contestant, model: Any, device: torch.device) -> nn.Module:
+def _changed(candidate: Candidate, model: Any, device: torch.device) -> nn.Module:
     """The model in its precision, compiled if it is to be."""
-    for name in contestant.variants:
+    for name in candidate.variants:
         if name == "fused":
             from factorformer.hf.fused import fuse
 
@@ -175,25 +175,25 @@ def _changed(contestant: Contestant, model: Any, device: torch.device) -> nn.Mod
         elif name == "bf16":
             model = model.to(torch.bfloat16)
         elif name in PRECISIONS:
-            model = _in_int8(contestant, name, model, device)
-    if "compile" not in contestant.variants:
+            model = _in_int8(candidate, name, model, device)
+    if "compile" not in candidate.variants:
         return model
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the compiler imports what torch itself deprecates
         return torch.compile(model, dynamic=False)  # pyright: ignore
 
 
-def _in_int8(contestant: Contestant, variant: str, model: nn.Module, device: torch.device) -> nn.Module:
+def _in_int8(candidate: Candidate, variant: str, model: nn.Module, device: torch.device) -> nn.Module:
     if device.type != "cpu":
-        raise MethodError(f"'{contestant.name}': '{variant}' runs on the CPU only, not on {device}")
+        raise MethodError(f"'{candidate.name}': '{variant}' runs on the CPU only, not on {device}")
     factorized = next((name for name, module in model.named_modules() if isinstance(module, FactorizedMatrix)), None)
     if factorized is not None:
         raise MethodError(
-            f"'{contestant.name}': '{variant}' turns every nn.Linear into int8, and here '{factorized}' is in factors: "
+            f"'{candidate.name}': '{variant}' turns every nn.Linear into int8, and here '{factorized}' is in factors: "
             "put the variant before a dense model"
         )
     if not any(type(module) is nn.Linear for module in model.modules()):
-        raise MethodError(f"'{contestant.name}': '{variant}' turns every nn.Linear into int8, and here is none")
+        raise MethodError(f"'{candidate.name}': '{variant}' turns every nn.Linear into int8, and here is none")
     if variant == "int8":
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that it is going to move into torchao
@@ -201,18 +201,18 @@ def _in_int8(contestant: Contestant, variant: str, model: nn.Module, device: tor
 
             return quantize_dynamic(model.float(), {nn.Linear}, dtype=torch.qint8)
     if importlib.util.find_spec("torchao") is None:
-        raise MethodError(f"'{contestant.name}' needs torchao: pip install torchao")
+        raise MethodError(f"'{candidate.name}' needs torchao: pip install torchao")
     from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_  # pyright: ignore
 
     quantize_(model, Int8DynamicActivationInt8WeightConfig())
     return model
 
 
-def _load_onnx(contestant: Contestant, threads: int, device: torch.device) -> Runner:
+def _load_onnx(candidate: Candidate, threads: int, device: torch.device) -> Runner:
     if device.type != "cpu":
-        raise MethodError(f"'{contestant.name}': ONNX Runtime runs on the CPU here, not on {device}")
+        raise MethodError(f"'{candidate.name}': ONNX Runtime runs on the CPU here, not on {device}")
     if importlib.util.find_spec("onnxruntime") is None:
-        raise MethodError(f"'{contestant.name}' needs ONNX Runtime: pip install 'factorformer[onnx]'")
+        raise MethodError(f"'{candidate.name}' needs ONNX Runtime: pip install 'factorformer[onnx]'")
     import onnxruntime  # pyright: ignore
 
     options = onnxruntime.SessionOptions()
@@ -221,17 +221,17 @@ def _load_onnx(contestant: Contestant, threads: int, device: torch.device) -> Ru
     # Threads that spin while they wait for their next work slow down everybody else's turn.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     try:
-        session = onnxruntime.InferenceSession(str(contestant.path), options, providers=["CPUExecutionProvider"])
+        session = onnxruntime.InferenceSession(str(candidate.path), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # of many types, for files that are no models and for operators that it does not know
-        raise ModelError(f"cannot load '{contestant.name}': {first_line(error)}") from error
+        raise ModelError(f"cannot load '{candidate.name}': {first_line(error)}") from error
     names = [item.name for item in session.get_inputs()]
     known = {"input_ids", "attention_mask", "token_type_ids", "position_ids"}
     if "input_ids" not in names or set(names) - known:
         raise ModelError(
-            f"'{contestant.name}' reads {', '.join(names)}: only models of input_ids (and {', '.join(sorted(known))}) "
+            f"'{candidate.name}' reads {', '.join(names)}: only models of input_ids (and {', '.join(sorted(known))}) "
             "can be compared"
         )
-    config = _config_beside(contestant.path)
+    config = _config_beside(candidate.path)
 
     def prepare(ids: Tokens) -> Callable[[], object]:
         values = {

@@ -1,4 +1,4 @@
-"""What times say is exact arithmetic; passes take turns."""
+"""What times say is exact arithmetic; passes are interleaved."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from factorformer.bench.contestants import Contestant, Runner, draw
-from factorformer.bench.race import LEAST, SETTLE, WARM_UP, Shape, Spread, compare, summarize
+from factorformer.bench.candidates import Candidate, Runner, draw
+from factorformer.bench.comparison import LEAST, SETTLE, WARM_UP, Shape, Spread, compare, summarize
 from factorformer.errors import DataError, ModelError
 from factorformer.planning.evidence.times import race
 
@@ -50,15 +50,15 @@ def test_turns_rotate_and_each_settles_first() -> None:
     assert [len(row) for row in times] == [3] * 4
 
 
-def test_time_ends_a_race_after_the_least_rounds() -> None:
+def test_time_ends_a_comparison_after_the_least_rounds() -> None:
     done: list[int] = []
     assert len(race([lambda: None], 50, seconds=0, least=4, progress=done.append)) == 4
     assert done == [1, 2, 3, 4]
     assert len(race([lambda: None], 2, seconds=0, least=4)) == 2
 
 
-def contestant(name: str) -> Contestant:
-    return Contestant(name, Path(name))
+def candidate(name: str) -> Candidate:
+    return Candidate(name, Path(name))
 
 
 def runner(calls: list[str], name: str, positions: int | None = None, vocabulary: int = 20) -> Runner:
@@ -70,23 +70,23 @@ def runner(calls: list[str], name: str, positions: int | None = None, vocabulary
 
 def test_models_warm_up_and_then_take_turns() -> None:
     calls: list[str] = []
-    models = [contestant("a"), contestant("b")]
+    models = [candidate("a"), candidate("b")]
     shapes = [Shape(1, 3), Shape(2, 5)]
-    heats = compare(models, [runner(calls, "a"), runner(calls, "b")], shapes, rounds=2)
+    comparisons = compare(models, [runner(calls, "a"), runner(calls, "b")], shapes, rounds=2)
     turn = 1 + SETTLE
-    for shape, heat in zip(shapes, heats, strict=True):
+    for shape, comparison in zip(shapes, comparisons, strict=True):
         a, b = f"a{shape}", f"b{shape}"
         expected = [a] * WARM_UP + [b] * WARM_UP + [a] * turn + [b] * turn + [b] * turn + [a] * turn
         assert calls[: len(expected)] == expected
         del calls[: len(expected)]
-        assert (heat.shape, heat.rounds, len(heat.timings)) == (shape, 2, 2)
-        assert all(timing.milliseconds.median > 0 and timing.first > 0 for timing in heat.timings)
+        assert (comparison.shape, comparison.rounds, len(comparison.timings)) == (shape, 2, 2)
+        assert all(timing.milliseconds.median > 0 and timing.first > 0 for timing in comparison.timings)
     assert not calls
     assert compare(models[:1], [runner(calls, "a")], shapes[:1], seconds=0.0)[0].rounds == LEAST
 
 
 def test_a_model_that_is_too_short_or_fails_is_named() -> None:
-    short = [contestant("long"), contestant("short")], [runner([], "long"), runner([], "short", positions=8)]
+    short = [candidate("long"), candidate("short")], [runner([], "long"), runner([], "short", positions=8)]
     with pytest.raises(DataError, match="shape 4x9 has 9 tokens, and 'short' has 8 positions: ask for at most 4x8"):
         compare(*short, [Shape(4, 8), Shape(4, 9)], rounds=1)
 
@@ -94,7 +94,7 @@ def test_a_model_that_is_too_short_or_fails_is_named() -> None:
         raise RuntimeError("first line\nsecond line")
 
     with pytest.raises(ModelError, match=r"'broken' cannot run at shape 1x2: first line$"):
-        compare([contestant("broken")], [Runner(lambda ids: fail, 5, None, None)], [Shape(1, 2)], rounds=1)
+        compare([candidate("broken")], [Runner(lambda ids: fail, 5, None, None)], [Shape(1, 2)], rounds=1)
 
 
 def test_words_are_known_to_all_and_are_not_padding() -> None:

@@ -1,0 +1,148 @@
+"""Unfinished trainings on disk: where they are kept, how they go on, and that none of them is lost."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+import uuid
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from factorformer.cli._options import note
+from factorformer.errors import DivergedError, OutputError
+from factorformer.tasks.checkpoints import last_checkpoint, locked, step_of
+
+
+@dataclass(frozen=True)
+class Unfinished:
+    """The files of a run that has not ended: options, tokenizer, checkpoints, in a hidden neighbour of the output.
+
+    Args:
+        output: the directory that the run is to make.
+    """
+
+    output: Path
+
+    @property
+    def folder(self) -> Path:
+        """Where everything of the run is."""
+        return self.output.parent / f".{self.output.name}.training"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where its checkpoints are."""
+        return self.folder / "checkpoints"
+
+    @property
+    def tokenizer(self) -> Path:
+        """Where its tokenizer is."""
+        return self.folder / "tokenizer"
+
+    @property
+    def _options(self) -> Path:
+        return self.folder / "options.json"
+
+    @contextlib.contextmanager
+    def open(self, options: Mapping[str, Any], *, resume: bool, overwrite: bool) -> Iterator[None]:
+        """Begin a run or go on with it, alone among all processes; after success, its files are deleted.
+
+        After any failure its checkpoints are kept. Those of an earlier run that this one takes the place of are deleted
+        only when this one has one of its own; if it never gets there, they are put back.
+
+        Args:
+            options: JSON-ready; with `resume` they have to be those of the interrupted run.
+            resume: go on from the last checkpoint.
+            overwrite: start anew although there is one.
+
+        Raises:
+            OutputError: there is a checkpoint and neither option, or none to resume, or one of a run with other
+                options; or another process has the run open.
+        """
+        with locked(self.output.parent / f".{self.output.name}.training.lock"):
+            begun, earlier = last_checkpoint(self.checkpoints), None
+            if resume:
+                if begun is None:
+                    raise OutputError(
+                        f"no interrupted run for '{self.output}' has a checkpoint to resume: leave --resume out"
+                    )
+                self._check_same(options)
+                note(f"resumed from step {step_of(begun)}")
+            else:
+                if begun is not None and not overwrite:
+                    raise OutputError(
+                        f"an interrupted run for '{self.output}' can go on: add --resume, or start anew with "
+                        "--overwrite"
+                    )
+                earlier = self._set_aside()
+                self._begin(options)
+            try:
+                yield
+            except BaseException as error:
+                if last_checkpoint(self.checkpoints) is None:
+                    shutil.rmtree(self.folder, ignore_errors=True)
+                    if earlier is not None:
+                        earlier.rename(self.folder)
+                    if begun is not None:
+                        note(f"the interrupted run for '{self.output}' is as it was: --resume goes on with it")
+                else:
+                    _delete(earlier)
+                    self._say_what_is_kept(error)
+                raise
+            shutil.rmtree(self.folder, ignore_errors=True)
+            _delete(earlier)
+
+    def _set_aside(self) -> Path | None:
+        """Give the files of an earlier run another name, if there are any."""
+        if not self.folder.exists():
+            return None
+        if any(self.folder.iterdir()) and not self._options.exists():
+            raise OutputError(f"'{self.folder}' is no run of factorformer: move it, or choose another output")
+        earlier = self.folder.with_name(f"{self.folder.name}-{uuid.uuid4().hex[:8]}")
+        self.folder.rename(earlier)
+        return earlier
+
+    def _begin(self, options: Mapping[str, Any]) -> None:
+        try:
+            self.folder.mkdir(parents=True)
+            self._options.write_text(json.dumps(options, indent=1) + "\n", encoding="utf-8")
+        except OSError as error:
+            raise OutputError(f"cannot write to '{self.folder.parent}': {error.strerror}") from error
+
+    def _check_same(self, options: Mapping[str, Any]) -> None:
+        try:
+            begun = json.loads(self._options.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise OutputError(
+                f"cannot read what the interrupted run was: {error}; start anew with --overwrite"
+            ) from error
+        now = _flat(options)
+        other = [f"{name} was {was}, not {now.get(name)}" for name, was in _flat(begun).items() if now.get(name) != was]
+        if other:
+            raise OutputError(
+                f"the interrupted run had other options: {'; '.join(other)}; repeat its command, or start anew with "
+                "--overwrite"
+            )
+
+    def _say_what_is_kept(self, error: BaseException) -> None:
+        if isinstance(error, KeyboardInterrupt):
+            note("interrupted; to go on from the last checkpoint, add --resume to the same command")
+        elif isinstance(error, DivergedError):
+            note(f"checkpoints are kept in '{self.checkpoints}': start anew with other options and --overwrite")
+        else:
+            note(f"checkpoints are kept in '{self.folder}': repeat the command with --resume to go on from there")
+
+
+def _delete(folder: Path | None) -> None:
+    if folder is not None:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _flat(content: Mapping[str, Any]) -> dict[str, Any]:
+    """Options and those inside of options, side by side."""
+    flat: dict[str, Any] = {}
+    for name, value in content.items():
+        flat |= value if isinstance(value, dict) else {name: value}
+    return flat

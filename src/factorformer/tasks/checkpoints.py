@@ -1,0 +1,81 @@
+"""Directories of checkpoints: the newest complete one, one process at a time, one run only."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from factorformer.errors import OutputError
+
+RUN_FILE = "run.json"
+"""What a run is lies beside its checkpoints under this name."""
+
+
+def last_checkpoint(output: Path) -> Path | None:
+    """The newest complete checkpoint in a directory; those whose writing was interrupted are passed over."""
+    folders = [path for path in output.glob("checkpoint-*") if path.name.rpartition("-")[2].isdigit()]
+    for folder in sorted(folders, key=step_of, reverse=True):
+        with contextlib.suppress(OSError, ValueError):
+            json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))  # what the Trainer writes last
+            return folder
+    return None
+
+
+def step_of(checkpoint: Path) -> int:
+    """The number of optimizer steps after which a checkpoint was written."""
+    return int(checkpoint.name.rpartition("-")[2])
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Keep other processes out while this one trains into a directory.
+
+    Args:
+        path: the lock file; its directory is made, and the file is deleted at the end.
+
+    Raises:
+        OutputError: another process holds the lock, or the file cannot be made.
+    """
+    lock = FileLock(path, timeout=0)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except Timeout as error:
+        raise OutputError(f"another process is training into '{path.parent}' (it holds '{path.name}')") from error
+    except OSError as error:
+        raise OutputError(f"cannot write to '{path.parent}': {error.strerror}") from error
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        lock.release()
+
+
+def check_same_run(output: Path, run: Mapping[str, Any]) -> None:
+    """Write down what a run is, or compare with what stands there, so that none goes on with another's checkpoints.
+
+    Args:
+        output: directory of checkpoints.
+        run: everything on which the result depends, JSON-ready.
+
+    Raises:
+        OutputError: the directory holds checkpoints of another run, or cannot be read or written.
+    """
+    path = output / RUN_FILE
+    try:
+        if last_checkpoint(output) is not None:
+            begun = json.loads(path.read_text(encoding="utf-8"))
+            other = [f"{key} {begun.get(key)}, not {value}" for key, value in run.items() if begun.get(key) != value]
+            if other:
+                raise OutputError(
+                    f"'{output}' holds checkpoints of a run with {'; '.join(other)}: go on with the same settings or "
+                    "give another output"
+                )
+        path.write_text(json.dumps(run, indent=2) + "\n", encoding="utf-8")
+    except (OSError, json.JSONDecodeError) as error:
+        raise OutputError(f"cannot use '{output}' for checkpoints: {error}") from error

@@ -1,0 +1,61 @@
+"""Options that subcommands share, and warnings on their way to the user."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from factorformer.cli._options import DeviceChoice, place_of
+from factorformer.errors import MethodError
+
+WARNING_PROGRAM = """
+import sys, types, warnings
+from factorformer.cli import main
+
+def app():
+    for module in ("factorformer.kernels.cpu", "torch.nn.modules", "transformers.models", "factorformers"):
+        warnings.warn_explicit(f"said by {module}", RuntimeWarning, "file.py", 3, module)
+
+sys.modules["factorformer.cli.app"] = types.SimpleNamespace(app=app)
+main()
+"""
+
+
+def test_only_our_warnings_reach_the_user_each_on_one_line() -> None:
+    done = subprocess.run([sys.executable, "-c", WARNING_PROGRAM], capture_output=True, text=True)
+    assert done.stderr == "note: said by factorformer.kernels.cpu\n"
+
+
+def test_the_device_is_chosen_or_told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert [place_of(device) for device in (DeviceChoice.auto, DeviceChoice.cpu)] == ["cpu", "cpu"]
+    with pytest.raises(MethodError, match="--device cuda"):
+        place_of(DeviceChoice.cuda)
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "A GPU")
+    assert [place_of(device) for device in DeviceChoice] == ["cuda", "cpu", "cuda"]
+    assert capsys.readouterr().err.splitlines() == ["device: A GPU (--device cpu leaves it alone)"]
+
+
+def test_numbers_have_to_be_finite(run: Any, base: Path, tables: Path, tmp_path: Path) -> None:
+    train = ("--train", tables / "train.jsonl", "--label", "label")
+    commands = {
+        ("compress", base, tmp_path / "small", *train): ("--epochs", "--lr", "--ratio"),
+        ("finetune", base, tmp_path / "small", *train): ("--epochs", "--lr"),
+        ("plan", base): ("--ratio",),
+        ("bench", base): ("--seconds",),
+    }
+    for command, options in commands.items():
+        for option in options:
+            for value in ("nan", "inf"):
+                done = run(*command, option, value)
+                assert done.exit_code == 2, (command, option, value)
+                assert option in done.stderr
+                assert "Traceback" not in done.stderr
+    assert list(tmp_path.iterdir()) == []
