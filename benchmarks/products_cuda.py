@@ -1,7 +1,7 @@
 """How fast dense-sparse layers are on a GPU, against the dense layer and against building `S` before each product.
 
     pip install triton  # if torch did not bring it
-    python benchmarks/kernels_cuda.py
+    python benchmarks/products_cuda.py
 
 Needs CUDA. Over shapes, rows of input and types, forward and forward with backward (gradients of the input and of all
 that is learned):
@@ -24,12 +24,11 @@ import dataclasses
 import math
 import statistics
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from common import RESULTS, append_line, machine
+from common import append_line, machine, options, start
 from torch import Tensor
 
 from factorformer import DenseSparse
@@ -192,7 +191,7 @@ def columns(row: dict[str, Any]) -> str:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options(__doc__, "products_cuda.jsonl")
     parser.add_argument("--atoms", type=int, default=192)
     parser.add_argument("--nonzeros", type=int, default=64, help="in each row of S")
     parser.add_argument("--group", type=int, default=1, help="rows that share a support")
@@ -202,8 +201,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--tf32", action="store_true", help="let products of float32 round to TF32")
     parser.add_argument("--repeats", type=int, default=15, help="rounds of A B C")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=Path, default=RESULTS / "kernels_cuda.jsonl")
-    return parser.parse_args()
+    return start(parser)
 
 
 def main() -> None:

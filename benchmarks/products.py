@@ -1,6 +1,6 @@
 """How fast factorized layers are on this CPU, against the dense layer and the limits of the machine.
 
-    python benchmarks/kernels.py
+    python benchmarks/products.py
 
 For each shape and number of input rows, in turns (A B C A B C, the median counts): the dense layer (`F.linear`), each
 structure in float32 and int8 as layers run it, the same structure by torch alone, `S` spread out ahead and multiplied
@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from common import RESULTS, append_line, machine
+from common import append_line, machine, options, start
 from torch import Tensor, nn
 
 from factorformer import DenseSparse, KroneckerSum, LowRank, Structure
@@ -181,7 +181,7 @@ def roofline(rows: list[dict[str, Any]], limits: dict[str, float], path: Path) -
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options(__doc__, "products.jsonl")
     parser.add_argument("--rank", type=int, default=128)
     parser.add_argument("--atoms", type=int, default=192)
     parser.add_argument("--nonzeros", type=int, default=64)
@@ -189,9 +189,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=200)
     parser.add_argument("--seconds", type=float, default=6.0, help="for each cell")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=Path, default=RESULTS / "kernels.jsonl")
     parser.add_argument("--plot", type=Path, help="draw the roofline here")
-    args = parser.parse_args()
+    args = start(parser)
     torch.manual_seed(args.seed)
     torch.set_num_threads(args.threads)
     limits = peaks()
