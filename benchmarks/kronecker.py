@@ -7,14 +7,14 @@ At ten times fewer parameters (`--fewer`), forward and forward with backward, ov
 
 - `kron`: a `KroneckerSum` layer of the default factor shapes;
 - `dense`: `nn.Linear`;
-- `build`: the same Kronecker sum multiplied out by `torch.einsum`, then `F.linear`;
+- `build`: the same Kronecker sum materialized by `torch.einsum`, then `F.linear`;
 - `tt`: the factorized linear layer of tensorly-torch with a block tensor train of no fewer parameters than fit, in its
   own tensorized shapes: three modes (the default of `from_linear`), contracted from left to right, as it is installed;
 - `tt2`, `tt3`: the same of two and of three modes where opt_einsum is installed, which lets `torch.einsum` look for the
   cheapest order of contraction. tensorly-torch does not ask for it, but it is far faster with it;
 - `lowrank`: a plain low-rank layer of as many parameters, for information: it has less to say at the same size.
 
-All run in turns, A B C A B C, and the table shows the median time of `dense`, what the others take in units of `kron`
+All are interleaved, A B C A B C. The table shows the median time of `dense`, what the others take in units of `kron`
 (above 1: `kron` is faster), the part of the ideal that `kron` reaches (the time of the dense layer scaled by the ratio
 of FLOPs) and its GFLOP/s beside those of a large GEMM. Before it is timed, each competitor's output and input gradient
 are compared with those of its own dense matrix. `-` is a competitor that was left out, because a run of it would take
@@ -165,7 +165,7 @@ def competitors(
 
 
 class Clock:
-    """Times competitors in turns.
+    """Interleaved timing of competitors.
 
     Args:
         device: `cpu` or `cuda`.

@@ -3,13 +3,16 @@
     python benchmarks/latency.py --ratios 2.5 --methods svd kronecker dense_sparse_plain
     python benchmarks/latency.py --ratios 10 --methods svd:int8 kronecker:int8 dense_sparse_plain:int8
 
-For each method and ratio the compressed model runs a race (see `factorformer bench`) against the dense model in eager
-torch, which is the baseline, and compiled; torch's and torchao's dynamic int8; ONNX Runtime with torch's export of the
-dense model, with its own dynamic int8 of that, and with our export; Torch-Pruning, with heads and feed-forward units
-removed until the blocks hold no more parameters than ours; and tensorly-torch, with every linear layer of the blocks
-factorized to about as many parameters. Ours runs in eager torch, with attention and activations by our kernels too
-(`factorformer.fuse`, which the dense model may have as well), compiled, and in ONNX Runtime through our export, as it
-is and in int8. What is not installed, or does not run, is left out and said so.
+For each method and ratio the compressed model is timed, interleaved as in `factorformer bench`, against
+
+- the dense model in eager torch, which is the baseline, compiled, and in torch's and torchao's dynamic int8;
+- ONNX Runtime with torch's export of the dense model, with its own dynamic int8 of that, and with our export of it;
+- Torch-Pruning, with heads and feed-forward units removed until the blocks hold no more parameters than ours;
+- tensorly-torch, with every linear layer of the blocks factorized to about as many parameters.
+
+Ours runs in eager torch, with attention and activations by our kernels too (`factorformer.fuse`, which the dense model
+may have as well), compiled, and in ONNX Runtime through our export, as it is and in int8. What is not installed, or
+does not run, is left out and said so.
 
 Nothing is trained: times do not depend on values. One line of JSON for each method, ratio and shape; lines that are
 there already are not measured again, unless `--again` says so.
@@ -170,7 +173,7 @@ class Field:
             load_tokenizer(find("minilm")).save_pretrained(directory)
 
     def add(self, label: str, written: str) -> None:
-        """A contestant in the notation of `factorformer bench`, loaded once."""
+        """A model variant in the notation of `factorformer bench`, loaded once."""
         if label not in self.ready:
             try:
                 contestant = parse(written)
@@ -179,7 +182,7 @@ class Field:
                 print(f"left out: {label}: {error}", flush=True)
 
     def made(self, label: str, package: str, make: Callable[[], PreTrainedModel]) -> None:
-        """A contestant that another library makes of the dense model."""
+        """A model variant that another library makes of the dense model."""
         if not self.installed[package]:
             print(f"left out: {label}: {package} is not installed", flush=True)
             return
@@ -318,7 +321,9 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=["svd", "kronecker", "dense_sparse_plain"])
     parser.add_argument("--ratios", nargs="+", type=float, default=[2.5], help="of bytes in the blocks")
     parser.add_argument("--shapes", nargs="+", type=Shape.parse, default=[Shape(1, 32), Shape(8, 64), Shape(32, 128)])
-    parser.add_argument("--also", nargs="*", default=[], help="more contestants, in the notation of factorformer bench")
+    parser.add_argument(
+        "--also", nargs="*", default=[], help="more model variants, in the notation of factorformer bench"
+    )
     parser.add_argument("--threads", type=int, default=None, help="by default one for each core")
     parser.add_argument("--rounds", type=int, default=None, help=f"by default as many as fit, at least {LEAST}")
     parser.add_argument("--seconds", type=float, default=60, help="for each shape")

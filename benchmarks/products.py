@@ -2,9 +2,9 @@
 
     python benchmarks/products.py
 
-For each shape and number of input rows, in turns (A B C A B C, the median counts): the dense layer (`F.linear`), each
-structure in float32 and int8 as layers run it, the same structure by torch alone, `S` spread out ahead and multiplied
-as a dense matrix, and where they are installed torchao's int8 layer and tensorly-torch's layer of as many parameters.
+For each shape and number of input rows, interleaved (A B C A B C, the median counts): the dense layer (`F.linear`),
+each structure in float32 and int8 as layers run it, the same structure by torch alone, dense-sparse with a materialized
+`S`, and where they are installed torchao's int8 layer and tensorly-torch's layer of as many parameters.
 
 Every way is a ratio to the dense layer of the same run. `of ideal` divides that ratio by the ratio of FLOPs, which is
 what a kernel as efficient as the dense one would reach. Peaks are measured too: the most FLOPs that any of our float32
@@ -62,8 +62,8 @@ def by_torch(layer: FactorizedLinear) -> Callable[[Tensor], Tensor]:
     return run
 
 
-def spread_out(layer: FactorizedLinear) -> Callable[[Tensor], Tensor]:
-    """A dense-sparse layer with `S` as a dense matrix, spread out ahead: what no product has to wait for."""
+def materialized(layer: FactorizedLinear) -> Callable[[Tensor], Tensor]:
+    """A dense-sparse layer with `S` materialized ahead of time, which no product has to wait for."""
     spec, factors = layer.spec, layer.factors
     assert isinstance(spec, DenseSparse)
     wide, dictionary = spec.coefficients(factors).detach(), factors["dictionary"].detach()
@@ -107,7 +107,7 @@ def cell(shape: tuple[int, int], rows: int, args: argparse.Namespace) -> dict[st
         expected = F.linear(x.double(), layer.to_dense().detach().double(), layer.bias.double())
         runs[name], runs[f"{name} torch"] = layer, by_torch(layer)
         if name == "dense_sparse":
-            runs["dense_sparse spread out"] = spread_out(layer)
+            runs["dense_sparse materialized"] = materialized(layer)
         small = FactorizedLinear(spec, shape, int8.quantize(layer.factors), layer.bias, quantized=True)
         runs[f"{name} int8"] = small
         with torch.inference_mode():
@@ -115,7 +115,7 @@ def cell(shape: tuple[int, int], rows: int, args: argparse.Namespace) -> dict[st
                 error = float((way(x) - expected).norm() / expected.norm())
                 assert error < bound, f"{name} of {shape} is off by {error:.2g}"
         flops = spec.flops(shape)
-        for way in (name, f"{name} torch", "dense_sparse spread out"):
+        for way in (name, f"{name} torch", "dense_sparse materialized"):
             costs.setdefault(way, (flops, spec.bytes(shape)))
         costs[f"{name} int8"] = flops, spec.bytes(shape, torch.int8)
     runs |= peers(shape, args.rank)

@@ -11,7 +11,7 @@ that is learned):
 - `build`: the same layer with `S` scattered into a dense matrix in each call, then `F.linear`; its positions are
   unpacked ahead, which the time does not count.
 
-All run in turns, A B C A B C. `device` is the time of a call inside of a CUDA graph, which is what the GPU takes;
+All are interleaved, A B C A B C. `device` is the time of a call inside of a CUDA graph, which is what the GPU takes;
 `eager` that of calls from Python, which for small layers is what Python and the launches take. Inputs are in the
 caches of the GPU, as they are after the layer before. Before it is timed, each product is compared with the dense one
 in float64. One line of JSON for each cell, with the name of the device, is added to the results.
@@ -40,7 +40,7 @@ MODES = ("forward", "backward")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
 MILLISECONDS = 2.0
-"""What is timed at once takes about so long."""
+"""Length of one timed batch of calls."""
 
 
 @dataclasses.dataclass
@@ -79,8 +79,8 @@ def ways(spec: DenseSparse, shape: tuple[int, int], dtype: torch.dtype, device: 
     def multiply(x: Tensor) -> Tensor:
         if spec.side == "rows":
             return sparse_product(F.linear(x, dictionary), values, packed, spec.atoms, spec.blocks)
-        spread = sparse_product(x, values, packed, spec.atoms, spec.blocks, transposed=True)
-        return F.linear(spread, dictionary.T)
+        inner = sparse_product(x, values, packed, spec.atoms, spec.blocks, transposed=True)
+        return F.linear(inner, dictionary.T)
 
     def through_dense(x: Tensor) -> Tensor:
         if spec.side == "rows":

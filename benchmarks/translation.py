@@ -290,7 +290,7 @@ class Reporter:
 
 
 def timing(bench: Bench, systems: list[str], rounds: int) -> dict[str, Any]:
-    """Seconds of a training step and of translating, in fp32 and bf16, all systems by turns in every round.
+    """Seconds of a training step and of translating, in fp32 and bf16, all systems interleaved in every round.
 
     A training step is forward, backward, clipping and the optimizer on one batch of typical length; translating is beam
     search with 5 beams over texts from the test set, for exactly as many tokens as the references have at most, so that
