@@ -20,15 +20,17 @@ import matplotlib.pyplot as plt
 
 HERE = Path(__file__).parent
 TEXT, PLAIN, OURS = "#808890", "#9aa4ae", "#2f81f7"
-SHAPE = "8x64"
-"""Batch x tokens of the speed-ups shown."""
+
+
+def middle(found: dict[str, Any]) -> dict[str, Any]:
+    """Times of the middle one of the input shapes."""
+    return found["shapes"][len(found["shapes"]) // 2]
 
 
 def bars(found: dict[str, Any]) -> list[tuple[str, float, float, float, str]]:
     """Label, MB, accuracy, speed-up and colour of each bar."""
     models = {model["name"]: model for model in found["models"]}
-    shape = next(shape for shape in found["shapes"] if shape["shape"] == SHAPE)
-    speeds = {result["name"]: result["speedup"]["median"] for result in shape["results"]}
+    speeds = {result["name"]: result["speedup"]["median"] for result in middle(found)["results"]}
     original = models.pop("original")
     export = original["export"]
     lines = [
@@ -62,9 +64,8 @@ def draw(found: dict[str, Any], path: Path) -> None:
     for side in axis.spines.values():
         side.set_visible(False)
     setup = found["models"][0]["setup"]
-    title = (
-        f"MiniLM on {setup['task']}: whole file, test {found['metric']}, speed at {SHAPE.replace('x', ' x ')} tokens"
-    )
+    shape = middle(found)["shape"].replace("x", " texts of ") + " tokens"
+    title = f"MiniLM on {setup['task']}: whole file, test {found['metric']}, speed with {shape}"
     axis.set_title(title, color=TEXT, fontsize=10, loc="left")
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
