@@ -67,7 +67,10 @@ def headline() -> list[str]:
     setup = models["original"]["setup"]
 
     def row(label: str, size: int, score: float, name: str) -> list[str]:
-        speed = [f"{by[name]['speedup']['median']:.1f}x" for by in times.values()]
+        if name == "original, torch":
+            speed = [f"{three(by[name]['milliseconds']['median'])} ms" for by in times.values()]
+        else:
+            speed = [f"{by[name]['speedup']['median']:.1f}x" for by in times.values()]
         return [label, f"{size / 1e6:.1f} MB", f"{100 * score:.1f} %", *speed]
 
     original = models.pop("original")
@@ -84,13 +87,9 @@ def headline() -> list[str]:
         method, _, scope = name.partition(":")
         label = f"`{method} --int8`, {setup['ratio']:g}x fewer bytes in the " + ("whole model" if scope else "blocks")
         rows.append(row(label, model["export"]["bytes"], model["export"]["accuracy"], f"{name}, int8 export"))
-    header = [
-        "",
-        "whole file",
-        f"{setup['task']} {found['metric']}",
-        *(f"speed, {s.replace('x', ' x ')}" for s in times),
-    ]
-    error = 100 * (0.25 / found["test_rows"]) ** 0.5 * 2 * (original["accuracy"] * (1 - original["accuracy"])) ** 0.5
+    header = ["", "whole file", f"{setup['task']} {found['metric']}"]
+    header += [f"latency, {shape.replace('x', ' x ')}" for shape in times]
+    error = 100 * (original["accuracy"] * (1 - original["accuracy"]) / found["test_rows"]) ** 0.5
     rounds = ", ".join(str(shape["rounds"]) for shape in found["shapes"])
     extra = (
         f"; {found['test_rows']:,} test rows (1 s.e. {error:.1f} points), one seed; medians of {rounds} interleaved "
