@@ -173,7 +173,7 @@ class Field:
             load_tokenizer(find("minilm")).save_pretrained(directory)
 
     def add(self, label: str, written: str) -> None:
-        """A model variant in the notation of `factorformer bench`, loaded once."""
+        """A candidate in the notation of `factorformer bench`, loaded once."""
         if label not in self.ready:
             try:
                 contestant = parse(written)
@@ -182,7 +182,7 @@ class Field:
                 print(f"left out: {label}: {error}", flush=True)
 
     def made(self, label: str, package: str, make: Callable[[], PreTrainedModel]) -> None:
-        """A model variant that another library makes of the dense model."""
+        """A candidate that another library makes of the dense model."""
         if not self.installed[package]:
             print(f"left out: {label}: {package} is not installed", flush=True)
             return
@@ -321,9 +321,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=["svd", "kronecker", "dense_sparse_plain"])
     parser.add_argument("--ratios", nargs="+", type=float, default=[2.5], help="of bytes in the blocks")
     parser.add_argument("--shapes", nargs="+", type=Shape.parse, default=[Shape(1, 32), Shape(8, 64), Shape(32, 128)])
-    parser.add_argument(
-        "--also", nargs="*", default=[], help="more model variants, in the notation of factorformer bench"
-    )
+    parser.add_argument("--also", nargs="*", default=[], help="more candidates, in the notation of factorformer bench")
     parser.add_argument("--threads", type=int, default=None, help="by default one for each core")
     parser.add_argument("--rounds", type=int, default=None, help=f"by default as many as fit, at least {LEAST}")
     parser.add_argument("--seconds", type=float, default=60, help="for each shape")

@@ -34,7 +34,7 @@ from factorformer.structures import int8
 
 SHAPES = [(768, 768), (3072, 768), (768, 3072)]
 ROWS = [1, 16, 128, 1024]
-TARGETS = {"dense_sparse": 0.6, "dense_sparse_4": 0.8, "dense_sparse_8": 0.8, "low_rank": 0.85, "kronecker": 0.5}
+TARGETS = {"dense_sparse": 0.6, "low_rank": 0.85, "kronecker": 0.5}
 """What part of the FLOP-ideal speedup is asked for, from 16 rows on."""
 
 
@@ -43,8 +43,6 @@ def specs(shape: tuple[int, int], rank: int, atoms: int, nonzeros: int) -> dict[
     return {
         "low_rank": LowRank(rank),
         "dense_sparse": DenseSparse.of(shape, atoms, nonzeros),
-        "dense_sparse_4": DenseSparse.of(shape, atoms, nonzeros, group=4),
-        "dense_sparse_8": DenseSparse.of(shape, atoms, nonzeros, group=8),
         "kronecker": KroneckerSum.of(shape, rank),
     }
 
@@ -164,8 +162,8 @@ def roofline(rows: list[dict[str, Any]], limits: dict[str, float], path: Path) -
     import matplotlib.pyplot as plt
 
     figure, axis = plt.subplots(figsize=(8, 5))
-    ways = ("dense", "low_rank", "low_rank int8", "dense_sparse", "dense_sparse_8", "kronecker")
-    for way, marker in zip(ways, "osvD^P", strict=True):
+    ways = ("dense", "low_rank", "low_rank int8", "dense_sparse", "kronecker")
+    for way, marker in zip(ways, "osvD^", strict=True):
         points = [row["ways"][way] for row in rows if way in row["ways"]]
         axis.scatter([p["intensity"] for p in points], [p["gflops"] for p in points], marker=marker, s=28, label=way)
     intensities = [2.0**power for power in range(-3, 12)]

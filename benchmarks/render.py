@@ -119,8 +119,6 @@ def latency() -> list[str]:
 LAYERS = {
     "dense-sparse": "dense_sparse",
     "in int8": "dense_sparse int8",
-    "groups of 4": "dense_sparse_4",
-    "groups of 8": "dense_sparse_8",
     "`S` materialized": "dense_sparse materialized",
     "low rank": "low_rank",
     "in int8 ": "low_rank int8",
