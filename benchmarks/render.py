@@ -70,7 +70,8 @@ def headline() -> list[str]:
         if name == "original, torch":
             speed = [f"{three(by[name]['milliseconds']['median'])} ms" for by in times.values()]
         else:
-            speed = [f"{by[name]['speedup']['median']:.1f}x" for by in times.values()]
+            spreads = [by[name]["speedup"] for by in times.values()]
+            speed = [f"{each['median']:.1f}x ({each['low']:.1f} to {each['high']:.1f})" for each in spreads]
         return [label, f"{size / 1e6:.1f} MB", f"{100 * score:.1f} %", *speed]
 
     original = models.pop("original")
