@@ -6,21 +6,41 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 PYTEST_ARGS ?= -n 2
 KERNELS := hatch_build.py $(wildcard src/factorformer/kernels/compile.py src/factorformer/kernels/csrc/*)
+# Folders of tests that neither train, nor export, nor start processes.
+UNITS := tests/structures tests/fitting tests/planning tests/layers
+# `make results QUICK=1` runs a cheap variant of every benchmark and keeps none of the figures.
+QUICK ?=
 
-.PHONY: quickstart test
+.PHONY: quickstart test test-fast results render
 
 quickstart: $(VENV)/.installed-minilm
 	$(BIN)/factorformer quickstart
 
 # One thread for each of the test processes: with more, the threads of one spin while they wait for those of the other.
 # No test may need the network, so the Hub is switched off.
-test: export OMP_NUM_THREADS = 1
-test: export HF_HUB_OFFLINE = 1
+test test-fast: export OMP_NUM_THREADS = 1
+test test-fast: export HF_HUB_OFFLINE = 1
 test: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
+	$(BIN)/python benchmarks/render.py --check
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+# Under two minutes, for the time between two edits; `make test` decides.
+test-fast: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS) $(UNITS)
+
+# All figures of the docs from nothing. Data: FACTORFORMER_DATA, or ../shared/data.
+results: $(VENV)/.installed-bench $(VENV)/.installed-minilm $(VENV)/.installed-onnx
+	$(BIN)/python benchmarks/everything.py $(if $(QUICK),--quick)
+	$(if $(QUICK),,$(MAKE) render)
+
+# The tables and the picture that the docs show of them.
+render: $(VENV)/.installed-bench
+	$(BIN)/python benchmarks/render.py
+	$(BIN)/python benchmarks/readme_figure.py
 
 # The stamps lie in the environment, so that they go when it goes.
 $(VENV)/.installed-%: pyproject.toml constraints.txt $(KERNELS) | $(BIN)/python

@@ -35,7 +35,7 @@ from typing import Any
 import datasets
 import numpy as np
 import torch
-from common import RESULTS, TASKS, Task, append_line, default_data, machine, read_lines
+from common import TASKS, Task, append_line, default_data, machine, options, read_lines, start
 from torch import nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging
@@ -52,7 +52,7 @@ from factorformer.tasks import finetuning as training
 from factorformer.training.dynamic_rank import DynamicRank, DynamicRankSettings
 from factorformer.training.straight_through import StraightThrough, StraightThroughSettings
 
-RATES = (1e-4, 2e-4, 4e-4, 8e-4)
+RATES = (1e-4, 2e-4, 4e-4, 8e-4, 1.6e-3)
 SLICE, HELD_OUT, CALIBRATION = 1600, 800, 512
 DISTILLED = "+distill"
 PATTERN = 32
@@ -168,7 +168,9 @@ class Bench:
         if self.args.rate is not None and method != "dense":
             return self.args.rate
         name = method.removesuffix(DISTILLED)
-        key = {"task": task.name, "method": name, "dense_epochs": self.dense_epochs}
+        key: dict[str, Any] = {"task": task.name, "method": name}
+        if name != "dense":  # whose own epochs in the search are always the same
+            key["dense_epochs"] = self.dense_epochs
         key |= {name: getattr(self.args, name) for name in SETUP}
         for row in read_lines(self.args.rates):
             if row | key == row:
@@ -290,6 +292,7 @@ class Bench:
                 row["before_training"] = evaluation.evaluate(model, self.tokenizer, test, labels)[task.metric]
             if method != "torchao-int8":
                 row["learning_rate"] = self.rate(task, method, cell.ratio)
+                row["rate_searched"] = self.args.rate is None
                 started, cpu = time.perf_counter(), time.process_time()
                 settings = self.settings(row["learning_rate"], cell.seed)
                 self.train(model, acting, train, settings, teacher)
@@ -496,7 +499,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options(__doc__, "accuracy.jsonl")
     parser.add_argument("--data", type=Path, default=default_data(), help="folder with one folder for each task")
     parser.add_argument("--tasks", nargs="+", default=["sst2", "banking77"], choices=TASKS)
     default_methods = ["whitened", "fwsvd", "svd", "kronecker_whitened", "kronecker"]
@@ -513,10 +516,9 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=float("inf"), help="start no new cell after this time")
     parser.add_argument("--model", default=None, help="a model directory; the embedded MiniLM if not given")
     parser.add_argument("--histories", type=Path, help="folder for the histories of dynamic ranks")
-    parser.add_argument("--output", type=Path, default=RESULTS / "accuracy.jsonl")
     parser.add_argument("--keep", type=Path, help="folder for the models, and for what their int8 export scores")
     parser.add_argument("--work", type=Path, default=Path("runs/accuracy"), help="dense models are kept here")
-    args = parser.parse_args()
+    args = start(parser)
     args.rates = args.output.with_name(args.output.stem + "_rates.jsonl")
     logging.set_verbosity_error()
     datasets.disable_progress_bars()

@@ -1,20 +1,20 @@
-"""What every benchmark shares: the machine it ran on, the tasks, and how results are kept."""
+"""Shared by all benchmarks: their tasks, and how results are kept.
 
-# ruff: noqa: E402
+Results are written only where the commit says which code made them: a script refuses to start on a tree whose sources
+differ from it, unless `--allow-dirty` is given; the commit then ends in `-dirty`.
+"""
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
+import functools
 import json
 import os
 import platform
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
-
-# Before transformers, which looks for a package of this name and would take the script beside this one for it.
-sys.modules["kernels"] = None  # type: ignore[assignment]
 
 import torch
 import transformers
@@ -22,12 +22,14 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 import factorformer
+from factorformer import kernels
 from factorformer.hf import minilm
 from factorformer.report.machine import processor
 from factorformer.tasks import data
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
+DIRTY = "-dirty"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,17 +68,68 @@ def question_batches(folder: Path, rows: int) -> tuple[list[dict[str, Tensor]], 
     return [dict(batch) for batch in data.batches(tokenizer, encoded)], len(labels.names)
 
 
+def options(description: str | None, output: str) -> argparse.ArgumentParser:
+    """A parser with what every benchmark can be told.
+
+    Args:
+        description: the docstring of the script.
+        output: the name of its file of results.
+    """
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=RESULTS / output, help="file of results")
+    parser.add_argument("--allow-dirty", action="store_true", help="write results of sources that are not committed")
+    return parser
+
+
+def start(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """Read the command line, and refuse sources that no commit describes before any time is spent."""
+    args = parser.parse_args()
+    current = commit()  # read now, whatever is edited while the benchmark runs
+    if not args.allow_dirty:
+        if not current:
+            raise SystemExit("no commit to record beside the results: run from a clone, or give --allow-dirty")
+        if current.endswith(DIRTY):
+            raise SystemExit(f"not committed: {', '.join(changes())}; commit first, or give --allow-dirty")
+    return args
+
+
+def changes() -> list[str]:
+    """Paths of the sources and the benchmarks that differ from the commit; results and docs do not count."""
+    paths = ["src", "benchmarks", "pyproject.toml", ":!benchmarks/results"]
+    found = _git("status", "--porcelain", "--untracked-files=all", "--", *paths)
+    return [line[3:] for line in found.splitlines()]
+
+
+@functools.cache
+def commit() -> str:
+    """The commit this process started from, with `-dirty` behind it if sources differ; empty outside of a clone."""
+    found = _git("rev-parse", "--short=10", "HEAD").strip()
+    return found + DIRTY if found and changes() else found
+
+
+def _git(*arguments: str) -> str:
+    """Standard output of git at the root of the clone; empty if it fails or is not installed."""
+    try:
+        done = subprocess.run(["git", *arguments], cwd=HERE.parent, capture_output=True, text=True)
+    except OSError:
+        return ""
+    return done.stdout if done.returncode == 0 else ""
+
+
 def machine() -> dict[str, Any]:
-    """Processor or GPU, threads, and the versions that decide a figure."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=HERE, capture_output=True, text=True)
+    """Hardware and versions recorded with every result; `load` is the mean of the last minute."""
     return {
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else processor(),
+        "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "kernels": kernels.variant(),
+        "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "factorformer": factorformer.__version__,
-        "commit": commit.stdout.strip(),
+        "commit": commit(),
     }
 
 
@@ -90,3 +143,9 @@ def append_line(path: Path, row: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:
         file.write(json.dumps(row) + "\n")
+
+
+def write(path: Path, content: Any) -> None:
+    """Replace a file of results."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")

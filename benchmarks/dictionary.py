@@ -12,17 +12,15 @@ nonzeros, each from a cold start, one after the other.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 import math
 import time
-from pathlib import Path
 from typing import Any
 
 import datasets
 import torch
-from common import RESULTS, default_data, machine
+from common import default_data, machine, options, start, write
 from fitting import moment, weights
 from sklearn.decomposition import DictionaryLearning, MiniBatchDictionaryLearning
 from transformers import AutoModel, AutoTokenizer
@@ -162,17 +160,15 @@ PARTS = {"splits": splits, "peers": peers, "model": model}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options(__doc__, "dictionary.json")
     parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS))
-    parser.add_argument("--output", type=Path, default=RESULTS / "dictionary.json")
-    args = parser.parse_args()
+    args = start(parser)
     logging.set_verbosity_error()
     datasets.disable_progress_bars()
     found = json.loads(args.output.read_text()) if args.output.exists() else {}
     for part in args.parts:
         found[part] = {"result": PARTS[part](), "machine": machine()}
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(json.dumps(found, indent=1) + "\n")
+        write(args.output, found)
 
 
 if __name__ == "__main__":

@@ -9,8 +9,6 @@ gradients and the removals. The table shows medians of the ratio of the two by t
 
 from __future__ import annotations
 
-import argparse
-import json
 import statistics
 import time
 from pathlib import Path
@@ -18,7 +16,7 @@ from typing import Any
 
 import datasets
 import torch
-from common import RESULTS, default_data, machine, question_batches
+from common import default_data, machine, options, question_batches, start, write
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 from transformers.utils import logging
 
@@ -94,14 +92,13 @@ def measure(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options(__doc__, "dynamic_rank.json")
     parser.add_argument("--data", type=Path, default=default_data(), help="folder with one folder for each task")
     parser.add_argument("--methods", nargs="+", default=["rankdyna", "dynamic_kronecker", "dynamic_dense_sparse"])
     parser.add_argument("--ratios", nargs="+", type=float, default=[3.0, 5.0])
     parser.add_argument("--precisions", nargs="+", default=["fp32", "bf16"])
     parser.add_argument("--steps", type=int, default=240)
-    parser.add_argument("--output", type=Path, default=RESULTS / "dynamic_rank.json")
-    args = parser.parse_args()
+    args = start(parser)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     datasets.disable_progress_bars()
@@ -117,8 +114,7 @@ def main() -> None:
                 shown = " ".join(f"{value:.2f}" for value in cell["mean_by_tenth"])
                 whole = cell["whole_run_relative_to_dense"]
                 print(f"{method} {ratio}x {precision}: whole run {whole:.2f}; by tenths {shown}", flush=True)
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(json.dumps({"cells": cells, "machine": machine()}, indent=1) + "\n")
+    write(args.output, {"cells": cells, "machine": machine()})
 
 
 if __name__ == "__main__":

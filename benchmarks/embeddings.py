@@ -9,13 +9,11 @@ the mean cosine between the two embeddings, and the rank correlation of the simi
 
 from __future__ import annotations
 
-import argparse
-import json
 import time
 from pathlib import Path
 
 import datasets
-from common import RESULTS, default_data, machine
+from common import default_data, machine, options, start, write
 from transformers import AutoModel, AutoTokenizer
 from transformers.utils import logging
 
@@ -33,15 +31,14 @@ def needs_text(method: str) -> bool:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options(__doc__, "embeddings.json")
     parser.add_argument("--data", type=Path, default=default_data(), help="folder with one folder for each task")
     parser.add_argument("--ratios", nargs="+", type=float, default=[1.5, 2.0, 2.8])
     parser.add_argument("--texts", nargs="+", type=int, default=[30, 200, 1500], help="calibration texts")
     methods = ["svd", "whitened", "kronecker", "kronecker_whitened", "dense_sparse_plain", "cospadi"]
     parser.add_argument("--methods", nargs="+", default=methods, help="methods of factorformer")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=Path, default=RESULTS / "embeddings.json")
-    args = parser.parse_args()
+    args = start(parser)
     logging.set_verbosity_error()
     datasets.disable_progress_bars()
     directory = minilm.directory()
@@ -66,8 +63,7 @@ def main() -> None:
             cells.append({"ratio": ratio, "method": method, "calibration_texts": count, **found, **seconds})
             shown = "  ".join(f"{name} {value:.3f}" for name, value in (found | seconds).items())
             print(f"{ratio:>5}x {method:<18} {count:>5} texts  {shown}", flush=True)
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(json.dumps({"seed": args.seed, "cells": cells, "machine": machine()}, indent=1) + "\n")
+    write(args.output, {"seed": args.seed, "cells": cells, "machine": machine()})
 
 
 if __name__ == "__main__":

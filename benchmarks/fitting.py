@@ -10,14 +10,11 @@ shows medians over repetitions, their ratio, and how far the error of the fit is
 
 from __future__ import annotations
 
-import argparse
-import json
 import statistics
 import time
-from pathlib import Path
 
 import torch
-from common import RESULTS, machine
+from common import machine, options, start, write
 from transformers import AutoModel, BertConfig, BertModel
 
 import factorformer
@@ -51,10 +48,9 @@ def moment(width: int) -> InputMoment:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options(__doc__, "fitting.json")
     parser.add_argument("--repetitions", type=int, default=5)
-    parser.add_argument("--output", type=Path, default=RESULTS / "fitting.json")
-    args = parser.parse_args()
+    args = start(parser)
     block = weights()
     times: dict[str, list[float]] = {"svd": [], "plain": [], "whitened": []}
     excess = {"plain": 0.0, "whitened": 0.0}
@@ -87,8 +83,7 @@ def main() -> None:
         "largest_excess_over_optimum": excess,
         "machine": machine(),
     }
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(json.dumps(row, indent=1) + "\n")
+    write(args.output, row)
     print(f"{'route':<10} {'s/block':>9} {'x 12':>8} {'of SVD':>8} {'excess error':>13}")
     for name in times:
         over = f"{excess[name]:.4%}" if name in excess else ""

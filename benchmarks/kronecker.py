@@ -7,14 +7,14 @@ At ten times fewer parameters (`--fewer`), forward and forward with backward, ov
 
 - `kron`: a `KroneckerSum` layer of the default factor shapes;
 - `dense`: `nn.Linear`;
-- `build`: the same Kronecker sum multiplied out by `torch.einsum`, then `F.linear`;
+- `build`: the same Kronecker sum materialized by `torch.einsum`, then `F.linear`;
 - `tt`: the factorized linear layer of tensorly-torch with a block tensor train of no fewer parameters than fit, in its
   own tensorized shapes: three modes (the default of `from_linear`), contracted from left to right, as it is installed;
 - `tt2`, `tt3`: the same of two and of three modes where opt_einsum is installed, which lets `torch.einsum` look for the
   cheapest order of contraction. tensorly-torch does not ask for it, but it is far faster with it;
 - `lowrank`: a plain low-rank layer of as many parameters, for information: it has less to say at the same size.
 
-All run in turns, A B C A B C, and the table shows the median time of `dense`, what the others take in units of `kron`
+All are interleaved, A B C A B C. The table shows the median time of `dense`, what the others take in units of `kron`
 (above 1: `kron` is faster), the part of the ideal that `kron` reaches (the time of the dense layer scaled by the ratio
 of FLOPs) and its GFLOP/s beside those of a large GEMM. Before it is timed, each competitor's output and input gradient
 are compared with those of its own dense matrix. `-` is a competitor that was left out, because a run of it would take
@@ -29,17 +29,15 @@ import argparse
 import dataclasses
 import importlib.metadata
 import itertools
-import json
 import math
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from common import RESULTS, machine
+from common import machine, options, start, write
 from torch import Tensor, nn
 
 from factorformer import FactorizedEmbedding, FactorizedLinear, KroneckerSum, LowRank, Structure
@@ -167,7 +165,7 @@ def competitors(
 
 
 class Clock:
-    """Times competitors in turns.
+    """Interleaved timing of competitors.
 
     Args:
         device: `cpu` or `cuda`.
@@ -323,7 +321,7 @@ def label(cell: dict[str, Any]) -> str:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options(__doc__, "kronecker.json")
     parser.add_argument("--fewer", type=float, default=10, help="times fewer parameters than the dense matrix")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
     parser.add_argument("--device", choices=list(SYNCHRONIZE), default="cpu")
@@ -337,8 +335,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--patience", type=float, default=6, help="leave out what would take so many seconds for a run")
     parser.add_argument("--memory", type=float, default=8, help="leave out what would take so many GiB")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=Path, default=RESULTS / "kronecker.json")
-    args = parser.parse_args()
+    args = start(parser)
     args.shapes, args.tables, args.rows = SHAPES, TABLES, args.rows or (ROWS[:2] if args.quick else ROWS)
     if args.quick:
         args.shapes, args.tables, args.budget = SHAPES[:2], TABLES[:1], 0.3
@@ -404,8 +401,7 @@ def main() -> None:
         "tables": tables,
         "machine": {**machine(), **installed},
     }
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(json.dumps(content, indent=1) + "\n")
+    write(args.output, content)
 
 
 if __name__ == "__main__":

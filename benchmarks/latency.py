@@ -3,13 +3,16 @@
     python benchmarks/latency.py --ratios 2.5 --methods svd kronecker dense_sparse_plain
     python benchmarks/latency.py --ratios 10 --methods svd:int8 kronecker:int8 dense_sparse_plain:int8
 
-For each method and ratio the compressed model is compared (see `factorformer bench`) with the dense model in eager
-torch, which is the baseline, and compiled; torch's and torchao's dynamic int8; ONNX Runtime with torch's export of the
-dense model, with its own dynamic int8 of that, and with our export; Torch-Pruning, with heads and feed-forward units
-removed until the blocks hold no more parameters than ours; and tensorly-torch, with every linear layer of the blocks
-factorized to about as many parameters. Ours runs in eager torch, with attention and activations by our kernels too
-(`factorformer.fuse`, which the dense model may have as well), compiled, and in ONNX Runtime through our export, as it
-is and in int8. What is not installed, or does not run, is left out and said so.
+For each method and ratio the compressed model is timed, interleaved as in `factorformer bench`, against
+
+- the dense model in eager torch, which is the baseline, compiled, and in torch's and torchao's dynamic int8;
+- ONNX Runtime with torch's export of the dense model, with its own dynamic int8 of that, and with our export of it;
+- Torch-Pruning, with heads and feed-forward units removed until the blocks hold no more parameters than ours;
+- tensorly-torch, with every linear layer of the blocks factorized to about as many parameters.
+
+Ours runs in eager torch, with attention and activations by our kernels too (`factorformer.fuse`, which the dense model
+may have as well), compiled, and in ONNX Runtime through our export, as it is and in int8. What is not installed, or
+does not run, is left out and said so.
 
 Nothing is trained: times do not depend on values. One line of JSON for each method, ratio and shape; lines that are
 there already are not measured again, unless `--again` says so.
@@ -31,7 +34,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import RESULTS, append_line, machine, read_lines
+from common import append_line, machine, options, read_lines, start
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
@@ -52,8 +55,10 @@ FEED_FORWARD = ("intermediate.dense", "output.dense")
 
 
 def parameters(model: nn.Module) -> int:
-    """In the blocks."""
-    return sum(p.numel() for name in find_blocks(model) for p in model.get_submodule(name).parameters())
+    """Stored values in the blocks: floats, and codes of int8 factors, which are buffers."""
+    blocks = [model.get_submodule(name) for name in find_blocks(model)]
+    codes = sum(b.numel() for block in blocks for b in block.buffers() if b.dtype == torch.int8)
+    return codes + sum(p.numel() for block in blocks for p in block.parameters())
 
 
 def runner(model: PreTrainedModel) -> Runner:
@@ -312,7 +317,7 @@ def versions() -> dict[str, str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options(__doc__, "latency.jsonl")
     parser.add_argument("--methods", nargs="+", default=["svd", "kronecker", "dense_sparse_plain"])
     parser.add_argument("--ratios", nargs="+", type=float, default=[2.5], help="of bytes in the blocks")
     parser.add_argument("--shapes", nargs="+", type=Shape.parse, default=[Shape(1, 32), Shape(8, 64), Shape(32, 128)])
@@ -324,8 +329,7 @@ def main() -> None:
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True, help="torch.compile as well")
     parser.add_argument("--again", action="store_true", help="measure what is there already")
     parser.add_argument("--work", type=Path, default=Path("runs/latency"), help="models are kept here")
-    parser.add_argument("--output", type=Path, default=RESULTS / "latency.jsonl")
-    args = parser.parse_args()
+    args = start(parser)
     warnings.simplefilter("ignore")
     logging.disable_progress_bar()
     torch.manual_seed(args.seed)

@@ -21,7 +21,7 @@ from typing import Any
 
 import datasets
 import torch
-from common import RESULTS, TASKS, Task, default_data, machine
+from common import TASKS, Task, default_data, machine, options, start, write
 from scipy.stats import spearmanr
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging
@@ -225,7 +225,7 @@ def draw(plan: Plan, path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options(__doc__, "planning.json")
     parser.add_argument("--data", type=Path, default=default_data(), help="folder with one folder for each task")
     parser.add_argument("--tasks", nargs="+", default=["sst2", "banking77"], choices=TASKS)
     parser.add_argument("--ratios", nargs="*", type=float, default=[2, 3, 5, 10], help="of uniform, by_loss and auto")
@@ -237,8 +237,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("runs/planning"), help="fine-tuned models are kept here")
     parser.add_argument("--suffix", default="-dense.pt", help="of their file names, after the task's name")
     parser.add_argument("--image", type=Path, default=IMAGE)
-    parser.add_argument("--output", type=Path, default=RESULTS / "planning.json")
-    args = parser.parse_args()
+    args = start(parser)
     logging.set_verbosity_error()
     datasets.disable_progress_bars()
     content: dict[str, Any] = {
@@ -251,13 +250,13 @@ def main() -> None:
     }
     content["calibration_rows"], content["test_rows"] = args.calibration_rows, args.test_rows
 
-    def write() -> None:
+    def keep() -> None:
         rows = content["rows"]
         for name in dict.fromkeys(row["task"] for row in rows):
             same = [row for row in rows if row["task"] == name]
             if len(same) > 3:
                 content["spearman"][name] = correlations(same)
-        args.output.write_text(json.dumps(content, indent=1) + "\n")
+        write(args.output, content)
 
     for task in (TASKS[name] for name in args.tasks):
         bench = Bench(task, args)
@@ -265,12 +264,12 @@ def main() -> None:
         for ratio in [*args.compared, *(r for r in args.ratios if r not in args.compared)]:
             for method in EVERYWHERE + (SOMEWHERE if ratio in args.compared else ()):
                 content["rows"].append(bench.run(method, ratio))
-                write()
+                keep()
         for ratio in args.times:
             content["timed"].append(bench.timed(ratio))
-            write()
+            keep()
         content["plan_seconds"].append(bench.seconds())
-        write()
+        keep()
         if task.name == args.tasks[0]:
             draw(bench.automatic, args.image)
     print(json.dumps(content["spearman"], indent=1))

@@ -10,9 +10,7 @@ the dense step. A straight-through step contains its share of the projections, w
 
 from __future__ import annotations
 
-import argparse
 import copy
-import json
 import statistics
 import time
 from collections.abc import Callable
@@ -20,7 +18,7 @@ from pathlib import Path
 
 import datasets
 import torch
-from common import RESULTS, default_data, machine, question_batches
+from common import default_data, machine, options, question_batches, start, write
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 from transformers.utils import logging
 
@@ -48,12 +46,11 @@ def stepper(model: PreTrainedModel, batches: list[dict[str, torch.Tensor]], prec
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options(__doc__, "straight_through.json")
     parser.add_argument("--data", type=Path, default=default_data(), help="folder with one folder for each task")
     parser.add_argument("--ratios", nargs="+", type=float, default=[2.8, 5.0])
     parser.add_argument("--rounds", type=int, default=24)
-    parser.add_argument("--output", type=Path, default=RESULTS / "straight_through.json")
-    args = parser.parse_args()
+    args = start(parser)
     logging.set_verbosity_error()
     datasets.disable_progress_bars()
     batches, labels = question_batches(args.data, 1024)
@@ -94,9 +91,8 @@ def main() -> None:
             )
             shown = "  ".join(f"{name} {value:.2f}" for name, value in relative.items())
             print(f"{ratio}x {precision}: dense {seconds['dense']:.3f} s; relative {shown}", flush=True)
-    args.output.parent.mkdir(parents=True, exist_ok=True)
     content = {"interval": StraightThroughSettings().interval, "cells": cells, "machine": machine()}
-    args.output.write_text(json.dumps(content, indent=1) + "\n")
+    write(args.output, content)
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ from typing import Any
 import datasets
 import sacrebleu
 import torch
-from common import RESULTS, default_data, machine
+from common import RESULTS, default_data, machine, options, start, write
 from torch import nn
 from torch.nn import functional as F
 from transformers import (
@@ -229,7 +229,7 @@ class Bench:
             ],
             "machine": {**machine(), "sacrebleu": sacrebleu.__version__},
         }
-        result.write_text(json.dumps(row, indent=1, ensure_ascii=False) + "\n")
+        write(result, row)
         for sample in row["samples"]:
             print("\n".join(f"  {kind:<9} {text}" for kind, text in sample.items()), flush=True)
         print(
@@ -290,7 +290,7 @@ class Reporter:
 
 
 def timing(bench: Bench, systems: list[str], rounds: int) -> dict[str, Any]:
-    """Seconds of a training step and of translating, in fp32 and bf16, all systems by turns in every round.
+    """Seconds of a training step and of translating, in fp32 and bf16, all systems interleaved in every round.
 
     A training step is forward, backward, clipping and the optimizer on one batch of typical length; translating is beam
     search with 5 beams over texts from the test set, for exactly as many tokens as the references have at most, so that
@@ -432,8 +432,7 @@ def merge(work: Path, output: Path) -> list[dict[str, Any]]:
     timed = work / "timing.json"
     content = {"runs": rows, "timing": json.loads(timed.read_text()) if timed.exists() else None}
     if rows or timed.exists():
-        output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+        write(output, content)
     return rows
 
 
@@ -445,7 +444,7 @@ def rate(text: str) -> tuple[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options(__doc__, "translation.json")
     parser.add_argument("--data", type=Path, default=default_data() / "multi30k")
     parser.add_argument(
         "--pairs", type=int, default=None, help="use only so many pairs of each part, to try things out"
@@ -476,9 +475,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7, help="of the timing")
     parser.add_argument("--plot", action="store_true", help="draw the finished runs and train nothing")
     parser.add_argument("--work", type=Path, default=Path("runs/translation"), help="checkpoints and single results")
-    parser.add_argument("--output", type=Path, default=RESULTS / "translation.json")
     parser.add_argument("--image", type=Path, default=RESULTS.parent.parent / "docs" / "images" / "translation.svg")
-    args = parser.parse_args()
+    args = start(parser)
     args.rates = RATES | dict(args.rates)
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -488,7 +486,7 @@ def main() -> None:
     args.work.mkdir(parents=True, exist_ok=True)
     if args.timing:
         result = timing(Bench(args), args.systems, args.rounds)
-        (args.work / "timing.json").write_text(json.dumps(result, indent=1) + "\n")
+        write(args.work / "timing.json", result)
     elif not args.plot:
         bench = Bench(args)
         for seed in args.seeds:

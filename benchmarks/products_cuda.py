@@ -1,7 +1,7 @@
 """How fast dense-sparse layers are on a GPU, against the dense layer and against building `S` before each product.
 
     pip install triton  # if torch did not bring it
-    python benchmarks/kernels_cuda.py
+    python benchmarks/products_cuda.py
 
 Needs CUDA. Over shapes, rows of input and types, forward and forward with backward (gradients of the input and of all
 that is learned):
@@ -11,7 +11,7 @@ that is learned):
 - `build`: the same layer with `S` scattered into a dense matrix in each call, then `F.linear`; its positions are
   unpacked ahead, which the time does not count.
 
-All run in turns, A B C A B C. `device` is the time of a call inside of a CUDA graph, which is what the GPU takes;
+All are interleaved, A B C A B C. `device` is the time of a call inside of a CUDA graph, which is what the GPU takes;
 `eager` that of calls from Python, which for small layers is what Python and the launches take. Inputs are in the
 caches of the GPU, as they are after the layer before. Before it is timed, each product is compared with the dense one
 in float64. One line of JSON for each cell, with the name of the device, is added to the results.
@@ -24,12 +24,11 @@ import dataclasses
 import math
 import statistics
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from common import RESULTS, append_line, machine
+from common import append_line, machine, options, start
 from torch import Tensor
 
 from factorformer import DenseSparse
@@ -41,7 +40,7 @@ MODES = ("forward", "backward")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
 MILLISECONDS = 2.0
-"""What is timed at once takes about so long."""
+"""Length of one timed batch of calls."""
 
 
 @dataclasses.dataclass
@@ -63,12 +62,8 @@ class Way:
 def ways(spec: DenseSparse, shape: tuple[int, int], dtype: torch.dtype, device: str) -> tuple[list[Way], Tensor]:
     """The ways to multiply by matrices of a shape, and the matrix of `sparse` and `build` in float64."""
     long, short = spec.sides(shape)
-    positions = torch.rand(long // spec.group, spec.blocks, spec.atoms // spec.blocks, device=device)
-    positions = positions.topk(spec.nonzeros // spec.blocks, dim=2).indices.sort(2).values
-    positions = positions + spec.atoms // spec.blocks * torch.arange(spec.blocks, device=device)[:, None]
-    positions = positions.flatten(1)
-    packed = support.pack(positions, spec.atoms, spec.blocks)
-    positions = positions.repeat_interleave(spec.group, 0)
+    positions = torch.rand(long, spec.atoms, device=device).topk(spec.nonzeros, dim=1).indices.sort(1).values
+    packed = support.pack(positions, spec.atoms)
     values = torch.randn(long, spec.nonzeros, device=device) / spec.nonzeros**0.5
     dictionary = torch.randn(spec.atoms, short, device=device) / short**0.5
     weight = torch.randn(shape, device=device) / shape[1] ** 0.5
@@ -79,9 +74,9 @@ def ways(spec: DenseSparse, shape: tuple[int, int], dtype: torch.dtype, device: 
 
     def multiply(x: Tensor) -> Tensor:
         if spec.side == "rows":
-            return sparse_product(F.linear(x, dictionary), values, packed, spec.atoms, spec.blocks)
-        spread = sparse_product(x, values, packed, spec.atoms, spec.blocks, transposed=True)
-        return F.linear(spread, dictionary.T)
+            return sparse_product(F.linear(x, dictionary), values, packed, spec.atoms)
+        inner = sparse_product(x, values, packed, spec.atoms, transposed=True)
+        return F.linear(inner, dictionary.T)
 
     def through_dense(x: Tensor) -> Tensor:
         if spec.side == "rows":
@@ -192,18 +187,15 @@ def columns(row: dict[str, Any]) -> str:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options(__doc__, "products_cuda.jsonl")
     parser.add_argument("--atoms", type=int, default=192)
     parser.add_argument("--nonzeros", type=int, default=64, help="in each row of S")
-    parser.add_argument("--group", type=int, default=1, help="rows that share a support")
-    parser.add_argument("--blocks", type=int, default=1, help="of columns with as many nonzeros each")
     parser.add_argument("--rows", type=int, nargs="+", default=ROWS, help="rows of input")
     parser.add_argument("--dtypes", nargs="+", choices=list(DTYPES), default=["float32", "bfloat16"])
     parser.add_argument("--tf32", action="store_true", help="let products of float32 round to TF32")
     parser.add_argument("--repeats", type=int, default=15, help="rounds of A B C")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=Path, default=RESULTS / "kernels_cuda.jsonl")
-    return parser.parse_args()
+    return start(parser)
 
 
 def main() -> None:
@@ -226,7 +218,7 @@ def main() -> None:
     kinds = [f"{kind} {name}" for kind in ("device", "eager") for name in ("dense", "sparse", "build")]
     print(f"{'matrix':<10} {'rows':>5} {'type':<9} {'mode':<9} {'ideal':>6}" + "".join(f" {k:>20}" for k in kinds))
     for shape, dtype, n in [(shape, dtype, n) for shape in SHAPES for dtype in args.dtypes for n in args.rows]:
-        spec = DenseSparse.of(shape, args.atoms, args.nonzeros, args.group, args.blocks)
+        spec = DenseSparse.of(shape, args.atoms, args.nonzeros)
         for row in cell(spec, shape, n, DTYPES[dtype], args):
             append_line(args.output, {**here, "seed": args.seed, **row})
             print(

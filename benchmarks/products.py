@@ -1,10 +1,10 @@
 """How fast factorized layers are on this CPU, against the dense layer and the limits of the machine.
 
-    python benchmarks/kernels.py
+    python benchmarks/products.py
 
-For each shape and number of input rows, in turns (A B C A B C, the median counts): the dense layer (`F.linear`), each
-structure in float32 and int8 as layers run it, the same structure by torch alone, `S` spread out ahead and multiplied
-as a dense matrix, and where they are installed torchao's int8 layer and tensorly-torch's layer of as many parameters.
+For each shape and number of input rows, interleaved (A B C A B C, the median counts): the dense layer (`F.linear`),
+each structure in float32 and int8 as layers run it, the same structure by torch alone, dense-sparse with a materialized
+`S`, and where they are installed torchao's int8 layer and tensorly-torch's layer of as many parameters.
 
 Every way is a ratio to the dense layer of the same run. `of ideal` divides that ratio by the ratio of FLOPs, which is
 what a kernel as efficient as the dense one would reach. Peaks are measured too: the most FLOPs that any of our float32
@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from common import RESULTS, append_line, machine
+from common import HERE, append_line, machine, options, read_lines, start
 from torch import Tensor, nn
 
 from factorformer import DenseSparse, KroneckerSum, LowRank, Structure
@@ -34,7 +34,8 @@ from factorformer.structures import int8
 
 SHAPES = [(768, 768), (3072, 768), (768, 3072)]
 ROWS = [1, 16, 128, 1024]
-TARGETS = {"dense_sparse": 0.6, "dense_sparse_4": 0.8, "dense_sparse_8": 0.8, "low_rank": 0.85, "kronecker": 0.5}
+ROOFLINE = HERE.parent / "docs" / "images" / "roofline.svg"
+TARGETS = {"dense_sparse": 0.6, "low_rank": 0.85, "kronecker": 0.5}
 """What part of the FLOP-ideal speedup is asked for, from 16 rows on."""
 
 
@@ -43,8 +44,6 @@ def specs(shape: tuple[int, int], rank: int, atoms: int, nonzeros: int) -> dict[
     return {
         "low_rank": LowRank(rank),
         "dense_sparse": DenseSparse.of(shape, atoms, nonzeros),
-        "dense_sparse_4": DenseSparse.of(shape, atoms, nonzeros, group=4),
-        "dense_sparse_8": DenseSparse.of(shape, atoms, nonzeros, group=8),
         "kronecker": KroneckerSum.of(shape, rank),
     }
 
@@ -62,8 +61,8 @@ def by_torch(layer: FactorizedLinear) -> Callable[[Tensor], Tensor]:
     return run
 
 
-def spread_out(layer: FactorizedLinear) -> Callable[[Tensor], Tensor]:
-    """A dense-sparse layer with `S` as a dense matrix, spread out ahead: what no product has to wait for."""
+def materialized(layer: FactorizedLinear) -> Callable[[Tensor], Tensor]:
+    """A dense-sparse layer with `S` materialized ahead of time, which no product has to wait for."""
     spec, factors = layer.spec, layer.factors
     assert isinstance(spec, DenseSparse)
     wide, dictionary = spec.coefficients(factors).detach(), factors["dictionary"].detach()
@@ -107,7 +106,7 @@ def cell(shape: tuple[int, int], rows: int, args: argparse.Namespace) -> dict[st
         expected = F.linear(x.double(), layer.to_dense().detach().double(), layer.bias.double())
         runs[name], runs[f"{name} torch"] = layer, by_torch(layer)
         if name == "dense_sparse":
-            runs["dense_sparse spread out"] = spread_out(layer)
+            runs["dense_sparse materialized"] = materialized(layer)
         small = FactorizedLinear(spec, shape, int8.quantize(layer.factors), layer.bias, quantized=True)
         runs[f"{name} int8"] = small
         with torch.inference_mode():
@@ -115,7 +114,7 @@ def cell(shape: tuple[int, int], rows: int, args: argparse.Namespace) -> dict[st
                 error = float((way(x) - expected).norm() / expected.norm())
                 assert error < bound, f"{name} of {shape} is off by {error:.2g}"
         flops = spec.flops(shape)
-        for way in (name, f"{name} torch", "dense_sparse spread out"):
+        for way in (name, f"{name} torch", "dense_sparse materialized"):
             costs.setdefault(way, (flops, spec.bytes(shape)))
         costs[f"{name} int8"] = flops, spec.bytes(shape, torch.int8)
     runs |= peers(shape, args.rank)
@@ -161,11 +160,12 @@ def roofline(rows: list[dict[str, Any]], limits: dict[str, float], path: Path) -
     import matplotlib
 
     matplotlib.use("Agg")
+    matplotlib.rcParams["svg.hashsalt"] = "products"  # the same file from the same figures
     import matplotlib.pyplot as plt
 
     figure, axis = plt.subplots(figsize=(8, 5))
-    ways = ("dense", "low_rank", "low_rank int8", "dense_sparse", "dense_sparse_8", "kronecker")
-    for way, marker in zip(ways, "osvD^P", strict=True):
+    ways = ("dense", "low_rank", "low_rank int8", "dense_sparse", "kronecker")
+    for way, marker in zip(ways, "osvD^", strict=True):
         points = [row["ways"][way] for row in rows if way in row["ways"]]
         axis.scatter([p["intensity"] for p in points], [p["gflops"] for p in points], marker=marker, s=28, label=way)
     intensities = [2.0**power for power in range(-3, 12)]
@@ -177,11 +177,11 @@ def roofline(rows: list[dict[str, Any]], limits: dict[str, float], path: Path) -
     axis.grid(alpha=0.3)
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+    figure.savefig(path, metadata={"Date": None})
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options(__doc__, "products.jsonl")
     parser.add_argument("--rank", type=int, default=128)
     parser.add_argument("--atoms", type=int, default=192)
     parser.add_argument("--nonzeros", type=int, default=64)
@@ -189,9 +189,13 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=200)
     parser.add_argument("--seconds", type=float, default=6.0, help="for each cell")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=Path, default=RESULTS / "kernels.jsonl")
     parser.add_argument("--plot", type=Path, help="draw the roofline here")
-    args = parser.parse_args()
+    parser.add_argument("--draw-only", action="store_true", help="draw the results that are there, and measure nothing")
+    args = start(parser)
+    if args.draw_only:
+        rows = read_lines(args.output)
+        roofline(rows, rows[0]["peaks"], args.plot or ROOFLINE)
+        return
     torch.manual_seed(args.seed)
     torch.set_num_threads(args.threads)
     limits = peaks()
