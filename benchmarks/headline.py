@@ -31,12 +31,12 @@ import numpy as np
 import onnxruntime
 import torch
 from common import TASKS, default_data, machine, options, start, write
+from factorformer.bench.contestants import load, parse
+from factorformer.bench.race import SETTLE, WARM_UP, Shape, compare
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging
 
 import factorformer
-from factorformer.bench.contestants import load, parse
-from factorformer.bench.race import SETTLE, WARM_UP, Shape, compare
 from factorformer.export.onnx import export
 from factorformer.hf import minilm
 from factorformer.report import inventory
