@@ -63,12 +63,8 @@ class Way:
 def ways(spec: DenseSparse, shape: tuple[int, int], dtype: torch.dtype, device: str) -> tuple[list[Way], Tensor]:
     """The ways to multiply by matrices of a shape, and the matrix of `sparse` and `build` in float64."""
     long, short = spec.sides(shape)
-    positions = torch.rand(long // spec.group, spec.blocks, spec.atoms // spec.blocks, device=device)
-    positions = positions.topk(spec.nonzeros // spec.blocks, dim=2).indices.sort(2).values
-    positions = positions + spec.atoms // spec.blocks * torch.arange(spec.blocks, device=device)[:, None]
-    positions = positions.flatten(1)
-    packed = support.pack(positions, spec.atoms, spec.blocks)
-    positions = positions.repeat_interleave(spec.group, 0)
+    positions = torch.rand(long, spec.atoms, device=device).topk(spec.nonzeros, dim=1).indices.sort(1).values
+    packed = support.pack(positions, spec.atoms)
     values = torch.randn(long, spec.nonzeros, device=device) / spec.nonzeros**0.5
     dictionary = torch.randn(spec.atoms, short, device=device) / short**0.5
     weight = torch.randn(shape, device=device) / shape[1] ** 0.5
@@ -79,9 +75,9 @@ def ways(spec: DenseSparse, shape: tuple[int, int], dtype: torch.dtype, device: 
 
     def multiply(x: Tensor) -> Tensor:
         if spec.side == "rows":
-            return sparse_product(F.linear(x, dictionary), values, packed, spec.atoms, spec.blocks)
-        spread = sparse_product(x, values, packed, spec.atoms, spec.blocks, transposed=True)
-        return F.linear(spread, dictionary.T)
+            return sparse_product(F.linear(x, dictionary), values, packed, spec.atoms)
+        product = sparse_product(x, values, packed, spec.atoms, transposed=True)
+        return F.linear(product, dictionary.T)
 
     def through_dense(x: Tensor) -> Tensor:
         if spec.side == "rows":
@@ -195,8 +191,6 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--atoms", type=int, default=192)
     parser.add_argument("--nonzeros", type=int, default=64, help="in each row of S")
-    parser.add_argument("--group", type=int, default=1, help="rows that share a support")
-    parser.add_argument("--blocks", type=int, default=1, help="of columns with as many nonzeros each")
     parser.add_argument("--rows", type=int, nargs="+", default=ROWS, help="rows of input")
     parser.add_argument("--dtypes", nargs="+", choices=list(DTYPES), default=["float32", "bfloat16"])
     parser.add_argument("--tf32", action="store_true", help="let products of float32 round to TF32")
@@ -226,7 +220,7 @@ def main() -> None:
     kinds = [f"{kind} {name}" for kind in ("device", "eager") for name in ("dense", "sparse", "build")]
     print(f"{'matrix':<10} {'rows':>5} {'type':<9} {'mode':<9} {'ideal':>6}" + "".join(f" {k:>20}" for k in kinds))
     for shape, dtype, n in [(shape, dtype, n) for shape in SHAPES for dtype in args.dtypes for n in args.rows]:
-        spec = DenseSparse.of(shape, args.atoms, args.nonzeros, args.group, args.blocks)
+        spec = DenseSparse.of(shape, args.atoms, args.nonzeros)
         for row in cell(spec, shape, n, DTYPES[dtype], args):
             append_line(args.output, {**here, "seed": args.seed, **row})
             print(
