@@ -235,7 +235,8 @@ def _layers_table(layers: Sequence[LayerPaces]) -> Table:
 def _conditions(result: BenchResult) -> str:
     found = machine()
     where = f"{found['gpu']} and " if result.device != "cpu" else ""
-    machine_line = f"{where}{found['processor']}, {result.threads} thread{'s' if result.threads > 1 else ''}"
+    threads = f"{result.threads} thread{'s' if result.threads > 1 else ''}"
+    machine_line = f"{where}{found['processor']} ({found['kernels']} kernels), {threads}"
     if result.layers is not None:
         return f"{machine_line}; the two take turns, medians of ratios within a round"
     baseline = escape(result.contestants[0].name)
