@@ -89,7 +89,7 @@ def test_error_equals_the_tail_of_singular_values(rows: int, columns: int, share
 
 @pytest.mark.parametrize(
     ("shape", "name"),
-    [*((SHAPES["tall"], name) for name in METRICS[:3]), *((shape, METRICS[3]) for shape in SHAPES.values())],
+    [(SHAPES["tall"], METRICS[0]), *((shape, METRICS[3]) for shape in SHAPES.values())],
     ids=str,
 )
 def test_no_descent_finds_better_factors(shape: tuple[int, int], name: str) -> None:
