@@ -129,7 +129,7 @@ def stored(model: torch.nn.Module) -> int:
 
 def test_the_sparse_specs_have_all_codes() -> None:
     specs = [spec for spec, _ in SPECS["dense_sparse"] if isinstance(spec, DenseSparse)]
-    assert {code_of(s.atoms, s.nonzeros, s.blocks) for s in specs} == {"bitmap", "uint8", "uint16"}
+    assert {code_of(s.atoms, s.nonzeros) for s in specs} == {"bitmap", "uint8", "uint16"}
 
 
 @pytest.mark.parametrize("kind", SPECS)

@@ -8,7 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from factorformer import fitting
 from factorformer.errors import ModelError
+from factorformer.fitting import fit, linalg
 from factorformer.fitting.linalg import (
     Route,
     leading_eigenvectors,
@@ -16,8 +18,9 @@ from factorformer.fitting.linalg import (
     separable_moment,
     separable_weights,
     square_root,
+    truncation_errors,
 )
-from factorformer.structures import arrange_back, rearrange
+from factorformer.structures import LowRank, arrange_back, rearrange
 
 SHAPES = {"wide": (40, 64), "tall": (64, 40), "square": (48, 48)}
 RANK = 8
@@ -208,3 +211,16 @@ def test_separable_weights_are_the_separable_moment_of_a_diagonal(sides: tuple[i
     torch.testing.assert_close(torch.outer(first, second).flatten().diag(), expected, rtol=1e-6, atol=1e-9)
     exact = torch.outer(first, second)
     torch.testing.assert_close(torch.outer(*separable_weights(exact)), exact)
+
+
+def test_devices_without_float64_have_their_fits_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The CPU stands in for such a device: the same results, of the same type and device."""
+    weight, spec = torch.randn(20, 12), LowRank(3)
+    expected, error = fit(weight, spec)
+    errors = truncation_errors(weight)
+    monkeypatch.setattr(linalg, "WITHOUT_FLOAT64", ("cpu",))
+    monkeypatch.setattr(fitting, "WITHOUT_FLOAT64", ("cpu",))
+    found, other = fit(weight, spec)
+    assert other == error
+    assert all(torch.equal(found[name], factor) for name, factor in expected.items())
+    assert torch.equal(truncation_errors(weight), errors)

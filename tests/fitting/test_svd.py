@@ -87,8 +87,11 @@ def test_error_equals_the_tail_of_singular_values(rows: int, columns: int, share
     assert error == pytest.approx(measured(weight, factors, r, x), rel=1e-3)
 
 
-@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-@pytest.mark.parametrize("name", METRICS)
+@pytest.mark.parametrize(
+    ("shape", "name"),
+    [(SHAPES["tall"], METRICS[0]), *((shape, METRICS[3]) for shape in SHAPES.values())],
+    ids=str,
+)
 def test_no_descent_finds_better_factors(shape: tuple[int, int], name: str) -> None:
     weight = normal(*shape)
     metric, rows, x = a_metric(name, shape)

@@ -37,12 +37,14 @@ def sparse_product(
         transposed: which of the two products.
 
     Raises:
-        ModelError: the support is not of bytes, or sizes do not fit together.
+        ModelError: the support is not of bytes or on another device, or sizes do not fit together.
     """
     if support.dtype != torch.uint8:
         raise ModelError(
             f"a sparse support is torch.uint8, got {support.dtype}: its bytes are codes, not numbers to convert"
         )
+    if support.device != values.device:
+        raise ModelError(f"a sparse support is on {support.device}, and the values are on {values.device}")
     shape = (*x.shape[:-1], atoms if transposed else values.shape[0])
     if served(x, values, scales, bias, support=support) and not torch.compiler.is_compiling():
         flat = x.reshape(-1, x.shape[-1])

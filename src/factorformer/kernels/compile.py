@@ -40,7 +40,7 @@ class NoCompilerError(OSError):
 def fingerprint() -> str:
     """A digest of the sources, which the library carries: one of other sources is not used."""
     digest = hashlib.sha256()
-    for file in sorted(SOURCES.iterdir()):
+    for file in sorted(file for file in SOURCES.iterdir() if file.suffix in (".h", ".cpp")):
         digest.update(f"{file.name}\0".encode() + file.read_bytes())
     return digest.hexdigest()[:16]
 

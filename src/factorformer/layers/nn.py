@@ -405,6 +405,6 @@ class FactorizedEmbedding(FactorizedMatrix):
         """`(...)` to `(..., width)`."""
         # As from `nn.Embedding`, the type is that of the parameters also where products are made in a smaller one.
         rows = self.rows(index).to(self.values.dtype)
-        if self.padding_idx is not None and rows.requires_grad:
+        if self.padding_idx is not None and rows.requires_grad and not torch.compiler.is_exporting():
             rows = torch.where((index == self.padding_idx)[..., None], rows.detach(), rows)
         return rows

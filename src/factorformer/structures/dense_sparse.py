@@ -169,10 +169,12 @@ class DenseSparse(Structure):
         return product if self.side == "rows" else product.T
 
     def dense_factors(self, factors: Factors) -> tuple[Tensor, Tensor]:
+        """The dictionary and `S`, or their transposes the other way round."""
         dictionary, codes = factors["dictionary"], self.coefficients(factors)
         return (dictionary, codes) if self.side == "rows" else (codes.T, dictionary.T)
 
     def exported_rows(self, shape: Shape, factors: Factors, index: Tensor) -> Tensor:
+        """Rows of the dictionary's transpose times a dense `S`, where that covers the columns."""
         if self.side == "rows":
             return self.rows(shape, factors, index)
         factors = floats(factors)

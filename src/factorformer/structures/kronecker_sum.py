@@ -165,6 +165,7 @@ class KroneckerSum(Structure):
 
     @classmethod
     def truncated(cls, weight: Tensor, scaled: Tensor, *, plain: bool) -> Tensor | None:
+        """The rearranged weight (Van Loan and Pitsianis, 1993); under any other metric there is no closed form."""
         return rearrange(weight.float(), *factor_shapes((weight.shape[0], weight.shape[1]))) if plain else None
 
     @property

@@ -69,6 +69,7 @@ class LowRank(Structure):
 
     @classmethod
     def truncated(cls, weight: Tensor, scaled: Tensor, *, plain: bool) -> Tensor:
+        """The weight under the metric (Eckart and Young, 1936)."""
         return scaled
 
     @property

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from factorformer.errors import MethodError, ModelError
 from factorformer.fitting import Metric
+from factorformer.fitting.linalg import WITHOUT_FLOAT64
 from factorformer.fitting.statistics import LayerStatistics
 from factorformer.kernels.support import unpack
 from factorformer.layers.nn import TEMPORARY, FactorizedLinear, FactorizedMatrix
@@ -299,10 +300,13 @@ def _dense_codes(
     target: Float[Tensor, "long short"], dictionary: Float[Tensor, "atoms short"], moment: Tensor | None
 ) -> Float[Tensor, "long atoms"]:
     """The dense `S` with the least error: `T C D^T (D C D^T)^-1`."""
-    weighted = (dictionary if moment is None else dictionary @ moment).double()
-    gram = weighted @ dictionary.double().T
+    weighted, wide, matrix = dictionary if moment is None else dictionary @ moment, dictionary, target
+    if target.device.type in WITHOUT_FLOAT64:
+        weighted, wide, matrix = weighted.cpu(), wide.cpu(), matrix.cpu()
+    weighted, wide, matrix = weighted.double(), wide.double(), matrix.double()
+    gram = weighted @ wide.T
     gram.diagonal().add_(1e-6 * gram.diagonal().mean())
-    return torch.cholesky_solve(weighted @ target.double().T, torch.linalg.cholesky(gram)).T.to(target.dtype)
+    return torch.cholesky_solve(weighted @ matrix.T, torch.linalg.cholesky(gram)).T.to(target)
 
 
 def _largest_eigenvalue(gram: Float[Tensor, "n n"], rounds: int = 20) -> Float[Tensor, ""]:

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from factorformer.errors import DataError, FactorformerError, ModelError
 from factorformer.fitting import Metric
-from factorformer.fitting.linalg import leading_eigenvectors
+from factorformer.fitting.linalg import WITHOUT_FLOAT64, leading_eigenvectors
 from factorformer.fitting.matrices import fit_matrix, measure
 from factorformer.fitting.statistics import Batch, LayerStatistics
 from factorformer.layers.matrix import Matrix
@@ -203,6 +203,9 @@ class DenseUnits(Units):
         Raises:
             ModelError: the weight holds NaN or infinite values.
         """
+        like = weight
+        if weight.device.type in WITHOUT_FLOAT64:
+            weight, metric = weight.cpu(), metric.to("cpu")
         scaled = metric.apply(weight).double()
         scale = scaled.abs().amax()
         if not torch.isfinite(scale):
@@ -218,7 +221,7 @@ class DenseUnits(Units):
             if metric.columns is not None:
                 root = metric.columns.to(vectors)
                 basis, dual = torch.linalg.solve_triangular(root.T, vectors, upper=True), vectors.T @ root.T
-        return cls(model, matrix, importance, basis.to(weight.dtype), dual.to(weight.dtype).contiguous())
+        return cls(model, matrix, importance, basis.to(like), dual.to(like).contiguous())
 
     @property
     def weight(self) -> nn.Parameter:
