@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, PreTrainedModel, T5Config, T5ForSequenceClassification
 
-from factorformer.hf import checkpoint
+from factorformer import files
 
 COMMAND = [sys.executable, "-W", "ignore", "-c", "from factorformer.cli import main; main()"]
 
@@ -34,7 +34,7 @@ COMMAND = [sys.executable, "-W", "ignore", "-c", "from factorformer.cli import m
         (["--method", "fwsvd", "--train", "train.jsonl", "--label", "label"], "run `factorformer finetune` first"),
         (["--calibration", "nothing.jsonl"], "no such data file"),
         (["--calibration", "empty.jsonl"], "is empty"),
-        (["--calibration", "broken.jsonl"], "cannot read"),
+        (["--calibration", "broken.jsonl"], "broken.jsonl', line 2, column 2"),
         (["--calibration", "train.jsonl", "--text", "txt"], "has no column 'txt' (did you mean 'text'?)"),
         (["--train", "train.jsonl", "--label", "labels"], "has no column 'labels'"),
         (["--train", "train.jsonl", "--label", "label", "--eval", "unseen.jsonl"], "never seen in training: ['never']"),
@@ -42,15 +42,16 @@ COMMAND = [sys.executable, "-W", "ignore", "-c", "from factorformer.cli import m
         (["--distill", "minilm"], "--train"),
         (["--label", "label"], "give --train, --eval or --calibration"),
         (["--regression"], "--label"),
-        (["--calibration", "nulls.jsonl"], "column 'text' has no text in row 2 of 3"),
-        (
-            ["--calibration", "long.txt"],
-            "the calibration data holds a text of 42 tokens, and the model has 24 positions",
-        ),
-        (["--eval", "train.jsonl", "--label", "label"], "no sequence-classification head"),
+        (["--calibration", "nulls.jsonl"], "nulls.jsonl', line 2, column 'text': no text"),
+        (["--calibration", "long.txt"], "'long.txt' holds a text of 42 tokens, and the model has 24 positions"),
+        (["--eval", "train.jsonl", "--label", "label"], "has no classification head"),
         (["--train", "texts.txt", "--distill", "nowhere/else"], "nowhere/else"),
         (["--plan", "nothing.json"], "cannot read a plan"),
-        (["--plan", "nothing.json", "--ratio", "2"], "leave these options out"),
+        (["--method", "shapeshifter"], "`factorformer train`"),
+        (["--ratio", "nan"], "ratio must be at least 1"),
+        (["--eval", "two.txt"], "'two.txt' has 2 texts: give at least 3"),
+        (["--train", "train.jsonl", "--label", "label", "--epochs", "inf"], "epochs has to be a finite number"),
+        (["--train", "words.jsonl", "--label", "label"], "words.jsonl', line 1, column 'text'"),
         (["--plan", "train.jsonl"], "cannot read a plan"),
     ],
 )
@@ -286,7 +287,7 @@ def test_errors_of_ours_keep_their_traceback(run: Any, base: Path, tmp_path: Pat
     def bug(*_: object, **__: object) -> None:
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr(checkpoint, "check_output", bug)
+    monkeypatch.setattr(files, "check_output", bug)
     with pytest.raises(RuntimeError, match="a bug"):
         run("compress", base, tmp_path / "small")
     assert torch.is_grad_enabled()
