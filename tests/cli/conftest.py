@@ -80,6 +80,8 @@ def tables(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, content in write.items():
         (path / name).write_text("".join(json.dumps(row) + "\n" for row in content))
     (path / "nulls.jsonl").write_text('{"text": "a film"}\n{"text": null}\n{"text": null}\n')
+    (path / "two.txt").write_text("a film\nthe book\n")
+    (path / "words.jsonl").write_text('{"text": ["a", "film"], "label": "plus"}\n')
     (path / "long.txt").write_text("a film\n" + "the book " * 20 + "\n")
     lines = ["text\tlabel"] + [f"{row['text']}\t{row['label']}" for row in rows]
     (path / "train.tsv").write_text("\n".join(lines) + "\n")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -174,7 +175,8 @@ def test_a_plan_with_shared_dictionaries(run: Any, base: Path, trained: Path, ta
     assert result_of(direct)["bytes"] == planned["bytes"]
     refused = run("compress", base, tmp_path / "none", "--method", "svd", "--share", "inputs")
     assert refused.exit_code == 2
-    assert "--share needs a method whose matrices can share: choose --method dense_sparse" in refused.stderr
+    assert "share='inputs'" in refused.stderr
+    assert "dense_sparse" in refused.stderr
 
 
 def test_a_base_model_gets_a_new_head(run: Any, base: Path, tables: Path, tmp_path: Path) -> None:
@@ -215,18 +217,58 @@ def test_a_head_for_other_labels_is_replaced(run: Any, trained: Path, tables: Pa
         assert AutoModelForSequenceClassification.from_pretrained(output).classifier.out_features == outputs
 
 
-def test_a_decoder_whose_tokenizer_knows_no_padding(run: Any, tables: Path, tmp_path: Path) -> None:
+@pytest.fixture
+def decoder(tmp_path: Path) -> Path:
+    """A causal language model whose tokenizer knows no padding."""
     words = Tokenizer(WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="[UNK]"))
     words.pre_tokenizer = Whitespace()
     source = tmp_path / "gpt2"
     PreTrainedTokenizerFast(tokenizer_object=words, eos_token="[SEP]", unk_token="[UNK]").save_pretrained(source)
-    sizes = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 24}
+    sizes = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 24, "initializer_range": 0.3}
+    torch.manual_seed(0)
     GPT2LMHeadModel(GPT2Config(vocab_size=len(WORDS), bos_token_id=3, eos_token_id=3, **sizes)).save_pretrained(source)
+    return source
+
+
+def test_a_decoder_without_a_head_learns_a_task(run: Any, decoder: Path, tables: Path, tmp_path: Path) -> None:
     data = ("--train", tables / "train.jsonl", "--eval", tables / "train.jsonl", "--epochs", 1, "--ratio", 2, "--json")
-    result_of(run("compress", source, tmp_path / "task", *data, "--label", "label"))
-    healed = result_of(run("compress", source, tmp_path / "healed", *data, "--distill", source))
-    assert "embedding_cosine" in healed["metrics"]
+    refused = run("compress", decoder, tmp_path / "task", *data, "--label", "label")
+    assert refused.exit_code == 2
+    assert "GPT2LMHeadModel" in refused.stderr
+    bare = tmp_path / "bare"
+    factorformer.load(decoder).base_model.save_pretrained(bare)
+    AutoTokenizer.from_pretrained(decoder).save_pretrained(bare)
+    result_of(run("compress", bare, tmp_path / "task", *data, "--label", "label"))
+    healed = result_of(run("compress", decoder, tmp_path / "healed", *data, "--distill", decoder))
+    assert {"perplexity", "original_perplexity", "next_token_agreement"} <= set(healed["metrics"])
     assert (tmp_path / "healed" / "generation_config.json").exists()
+
+
+def test_a_language_model_is_measured_as_one(run: Any, decoder: Path, tables: Path, tmp_path: Path) -> None:
+    texts, small = tables / "texts.txt", tmp_path / "small"
+    options = ("--calibration", texts, "--eval", texts, "--json")
+    content = result_of(run("compress", decoder, small, "--ratio", 4, *options))
+    metrics = content["metrics"]
+    names = {"loss", "perplexity", "token_accuracy"}
+    assert set(metrics) == names | {f"original_{name}" for name in names} | {"next_token_agreement"}
+    again = result_of(run("evaluate", small, "--data", texts, "--json"))["metrics"]
+    assert again == {name: metrics[name] for name in names}
+    # By hand, text by text: the loss that the model itself reports.
+    model, tokenizer = factorformer.load(small), AutoTokenizer.from_pretrained(small)
+    ids = [torch.tensor([tokenizer(line)["input_ids"]]) for line in texts.read_text().splitlines()]
+    with torch.inference_mode():
+        losses = [(float(model(x, labels=x).loss), x.shape[1] - 1) for x in ids]
+        likely = [[m(x).logits[0, :-1].argmax(-1) for x in ids] for m in (model, factorformer.load(decoder))]
+    mean = sum(loss * count for loss, count in losses) / sum(count for _, count in losses)
+    assert metrics["loss"] == pytest.approx(mean, rel=1e-4)
+    assert metrics["perplexity"] == pytest.approx(math.exp(mean), rel=1e-4)
+    agree = torch.cat(likely[0]) == torch.cat(likely[1])
+    assert metrics["next_token_agreement"] == pytest.approx(float(agree.float().mean()), abs=1e-6)
+    assert 0 < metrics["next_token_agreement"] < 1
+    (tmp_path / "one.txt").write_text("film\n")
+    refused = run("compress", decoder, tmp_path / "none", "--eval", tmp_path / "one.txt")
+    assert refused.exit_code == 2
+    assert "two tokens" in refused.stderr
 
 
 def test_labels_may_be_given_by_number(run: Any, trained: Path, tables: Path) -> None:
@@ -268,6 +310,9 @@ def test_a_plan_is_carried_out_as_it_was_printed(run: Any, base: Path, trained: 
     assert [(x["name"], x["structure"]) for x in found["layers"]] == [
         (x["name"], x["structure"]) for x in planned["layers"]
     ]
+    refused = run("compress", base, tmp_path / "none", "--plan", file, "--ratio", 2)
+    assert refused.exit_code == 2
+    assert "leave these options out" in refused.stderr
     # The same blocks under a task head have other names.
     assert result_of(run("compress", trained, tmp_path / "head", "--plan", file, "--json"))["bytes"] == planned["bytes"]
 

@@ -20,6 +20,7 @@ from transformers import (
     RobertaModel,
 )
 
+from factorformer.cli import _measure
 from factorformer.cli._jobs import compress as pipeline
 from factorformer.errors import DataError
 from factorformer.tasks.data import check_lengths
@@ -122,17 +123,14 @@ def test_rows_that_are_held_out_are_not_calibrated_on(
 
         return called
 
-    batches = pipeline.batches
-    for name in ("train", "embed"):
-        monkeypatch.setattr(pipeline, name, spy(name, getattr(pipeline, name)))
-    calibrating = spy("calibrate", lambda _, tokenizer, data, size: batches(tokenizer, data, size))
-    monkeypatch.setattr(pipeline, "batches", lambda tokenizer, data, size: calibrating(None, tokenizer, data, size))
+    for name, module in (("train", pipeline), ("embed", _measure), ("calibration_batches", pipeline)):
+        monkeypatch.setattr(module, name, spy(name, getattr(module, name)))
     done = run("compress", base, tmp_path / "small", "--ratio", 2, "--train", texts, "--distill", base, "--epochs", 1)
     assert done.exit_code == 0, done.stderr
     assert len(seen["embed"]) == 6
     assert len(seen["train"] | seen["embed"]) == 64
-    assert seen["calibrate"] == seen["train"]
-    assert not seen["calibrate"] & seen["embed"]
+    assert seen["calibration_batches"] == seen["train"]
+    assert not seen["calibration_batches"] & seen["embed"]
 
 
 def test_what_stays_dense_is_told(run: Any, tmp_path: Path) -> None:

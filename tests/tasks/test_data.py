@@ -228,7 +228,7 @@ def test_a_separator_that_is_not_the_one_of_the_name(tmp_path: Path) -> None:
 
 CELLS = [
     ("text", {"body": "the cat"}, "an object"),
-    ("text", ["the", "cat"], r"a list .*label for every word"),
+    ("text", ["the", "cat"], r"a list .*--words"),
     ("text", None, "no text"),
     ("text", float("nan"), "no text"),
     ("text", True, "a truth value"),
@@ -385,21 +385,28 @@ def test_several_labels_a_text() -> None:
 
 
 def test_labels_of_words(tokenizer: tf.PreTrainedTokenizerBase, tmp_path: Path) -> None:
-    columns = Columns(("words",), "tags")
+    columns = Columns(("words",), "tags", words=True)
     lines = [{"words": ["w1", "w2"], "tags": ["O", "B"]}, {"words": ["w3", "w4", "w5"], "tags": ["O", "O", "I"]}]
     (tmp_path / "t.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     rows = read(tmp_path / "t.jsonl", columns)
-    labels = Labels.of(rows, "tags", words=columns.of_words(rows))
+    labels = Labels.of(rows, "tags", words=True)
     assert labels == Labels("tokens", ("B", "I", "O"))
     data = encode(tokenizer, rows, columns, labels)
     assert list(data["labels"]) == [[-100, 2, 0, -100], [-100, 2, 2, 1, -100]]
     assert [list(batch["labels"].shape) for batch in batches(tokenizer, data)] == [[2, 5]]
     assert list(encode(tokenizer, rows, columns, labels, max_length=4)["labels"][1]) == [-100, 2, 2, -100]
     assert list(encode(tokenizer, rows, Columns(("words",), words=True))["length"]) == [4, 5]
+    for text in ("w1 w2", ["w1", 2], [["w1"]]):
+        with pytest.raises(DataError, match="row 1, column 'words': a list of words"):
+            columns.check(table(words=[text] if text != ["w1", 2] else [[1, 2]], tags=[["O", "O"]]))
+    with pytest.raises(DataError, match="row 1, column 'tags': 2 words, but a single label"):
+        columns.check(table(words=[["w1", "w2"]], tags=["O"]))
+    with pytest.raises(DataError, match="one text column of words; got 2"):
+        Columns(("words", "tags"), words=True).check(rows)
     (tmp_path / "t.jsonl").write_text(json.dumps({"words": ["w1", "w2"], "tags": ["O"]}) + "\n")
-    with pytest.raises(DataError, match=r"line 1: 2 words.* 1 label"):
+    with pytest.raises(DataError, match=r"line 1, column 'tags': 2 words.* 1 label"):
         read(tmp_path / "t.jsonl", columns)
-    with pytest.raises(DataError, match=r"words.*strings"):
+    with pytest.raises(DataError, match=r"words.*a string"):
         encode(tokenizer, rows, columns, Labels("multi_label", ("B", "I", "O")))
 
 

@@ -42,9 +42,9 @@ HELD_OUT = 500
 """At most so many rows, and at most a tenth of them, are held out of plain text to compare embeddings on."""
 
 
-def columns_of(text: list[str] | None, label: str | None) -> Columns:
+def columns_of(text: list[str] | None, label: str | None, words: bool = False) -> Columns:
     """The columns that the options name."""
-    return Columns(tuple(text or ["text"]), label)
+    return Columns(tuple(text or ["text"]), label, words)
 
 
 def read_table(source: str, columns: Columns) -> datasets.Dataset:
@@ -56,9 +56,10 @@ def read_table(source: str, columns: Columns) -> datasets.Dataset:
     return read(source, columns, note)
 
 
-def plain_columns(source: str, columns: Columns, *, words: bool = False) -> Columns:
-    """The text columns alone, maybe of lists of words; a plain text file has its own."""
-    return Columns(("text",) if text_format(Path(source)) == ".txt" else columns.text, words=words)
+def plain_columns(source: str, columns: Columns) -> Columns:
+    """The text columns alone; a plain text file has its own."""
+    plain = text_format(Path(source)) == ".txt"
+    return Columns(("text",)) if plain else dataclasses.replace(columns, label=None)
 
 
 def encode_table(

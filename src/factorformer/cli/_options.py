@@ -165,6 +165,15 @@ TextColumns = Annotated[
         help="The column that holds the text, by default 'text'; given twice, the two texts of sentence pairs.",
     ),
 ]
+Words = Annotated[
+    bool,
+    typer.Option(
+        "--words",
+        rich_help_panel=_DATA,
+        help="Texts are lists of words, and labels lists with a label for each: the task of tagging words (JSONL or "
+        "Parquet hold lists).",
+    ),
+]
 LabelColumn = Annotated[
     str | None,
     typer.Option(

@@ -34,6 +34,7 @@ from factorformer.cli._options import (
     Share,
     TextColumns,
     TrainFile,
+    Words,
     emit,
 )
 
@@ -65,6 +66,7 @@ def compress(
     train: TrainFile = None,
     evaluation: EvalFile = None,
     text: TextColumns = None,
+    words: Words = False,
     label: LabelColumn = None,
     regression: Regression = False,
     max_length: MaxLength = 128,
@@ -121,7 +123,7 @@ def compress(
         exclude=exclude,
         share=None if share is None else share.value,
         plan=None if plan is None else Plan.load(plan),
-        columns=columns_of(text, label),
+        columns=columns_of(text, label, words),
         regression=regression,
         train=train,
         evaluation=evaluation,

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from factorformer.cli._options import MODELS, AsJson, MaxLength, TextColumns, emit
+from factorformer.cli._options import MODELS, AsJson, MaxLength, TextColumns, Words, emit
 
 Evaluated = Annotated[str, typer.Argument(metavar="DIR", show_default=False, help=MODELS)]
 DataFile = Annotated[str, typer.Option("--data", metavar="FILE", show_default=False, help="Rows to measure on.")]
@@ -27,6 +27,7 @@ def evaluate(
     model: Evaluated,
     data: DataFile,
     text: TextColumns = None,
+    words: Words = False,
     label: LabelColumn = None,
     max_length: MaxLength = 128,
     as_json: AsJson = False,
@@ -58,7 +59,7 @@ def evaluate(
     path = find(model)
     config = read_config(path)
     plain = label is None and is_causal(config)
-    columns, labels = columns_of(text, None if plain else label or "label"), None
+    columns, labels = columns_of(text, None if plain else label or "label", words), None
     if plain:
         columns = plain_columns(data, columns)
     else:

@@ -21,6 +21,7 @@ from factorformer.cli._options import (
     Regression,
     Seed,
     TextColumns,
+    Words,
     emit,
 )
 
@@ -44,6 +45,7 @@ def finetune(
     label: LabelColumn = "label",
     evaluation: EvalFile = None,
     text: TextColumns = None,
+    words: Words = False,
     regression: Regression = False,
     max_length: MaxLength = 128,
     epochs: Epochs = 3.0,
@@ -62,8 +64,8 @@ def finetune(
     Hugging Face model directory with the tokenizer, and the result as factorformer.json.
 
     Labels decide the task: names or whole numbers are classes of a text, fractions a regression, lists any number of
-    classes of a text, and lists beside lists of words a class of every word (JSONL or Parquet hold lists). A model that
-    has a head for another task is refused.
+    classes of a text, and with --words a class of every word (JSONL or Parquet hold lists). A model that has a head for
+    another task is refused.
 
     Metrics are accuracy, macro-F1, Matthews correlation (and the F1 of the second of two classes); for a regression
     Pearson and Spearman correlation and mean squared error; for several classes a text micro- and macro-F1 and the
@@ -88,7 +90,7 @@ def finetune(
         output=str(output),
         train=train,
         evaluation=evaluation,
-        columns=columns_of(text, label),
+        columns=columns_of(text, label, words),
         regression=regression,
         max_length=max_length,
         settings=TrainingSettings(epochs, lr, batch_size, seed, freeze_embeddings=freeze_embeddings),

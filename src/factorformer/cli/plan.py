@@ -27,6 +27,7 @@ from factorformer.cli._options import (
     Seed,
     Share,
     TextColumns,
+    Words,
     emit,
     note,
     place_of,
@@ -52,6 +53,7 @@ def plan(
     calibration: CalibrationFile = None,
     calibration_rows: CalibrationRows = 512,
     text: TextColumns = None,
+    words: Words = False,
     max_length: MaxLength = 128,
     seed: Seed = 0,
     device: Device = DeviceChoice.auto,
@@ -102,7 +104,7 @@ def plan(
     path = find(model)
     tokenizer, rows, data = None, None, None
     if calibration is not None:
-        tokenizer, columns = load_tokenizer(path), plain_columns(calibration, columns_of(text, None))
+        tokenizer, columns = load_tokenizer(path), plain_columns(calibration, columns_of(text, None, words))
         table = read_table(calibration, columns)
         rows = encode_table(calibration, table, columns, tokenizer, None, max_length, path)
     loaded = load_model(path, device=place_of(device))

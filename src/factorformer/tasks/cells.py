@@ -28,31 +28,26 @@ def _missing(value: object) -> bool:
 
 
 def check_texts(values: Iterable[Any], source: str, column: str, where: Callable[[int], str], words: bool) -> None:
-    """Raise `DataError` unless all cells are texts or numbers, or, where that may be, all are lists of words.
+    """Raise `DataError` unless all cells are texts or numbers, or all are lists of words.
 
     Args:
         values: the cells of a column.
         source: the table's name in messages.
         column: the column's name in messages.
         where: the place of a row in messages.
-        words: whether cells may be lists of words.
+        words: whether cells are lists of words.
     """
-    lists = None
     for row, value in enumerate(values):
         place = f"{source}, {where(row)}, column '{column}'"
         if _missing(value):
             raise DataError(f"{place}: no text")
-        is_list = isinstance(value, list)
-        if is_list and words:
-            wrong = next((word for word in value if not isinstance(word, str)), None)
-            if wrong is not None:
-                raise DataError(f"{place}: every word has to be text, not {described(wrong)}")
+        if words:
+            wrong = [word for word in value if not isinstance(word, str)] if isinstance(value, list) else [value]
+            if wrong:
+                raise DataError(f"{place}: a list of words belongs here, not {described(wrong[0])}")
         elif isinstance(value, bool) or not isinstance(value, str | int | float):
-            more = "; lists of words need a label for every word" if is_list else ""
-            raise DataError(f"{place}: a text belongs here, not {described(value)}{more}")
-        if lists is not None and is_list != lists:
-            raise DataError(f"{place}: {described(value)}, but earlier rows hold {'a list' if lists else 'a text'}")
-        lists = is_list
+            advice = " (if these are words with a label each, say --words)" if isinstance(value, list) else ""
+            raise DataError(f"{place}: a text belongs here, not {described(value)}{advice}")
 
 
 def check_label_cells(values: Iterable[Any], source: str, column: str, where: Callable[[int], str]) -> None:

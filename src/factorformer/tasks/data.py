@@ -64,10 +64,10 @@ def encode(
         ModelError: labels of words, and a tokenizer that does not tell which word a token is of.
     """
     columns.check(rows)
-    words = columns.of_words(rows)
+    words = columns.words
     if labels is not None and (labels.kind == "tokens") != words:
-        needed = "lists of words" if labels.kind == "tokens" else "strings"
-        raise DataError(f"column '{columns.text[0]}' has to hold {needed}: the task is {TASKS[labels.kind]}")
+        needed = "a list of words (say --words)" if labels.kind == "tokens" else "a string"
+        raise DataError(f"the task is {TASKS[labels.kind]}: a cell of column '{columns.text[0]}' has to be {needed}")
     if words and not tokenizer.is_fast:
         raise ModelError(f"{type(tokenizer).__name__} does not tell which word a token is of: a fast tokenizer does")
     texts: Any = [[v if isinstance(v, list) else str(v) for v in rows[column]] for column in columns.text]

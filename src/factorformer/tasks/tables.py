@@ -24,11 +24,10 @@ class Columns:
     """Which columns of a table hold the text and the label.
 
     Args:
-        text: one column, or two for pairs of sentences. Cells are strings, or lists of words where every word has a
-            label.
+        text: one column, or two for pairs of sentences; cells are strings or numbers.
         label: the column of labels; None for plain text. Cells are names or numbers, or lists of these where a text has
-            several, or every word one.
-        words: cells of plain text may be lists of words.
+            any number of labels.
+        words: texts are lists of words, and labels lists with the label of every word.
     """
 
     text: tuple[str, ...]
@@ -58,32 +57,23 @@ class Columns:
             source: its name in messages.
             where: the place of a row in messages.
         """
-        if not 1 <= len(self.text) <= 2:
-            raise DataError(f"give one text column, or two for sentence pairs; got {len(self.text)}")
+        if not 1 <= len(self.text) <= (1 if self.words else 2):
+            allowed = "of words" if self.words else ", or two for sentence pairs"
+            raise DataError(f"give one text column{' ' * self.words}{allowed}; got {len(self.text)}")
         for column in self.names:
             if column not in names:
                 hint = next((text for mark, text in SEPARATORS.items() if mark in names[0]), "") if names else ""
                 hint = f" (is it separated by {hint}? Then it is not what its name says)" if hint else ""
                 raise DataError(f"{source} has no column {one_of(column, names)}{hint if len(names) == 1 else ''}")
-        tagged = self.label is not None and any(isinstance(value, list) for value in cells[self.label])
-        words = self.words or (tagged and len(self.text) == 1)
         for column in self.text:
-            check_texts(cells[column], source, column, where, words)
+            check_texts(cells[column], source, column, where, self.words)
         if self.label is None:
             return
         check_label_cells(cells[self.label], source, self.label, where)
-        if tagged and words:
-            pairs = zip(cells[self.text[0]], cells[self.label], strict=True)
-            for row, (text, label) in enumerate(pairs):
-                if isinstance(text, list) and len(text) != len(label):
-                    raise DataError(
-                        f"{source}, {where(row)}: {len(text)} words in column '{self.text[0]}', but {len(label)} labels"
-                        f" in column '{self.label}'"
-                    )
-
-    def of_words(self, rows: datasets.Dataset) -> bool:
-        """Whether the texts are lists of words."""
-        return isinstance(rows.features[self.text[0]], datasets.List | datasets.LargeList)
+        for row, (text, label) in enumerate(zip(cells[self.text[0]], cells[self.label], strict=True)):
+            if self.words and (not isinstance(label, list) or len(text) != len(label)):
+                has = f"{len(label)} labels" if isinstance(label, list) else "a single label"
+                raise DataError(f"{source}, {where(row)}, column '{self.label}': {len(text)} words, but {has}")
 
 
 def read(

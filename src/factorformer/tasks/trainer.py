@@ -52,6 +52,8 @@ def in_full_precision(model: nn.Module) -> Callable[[], None]:
         for key, tensor in _values(module):
             types.setdefault(name, tensor.dtype)
             types[f"{name}.{key}"] = tensor.dtype
+    for module in model.modules():
+        for _, tensor in _values(module):
             if tensor.dtype.itemsize < 4:
                 tensor.data = tensor.data.float()
 

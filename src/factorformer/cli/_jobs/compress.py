@@ -38,7 +38,7 @@ from factorformer.layers.matrix import Scope
 from factorformer.planning import Plan, Share, Unit, left_dense
 from factorformer.progress import Progress, bars
 from factorformer.report import Result, inventory
-from factorformer.tasks.classification import Head, find_head, head_labels, labels_for, load_classifier
+from factorformer.tasks.classification import Head, find_head, labels_for, load_classifier
 from factorformer.tasks.data import Columns, Labels, check_lengths, sample
 from factorformer.tasks.finetuning import TrainingSettings, train
 from factorformer.tasks.trainer import in_full_precision
@@ -236,7 +236,6 @@ def read_inputs(job: Job) -> Inputs:
     """
     path, label = find(job.model), job.columns.label
     config = read_config(path)
-    own = head_labels(config)
     labelled = {"train": job.train, "evaluation": job.evaluation} if label is not None else {}
     if job.needs == "labelled text":
         labelled["calibration"] = job.calibration
@@ -244,9 +243,8 @@ def read_inputs(job: Job) -> Inputs:
     sources = {name: source for name, source in sources.items() if source is not None}
     columns: dict[str, Columns] = {name: job.columns for name in sources if labelled.get(name) is not None}
     tables = {name: read_table(sources[name], job.columns) for name in columns}
-    words = any(job.columns.of_words(rows) for rows in tables.values()) or (own is not None and own.kind == "tokens")
     for name in sources.keys() - columns.keys():
-        columns[name] = plain_columns(sources[name], job.columns, words=words)
+        columns[name] = plain_columns(sources[name], job.columns)
         tables[name] = read_table(sources[name], columns[name])
     labels, head = _task(job, path, {name: tables[name] for name in labelled if name in tables})
     if head is not None and not head.trained and job.needs == "labelled text":
@@ -283,8 +281,7 @@ def _task(job: Job, path: Path, tables: Mapping[str, datasets.Dataset]) -> tuple
     with about(getattr(job, name)):
         if name != "train":
             return labels_for(path, tables[name], label), None
-        words = job.columns.of_words(tables[name])
-        head = find_head(path, Labels.of(tables[name], label, job.regression, words))
+        head = find_head(path, Labels.of(tables[name], label, job.regression, job.columns.words))
     note_new_head(head)
     return head.labels, head
 

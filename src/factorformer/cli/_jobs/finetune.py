@@ -51,7 +51,7 @@ def run(job: Job) -> Result:
     rows = read_table(job.train, job.columns)
     eval_rows = None if job.evaluation is None else read_table(job.evaluation, job.columns)
     with about(job.train):
-        head = find_head(path, Labels.of(rows, label, job.regression, job.columns.of_words(rows)))
+        head = find_head(path, Labels.of(rows, label, job.regression, job.columns.words))
     note_new_head(head)
     if job.distill is not None:
         check_teacher(job.distill, path, head)
