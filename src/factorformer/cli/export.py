@@ -10,7 +10,6 @@ import typer
 
 from factorformer.cli._options import MODELS, AsJson, Overwrite, TextColumns, emit, note
 
-
 Exported = Annotated[str, typer.Argument(metavar="DIR", show_default=False, help=MODELS)]
 To = Annotated[Literal["onnx"], typer.Option("--to", help="The format. ONNX files run in ONNX Runtime.")]
 OutputDirectory = Annotated[
@@ -88,11 +87,13 @@ def export(
     seconds = {"export": time.perf_counter() - started}
     if int8 and done.deviation > LARGE:
         note(
-            f"int8 moves the output by {done.deviation:.0%} on text: activations of this model have outliers. Measure it "
-            "on your own data, or export without --int8"
+            f"int8 moves the output by {done.deviation:.0%} on text: activations of this model have outliers. "
+            "Measure it on your own data, or export without --int8"
         )
     metrics = {"file_bytes": done.file_bytes, "deviation": done.deviation}
     emit(
-        Result.of(inventory(load_model(layout.transformer), "all"), metrics=metrics, seconds=seconds, output=str(output)),
+        Result.of(
+            inventory(load_model(layout.transformer), "all"), metrics=metrics, seconds=seconds, output=str(output)
+        ),
         as_json=as_json,
     )

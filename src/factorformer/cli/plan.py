@@ -95,6 +95,8 @@ def plan(
         rows = encoded_text(calibration, columns_of(text, None), tokenizer, max_length)
         check_lengths(loaded, rows, "the calibration data")
         data = list(batches(tokenizer, sample(rows, calibration_rows, seed)))
+    if budget is not None and budget.value == "milliseconds":
+        note(f"milliseconds are those of this machine's {loaded.device.type}")
     with bars() as progress:
         made = compression.plan(
             loaded,

@@ -47,7 +47,8 @@ order of columns gives 0.5 to 2.
 
 LOSS_INT8 = 0.7
 """Of the norm of the outputs, by which those of a file in int8 may deviate from torch's on text: half of what outputs
-that have nothing to do with each other do. Rounding adds up over layers: MiniLM is at 0.13, all-mpnet-base-v2 at 0.5."""
+that have nothing to do with each other do. Rounding adds up over layers: to 0.13 in MiniLM, 0.5 in all-mpnet-base-v2.
+"""
 
 TEXTS = 16
 """Texts on which a file in int8 is compared, in two batches."""
@@ -71,8 +72,8 @@ class Exported:
         file_bytes: of `model.onnx`.
         inputs: names of its inputs, int64 of `(batch, length)` each.
         output: the name of its output: `logits`, `last_hidden_state` or `sentence_embedding`.
-        deviation: from torch, the norm of the difference relative to that of the output, of the worse of two batches: of
-            random tokens, or of text where products are in int8.
+        deviation: from torch, the norm of the difference relative to that of the output, of the worse of two batches:
+            of random tokens, or of text where products are in int8.
     """
 
     path: Path
@@ -113,8 +114,7 @@ def export(
         OutputError: the path exists and `overwrite` is off, or it cannot be written.
     """
     _require_packages()
-    from factorformer.export import graph
-    from factorformer.export import lowering
+    from factorformer.export import graph, lowering
 
     check_output(path, overwrite=overwrite)
     if isinstance(model, PreTrainedModel):
@@ -137,11 +137,9 @@ def export(
     task = Task(whole, input_names(whole, tokenizer), pooling)
     with torch.no_grad():
         batches = [_batch(whole, task.names, *shape, seed) for seed, shape in enumerate(SHAPES)]
-        if int8:
-            read = [] if tokenizer is None else _text_batches(tokenizer, task.names, texts)
-            spoken = read or batches
-            wanted = [task(*batch) for batch in spoken]
         expected = [task(*batch) for batch in batches]
+        read = _text_batches(tokenizer, task.names, texts) if int8 and tokenizer is not None else []
+        spoken, wanted = (read, [task(*batch) for batch in read]) if read else (batches, expected)
     size = sum(tensor.nbytes for tensor in whole.state_dict().values())
     if size > LARGEST_FILE:
         raise ExportError(f"{kind} takes {size:,} bytes in float32; an ONNX file can have 2 GiB")
@@ -221,8 +219,7 @@ def _made_up(tokenizer: PreTrainedTokenizerBase) -> list[str]:
 
 def _translate(task: Task) -> ir.Model:
     """The graph of a model, which is of no other use afterwards."""
-    from factorformer.export import graph
-    from factorformer.export import lowering
+    from factorformer.export import graph, lowering
 
     lowering.freeze(task.model, quantized=False)
     lowering.replace_attention(task.model)
