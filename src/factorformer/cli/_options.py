@@ -91,8 +91,8 @@ Int8 = Annotated[
     typer.Option(
         "--int8",
         rich_help_panel=_BUDGET,
-        help="Store factors, and matrices that stay dense, in int8 with a scale for each row. The ratio counts them so: at "
-        "4 times the ratio, factors have about as many values as without it; up to a ratio of 4 all matrices are "
+        help="Store factors and matrices that stay dense in int8 with a scale for each row. The ratio counts them so: "
+        "at 4 times the ratio, factors have about as many values as without it; up to a ratio of 4 all matrices are "
         "dense in int8. Training is quantization-aware.",
     ),
 ]
