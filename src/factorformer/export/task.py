@@ -27,7 +27,9 @@ def input_names(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | Non
     # T5's encoder alone keeps the configuration of both.
     both = model.config.is_encoder_decoder and not kind.endswith("EncoderModel")
     if both or getattr(model.config, "is_decoder", False):
-        raise ExportError(f"{kind} has a decoder that generates text; only encoders, and decoders as such, can be exported")
+        raise ExportError(
+            f"{kind} has a decoder that generates text; only encoders, and decoders as such, can be exported"
+        )
     accepted = inspect.signature(model.forward).parameters
     names = ["input_ids", "attention_mask"]
     if tokenizer is None:
