@@ -62,6 +62,8 @@ class Task(nn.Module):
             )
         if head and pooling is not None:
             raise ExportError(f"{kind} has a head: leave pooling out, or export its encoder alone")
+        if pooling is not None and hasattr(model.config, "hidden_size"):
+            pooling.check_width(model.config.hidden_size)
         self.model, self.names, self.pooling = model, names, pooling
         self.after = nn.Sequential(*(() if pooling is None else pooling.after))
         accepted = inspect.signature(model.forward).parameters
