@@ -23,7 +23,7 @@ class Recipe:
         metric: what error the fit minimizes.
         allocation: who gets how much of the budget.
         training: how the factors learn after the fit, or instead of it.
-        summary: one line for people.
+        summary: one human-readable line.
         paper: where the method comes from.
         scope: what it changes and counts unless told otherwise.
     """

@@ -17,6 +17,7 @@ from tests.tiny import MODELS, VOCABULARY, WIDTH
 
 import factorformer
 from factorformer.errors import ExportError, OutputError
+from factorformer.export import graph
 from factorformer.export import onnx as exporter
 from factorformer.export.onnx import export
 from factorformer.export.sentence import Pooling
@@ -172,6 +173,28 @@ def test_int8(kind: str, tmp_path: Path) -> None:
     assert left["DynamicQuantizeMatMul"] + left["MatMulIntegerToFloat"] >= 6 * len(SPECS[kind])
 
 
+@pytest.mark.parametrize("wrong", ["scales", "order", "sign"])
+def test_a_wrong_graph_in_int8_is_refused(wrong: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = graph._int8_matrix
+
+    def mistaken(model: object, node: object, *others: object):
+        codes, scales = right(model, node, *others)  # type: ignore[arg-type]
+        if wrong == "scales":  # of the first output for all
+            scales = graph._node(node, "ReduceMax", [scales])  # type: ignore[arg-type]
+            scales = graph._node(node, "Mul", [scales, graph._initializer(model, "two", np.float32(2))])  # type: ignore[arg-type]
+        elif wrong == "order":
+            names = [graph._integers(model, [value]) for value in (-1, -10000, 1, -1)]  # type: ignore[arg-type]
+            codes = graph._node(node, "Slice", [codes, *names])  # type: ignore[arg-type]
+        else:
+            scales = graph._node(node, "Neg", [scales])  # type: ignore[arg-type]
+        return codes, scales
+
+    monkeypatch.setattr(graph, "_int8_matrix", mistaken)
+    with pytest.raises(ExportError, match="its products in float32"):
+        export(encoder(1), tmp_path / "out", int8=True)
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("int8", [False, True])
 def test_factors_that_are_stored_in_int8(int8: bool, tmp_path: Path) -> None:
     model = structured("dense_sparse")
@@ -254,9 +277,9 @@ def test_an_encoder_without_pooling(tmp_path: Path) -> None:
 def test_a_real_sentence_encoder(minilm: Path, tmp_path: Path, int8: bool) -> None:
     from sentence_transformers import SentenceTransformer
 
-    done = export(minilm, tmp_path / "out", int8=int8)
-    assert done.output == "sentence_embedding"
     texts = ["A man is eating food.", "Somebody has a meal", "The weather is lovely today! " * 80]
+    done = export(minilm, tmp_path / "out", int8=int8, texts=texts if int8 else None)
+    assert done.output == "sentence_embedding"
     expected = SentenceTransformer(str(minilm), device="cpu").encode(texts)
     tokenizer = tf.AutoTokenizer.from_pretrained(tmp_path / "out")
     inputs = tokenizer(texts, padding=True, truncation=True, return_tensors="np")
@@ -266,6 +289,16 @@ def test_a_real_sentence_encoder(minilm: Path, tmp_path: Path, int8: bool) -> No
     assert done.file_bytes < 0.26 * (minilm / "model.safetensors").stat().st_size if int8 else done.deviation < 1e-5
 
 
+def test_texts_are_made_of_the_vocabulary(minilm: Path) -> None:
+    tokenizer = tf.AutoTokenizer.from_pretrained(minilm)
+    made, again = exporter._made_up(tokenizer), exporter._made_up(tokenizer)
+    assert made == again
+    assert len(set(made)) == exporter.TEXTS
+    assert all(tokenizer.unk_token_id not in tokenizer(text).input_ids for text in made)
+    batches = exporter._text_batches(tokenizer, ["input_ids", "attention_mask"], made)
+    assert [len(ids) for ids, _ in batches] == [exporter.TEXTS // 2] * 2
+
+
 @pytest.mark.parametrize("name", ["gpt2", "llama", "t5", "vit"])
 def test_models_of_another_kind(name: str, tmp_path: Path) -> None:
     with pytest.raises(ExportError, match=r"only (encoders|models that read text)|cannot be exported; allowed"):
@@ -273,12 +306,20 @@ def test_models_of_another_kind(name: str, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("name", ["gpt2", "llama", "qwen3"])
+def test_decoders_as_encoders(name: str, tmp_path: Path) -> None:
+    model = MODELS[name].build().base_model
+    done = export(model, tmp_path / "out")
+    assert (done.output, done.inputs) == ("last_hidden_state", ("input_ids", "attention_mask"))
+    assert done.deviation < 1e-5
+
+
 def test_a_causal_classifier(tmp_path: Path) -> None:
     config = tf.LlamaConfig(
         hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=64, vocab_size=99, pad_token_id=0
     )
-    with pytest.raises(ExportError, match=r"LlamaAttention is causal.*only encoders"):
-        export(tf.LlamaForSequenceClassification(config), tmp_path / "out")
+    done = export(tf.LlamaForSequenceClassification(config), tmp_path / "out")
+    assert (done.output, done.deviation < 1e-5) == ("logits", True)
 
 
 def test_a_head_and_a_pooling(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from torch import nn
 
 from factorformer.errors import CheckpointError, ExportError
 from factorformer.export.onnx import export
-from factorformer.export.sentence import Layout, Normalize, Pooling, read_layout, read_longest
+from factorformer.export.sentence import Layout, Normalize, Pooling, Projection, read_layout, read_longest
 
 TRANSFORMER = {"type": "sentence_transformers.models.Transformer", "path": ""}
 POOLING = {"type": "sentence_transformers.models.Pooling", "path": "1_Pooling"}
@@ -118,6 +118,18 @@ def test_dense_modules_that_cannot_be_read(tmp_path: Path) -> None:
 
 
 TEXTS = ["the cat sat on the mat .", "a film", "it was not very good and the plot is bad .", "dog"]
+
+
+def test_a_dense_module_of_another_width() -> None:
+    pooling = Pooling(
+        ("mean", "max"), after=(Projection((64, 8), activation=nn.Tanh()), Projection((9, 8), activation=nn.Tanh()))
+    )
+    with pytest.raises(ExportError, match="takes vectors of 9, and is given 8"):
+        pooling.check_width(32)
+    with pytest.raises(ExportError, match="takes vectors of 64, and is given 48"):
+        pooling.check_width(24)
+
+
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *dict.fromkeys(" ".join(TEXTS).split())]
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
 DECODER = {**SIZES, "num_key_value_heads": 2, "vocab_size": 40, "pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3}

@@ -20,6 +20,8 @@ from factorformer.layers.nn import FactorizedLinear
 from factorformer.planning import Entry, Plan
 from factorformer.report import inventory
 from factorformer.structures import Dense, LowRank, from_dict
+from factorformer.training.dynamic_rank import DynamicRank
+from factorformer.training.straight_through import StraightThrough
 
 CASES = [Case(Dense(), shape, smaller=Dense(), refused=(LowRank(1),)) for shape in [(24, 16), (16, 40), (5, 7)]]
 
@@ -42,10 +44,8 @@ def test_bytes_are_codes_and_scales() -> None:
 
 def test_it_has_one_size() -> None:
     layer = FactorizedLinear(Dense(), (8, 6))
-    for change in (lambda: layer.resize(LowRank(1)), lambda: Dense().with_units(2)):
-        with pytest.raises(ModelError, match="one"):
-            change()
-    layer.resize(Dense())
+    with pytest.raises(ModelError, match="one"):
+        Dense().with_units(2)
     layer.keep(Dense().select(layer.factors, torch.arange(1), Dense()))
     assert layer.spec == Dense()
 
@@ -104,3 +104,31 @@ def test_models_are_saved_loaded_trained_and_made_dense_again(name: str, tmp_pat
     torch.testing.assert_close(logits(again, inputs), logits(model, inputs), rtol=0.05, atol=0.05)
     plain = factorformer.load(tmp_path).dequantize()
     assert float((logits(plain, inputs) - before).norm() / before.norm()) < 0.05
+
+
+def test_training_methods_leave_it_whole() -> None:
+    inputs = MODELS["bert"].inputs()
+    labelled = {**inputs, "labels": inputs["input_ids"]}
+    for method in ("dsformer", "rankdyna_plain"):
+        model = MODELS["bert"].build().train()
+        plan = factorformer.plan(model, method, 3, int8=True, calibration=[inputs])
+        if method == "dsformer":
+            factorformer.compress(model, plan, [inputs], hold_floats=True)
+            training: StraightThrough | DynamicRank = StraightThrough(model)
+        else:
+            training = DynamicRank(model, plan, [inputs])
+        optimizer = torch.optim.SGD(model.parameters(), 1e-3)
+        for step in range(3):
+            model(**labelled).loss.backward()
+            if isinstance(training, DynamicRank):
+                training.before_step(step, 3)
+                optimizer.step()
+                training.after_step(step + 1, 3, optimizer)
+            else:
+                optimizer.step()
+                training.after_step(step + 1, 3)
+        training.finish()
+        factorformer.quantize(model)
+        found = inventory(model)
+        assert {entry.form for entry in found.factorized} == {"dense, int8"}
+        assert found.compressed == plan.compressed

@@ -101,7 +101,8 @@ Budget = Annotated[
         show_default=False,
         rich_help_panel=_BUDGET,
         help="What the ratio counts: 'bytes' (the default), 'flops' of products for a token, or 'milliseconds' that "
-        "they take on this machine, measured now. Others than bytes are for 'auto' and 'whitened_by_loss'.",
+        "they take on this machine (on its GPU, if there is one), measured now. Others than bytes are for 'auto' and "
+        "'whitened_by_loss'.",
     ),
 ]
 Int8 = Annotated[
@@ -109,9 +110,10 @@ Int8 = Annotated[
     typer.Option(
         "--int8",
         rich_help_panel=_BUDGET,
-        help="Store the factors in int8 with a scale for each row. The ratio counts them so: at 4 times the ratio, "
-        "factors have about as many values as without it. Training is then quantization-aware: it rounds factors in "
-        "the forward pass; only 'dsformer' rounds them once, at the end.",
+        help="Store factors and matrices that stay dense in int8 with a scale for each row. The ratio counts them so: "
+        "at 4 times the ratio, factors have about as many values as without it; up to a ratio of 4 all matrices are "
+        "dense in int8. Training is quantization-aware: it rounds factors in the forward pass; only 'dsformer' rounds "
+        "them once, at the end.",
     ),
 ]
 Scope = Annotated[

@@ -3,23 +3,15 @@
 from __future__ import annotations
 
 import time
-from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
-from factorformer.cli._options import MODELS, AsJson, Overwrite, emit
-
-
-class Format(str, Enum):
-    """What a model is exported to."""
-
-    onnx = "onnx"
-
+from factorformer.cli._options import MODELS, AsJson, Overwrite, TextColumns, emit, note
 
 Exported = Annotated[str, typer.Argument(metavar="DIR", show_default=False, help=MODELS)]
-To = Annotated[Format, typer.Option("--to", help="The format. ONNX files run in ONNX Runtime.")]
+To = Annotated[Literal["onnx"], typer.Option("--to", help="The format. ONNX files run in ONNX Runtime.")]
 OutputDirectory = Annotated[
     Path | None,
     typer.Option(
@@ -33,44 +25,73 @@ OutputDirectory = Annotated[
 Int8 = Annotated[
     bool, typer.Option("--int8", help="Store weights as int8, and multiply in int8: smaller and faster, less exact.")
 ]
+CheckedOn = Annotated[
+    str | None,
+    typer.Option(
+        "--calibration",
+        metavar="FILE",
+        show_default=False,
+        help="Text like that of the model's task, which --int8 is checked on; by default words of the vocabulary.",
+    ),
+]
+
+LARGE = 0.25
+"""Deviation of an int8 file on text from which on a note is worth it."""
 
 
 def export(
     model: Exported,
-    to: To = Format.onnx,
+    to: To = "onnx",
     output: OutputDirectory = None,
     int8: Int8 = False,
+    calibration: CheckedOn = None,
+    text: TextColumns = None,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
-    """Write an encoder, compressed or not, for another runtime: a file, its configuration, and its tokenizer.
+    """Write a model of text, compressed or not, for another runtime: a file, its configuration, and its tokenizer.
 
     The file holds the factors as they are stored, and takes batches and texts of any size. It puts out 'logits',
     'last_hidden_state', or the 'sentence_embedding' of a directory with the layout of sentence-transformers. Before it
     appears, ONNX Runtime runs it, and what comes out is compared with torch: 'deviation' is the norm of the difference,
-    relative to that of the output, for random tokens.
+    relative to that of the output, for random tokens, or for text where products are in int8.
 
     \b
     [bold]Examples[/bold]
       factorformer export small/
-      factorformer export small/ --int8 --output small-onnx/
+      factorformer export small/ --int8 --calibration texts.txt --output small-onnx/
       factorformer export minilm --to onnx
     """
+    from factorformer.cli._inputs import columns_of, plain_columns, read_table
     from factorformer.export import onnx
+    from factorformer.export.sentence import find_layout
     from factorformer.files import check_output
-    from factorformer.hf.source import find, load_model
+    from factorformer.hf.source import load_model
     from factorformer.report import Result, inventory
+    from factorformer.tasks.data import sample
 
     del to  # there is one so far
-    path = find(model)
+    texts = None
+    if calibration is not None and int8:
+        columns = plain_columns(calibration, columns_of(text, None))
+        rows = sample(read_table(calibration, columns), onnx.TEXTS)
+        texts = [" ".join(str(row[column]) for column in columns.text) for row in rows]  # pyright: ignore
+    elif calibration is not None or text is not None:
+        note("text is read for the check of --int8 alone, from --calibration: it is not used")
+    layout = find_layout(model)
     suffix = "-onnx-int8" if int8 else "-onnx"
     if output is None:
-        named = path.resolve() if Path(model).is_dir() else Path(Path(model).name)
+        named = layout.source.resolve() if Path(model).is_dir() else Path(Path(model).name)
         output = named.with_name(named.name + suffix)
-    check_output(output, overwrite=overwrite, inputs=(model, path))
-    costs = inventory(load_model(path, device="cpu"), "all")
+    check_output(output, overwrite=overwrite, inputs=(model, layout.source))
+    costs = inventory(load_model(layout.transformer, device="cpu"), "all")
     started = time.perf_counter()
-    done = onnx.export(path, output, int8=int8, overwrite=overwrite)
+    done = onnx.export(layout.source, output, int8=int8, texts=texts, overwrite=overwrite)
     seconds = {"export": time.perf_counter() - started}
+    if int8 and done.deviation > LARGE:
+        note(
+            f"int8 moves the output by {done.deviation:.0%} on text: activations of this model have outliers. "
+            "Measure it on your own data, or export without --int8"
+        )
     metrics = {"file_bytes": done.file_bytes, "deviation": done.deviation}
     emit(Result.of(costs, metrics=metrics, seconds=seconds, output=str(output)), as_json=as_json)

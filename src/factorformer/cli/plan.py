@@ -111,6 +111,8 @@ def plan(
     if tokenizer is not None and rows is not None:
         check_lengths(loaded, rows, "the calibration data")
         data = calibration_batches(loaded, tokenizer, rows, calibration_rows, seed)
+    if budget is not None and budget.value == "milliseconds":
+        note(f"milliseconds are those of this machine's {loaded.device.type}")
     with bars() as progress:
         made = compression.plan(
             loaded,

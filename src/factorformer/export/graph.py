@@ -65,24 +65,51 @@ def store_as(model: ir.Model, dtype: torch.dtype) -> None:
             _replace(model, weight, _Stored(model, weight, small))
 
 
-def quantize(model: ir.Model) -> None:
+def quantize(model: ir.Model) -> list[tuple[ir.Value, ir.Value]]:
     """Store weights as int8 with a scale for each output, and multiply by them in int8.
 
     Activations are quantized as they come, with one scale for each product (`DynamicQuantizeLinear`). A matrix that is
     itself computed from constants, such as one with sparse factors, is quantized when the file is loaded.
+
+    Returns:
+        The left factor and the result of each product in int8.
     """
     stored = {weight: _Stored.int8(model, weight) for weight in _weights(model)}
-    static = _static(model)
     quantized: dict[ir.Value, list[ir.Value]] = {}
-    for node in list(model.graph):
-        if node.op_type == "MatMul" and node.inputs[1] in static and node.inputs[0] not in static:
-            _multiply_in_int8(model, node, stored, quantized)
+    products = [_multiply_in_int8(model, node, stored, quantized) for node in _products(model)]
     for weight, replacement in stored.items():
         _replace(model, weight, replacement)
     for node in model.graph:
         before = node.inputs[0].producer() if node.op_type == "Gelu" and node.inputs[0] is not None else None
         if before is not None and before.op_type == "Sum":
             before.op_type = "Add"  # a bias costs nothing after a product in int8, as part of it
+    return products
+
+
+def products_alone(model: ir.Model) -> list[str]:
+    """Cut a graph in floats down to the products that `quantize` makes in int8, in the same order.
+
+    Returns:
+        Names of the inputs that take the place of their left factors; the outputs are the products.
+    """
+    products = _products(model)
+    model.graph.inputs.clear()
+    model.graph.outputs.clear()
+    for place, node in enumerate(products):
+        given = ir.Value(name=f"left_{place}", type=ir.TensorType(ir.DataType.FLOAT))
+        node.replace_input_with(0, given)
+        node.outputs[0].type = given.type
+        model.graph.inputs.append(given)
+        model.graph.outputs.append(node.outputs[0])
+    passes.RemoveUnusedNodesPass()(model)
+    return [value.name or "" for value in model.graph.inputs]
+
+
+def _products(model: ir.Model) -> list[ir.Node]:
+    """The products of a value that depends on inputs and one that does not."""
+    static = _static(model)
+    products = [node for node in model.graph if node.op_type == "MatMul"]
+    return [node for node in products if node.inputs[1] in static and node.inputs[0] not in static]
 
 
 class _Stored:
@@ -95,7 +122,6 @@ class _Stored:
 
     @classmethod
     def int8(cls, model: ir.Model, weight: ir.Value) -> _Stored:
-        """One scale for each column of the right factor of a product, and for each row of anything else."""
         values = _array(weight)
         right = values.ndim == 2 and all(node.op_type == "MatMul" and place == 1 for node, place in weight.uses())
         axes = (0,) if right else tuple(range(1, values.ndim))
@@ -135,7 +161,7 @@ def _replace(model: ir.Model, weight: ir.Value, stored: _Stored) -> None:
 
 def _multiply_in_int8(
     model: ir.Model, node: ir.Node, stored: dict[ir.Value, _Stored], quantized: dict[ir.Value, list[ir.Value]]
-) -> None:
+) -> tuple[ir.Value, ir.Value]:
     left, right = node.inputs
     assert left is not None
     assert right is not None
@@ -148,6 +174,7 @@ def _multiply_in_int8(
     product = _node(node, "Mul", [product, _node(node, "Mul", [scale, scales])])
     ir.convenience.replace_all_uses_with(node.outputs[0], product)
     model.graph.remove(node, safe=True)
+    return left, product
 
 
 def _int8_matrix(

@@ -82,6 +82,17 @@ class Pooling:
         pooled = torch.cat(vectors, dim=1) if len(vectors) > 1 else vectors[0]
         return F.normalize(pooled, dim=1) if self.normalize else pooled
 
+    def check_width(self, hidden: int) -> None:
+        """Raise `ExportError` if a `Dense` module does not take the vectors that it would be given."""
+        width = hidden * len(self.modes)
+        for module in self.after:
+            if isinstance(module, Projection):
+                if module.linear.in_features != width:
+                    raise ExportError(
+                        f"a Dense module takes vectors of {module.linear.in_features}, and is given {width}"
+                    )
+                width = module.linear.out_features
+
 
 class Normalize(nn.Module):
     """Divides vectors by their Euclidean norm."""

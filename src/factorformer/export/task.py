@@ -27,7 +27,9 @@ def input_names(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | Non
     # T5's encoder alone keeps the configuration of both.
     both = model.config.is_encoder_decoder and not kind.endswith("EncoderModel")
     if both or getattr(model.config, "is_decoder", False):
-        raise ExportError(f"{kind} has a decoder that generates text; what can be exported gives all outputs at once")
+        raise ExportError(
+            f"{kind} has a decoder that generates text; only encoders, and decoders as such, can be exported"
+        )
     accepted = inspect.signature(model.forward).parameters
     names = ["input_ids", "attention_mask"]
     if tokenizer is None:
@@ -60,6 +62,8 @@ class Task(nn.Module):
             )
         if head and pooling is not None:
             raise ExportError(f"{kind} has a head: leave pooling out, or export its encoder alone")
+        if pooling is not None and hasattr(model.config, "hidden_size"):
+            pooling.check_width(model.config.hidden_size)
         self.model, self.names, self.pooling = model, names, pooling
         self.after = nn.Sequential(*(() if pooling is None else pooling.after))
         accepted = inspect.signature(model.forward).parameters

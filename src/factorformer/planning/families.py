@@ -27,7 +27,7 @@ class Choice:
 
     Args:
         ladder: specs in order of growing bytes.
-        reason: for people.
+        reason: human-readable.
     """
 
     ladder: tuple[Structure, ...]

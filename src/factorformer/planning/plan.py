@@ -251,7 +251,7 @@ def left_dense(entries: Iterable[Entry], total_bytes: int, least: float = 0.01) 
     """
     found: dict[str, list[int]] = {}
     for entry in entries:
-        if entry.cause in (Cause.UNABLE, Cause.UNMEASURED):
+        if entry.cause is Cause.UNMEASURED or (entry.cause is Cause.UNABLE and entry.spec is None):
             found.setdefault(entry.reason.removesuffix(", left dense"), []).append(entry.original.bytes)
     return [
         f"{reason}: {len(sizes)} {'matrix' if len(sizes) == 1 else 'matrices'}, "

@@ -15,10 +15,10 @@ from factorformer.structures.kronecker_sum import KroneckerSum, arrange_back, fa
 from factorformer.structures.low_rank import LowRank, largest_rank
 
 STRUCTURES: dict[str, type[Structure]] = {s.kind: s for s in (LowRank, KroneckerSum, DenseSparse)}
-
 """What a matrix can be factorized into."""
 
 _STORED: dict[str, type[Structure]] = {**STRUCTURES, Dense.kind: Dense}
+"""What the description of a layer can name: those, and dense in int8."""
 
 
 def from_dict(description: Mapping[str, Any]) -> Structure:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import re
@@ -18,8 +19,9 @@ import factorformer
 from factorformer import Plan, recipes
 from factorformer.errors import BudgetError, DataError, MethodError, ModelError
 from factorformer.layers.surgery import find_matrices
-from factorformer.planning import Unit
+from factorformer.planning import Cause, Unit, left_dense
 from factorformer.planning.evidence.curves import measure_curves
+from factorformer.planning.knapsack import UNMEASURED
 from factorformer.structures import DenseSparse, KroneckerSum, LowRank
 from factorformer.tasks.data import Columns, batches, encode, read, sample
 
@@ -179,6 +181,93 @@ def test_predictions_order_plans_as_the_model_does() -> None:
             measured.append(float((compressed(**data[0]).logits.detach() - expected).norm()))
     assert len(predicted) >= 8
     assert spearmanr(predicted, measured)[0] > 0.7
+
+
+def trained_language_model() -> tuple[tf.PreTrainedModel, list[dict[str, torch.Tensor]]]:
+    """An untied Llama that has learned which three tokens follow each token, and batches of such text."""
+    generator = torch.Generator().manual_seed(1)
+    following = torch.randint(5, 100, (100, 3), generator=generator)
+
+    def batch(rows: int) -> dict[str, torch.Tensor]:
+        ids = torch.randint(5, 100, (rows, 1), generator=generator)
+        for _ in range(11):
+            after = following[ids[:, -1], torch.randint(3, (rows,), generator=generator)]
+            ids = torch.cat([ids, after[:, None]], 1)
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 96}
+    model = tf.LlamaForCausalLM(tf.LlamaConfig(**sizes, vocab_size=100, tie_word_embeddings=False))
+    optimizer = torch.optim.AdamW(model.parameters(), 4e-3)
+    for _ in range(150):
+        given = batch(32)
+        optimizer.zero_grad()
+        model(**given, labels=given["input_ids"]).loss.backward()
+        optimizer.step()
+    return model.eval(), [batch(48), batch(128)]
+
+
+def test_an_untied_head_is_kept_as_it_matters() -> None:
+    model, (calibration, held_out) = trained_language_model()
+    losses = {}
+    for method in ("whitened", *BY_LOSS):
+        compressed = copy.deepcopy(model)
+        plan = factorformer.plan(compressed, method, 1.5, scope="all", calibration=[calibration])
+        factorformer.compress(compressed, plan, [calibration])
+        with torch.inference_mode():
+            losses[method] = float(compressed(**held_out, labels=held_out["input_ids"]).loss)
+    assert max(losses[method] for method in BY_LOSS) < losses["whitened"] + 0.1  # chance is 4.55
+
+
+def behind_the_states() -> dict[str, tuple[tf.PreTrainedModel, list[str]]]:
+    """Models by what makes logits of their last hidden states, and the names of it."""
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+    bert = {**sizes, "vocab_size": 99, "num_labels": 9}
+    return {
+        "token": (tf.BertForTokenClassification(tf.BertConfig(**bert)), []),  # the head itself is too small
+        "masked": (tf.BertForMaskedLM(tf.BertConfig(**bert)), ["cls.predictions.transform.dense"]),
+        "neox": (
+            tf.GPTNeoXForCausalLM(tf.GPTNeoXConfig(**sizes, vocab_size=99, tie_word_embeddings=False)),
+            ["embed_out"],
+        ),
+        "seq2seq": (
+            tf.T5ForConditionalGeneration(
+                tf.T5Config(
+                    d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, vocab_size=99, tie_word_embeddings=False
+                )
+            ),
+            ["lm_head"],
+        ),
+    }
+
+
+def test_what_is_behind_the_states_is_weighed_by_the_logits() -> None:
+    for kind, (model, names) in behind_the_states().items():
+        batch = text(8) | ({"decoder_input_ids": text(8)["input_ids"]} if kind == "seq2seq" else {})
+        for int8 in (False, True):
+            plan = factorformer.plan(
+                model.eval(), "whitened_by_loss", 6 if int8 else 1.5, scope="all", calibration=[batch], int8=int8
+            )
+            assert Cause.UNMEASURED not in {entry.cause for entry in plan.entries}, kind
+            for entry in plan.entries:
+                if entry.matrix.name in names:
+                    assert "sensitivity 0x" not in entry.reason, kind
+                    assert str(entry.spec) != "low_rank(rank=1)", kind
+
+
+def test_what_the_output_does_not_show_stays_whole() -> None:
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+    model = tf.BertModel(tf.BertConfig(**sizes, vocab_size=99)).eval()
+    for method in BY_LOSS:
+        for int8 in (False, True):
+            plan = factorformer.plan(model, method, 5 if int8 else 1.5, scope="all", calibration=[text(8)], int8=int8)
+            (entry,) = [entry for entry in plan.entries if entry.cause is Cause.UNMEASURED]
+            assert entry.matrix.name == "pooler.dense"
+            assert str(entry.spec) == ("dense" if int8 else "None")
+            assert entry.reason == UNMEASURED
+    assert any(UNMEASURED.removesuffix(", left dense") in line for line in left_dense(plan.entries, 10_000))
+    with pytest.raises(BudgetError, match=r"does not show its effect: 1 matrix"):
+        factorformer.plan(model, "whitened_by_loss", 500, scope="all", calibration=[text(8)])
 
 
 def test_mistakes_have_one_error() -> None:

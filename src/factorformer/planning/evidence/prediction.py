@@ -204,6 +204,6 @@ def _prices(
         matrices,
         sizes,
         torch.device("cpu") if device.type == "meta" else device,
-        progress=lambda done: progress("timing", done, None),
+        progress=lambda done: progress(f"timing on {device.type}", done, None),
     )
     return timer.milliseconds, timer
