@@ -88,6 +88,19 @@ def test_an_unexpected_tensor(folder: Path, loader: str, name: str) -> None:
         LOADERS[loader](folder)
 
 
+def test_what_training_keeps_beside_factors_is_let_in(folder: Path) -> None:
+    """Checkpoints of straight-through training hold shadows; those load in every class, under either name."""
+    training = {f"{QUERY}.shadow": torch.zeros(32, 32), f"{QUERY}.frozen": torch.zeros(1)}
+    edit_tensors(folder, lambda tensors: tensors.update(training))
+    for load in LOADERS.values():
+        assert not any(name.endswith((".shadow", ".frozen")) for name in load(folder).state_dict())
+    tf.AutoModel.from_pretrained(folder).save_pretrained(folder / "base")
+    inside = {name.removeprefix("bert."): tensor for name, tensor in training.items()}
+    edit_tensors(folder / "base", lambda tensors: tensors.update(inside))
+    for load in (factorformer.load, tf.AutoModelForSequenceClassification.from_pretrained):
+        load(folder / "base")
+
+
 @pytest.mark.parametrize("loader", ["load", "auto", "class"])
 def test_an_unexpected_part(folder: Path, loader: str) -> None:
     edit_tensors(folder, lambda tensors: tensors.update({"stranger.weight": torch.zeros(3)}))
