@@ -33,8 +33,8 @@ FILES = {
 # A module imports only what stands above it. The longest matching name decides.
 ORDER = [
     "moved",
-    "registration",
     "errors",
+    "registration",
     "files",
     "progress",
     "kernels",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import re
 import subprocess
 import sys
 import time
@@ -15,8 +16,10 @@ from transformers import BertTokenizer
 
 import factorformer
 from factorformer.cli.app import app
+from factorformer.errors import EXTRAS
 from factorformer.moved import MOVED
 
+ROOT = Path(__file__).resolve().parents[1]
 COMMANDS = [command.name or command.callback.__name__ for command in app.registered_commands if command.callback]
 
 HEAVY = ["datasets", "jaxtyping", "numpy", "onnxruntime", "scipy", "sklearn", "tokenizers", "torch", "transformers"]
@@ -81,10 +84,74 @@ def compressed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+LEAST = """
+import sys
+sys.modules.update(dict.fromkeys(["accelerate", "datasets", "peft", "rich", "scipy", "sklearn", "typer"]))
+import factorformer
+from transformers import AutoModel, AutoModelForMaskedLM
+AutoModel.from_pretrained(sys.argv[1])
+loaded, auto = factorformer.load(sys.argv[1]), AutoModelForMaskedLM.from_pretrained(sys.argv[1])
+assert type(loaded) is type(auto) and "right" in str(loaded.state_dict().keys())
+heavy = ("bench", "cli", "compression", "export", "fitting", "planning", "recipes", "report", "tasks", "training")
+assert not [name for name in sys.modules if name.startswith(tuple(f"factorformer.{part}" for part in heavy))]
+from factorformer.cli import main
+for code in ("import factorformer.tasks.data", "main()"):
+    try:
+        exec(code)
+    except (ImportError, SystemExit) as error:
+        print(error, file=sys.stderr)
+print("loaded")
+"""
+
+
+def test_loading_needs_neither_training_nor_what_only_extras_bring(compressed: Path) -> None:
+    command = [sys.executable, "-W", "ignore", "-c", LEAST, str(compressed)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.stdout == "loaded\n", done.stderr
+    assert "'accelerate': pip install 'factorformer[train]'" in done.stderr
+    assert "error: this needs the package 'typer': pip install 'factorformer[cli]'\n2\n" in done.stderr
+
+
+BROKEN = """
+import sys, warnings
+sys.modules["factorformer.structures"] = None
+warnings.simplefilter("always")
+if sys.argv[2] == "first":
+    import factorformer, transformers.quantizers.auto
+else:
+    import transformers.quantizers.auto, factorformer
+from transformers import BertConfig, BertModel
+model = BertModel(BertConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=1, vocab_size=9))
+try:
+    factorformer.registration.attach(model)
+except ImportError as error:
+    print("raised", error.name)
+"""
+
+
+@pytest.mark.parametrize("order", ["first", "last"])
+def test_what_fails_in_the_plugin_breaks_no_other_package(order: str, compressed: Path) -> None:
+    command = [sys.executable, "-c", BROKEN, str(compressed), order]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.stdout == "raised factorformer.structures\n", done.stderr
+    assert "transformers will not know models that factorformer compressed: ModuleNotFoundError" in done.stderr
+
+
+def test_extras_are_those_of_the_project() -> None:
+    tomllib = pytest.importorskip("tomllib")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    names = {"sklearn": "scikit-learn", "onnx_ir": "onnxscript", "sentence_transformers": "sentence-transformers"}
+    for extra, modules in EXTRAS.items():
+        brought = {re.split("[>=<]", line)[0] for line in project["optional-dependencies"][extra]}
+        assert {names.get(module, module) for module in modules} <= brought, extra
+        always = {re.split("[>=<]", line)[0] for line in project["dependencies"]}
+        assert not {names.get(module, module) for module in modules} & always, extra
+
+
 FACTORIZED = """
 import sys
 assert sum(type(module).__name__ == "FactorizedLinear" for module in model.modules()) > 0
-assert not [finder for finder in sys.meta_path if type(finder).__module__ == "factorformer.registration"]
+assert sum(type(finder).__module__ == "factorformer.registration" for finder in sys.meta_path) <= 1
 """
 
 PROGRAMS = {

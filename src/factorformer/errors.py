@@ -77,7 +77,7 @@ def missing(module: str) -> MissingPackageError:
     """
     package, extra = module.partition(".")[0], extra_of(module)
     wanted = package if extra is None else f"'factorformer[{extra}]'"
-    return MissingPackageError(f"this needs the package '{package}': pip install {wanted}", name=module)
+    return MissingPackageError(f"this needs the package '{package}': pip install {wanted}")
 
 
 def extra_of(module: str) -> str | None:

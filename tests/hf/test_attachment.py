@@ -194,8 +194,8 @@ def test_a_trainer_says_that_codes_do_not_train(tmp_path: Path) -> None:
 # Token tables
 
 
-@pytest.mark.parametrize("exclude", [["model.embed_tokens"], ["lm_head"]])
-def test_resizing_is_refused_before_anything_is_resized(exclude: list[str], tmp_path: Path) -> None:
+@pytest.mark.parametrize("exclude", [None, ["model.embed_tokens"], ["lm_head"]])
+def test_resizing_is_refused_before_anything_is_resized(exclude: list[str] | None, tmp_path: Path) -> None:
     model = MODELS["llama"].build()
     factorformer.compress(model, factorformer.plan(model, "svd", 1.3, "all", exclude=exclude))
     model.save_pretrained(tmp_path)

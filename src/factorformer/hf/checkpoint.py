@@ -163,13 +163,14 @@ def _read(path: Path, folder: Path, choice: Choice, whole: bool, **options: Any)
     if missing and all(name.startswith("pooler.") for name in missing) and takes_no_pooler(model):
         drop_pooler(model)
         missing = set()
+    misshapen = _misshapen(info["mismatched_keys"])
     inside = f"{model.base_model_prefix}."
     body = {name for name in missing if name.startswith(inside) and not name.startswith(f"{inside}pooler.")}
-    wrong = {"lacks": missing, "has other shapes for": _misshapen(info["mismatched_keys"])}
-    if compressed:
-        wrong["has too many tensors for"] = set(info["unexpected_keys"])
-    elif missing and not body and not wrong["has other shapes for"] and choice.base is not None and not whole:
+    if missing and not body and not misshapen and choice.base is not None and not compressed and not whole:
         return model, True
+    wrong = {"lacks": missing, "has other shapes for": misshapen}
+    if compressed and choice.note is None:
+        wrong["has too many tensors for"] = set(info["unexpected_keys"])
     for what, names in wrong.items():
         if names:
             raise CheckpointError(f"'{path}' {what} {len(names)} weights of {kind}: {some(names)}")

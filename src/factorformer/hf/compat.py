@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 
     from factorformer.hf.plugin import FactorformerQuantizer
 
+SAVES_WITHIN = "_factorformer_saves_within"
+"""Marks the `save_pretrained` that `around_saving` made."""
+
 Ties = dict[str, str]
 """`{target: source}`, names of tensors: the target is stored under the name of the source."""
 
@@ -212,7 +215,7 @@ def around_saving(around: Callable[[PreTrainedModel, Mapping[str, Any]], Abstrac
     Relies on `PreTrainedModel.save_pretrained`, whose arguments the context is given: modeling_utils.py:3310.
     """
     original = transformers.PreTrainedModel.save_pretrained
-    if hasattr(original, "__wrapped__"):
+    if hasattr(original, SAVES_WITHIN):  # wrappers of others take this over from ours
         return
 
     @functools.wraps(original)
@@ -222,6 +225,7 @@ def around_saving(around: Callable[[PreTrainedModel, Mapping[str, Any]], Abstrac
         with around(self, given.arguments):
             return original(self, *arguments, **options)
 
+    setattr(save_pretrained, SAVES_WITHIN, True)
     transformers.PreTrainedModel.save_pretrained = save_pretrained
 
 

@@ -67,6 +67,8 @@ def join(model: PreTrainedModel) -> None:
     Raises:
         ModelError: what is tied to a factorized matrix is not a layer that could hold the same factors.
     """
+    for module in _models(model):
+        _drop_scales(module)
     for target, source in compat.expanded_ties(model, whole=True).items():
         holder, held = _holder(model, source), _holder(model, target)
         if (holder is None) == (held is None) or not target.endswith(".weight"):
