@@ -11,7 +11,7 @@ from tests import tiny
 from torch import Tensor, nn
 
 from factorformer.errors import DataError
-from factorformer.fitting.statistics import UNSEEN, InputMoment, LayerStatistics, collect
+from factorformer.fitting.statistics import UNSEEN, InputMoment, LayerStatistics, collect, unreached
 from factorformer.layers.surgery import find_matrices
 
 ROWS = 6
@@ -368,8 +368,11 @@ class Two(nn.Module):
 
 @pytest.mark.parametrize("kind", ["moments", "fisher"])
 def test_a_layer_that_is_never_reached(kind: str) -> None:
-    with pytest.raises(DataError, match=r"'unused' was never reached.*exclude it"):
-        collect(Two(), ["used", "unused"], [{"x": torch.ones(2, 4)}], **{kind: True})
+    batch = {"x": torch.ones(2, 4)}
+    assert set(collect(Two(), ["used", "unused"], [batch], **{kind: True})) == {"used"}
+    with pytest.raises(DataError, match="'unused'"):
+        collect(Two(), ["unused"], [batch], **{kind: True})
+    assert "exclude 'unused'" in unreached(Two(), ["used", "unused"], iter([batch]))["unused"]
 
 
 @pytest.mark.parametrize("kind", ["moments", "fisher"])

@@ -219,7 +219,11 @@ def _without_memory(model: nn.Module) -> nn.Module:
         memo[id(parameter)] = nn.Parameter(value.expand(parameter.shape), requires_grad=False)
     for buffer in model.buffers():
         memo[id(buffer)] = torch.zeros_like(buffer, device="cpu") if buffer.is_meta else buffer.detach().cpu().clone()
-    return copy.deepcopy(model, memo).eval()
+    twin = copy.deepcopy(model, memo).eval()
+    for module in twin.modules():  # hooks are for the model itself
+        module._forward_hooks.clear()
+        module._forward_pre_hooks.clear()
+    return twin
 
 
 class _quiet:  # a context manager, used as a function is
