@@ -194,7 +194,7 @@ def _observe(layer: nn.Module, original: nn.Module, name: str, watch: _Watch, as
 
 def _run(module: nn.Module, watch: _Watch, batches: Iterable[Mapping[str, Any]], int8: bool) -> None:
     """The first of the batches that the module takes; what it used of the others before it failed counts as well."""
-    for batch in itertools.islice(batches, 8):
+    for batch in itertools.islice(batches, 12):
         watch.last = None
         try:
             module(**{key: _copied(value) for key, value in batch.items()})
