@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Iterator
 
+import datasets
 import pytest
 import torch
 import transformers as tf
 from tests import tiny
 from torch import Tensor, nn
 
+import factorformer
 from factorformer.errors import DataError
-from factorformer.fitting.statistics import UNSEEN, InputMoment, LayerStatistics, collect
+from factorformer.fitting.statistics import UNSEEN, InputMoment, LayerStatistics, collect, unreached
 from factorformer.layers.surgery import find_matrices
 
 ROWS = 6
@@ -368,8 +371,11 @@ class Two(nn.Module):
 
 @pytest.mark.parametrize("kind", ["moments", "fisher"])
 def test_a_layer_that_is_never_reached(kind: str) -> None:
-    with pytest.raises(DataError, match=r"'unused' was never reached.*exclude it"):
-        collect(Two(), ["used", "unused"], [{"x": torch.ones(2, 4)}], **{kind: True})
+    batch = {"x": torch.ones(2, 4)}
+    assert set(collect(Two(), ["used", "unused"], [batch], **{kind: True})) == {"used"}
+    with pytest.raises(DataError, match="'unused'"):
+        collect(Two(), ["unused"], [batch], **{kind: True})
+    assert "exclude 'unused'" in unreached(Two(), ["used", "unused"], iter([batch]))["unused"]
 
 
 @pytest.mark.parametrize("kind", ["moments", "fisher"])
@@ -401,3 +407,84 @@ def test_fisher_rows_of_a_language_model_are_those_of_single_examples() -> None:
     single = collect(model, names, alone, fisher=True)
     for name in names:
         torch.testing.assert_close(together[name].rows, single[name].rows)
+
+
+# Calibration data of other types
+
+
+def test_data_as_people_have_it() -> None:
+    model = tiny.MODELS["bert"].build()
+    ids = torch.randint(3, 90, (4, 7))
+    mask = torch.ones_like(ids)
+    batch = {"input_ids": ids, "attention_mask": mask}
+    layers = names(model)
+    expected = collect(model, layers, [batch], moments=True)
+    rows = datasets.Dataset.from_dict({"text": ["a"] * 4, "input_ids": ids.tolist(), "attention_mask": mask.tolist()})
+    for data in (
+        batch,
+        tf.BatchEncoding(batch),
+        [{key: value.numpy() for key, value in batch.items()}],
+        [{key: value.tolist() for key, value in batch.items()}],
+        [{**batch, "position_ids": None, "return_dict": True}],
+        [{key: value[place] for key, value in batch.items()} for place in range(4)],
+        rows,
+        rows.with_format("torch"),
+    ):
+        for layer, statistics in collect(model, layers, data, moments=True).items():
+            torch.testing.assert_close(raw(statistics), raw(expected[layer]), rtol=1e-4, atol=1e-4)
+
+
+def test_rows_of_a_data_set_may_differ_in_length() -> None:
+    model = tiny.MODELS["bert"].build()
+    rows = datasets.Dataset.from_dict({"input_ids": [[5, 6, 7], [8, 9]]})
+    (statistics,) = collect(model, names(model)[:1], rows, moments=True).values()
+    assert statistics.inputs is not None
+    assert statistics.inputs.count == 5
+
+
+@pytest.mark.usefixtures("no_shape_checks")
+def test_data_that_is_none() -> None:
+    model = tiny.MODELS["bert"].build()
+    ids = torch.randint(3, 90, (2, 7))
+    for data, message in (
+        ("a text", "cannot be a str"),
+        (ids, "cannot be a Tensor"),
+        (7, "cannot be a int"),
+        (["a text"], "batch 0 is a str"),
+        ([{"input_ids": ids}, [ids]], "batch 1 is a list of Tensor"),
+        ([{"input_ids": ids, "text": ["a", "b"]}], "'text' as a list of str"),
+        ([{"input_ids": [[1, 2], [3]]}], "'input_ids'.*pad"),
+        ([{"input_ids": ids, "pixels": object()}], "'pixels' as a object"),
+        ([{}], "batch 0 holds no tensors"),
+        (datasets.Dataset.from_dict({"text": ["a"]}), "columns text"),
+    ):
+        with pytest.raises(DataError, match=message):
+            collect(model, names(model), data, moments=True)
+
+
+def test_parts_that_data_does_not_reach_stay_dense_in_plan_and_compress() -> None:
+    vision = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
+    text = {**vision, "num_key_value_heads": 2, "vocab_size": 51}
+    config = tf.LlavaConfig(
+        vision_config=tf.CLIPVisionConfig(**vision, image_size=32, patch_size=8),
+        text_config=tf.LlamaConfig(**text),
+        image_token_index=50,
+    )
+    model = tf.LlavaForConditionalGeneration(config).eval()
+    batches = [{"input_ids": torch.randint(5, 49, (2, 7))}]
+    told = factorformer.plan(model, "whitened", ratio=1.3, calibration=batches)
+    by_loss = factorformer.plan(model, "whitened_by_loss", ratio=1.3, calibration=batches)
+    blind = factorformer.plan(model, "whitened", ratio=2)
+    report = factorformer.compress(copy.deepcopy(model), blind, calibration=batches)
+    for plan in (told, by_loss, report.plan):
+        kept = {entry.matrix.name: entry.reason for entry in plan.entries if "vision" in entry.matrix.name}
+        assert len({reason for name, reason in kept.items() if "position" not in name}) == 1
+        assert all("exclude 'model.vision_tower" in r for n, r in kept.items() if n.endswith("_proj"))
+        assert any("language_model" in entry.matrix.name for entry in plan.factorized)
+        assert not any("vision" in entry.matrix.name for entry in plan.factorized)
+    assert told.ratio == pytest.approx(1.3, rel=0.01)
+    assert len(report.notes) == 1
+    assert "model.vision_tower" in report.notes[0]
+    assert report.compressed == report.plan.compressed
+    excluded = factorformer.plan(model, "whitened", ratio=1.3, exclude="model.vision_tower.*")
+    assert factorformer.compress(model, excluded, calibration=batches).notes == ()

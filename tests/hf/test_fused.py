@@ -132,11 +132,76 @@ def test_generated_tokens_are_the_same(name: str) -> None:
     if "attention_mask" in inputs:  # decoders are padded on the left
         inputs["attention_mask"] = inputs["attention_mask"].flip(1)
     settings = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
-    expected = model.generate(**inputs, **settings)
-    assert torch.equal(fuse(model).generate(**inputs, **settings), expected)
-    assert torch.equal(
-        model.generate(**inputs, **settings, num_beams=2), model.generate(**inputs, **settings, num_beams=2)
-    )
+    twin = fuse(copy.deepcopy(model))
+    assert twin.config._attn_implementation != model.config._attn_implementation or name == "t5"
+    for beams in (1, 2):
+        expected = model.generate(**inputs, **settings, num_beams=beams)
+        assert torch.equal(twin.generate(**inputs, **settings, num_beams=beams), expected)
+
+
+SPARSE = {
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "intermediate_size": 128,
+    "vocab_size": 51,
+    "q_lora_rank": 32,
+    "kv_lora_rank": 32,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 16,
+    "v_head_dim": 16,
+    "index_n_heads": 4,
+    "index_head_dim": 32,
+    "index_topk": 3,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "n_group": 1,
+    "topk_group": 1,
+    "moe_intermediate_size": 64,
+}
+
+
+def test_sparse_attention_that_asks_for_its_name_stays() -> None:
+    torch.manual_seed(0)
+    model = tf.DeepseekV32ForCausalLM(tf.DeepseekV32Config(**SPARSE)).eval()
+    inputs = {"input_ids": torch.randint(5, 50, (2, 12))}
+    expected = logits(model, inputs)
+    twin = fuse(copy.deepcopy(model))
+    assert twin.config._attn_implementation == "sdpa"
+    torch.testing.assert_close(logits(twin, inputs), expected)
+
+
+def test_a_deviation_or_an_unknown_argument_undoes_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = MODELS["bert"].build()
+    right = tf.AttentionInterface._global_mapping[ATTENTION]
+
+    def wrong(module: nn.Module, query: torch.Tensor, *rest: object, **others: object) -> object:
+        output, weights = right(module, query, *rest, **others)
+        return -3 * output, weights
+
+    def asked(module: nn.Module, *rest: object, **others: object) -> object:
+        return right(module, *rest, **others, indices=torch.zeros(1))
+
+    for instead in (wrong, asked):
+        with monkeypatch.context() as patch:
+            patch.setitem(tf.AttentionInterface._global_mapping, ATTENTION, instead)
+            assert fuse(copy.deepcopy(model)).config._attn_implementation == "sdpa"
+    assert fuse(model).config._attn_implementation == ATTENTION
+
+
+@compiled
+def test_the_kernel_refuses_what_it_does_not_know(monkeypatch: pytest.MonkeyPatch) -> None:
+    query = torch.randn(1, 2, 3, 8)
+    ran: list[int] = []
+    kernel = cpu.attention
+    monkeypatch.setattr(cpu, "attention", lambda *a: ran.append(1) or kernel(*a))
+    layer = nn.Module()
+    for others in ({}, {"sliding_window": 4}, {"block_indices": None}):
+        fused.attention(layer, query, query, query, None, is_causal=False, **others)
+    assert len(ran) == 3
+    fused.attention(layer, query, query, query, None, is_causal=False, block_indices=torch.zeros(1))
+    assert len(ran) == 3
 
 
 @pytest.mark.usefixtures("no_shape_checks")

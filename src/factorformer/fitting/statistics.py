@@ -382,6 +382,8 @@ class _Recorder:
         size = self._size
         self.examples += size
         calls = [(name, x, y) for name, seen in self._calls.items() for x, y in seen]
+        if not calls:
+            return
         gradients = torch.autograd.grad(loss * size, [y for _, _, y in calls], allow_unused=True)
         joined: dict[str, list[tuple[Tensor, Tensor]]] = {}
         for (name, x, _), gradient in zip(calls, gradients, strict=True):

@@ -1,11 +1,18 @@
-"""What is left of a model's time on a CPU when its matrices are small: attention and activations, by compiled kernels.
+"""Fused attention and GELU kernels for inference on a CPU, where they are what is left once matrices are small.
 
-`fuse` gives a model for inference our attention, through the attention interface of transformers, and computes GELUs
-inside of the product before them where that is all that a block does with it.
+`fuse` gives a model our attention through the attention interface of transformers, and computes GELUs inside of the
+product before them where that is all that a block does with it. A model whose architecture asks for its attention by
+name, or passes it arguments that it does not know, keeps the attention it has.
 """
 
 from __future__ import annotations
 
+import ast
+import contextlib
+import functools
+import inspect
+import sys
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -18,13 +25,33 @@ from transformers.masking_utils import sdpa_mask
 from factorformer.errors import ModelError
 from factorformer.kernels import cpu, gelu
 from factorformer.kernels.dense import served
+from factorformer.layers.dummies import configurations, dummy_inputs, setting
 from factorformer.layers.nn import FactorizedLinear
 
 ATTENTION = "factorformer"
 """Name of the attention implementation."""
 
-OTHER_ARGUMENTS = ("position_bias", "softcap", "s_aux", "cache")
-"""What an architecture may ask of its attention that the kernel does not do."""
+INDIFFERENT = (
+    "sliding_window",
+    "position_ids",
+    "cache_position",
+    "use_cache",
+    "output_attentions",
+    "output_hidden_states",
+)
+"""Arguments that say what the mask or the cache contains already, or ask for nothing of attention itself."""
+
+WINDOWS = ("sliding_window", "index_topk", "attention_chunk_size", "local_attention", "attention_window")
+"""Settings of how far attention reaches; a trial has to be longer."""
+
+LONGEST = 512
+"""Tokens of a trial, at most."""
+
+DEVIATION = 1e-2
+"""Relative deviation of outputs that still is rounding in float32; three times that in smaller types."""
+
+_unknown: set[str] = set()
+"""Arguments met that are not known here."""
 
 
 class FusedGELU(nn.Module):
@@ -61,14 +88,17 @@ def attention(
         module: the attention layer.
         query, key, value: `(batch, heads, tokens, width)`.
         attention_mask: booleans, or None for all tokens.
-        dropout, scaling, is_causal, others: as for transformers' own implementations.
+        dropout, scaling, is_causal, others: as for transformers' own implementations. The kernel serves only where
+            `others` holds nothing that it does not know.
     """
+    unknown = [name for name, value in others.items() if value is not None and name not in INDIFFERENT]
+    _unknown.update(unknown)
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     whole = attention_mask is None and not (causal and query.shape[2] > 1)
     masked = attention_mask is not None and attention_mask.dtype == torch.bool and attention_mask.dim() == 4
     lies_well = all(t.stride(-1) == 1 and t.shape[-1] == query.shape[-1] for t in (query, key, value))
     fits = key.shape == value.shape and key.shape[0] == query.shape[0] and query.shape[1] % key.shape[1] == 0
-    plain = fits and not dropout and all(others.get(name) is None for name in OTHER_ARGUMENTS)
+    plain = fits and not dropout and not unknown
     ready = served(query) and not torch.compiler.is_compiling() and cpu.serves(key) and cpu.serves(value)
     differentiated = torch.is_grad_enabled() and (key.requires_grad or value.requires_grad)
     if ready and plain and lies_well and (whole or masked) and not differentiated:
@@ -83,7 +113,8 @@ def fuse(model: PreTrainedModel) -> PreTrainedModel:
     """Give a model what makes inference on a CPU fast, in place; results change within rounding, files do not.
 
     Training goes on to work, but gains nothing. Without compiled kernels, and for other devices and types, torch does
-    the same as before.
+    the same as before. Two forward passes of a random batch, before and after, tell whether attention may be replaced:
+    where they differ, or the architecture asks for attention by name, it is left as it is.
 
     Args:
         model: compressed or dense.
@@ -97,13 +128,97 @@ def fuse(model: PreTrainedModel) -> PreTrainedModel:
             "st[0].model"
         )
     if model._can_set_attn_implementation() and model.config._attn_implementation == "sdpa":
-        model.set_attn_implementation(ATTENTION)
+        _set_attention(model)
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
             if type(child) is GELUActivation or (type(child) is nn.GELU and child.approximate == "none"):
                 setattr(module, name, FusedGELU())
         _fuse_pair(module)
     return model
+
+
+def _set_attention(model: PreTrainedModel) -> None:
+    """Give a model this attention, unless its outputs, or what it does to get there, are other than before."""
+    if _asks_by_name(model):
+        return
+    before = _outputs(model)
+    if before is None:
+        return
+    _unknown.clear()
+    model.set_attn_implementation(ATTENTION)
+    after = _outputs(model)
+    limit = DEVIATION if model.dtype in (torch.float32, torch.float64) else 3 * DEVIATION
+    if after is None or _unknown or not _deviation(before, after) <= limit:
+        model.set_attn_implementation("sdpa")
+
+
+def _asks_by_name(model: PreTrainedModel) -> bool:
+    """Whether the source of any module compares the name of the attention with `sdpa`."""
+    return any(_compares(name) for name in {cls.__module__ for m in model.modules() for cls in type(m).__mro__})
+
+
+@functools.cache
+def _compares(module: str) -> bool:
+    if module.startswith("torch.") or module == "transformers.modeling_utils" or module not in sys.modules:
+        return False
+    try:
+        source = inspect.getsource(sys.modules[module])
+    except (OSError, TypeError):
+        return False
+    if "sdpa" not in source:
+        return False
+    return any(
+        isinstance(node, ast.Compare) and "attn_implementation" in (text := ast.unparse(node)) and "sdpa" in text
+        for node in ast.walk(ast.parse(source))
+    )
+
+
+@torch.no_grad()
+def _outputs(model: PreTrainedModel) -> list[Tensor] | None:
+    """The floating-point outputs for a random batch, longer than attention reaches; None where none can be made."""
+    reach = [setting(config, name) for config in configurations(model.config) for name in WINDOWS]
+    length = min(max([16, *(2 * r for r in reach if isinstance(r, int))]), LONGEST)
+    longest = setting(model.config, "max_position_embeddings", "n_positions", default=length)
+    length = min(length, longest - 4) if isinstance(longest, int) and longest > 8 else length
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        for batch in dummy_inputs(model, 2, length):
+            if "input_ids" in batch:  # the mask of a batch with padding is another one
+                mask = torch.ones_like(batch["input_ids"])
+                mask[1, -2:] = 0
+                batch = {**batch, "attention_mask": mask}
+            with contextlib.suppress(Exception), torch.random.fork_rng(devices=[]):
+                torch.manual_seed(0)
+                output = model(**{k: _fitting(v, model) for k, v in batch.items()})
+                return [t.float() for t in _tensors(output)]
+    finally:
+        for module, training in modes:
+            module.training = training
+    return None
+
+
+def _fitting(value: Tensor, model: PreTrainedModel) -> Tensor:
+    value = value.to(model.device)
+    return value.to(model.dtype) if value.is_floating_point() else value
+
+
+def _tensors(output: Any) -> Iterator[Tensor]:
+    values = output.values() if hasattr(output, "values") else output if isinstance(output, (list, tuple)) else [output]
+    for value in values:
+        if isinstance(value, Tensor):
+            if value.is_floating_point():
+                yield value
+        elif isinstance(value, (list, tuple)) or hasattr(value, "to_tuple"):
+            yield from _tensors(value)
+
+
+def _deviation(before: list[Tensor], after: list[Tensor]) -> float:
+    if [t.shape for t in before] != [t.shape for t in after]:
+        return float("inf")
+    return max(
+        (float((b - a).norm() / b.norm().clamp_min(1e-12)) for b, a in zip(before, after, strict=True)), default=0
+    )
 
 
 def _fuse_pair(module: nn.Module) -> None:

@@ -194,7 +194,7 @@ def _observe(layer: nn.Module, original: nn.Module, name: str, watch: _Watch, as
 
 def _run(module: nn.Module, watch: _Watch, batches: Iterable[Mapping[str, Any]], int8: bool) -> None:
     """The first of the batches that the module takes; what it used of the others before it failed counts as well."""
-    for batch in itertools.islice(batches, 8):
+    for batch in itertools.islice(batches, 12):
         watch.last = None
         try:
             module(**{key: _copied(value) for key, value in batch.items()})
@@ -219,7 +219,11 @@ def _without_memory(model: nn.Module) -> nn.Module:
         memo[id(parameter)] = nn.Parameter(value.expand(parameter.shape), requires_grad=False)
     for buffer in model.buffers():
         memo[id(buffer)] = torch.zeros_like(buffer, device="cpu") if buffer.is_meta else buffer.detach().cpu().clone()
-    return copy.deepcopy(model, memo).eval()
+    twin = copy.deepcopy(model, memo).eval()
+    for module in twin.modules():  # hooks are for the model itself
+        module._forward_hooks.clear()
+        module._forward_pre_hooks.clear()
+    return twin
 
 
 class _quiet:  # a context manager, used as a function is

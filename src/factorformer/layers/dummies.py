@@ -20,7 +20,8 @@ SOUND = 4000
 def dummy_inputs(model: nn.Module, rows: int = 2, length: int = 8) -> Iterator[Inputs]:
     """Batches that the forward pass may accept, the plainest first: its main input alone, then all that it takes.
 
-    Nobody checks that a model accepts them: try one after the other. The generator of random numbers is untouched.
+    Nobody checks that a model accepts them: try one after the other; the last ones have a single row, for heads that
+    cannot tell padding. The generator of random numbers is untouched.
 
     Args:
         model: of transformers; none are known for other modules.
@@ -30,14 +31,20 @@ def dummy_inputs(model: nn.Module, rows: int = 2, length: int = 8) -> Iterator[I
     config = getattr(model, "config", None)
     if not isinstance(model, transformers.PreTrainedModel) or config is None:
         return
+    for count in dict.fromkeys((rows, 1)):
+        yield from _batches(model, config, count, length)
+
+
+def _batches(model: transformers.PreTrainedModel, config: Any, rows: int, length: int) -> Iterator[Inputs]:
     taken = inspect.signature(model.forward).parameters
     random = torch.Generator().manual_seed(0)
     ids = _tokens(config, rows, length, random)
+    texts = ids[:, None].repeat(1, 2, 1) if "MultipleChoice" in type(model).__name__ else ids
     kinds: dict[str, list[Inputs]] = {
-        "input_ids": [{"input_ids": ids}],
+        "input_ids": [{"input_ids": texts}],
         "pixel_values": [{"pixel_values": pixels} for pixels in _images(config, rows, random)],
         "input_features": [{"input_features": features} for features in _spectra(config, rows, random)],
-        "input_values": [{"input_values": torch.randn(rows, SOUND, generator=random)}],
+        "input_values": [{"input_values": values} for values in _sounds(config, rows, random)],
     }
     able = {name: [made for made in batches if set(made) <= set(taken)] for name, batches in kinds.items()}
     able = {name: batches for name, batches in able.items() if batches}
@@ -100,6 +107,13 @@ def _images(config: Any, rows: int, random: torch.Generator) -> Iterator[Tensor]
     frames = int(setting(config, "num_frames", "frames_per_clip", default=2))
     for shape in ((rows, channels, height, width), (rows, frames, channels, height, width)):
         yield torch.randn(shape, generator=random)
+
+
+def _sounds(config: Any, rows: int, random: torch.Generator) -> Iterator[Tensor]:
+    times, bands = setting(config, "max_length"), setting(config, "num_mel_bins")
+    if isinstance(times, int) and isinstance(bands, int):  # spectrograms under the name of waveforms
+        yield torch.randn(rows, times, bands, generator=random)
+    yield torch.randn(rows, SOUND, generator=random)
 
 
 def _spectra(config: Any, rows: int, random: torch.Generator) -> Iterator[Tensor]:

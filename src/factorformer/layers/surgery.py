@@ -242,11 +242,13 @@ def _computes_product(module: nn.Linear | nn.Embedding, dtype: torch.dtype) -> b
         return torch.randn(*size, generator=random, device="cpu", dtype=torch.float64).to(dtype)
 
     weight = draw(7, 5)
-    bias = None if module._parameters.get("bias") is None else nn.Parameter(draw(7))
+    bias = None if module._parameters.get("bias") is None else draw(7)
     twin = copy.copy(module)
     sizes = {"out_features": 7, "in_features": 5, "num_embeddings": 7, "embedding_dim": 5}
     vars(twin).update({name: size for name, size in sizes.items() if name in vars(twin)})
-    vars(twin)["_parameters"] = {"weight": nn.Parameter(weight), "bias": bias}
+    vars(twin)["_parameters"] = {
+        name: None if tensor is None else nn.Parameter(tensor) for name, tensor in (("weight", weight), ("bias", bias))
+    }
     for training, scale in itertools.product((False, True), (1.0, 1e4)):
         vars(twin)["training"] = training
         x = draw(3, 4, 5) * scale
