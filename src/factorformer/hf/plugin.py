@@ -27,7 +27,7 @@ from factorformer import registration
 from factorformer.errors import CheckpointError, ModelError
 from factorformer.hf.checkpoint import check_tensors
 from factorformer.hf.config import METHOD, FactorformerConfig
-from factorformer.layers.bypass import embeddings_of
+from factorformer.layers.bypass import CAST, bypassed, embeddings_of
 from factorformer.layers.nn import TEMPORARY, FactorizedLinear, FactorizedMatrix
 from factorformer.layers.surgery import dense_shape, factorized_like, replace_module
 from factorformer.structures import int8
@@ -48,6 +48,7 @@ class FactorformerQuantizer(HfQuantizer):
         ignored = {*(model._keys_to_ignore_on_load_unexpected or ()), rf"({layers})\.({'|'.join(TEMPORARY)})$"}
         model._keys_to_ignore_on_load_unexpected = ignored
         ties = model.get_expanded_tied_weights_keys(all_submodels=True)
+        readers = _readers(model, config)
         found = 0
         for saved_name in config.layers:
             spec, shape = config.structure(saved_name)
@@ -68,6 +69,7 @@ class FactorformerQuantizer(HfQuantizer):
             )
         _share(model, config)
         _follow_ties(model, ties)
+        _check_readers(model, readers)
         rewrite_ties(model)
         check_tensors(model, config, kwargs.get("checkpoint_files"))
         vars(model)["mark_tied_weights_as_initialized"] = partial(_mark_tied, model)
@@ -216,6 +218,25 @@ def _follow_ties(model: nn.Module, ties: Mapping[str, str]) -> None:
         if dense_shape(module) == holder.shape:
             replace_module(
                 model, module, factorized_like(module, holder.spec, holder.shape, quantized=holder.quantized)
+            )
+
+
+def _readers(model: PreTrainedModel, config: FactorformerConfig) -> dict[str, str]:
+    """Layers that have to stay dense in a class other than the one that was compressed, and why."""
+    if type(model).__name__ in (model.config.architectures or []):
+        return {}
+    layers = {name: module for name, module in model.named_modules() if dense_shape(module) is not None}
+    return bypassed(model, layers, int8=any(config.quantized(name) for name in config.layers))
+
+
+def _check_readers(model: PreTrainedModel, reasons: Mapping[str, str]) -> None:
+    for name, reason in reasons.items():
+        module = model.get_submodule(name)
+        if isinstance(module, FactorizedMatrix) and (module.quantized or reason != CAST):
+            raise CheckpointError(
+                f"{type(model).__name__} cannot have factors in '{name}': {reason.removesuffix(', left dense')}. "
+                f"Load it as {', '.join(model.config.architectures or ['what it was saved from'])}, or compress the "
+                "dense model of this class"
             )
 
 
