@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 import factorformer
 from factorformer import compression, registration
-from factorformer.errors import BudgetError, ModelError
+from factorformer.errors import BudgetError, CheckpointError, ModelError
 from factorformer.layers.bypass import bypassed
 from factorformer.layers.nn import FactorizedEmbedding, FactorizedMatrix
 from factorformer.layers.surgery import dense_shape, find_matrices, replace_module, unchanged_on_error
@@ -76,6 +76,15 @@ def test_a_head_whose_type_mamba2_casts_to_is_not_stored_in_int8() -> None:
     inputs = {"input_ids": IDS}
     expected = logits(copy.deepcopy(model).dequantize(), inputs)
     assert (logits(model, inputs) - expected).norm() < 0.2 * expected.norm()
+
+
+def test_a_head_that_loading_would_tie_to_int8_embeddings_is_refused(tmp_path: Path) -> None:
+    model = mamba2().backbone
+    factorformer.compress(model, factorformer.plan(model, "svd", ratio=4, scope="all", int8=True))
+    model.save_pretrained(tmp_path)
+    tf.Mamba2Model.from_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match=r"Mamba2ForCausalLM.*'lm_head'.*int8"):
+        tf.Mamba2ForCausalLM.from_pretrained(tmp_path, tie_word_embeddings=True)
 
 
 def test_in_int8_no_ordinary_model_loses_a_layer() -> None:

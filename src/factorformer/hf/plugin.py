@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import re
 import warnings
+from collections.abc import Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +31,7 @@ from factorformer.hf.config import METHOD, FactorformerConfig
 from factorformer.hf.dense import to_dense
 from factorformer.hf.description import named_module, names_of
 from factorformer.hf.tensors import check_tensors, drop_absent_pooler, holds_dense_weights
+from factorformer.layers.bypass import CAST, bypassed
 from factorformer.layers.nn import TEMPORARY, FactorizedMatrix
 from factorformer.layers.surgery import dense_shape, factorized_like, replace_module
 
@@ -57,6 +59,7 @@ class FactorformerQuantizer(HfQuantizer):
         inside = "|".join(re.escape(names_of(model, name)[-1]) for name in config.layers)
         compat.let_unexpected(model, rf"(^|\.)({inside})\.({'|'.join(TEMPORARY)})$")
         declared = compat.expanded_ties(model, whole=True)
+        readers = _readers(model, config)
         found = sum(self._factorize(model, name) for name in config.layers)
         if config.layers and not found:
             raise CheckpointError(
@@ -65,6 +68,7 @@ class FactorformerQuantizer(HfQuantizer):
             )
         ties.share(model, config)
         ties.follow(model, declared)
+        _check_readers(model, readers)
         ties.rewrite(model)
         if files is not None:
             drop_absent_pooler(model, files)
@@ -155,6 +159,25 @@ def _check_loaded(name: str, module: FactorizedMatrix) -> None:
         module.check_factors()
     except ModelError as error:
         raise CheckpointError(f"the checkpoint is damaged in layer '{name}': {error}") from error
+
+
+def _readers(model: PreTrainedModel, config: FactorformerConfig) -> dict[str, str]:
+    """Layers that have to stay dense in a class other than the one that was compressed, and why."""
+    if type(model).__name__ in (model.config.architectures or []):
+        return {}
+    layers = {name: module for name, module in model.named_modules() if dense_shape(module) is not None}
+    return bypassed(model, layers, int8=any(config.quantized(name) for name in config.layers))
+
+
+def _check_readers(model: PreTrainedModel, reasons: Mapping[str, str]) -> None:
+    for name, reason in reasons.items():
+        module = model.get_submodule(name)
+        if isinstance(module, FactorizedMatrix) and (module.quantized or reason != CAST):
+            raise CheckpointError(
+                f"{type(model).__name__} cannot have factors in '{name}': {reason.removesuffix(', left dense')}. "
+                f"Load it as {', '.join(model.config.architectures or ['what it was saved from'])}, or compress the "
+                "dense model of this class"
+            )
 
 
 # Called as functions, so that type checkers still see the classes.

@@ -162,6 +162,13 @@ def _trial(
     model: nn.Module, layers: Mapping[str, nn.Module], codes: set[str], batch: Mapping[str, Any] | None
 ) -> _Watch | None:
     """Run a copy of the model, and those models inside of it that it did not reach; None where it cannot be copied."""
+    with torch.device("cpu"):  # a model that is being loaded is made on another one
+        return _watched_run(model, layers, codes, batch)
+
+
+def _watched_run(
+    model: nn.Module, layers: Mapping[str, nn.Module], codes: set[str], batch: Mapping[str, Any] | None
+) -> _Watch | None:
     try:
         twin = _without_memory(model)
     except Exception:  # whatever the modules of an unknown architecture hold
