@@ -17,6 +17,7 @@ from factorformer.errors import DataError, ModelError
 from factorformer.tasks.data import Columns, Labels, encode
 from factorformer.tasks.evaluation import (
     compare_embeddings,
+    correlation,
     embed,
     evaluate,
     predict,
