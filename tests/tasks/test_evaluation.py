@@ -17,6 +17,7 @@ from factorformer.errors import DataError, ModelError
 from factorformer.tasks.data import Columns, Labels, encode
 from factorformer.tasks.evaluation import (
     compare_embeddings,
+    correlation,
     embed,
     evaluate,
     predict,
@@ -123,3 +124,45 @@ def test_equal_embeddings_compare_as_equal() -> None:
     found = compare_embeddings(embeddings, embeddings @ rotation)
     assert found["embedding_cosine"] < 0.9
     assert found["similarity_spearman"] > 0.999
+
+
+def test_what_is_not_defined_is_not_a_number() -> None:
+    """Not zero, which would mean that there is no correlation."""
+    constant, values = np.ones(5), np.arange(5.0)
+    for measure in (correlation, rank_correlation):
+        assert measure(values, -values) == pytest.approx(-1)
+        for a, b in ((constant, values), (values, constant), (values[:1], values[:1]), (values[:0], values[:0])):
+            assert np.isnan(measure(a, b))
+    assert np.isnan(score(np.eye(2)[[0, 1]], np.array([1, 1]), Labels("classification", ("a", "b")))["matthews"])
+    for rows in (1, 2):
+        found = compare_embeddings(torch.randn(rows, 4), torch.randn(rows, 4))
+        assert np.isfinite(found["embedding_cosine"])
+        assert np.isnan(found["similarity_spearman"])
+    one = score(np.array([[0.5]]), np.array([1.0]), Labels("regression"))
+    assert one["mse"] == pytest.approx(0.25)
+    assert np.isnan(one["pearson"])
+
+
+def test_any_number_of_labels_is_scored_by_sets() -> None:
+    labels = Labels("multi_label", ("a", "b", "c"))
+    logits = np.array([[1, -1, 2], [-1, -1, -1], [1, 1, -1]], np.float32)
+    wanted = np.array([[1, 0, 1], [0, 0, 0], [1, 0, 0]], np.float32)
+    found = score(logits, wanted, labels)
+    assert found["subset_accuracy"] == pytest.approx(2 / 3)
+    assert found["micro_f1"] == pytest.approx(2 * 3 / (2 * 3 + 1))
+    assert found["macro_f1"] == pytest.approx((1 + 0 + 1) / 3)
+
+
+def test_words_are_scored_one_by_one(tokenizer: tf.PreTrainedTokenizerBase) -> None:
+    rows = datasets.Dataset.from_dict(
+        {"words": [["w1", "w2"], ["w3"], ["w4", "w5", "w6"]], "tags": [[0, 1], [1], [0, 0, 1]]}
+    )
+    columns, labels = Columns(("words",), "tags", words=True), Labels("tokens", ("0", "1"))
+    data = encode(tokenizer, rows, columns, labels)
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    model = tf.BertForTokenClassification(tf.BertConfig(**sizes, vocab_size=64, initializer_range=0.5)).eval()
+    with torch.inference_mode():
+        found = [model(torch.tensor([ids])).logits[0, 1:-1].argmax(-1).tolist() for ids in data["input_ids"]]
+    right = [f == w for row, tags in zip(found, rows["tags"], strict=True) for f, w in zip(row, tags, strict=True)]
+    assert evaluate(model, tokenizer, data, labels)["accuracy"] == pytest.approx(np.mean(right))

@@ -52,6 +52,14 @@ def test_logit_loss_of_a_regression_is_the_squared_error() -> None:
     torch.testing.assert_close(logit_loss(student, teacher, 2.0), (student - teacher).square().mean())
 
 
+def test_labels_that_do_not_exclude_each_other_are_followed_one_by_one() -> None:
+    student, teacher = torch.randn(2, 4, 3)
+    p, q = (x.div(2).sigmoid() for x in (student, teacher))
+    divergence = q * (q / p).log() + (1 - q) * ((1 - q) / (1 - p)).log()
+    torch.testing.assert_close(logit_loss(student, teacher, 2.0, independent=True), 4 * divergence.sum(-1).mean())
+    assert logit_loss(teacher, teacher, 2.0, independent=True).abs() < 1e-6
+
+
 def test_masked_positions_are_ignored() -> None:
     student, teacher = hidden(0), hidden(1)
     expected, pooled = hidden_loss([student], [teacher], MASK), mean_pool(student, MASK)

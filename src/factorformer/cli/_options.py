@@ -122,8 +122,8 @@ Scope = Annotated[
         "--scope",
         show_default=False,
         rich_help_panel=_BUDGET,
-        help="What the ratio is about: 'blocks' (the default) changes and counts the Transformer blocks, 'all' the "
-        "whole model with its embeddings.",
+        help="What the ratio is about: 'blocks' (the default, but for 'shapeshifter') changes and counts the "
+        "Transformer blocks, 'all' the whole model with its embeddings.",
     ),
 ]
 Include = Annotated[
@@ -156,7 +156,7 @@ Share = Annotated[
     ),
 ]
 
-_DATA = "Data: TSV, CSV, JSONL or TXT files, or NAME[:CONFIG]:SPLIT on the Hub"
+_DATA = "Data: CSV, TSV, JSONL, TXT (also compressed) or Parquet files, or NAME[:CONFIG]:SPLIT on the Hub"
 TextColumns = Annotated[
     list[str] | None,
     typer.Option(

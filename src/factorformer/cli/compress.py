@@ -88,12 +88,16 @@ def compress(
     which is better; otherwise it gets a new head.
 
     [bold]With --train and --distill but no --label[/bold] the compressed model learns on plain text to embed as the
-    teacher does. --eval is then plain text as well, by default a part of the training file; 'embedding cosine' is the
-    mean cosine between the embeddings of the original and the compressed model, and 'similarity spearman' the rank
-    correlation of the similarities that the two see between texts.
+    teacher does.
 
-    The output is an ordinary Hugging Face model directory; the result lies in it as factorformer.json. 'ratio' is the
-    bytes of the original tensors in scope over the bytes of what replaces them, at equal precision.
+    [bold]Without --label[/bold] --eval is plain text, by default a part of the training file. 'embedding cosine' is the
+    mean cosine between the embeddings of the original and the compressed model, and 'similarity spearman' the rank
+    correlation of the similarities that the two see between texts. A causal language model has a perplexity instead,
+    and 'next token agreement' tells how often the two models find the same next token the likeliest.
+
+    The output is an ordinary Hugging Face model directory in the precision of the model, saved before it is measured;
+    the result lies in it as factorformer.json. 'ratio' is the bytes of the original tensors in scope over the bytes of
+    what replaces them, at equal precision.
 
     \b
     [bold]Examples[/bold]
