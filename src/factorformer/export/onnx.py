@@ -287,6 +287,8 @@ def _quantize(model: ir.Model, file: Path, task: Task, batches: list[list[Tensor
     alone = onnx_ir.load(file)
     names = graph.products_alone(alone)
     products = graph.quantize(model)
+    if not products:
+        return
     outputs = list(model.graph.outputs)
     inside = dict.fromkeys(value for pair in products for value in pair if value not in outputs)
     model.graph.outputs.extend(inside)
