@@ -130,9 +130,9 @@ def _check_inputs(path: Name, target: Path, inputs: Iterable[Name | None]) -> No
         if _within(Path(folder).resolve(), target):
             raise OutputError(f"'{path}' is or holds {what}: choose another name")
     for name in inputs:
-        if name is None or not (given := Path(name)).exists():
+        if name is None or not os.path.exists(name):
             continue
-        source = given.resolve()
+        source = Path(name).resolve()
         if _within(source, target):
             kind = "is" if _within(target, source) else "holds"
             raise OutputError(f"'{path}' {kind} the input '{name}': choose another name")
@@ -147,9 +147,9 @@ def _within(path: Path, folder: Path) -> bool:
     """Whether a resolved path is a folder or lies in it, however the file system spells the two."""
     if path == folder or folder in path.parents:
         return True
-    if not folder.exists():
+    if not os.path.exists(folder):
         return False
-    return any(place.exists() and place.samefile(folder) for place in (path, *path.parents))
+    return any(os.path.exists(place) and place.samefile(folder) for place in (path, *path.parents))
 
 
 def _check_parent(path: Name, parent: Path) -> None:

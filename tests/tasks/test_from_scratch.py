@@ -24,6 +24,9 @@ def test_settings_out_of_range_are_refused() -> None:
         "warmup": (-0.1, 1.5, math.nan),
         "label_smoothing": (1.1,),
         "clip": (0.0,),
+        "steps": (0, -1),
+        "batch_size": (0,),
+        "points": (0,),
     }
     for name, values in wrong.items():
         for value in values:

@@ -225,5 +225,5 @@ def test_what_training_refuses(tmp_path: Path) -> None:
     short = encode(texts(), tokenizer, "causal", max_length=16)
     train(make("gpt2"), tokenizer, short, short, "causal", FAST, tmp_path / "c")
     other = dataclasses.replace(FAST, batch_size=4)
-    with pytest.raises(OutputError, match="batch_size 8, not 4"):
+    with pytest.raises(OutputError, match="batch_size was 8, not 4"):
         train(make("gpt2"), tokenizer, short, short, "causal", other, tmp_path / "c")

@@ -53,12 +53,12 @@ def inspect(
     from factorformer.report.ranks import check_image, heat_map
     from factorformer.training.rank_history import RankHistory
 
-    path = find(model)
-    history = RankHistory.load(path)
     if ranks is not None:
         check_image(ranks)
-        if history is None:
-            raise MethodError(f"'{model}' has no history of ranks: they were not found in training")
+    path = find(model)
+    history = RankHistory.load(path)
+    if ranks is not None and history is None:
+        raise MethodError(f"'{model}' has no history of ranks: they were not found in training")
     found = inventory(load_model(path, device="cpu"), scope.value)
     if ranks is not None and history is not None:
         heat_map(history, ranks)

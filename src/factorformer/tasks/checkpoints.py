@@ -11,6 +11,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from factorformer.errors import OutputError
+from factorformer.files import whole_file
 
 RUN_FILE = "run.json"
 """What a run is lies beside its checkpoints under this name."""
@@ -56,6 +57,24 @@ def locked(path: Path) -> Iterator[None]:
         lock.release()
 
 
+def differences(path: Path, run: Mapping[str, Any]) -> list[str]:
+    """What distinguishes a run from the one that a file describes: "NAME was VALUE, not VALUE".
+
+    Args:
+        path: a JSON file of everything on which the result of a run depends.
+        run: the same of another run.
+
+    Raises:
+        OutputError: the file cannot be read.
+    """
+    try:
+        begun = dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise OutputError(f"cannot read what the run in '{path.parent}' was: {error}; start anew") from error
+    names = dict.fromkeys([*begun, *run])
+    return [f"{name} was {begun.get(name)}, not {run.get(name)}" for name in names if begun.get(name) != run.get(name)]
+
+
 def check_same_run(output: Path, run: Mapping[str, Any]) -> None:
     """Write down what a run is, or compare with what stands there, so that none goes on with another's checkpoints.
 
@@ -67,15 +86,11 @@ def check_same_run(output: Path, run: Mapping[str, Any]) -> None:
         OutputError: the directory holds checkpoints of another run, or cannot be read or written.
     """
     path = output / RUN_FILE
-    try:
-        if last_checkpoint(output) is not None:
-            begun = json.loads(path.read_text(encoding="utf-8"))
-            other = [f"{key} {begun.get(key)}, not {value}" for key, value in run.items() if begun.get(key) != value]
-            if other:
-                raise OutputError(
-                    f"'{output}' holds checkpoints of a run with {'; '.join(other)}: go on with the same settings or "
-                    "give another output"
-                )
-        path.write_text(json.dumps(run, indent=2) + "\n", encoding="utf-8")
-    except (OSError, json.JSONDecodeError) as error:
-        raise OutputError(f"cannot use '{output}' for checkpoints: {error}") from error
+    if last_checkpoint(output) is None:
+        with whole_file(path, "the description of the run") as partial:
+            partial.write_text(json.dumps(run, indent=2) + "\n", encoding="utf-8")
+    elif other := differences(path, run):
+        raise OutputError(
+            f"'{output}' holds checkpoints of another run: {'; '.join(other)}; go on with the same settings or give "
+            "another output"
+        )

@@ -73,6 +73,9 @@ class ScratchSettings:
         for name in ("epochs", "learning_rate", "adam_beta2", "clip"):
             if not 0 < getattr(self, name) < math.inf:
                 raise MethodError(f"{name} is {getattr(self, name)}, and has to be a finite number above 0")
+        for name in ("steps", "batch_size", "points"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise MethodError(f"{name} is {getattr(self, name)}, and has to be 1 or more")
         for name in ("warmup", "label_smoothing"):
             if not 0 <= getattr(self, name) <= 1:
                 raise MethodError(f"{name} is {getattr(self, name)}, and has to be a fraction from 0 to 1")
@@ -231,8 +234,28 @@ def optimize(
         OutputError: `output` holds checkpoints of a run with other settings, or another process trains into it.
     """
     steps = settings.total_steps(len(train))
+    run = {**dataclasses.asdict(settings), "rows": len(train), "parameters": model.num_parameters()}
+    with locked(output / ".lock"), seeded(settings.seed):
+        check_same_run(output, run)
+        trainer = ScratchTrainer(
+            model=model,
+            args=_arguments(settings, steps, output, keep_columns),
+            train_dataset=train,
+            eval_dataset=validation,
+            data_collator=collate,
+            callbacks=[_Watch(progress, phase)],
+            label_smoothing=settings.label_smoothing,
+        )
+        trainer.remove_callback(PrinterCallback)
+        history = _finish(trainer, last_checkpoint(output), steps)
+    model.eval()
+    return _curve(history)
+
+
+def _arguments(settings: ScratchSettings, steps: int, output: Path, keep_columns: bool) -> Seq2SeqTrainingArguments:
+    """The settings in the Trainer's terms; a checkpoint is written at every point of the curve."""
     every = math.ceil(steps / settings.points)
-    arguments = Seq2SeqTrainingArguments(
+    return Seq2SeqTrainingArguments(
         output_dir=str(output),
         max_steps=steps,
         learning_rate=settings.learning_rate,
@@ -260,22 +283,6 @@ def optimize(
         disable_tqdm=True,
         dataloader_pin_memory=torch.cuda.is_available() and not settings.use_cpu,
     )
-    run = {**dataclasses.asdict(settings), "rows": len(train), "parameters": model.num_parameters()}
-    with locked(output / ".lock"), seeded(settings.seed):
-        check_same_run(output, run)
-        trainer = ScratchTrainer(
-            model=model,
-            args=arguments,
-            train_dataset=train,
-            eval_dataset=validation,
-            data_collator=collate,
-            callbacks=[_Watch(progress, phase)],
-            label_smoothing=settings.label_smoothing,
-        )
-        trainer.remove_callback(PrinterCallback)
-        history = _finish(trainer, last_checkpoint(output), steps)
-    model.eval()
-    return _curve(history)
 
 
 def _finish(trainer: ScratchTrainer, checkpoint: Path | None, steps: int) -> list[dict[str, Any]]:

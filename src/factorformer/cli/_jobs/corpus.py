@@ -1,11 +1,11 @@
-"""The two kinds of text that a model learns from scratch: pairs for a translation, plain text for a language model."""
+"""The text that a model learns from scratch: pairs for a translation, plain text for a language model."""
 
 from __future__ import annotations
 
 import importlib.util
 import math
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,117 +22,67 @@ from factorformer.tasks.from_scratch import IGNORED, ScratchSettings, token_loss
 from factorformer.tasks.tokenization import train_tokenizer
 
 Item = TypeVar("Item")
-Data = tuple[datasets.Dataset, datasets.Dataset]
-"""Token ids of the training and of the held-out text."""
 
 
-class Corpus(ABC):
+@dataclass(frozen=True)
+class Corpus:
     """Training and held-out text, and everything that depends on its kind.
 
     Args:
-        train: items to learn from.
-        held: items to measure on.
+        task: what is learned of it.
+        train, held: pairs of texts for a translation, else texts.
         max_length: tokens after which a text is cut, or in a block of text.
     """
 
-    def __init__(self, train: Sequence[Any], held: Sequence[Any], max_length: int) -> None:
-        self.train, self.held, self.max_length = train, held, max_length
+    task: Task
+    train: Sequence[Any]
+    held: Sequence[Any]
+    max_length: int
 
-    @abstractmethod
-    def tokenizer(self, vocabulary: int, progress: Progress) -> PreTrainedTokenizerFast:
-        """A new tokenizer of so many tokens, trained on the training text."""
+    def new_tokenizer(self, vocabulary: int, progress: Progress) -> PreTrainedTokenizerFast:
+        """A tokenizer of so many tokens, trained on the training text."""
+        if self.task == "translation":
+            return train_tokenizer([text for pair in self.train for text in pair], vocabulary, progress)
+        tokenizer = train_tokenizer(self.train, vocabulary - (self.task == "masked"), progress)
+        return language_modelling.adapt_tokenizer(tokenizer, self.task)
 
-    @abstractmethod
-    def encode(self, tokenizer: PreTrainedTokenizerFast, progress: Progress) -> Data:
+    def encode(self, tokenizer: PreTrainedTokenizerFast, progress: Progress) -> list[datasets.Dataset]:
         """Token ids of the training and of the held-out text."""
+        phases = (("encode", self.train), ("encode held-out text", self.held))
+        if self.task == "translation":
+            return [translation.encode(pairs, tokenizer, self.max_length, progress, phase) for phase, pairs in phases]
+        return [
+            language_modelling.encode(texts, tokenizer, self.task, self.max_length, progress, phase)
+            for phase, texts in phases
+        ]
 
-    @abstractmethod
     def fit(
         self,
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerFast,
-        data: Data,
+        data: Sequence[datasets.Dataset],
         settings: ScratchSettings,
         checkpoints: Path,
         progress: Progress,
     ) -> list[dict[str, float]]:
         """Train a model in place; the learning curve."""
+        train, held = data
+        if self.task == "translation":
+            return translation.train(model, tokenizer, train, held, settings, checkpoints, progress)
+        return language_modelling.train(model, tokenizer, train, held, self.task, settings, checkpoints, progress)
 
-    @abstractmethod
     def measure(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, held: datasets.Dataset, progress: Progress
     ) -> dict[str, float]:
         """Metrics on the held-out text."""
-
-
-class _Pairs(Corpus):
-    """Texts and their translations."""
-
-    def tokenizer(self, vocabulary: int, progress: Progress) -> PreTrainedTokenizerFast:
-        return train_tokenizer([text for pair in self.train for text in pair], vocabulary, progress)
-
-    def encode(self, tokenizer: PreTrainedTokenizerFast, progress: Progress) -> Data:
-        return (
-            translation.encode(self.train, tokenizer, self.max_length, progress),
-            translation.encode(self.held, tokenizer, self.max_length, progress, "encode held-out text"),
-        )
-
-    def fit(
-        self,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerFast,
-        data: Data,
-        settings: ScratchSettings,
-        checkpoints: Path,
-        progress: Progress,
-    ) -> list[dict[str, float]]:
-        return translation.train(model, tokenizer, *data, settings, checkpoints, progress)
-
-    def measure(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, held: datasets.Dataset, progress: Progress
-    ) -> dict[str, float]:
+        if self.task != "translation":
+            return language_modelling.evaluate(model, tokenizer, held, self.task, progress=progress)
         loss = token_loss(model, DataCollatorForSeq2Seq(tokenizer, model, label_pad_token_id=IGNORED), held)
         sources, references = zip(*self.held, strict=True)
         texts = translation.translate(model, tokenizer, sources, max_length=self.max_length, progress=progress)
         scores = translation.bleu(texts, references)
         numbers = {name: score for name, score in scores.items() if not isinstance(score, str)}
         return {"loss": loss, "perplexity": math.exp(min(loss, 700)), **numbers}
-
-
-class _PlainText(Corpus):
-    """Texts of which a language model learns to predict tokens: the next, or hidden ones."""
-
-    def __init__(self, train: Sequence[str], held: Sequence[str], max_length: int, task: language_modelling.Task):
-        super().__init__(train, held, max_length)
-        self.task: language_modelling.Task = task
-
-    def tokenizer(self, vocabulary: int, progress: Progress) -> PreTrainedTokenizerFast:
-        tokenizer = train_tokenizer(self.train, vocabulary - (self.task == "masked"), progress)
-        return language_modelling.adapt_tokenizer(tokenizer, self.task)
-
-    def encode(self, tokenizer: PreTrainedTokenizerFast, progress: Progress) -> Data:
-        return (
-            language_modelling.encode(self.train, tokenizer, self.task, self.max_length, progress),
-            language_modelling.encode(
-                self.held, tokenizer, self.task, self.max_length, progress, "encode held-out text"
-            ),
-        )
-
-    def fit(
-        self,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerFast,
-        data: Data,
-        settings: ScratchSettings,
-        checkpoints: Path,
-        progress: Progress,
-    ) -> list[dict[str, float]]:
-        return language_modelling.train(model, tokenizer, *data, self.task, settings, checkpoints, progress)
-
-    def measure(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, held: datasets.Dataset, progress: Progress
-    ) -> dict[str, float]:
-        return language_modelling.evaluate(model, tokenizer, held, self.task, progress=progress)
 
 
 def read_corpus(files: TextFiles, task: Task, config: str, max_length: int, seed: int) -> Corpus:
@@ -157,10 +107,10 @@ def read_corpus(files: TextFiles, task: Task, config: str, max_length: int, seed
     if task == "translation":
         if importlib.util.find_spec("sacrebleu") is None:
             raise DataError("BLEU needs sacreBLEU: pip install 'factorformer[translation]'")
-        train, held = _pairs(files.source, files.target), _pairs(files.eval_source, files.eval_target)
-        return _Pairs(*_split(train, held, seed, "--eval-source and --eval-target"), max_length)
-    train, held = _texts(files, files.train), _texts(files, files.evaluation)
-    return _PlainText(*_split(train, held, seed, "--eval"), max_length, task)
+        pairs = _pairs(files.source, files.target), _pairs(files.eval_source, files.eval_target)
+        return Corpus(task, *_split(*pairs, seed, "--eval-source and --eval-target"), max_length)
+    texts = _texts(files, files.train), _texts(files, files.evaluation)
+    return Corpus(task, *_split(*texts, seed, "--eval"), max_length)
 
 
 def _split(train: list[Item], held: list[Item], seed: int, options: str) -> tuple[list[Item], list[Item]]:
@@ -182,7 +132,7 @@ def _texts(files: TextFiles, name: str | None) -> list[str]:
         return []
     columns = plain_columns(name, columns_of(files.text, None))
     texts = [str(text) for text in read_table(name, columns)[columns.text[0]] if text is not None]
-    filled = [text for text in texts if not text.isspace() and text]
+    filled = [text for text in texts if text.strip()]
     if not filled:
         raise DataError(f"'{name}' holds no text: every row is empty")
     return filled

@@ -54,8 +54,9 @@ class TrainJob:
         """All options, and the sizes of the files, by which a resumed run is known to be the same."""
         content = dataclasses.asdict(self)
         del content["output"]
-        sizes = {name: Path(name).stat().st_size for name in self.files.names if Path(name).is_file()}
-        return json.loads(json.dumps({**content, "file_bytes": sizes}))
+        content |= {**content.pop("files"), **content.pop("settings")}
+        content["file_bytes"] = {name: Path(name).stat().st_size for name in self.files.names if Path(name).is_file()}
+        return json.loads(json.dumps(content))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,7 +129,7 @@ def _prepare(job: TrainJob, progress: Progress, folder: Path | None, *, resume: 
         tokenizer = load_tokenizer(folder)
         assert isinstance(tokenizer, PreTrainedTokenizerFast)
     else:
-        tokenizer = corpus.tokenizer(job.vocabulary, progress)
+        tokenizer = corpus.new_tokenizer(job.vocabulary, progress)
         if folder is not None:
             tokenizer.save_pretrained(folder)
     model = new_model(architecture.for_tokenizer(tokenizer), architecture.task, job.settings.seed)

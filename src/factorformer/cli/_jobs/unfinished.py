@@ -13,7 +13,7 @@ from typing import Any
 
 from factorformer.cli._options import note
 from factorformer.errors import DivergedError, OutputError
-from factorformer.tasks.checkpoints import last_checkpoint, locked, step_of
+from factorformer.tasks.checkpoints import differences, last_checkpoint, locked, step_of
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,11 @@ class Unfinished:
                     raise OutputError(
                         f"no interrupted run for '{self.output}' has a checkpoint to resume: leave --resume out"
                     )
-                self._check_same(options)
+                if other := differences(self._options, options):
+                    raise OutputError(
+                        f"the interrupted run had other options: {'; '.join(other)}; repeat its command, or start anew "
+                        "with --overwrite"
+                    )
                 note(f"resumed from step {step_of(begun)}")
             else:
                 if begun is not None and not overwrite:
@@ -77,11 +81,12 @@ class Unfinished:
                         "--overwrite"
                     )
                 earlier = self._set_aside()
-                self._begin(options)
             try:
+                if not resume:
+                    self._begin(options)
                 yield
             except BaseException as error:
-                if last_checkpoint(self.checkpoints) is None:
+                if not resume and last_checkpoint(self.checkpoints) is None:
                     shutil.rmtree(self.folder, ignore_errors=True)
                     if earlier is not None:
                         earlier.rename(self.folder)
@@ -111,21 +116,6 @@ class Unfinished:
         except OSError as error:
             raise OutputError(f"cannot write to '{self.folder.parent}': {error.strerror}") from error
 
-    def _check_same(self, options: Mapping[str, Any]) -> None:
-        try:
-            begun = json.loads(self._options.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise OutputError(
-                f"cannot read what the interrupted run was: {error}; start anew with --overwrite"
-            ) from error
-        now = _flat(options)
-        other = [f"{name} was {was}, not {now.get(name)}" for name, was in _flat(begun).items() if now.get(name) != was]
-        if other:
-            raise OutputError(
-                f"the interrupted run had other options: {'; '.join(other)}; repeat its command, or start anew with "
-                "--overwrite"
-            )
-
     def _say_what_is_kept(self, error: BaseException) -> None:
         if isinstance(error, KeyboardInterrupt):
             note("interrupted; to go on from the last checkpoint, add --resume to the same command")
@@ -138,11 +128,3 @@ class Unfinished:
 def _delete(folder: Path | None) -> None:
     if folder is not None:
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def _flat(content: Mapping[str, Any]) -> dict[str, Any]:
-    """Options and those inside of options, side by side."""
-    flat: dict[str, Any] = {}
-    for name, value in content.items():
-        flat |= value if isinstance(value, dict) else {name: value}
-    return flat
