@@ -72,7 +72,7 @@ QUICK = {
     "dictionary": "--parts peers",
     "straight_through": "--ratios 2.8 --rounds 2",
     "fitting": "--repetitions 1",
-    "planning": "--tasks sst2 --ratios 3 --compared --times --train-rows 64 --test-rows 32 --calibration-rows 64",
+    "planning": "--tasks sst2 --ratios --compared 3 --times --train-rows 64 --test-rows 32 --calibration-rows 64",
 }
 IMAGES = {"planning": "planning.svg", "translation": "translation.svg"}
 """Scripts that draw an image, which --quick puts beside its results."""

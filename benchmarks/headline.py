@@ -7,9 +7,10 @@ factors in int8, with 512 training rows as calibration data, and fine-tunes the 
 original as its teacher. All of them, the original included, are exported by `factorformer.export.onnx.export` in int8.
 
 Size is that of the whole weight file. Accuracy is measured by the runtime that is timed: ONNX Runtime for exports,
-eager torch for the original. Times are of forward passes over random words without padding, interleaved; a speed-up is
-the median over rounds of original / model, so that other work on the machine slows both sides alike. Learning rates are
-the best of the searches for sst2 in `results/accuracy_rates.jsonl` (dense, and `whitened` at 2.8x).
+eager torch for the original. Times are of forward passes over random words without padding, interleaved in random
+order; a speed-up is the median over rounds of original / model. With one thread they are processor time, so that other
+work on the machine does not count. Learning rates are the best of the searches for sst2 in
+`results/accuracy_rates.jsonl` (dense, and `whitened` at 2.8x).
 
 Finished models are kept in `--work` and made once; with `--train-only` nothing is timed and nothing written.
 """
@@ -21,8 +22,10 @@ import copy
 import dataclasses
 import importlib.metadata
 import json
+import random
 import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +34,12 @@ import numpy as np
 import onnxruntime
 import torch
 from common import TASKS, default_data, machine, options, start, write
-from factorformer.bench.contestants import load, parse
-from factorformer.bench.race import SETTLE, WARM_UP, Shape, compare
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging
 
 import factorformer
+from factorformer.bench.candidates import draw, load, parse
+from factorformer.bench.comparison import LEAST, MOST, WARM_UP, Shape, summarize
 from factorformer.export.onnx import export
 from factorformer.hf import minilm
 from factorformer.report import inventory
@@ -138,21 +141,40 @@ class Headline:
         """Speed-ups over the original in eager torch, and milliseconds, with quartiles; one entry for each shape."""
         work, threads = self.args.work, torch.get_num_threads()
         places = [work / ORIGINAL, *(exported_to(work / name.replace(":", "-")) for name in names)]
-        contestants = [parse(str(place)) for place in places]
-        runners = [load(contestant, threads, torch.device("cpu")) for contestant in contestants]
-        heats = compare(contestants, runners, self.args.shapes, seconds=self.args.seconds, seed=self.args.seed)
+        runners = [load(parse(str(place)), threads, torch.device("cpu")) for place in places]
         labels = [f"{ORIGINAL}, torch", *(f"{name}, int8 export" for name in names)]
-        return [
-            {
-                "shape": str(heat.shape),
-                "rounds": heat.rounds,
-                "results": [
-                    {"name": label, **{key: rounded(getattr(timing, key)) for key in ("speedup", "milliseconds")}}
-                    for label, timing in zip(labels, heat.timings, strict=True)
-                ],
-            }
-            for heat in heats
-        ]
+        shapes = []
+        for shape in self.args.shapes:
+            ids = draw(runners, shape.batch, shape.tokens, self.args.seed)
+            times = interleaved([runner.prepare(ids) for runner in runners], self.args.seconds, self.args.seed)
+            results = [
+                {"name": label, **{key: rounded(getattr(timing, key)) for key in ("speedup", "milliseconds")}}
+                for label, timing in zip(labels, summarize(times), strict=True)
+            ]
+            shapes.append({"shape": str(shape), "rounds": len(times), "results": results})
+        return shapes
+
+
+def clock() -> float:
+    """Seconds: with one thread those of the processor, in which other work on the machine does not count."""
+    return time.process_time() if torch.get_num_threads() == 1 else time.perf_counter()
+
+
+def interleaved(runs: list[Callable[[], object]], seconds: float, seed: int) -> list[list[float]]:
+    """Milliseconds of every run in every round; orders are random, so that none always follows the same other one."""
+    orders, times, end = random.Random(seed), [], time.monotonic() + seconds
+    with torch.inference_mode():
+        for run in [run for run in runs for _ in range(WARM_UP)]:
+            run()
+        while len(times) < LEAST or (len(times) < MOST and time.monotonic() < end):
+            row = [0.0] * len(runs)
+            for place in orders.sample(range(len(runs)), len(runs)):
+                runs[place]()  # brings its weights back into the caches
+                started = clock()
+                runs[place]()
+                row[place] = 1000 * (clock() - started)
+            times.append(row)
+    return times
 
 
 def exported_to(place: Path) -> Path:
@@ -203,7 +225,7 @@ def main() -> None:
         "models": models,
         "shapes": shapes,
         "warm_up": WARM_UP,
-        "settle": SETTLE,
+        "clock": "processor" if torch.get_num_threads() == 1 else "wall",
         "load_before": before,
         "machine": machine(),
         "versions": {name: importlib.metadata.version(name) for name in ("onnx", "onnxruntime")},

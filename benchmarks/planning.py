@@ -28,13 +28,14 @@ from transformers.utils import logging
 
 import factorformer
 from factorformer import planning, recipes
+from factorformer.fitting import Metric
 from factorformer.fitting import statistics as calibration
 from factorformer.fitting.matrices import fit_matrix
 from factorformer.hf import minilm
-from factorformer.layers.surgery import factorize, find_matrices
-from factorformer.planning import Plan
+from factorformer.layers.surgery import dense_weight, factorize, find_matrices
+from factorformer.planning import Entry, Plan
 from factorformer.planning.evidence.curves import measure_curves
-from factorformer.planning.evidence.prediction import Prediction, fitted_errors, relative_sensitivities
+from factorformer.planning.evidence.prediction import Prediction, relative_sensitivities
 from factorformer.report import latency
 from factorformer.structures import STRUCTURES, LowRank
 from factorformer.tasks import data as task_data
@@ -111,8 +112,18 @@ class Bench:
     def predicted(self, plan: Plan) -> float:
         if recipes.get(plan.method or "whitened").metric != "plain":
             return self.prediction(plan.target).error(plan.entries)
-        errors = fitted_errors(self.model, plan, {}, self.statistics)
-        return math.sqrt(math.fsum(self.sensitivities[name] * squared for name, squared in errors.items()))
+        # A fit under the plain metric has no curve in that of the outputs: it is made, and judged there.
+        return math.sqrt(math.fsum(self.sensitivities[e.matrix.name] * self.judged(e) ** 2 for e in plan.factorized))
+
+    def judged(self, entry: Entry) -> float:
+        """The relative error of a matrix's output after a fit to its weights alone."""
+        assert entry.spec is not None
+        name = entry.matrix.name
+        factors, _ = fit_matrix(self.model, name, entry.spec, {})
+        with torch.no_grad():
+            dense = entry.spec.to_dense(entry.matrix.shape, factors)
+        weight = dense_weight(self.model.get_submodule(name))
+        return Metric.of(self.statistics.get(name)).relative_error(weight, dense)
 
     def carried_out(self, plan: Plan) -> PreTrainedModel:
         """What `factorformer.compress` makes, without measuring the same statistics again for every plan."""

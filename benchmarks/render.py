@@ -93,8 +93,8 @@ def headline() -> list[str]:
     error = 100 * (original["accuracy"] * (1 - original["accuracy"]) / found["test_rows"]) ** 0.5
     rounds = ", ".join(str(shape["rounds"]) for shape in found["shapes"])
     extra = (
-        f"; {found['test_rows']:,} test rows (1 s.e. {error:.1f} points), one seed; medians of {rounds} interleaved "
-        f"rounds at a load of {found['machine']['load']:g}"
+        f"; {found['test_rows']:,} test rows (1 s.e. {error:.1f} points), one seed; {found['clock']} time, medians of "
+        f"{rounds} interleaved rounds at a load of {found['machine']['load']:g}"
     )
     return markdown(header, rows) + measured_with([found["machine"]], extra)
 

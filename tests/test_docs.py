@@ -95,16 +95,32 @@ def snippets() -> list[tuple[str, str]]:
     return [(page.name, code) for page in PAGES for name, code in FENCED.findall(page.read_text()) if name == "python"]
 
 
+def is_there(module: str, name: str) -> bool:
+    try:
+        return hasattr(importlib.import_module(module), name) or bool(importlib.import_module(f"{module}.{name}"))
+    except ImportError:
+        return False
+
+
+def absent(code: str) -> list[str]:
+    """What code imports or takes from the package, and is not there."""
+    wanted = []
+    for node in ast.walk(ast.parse(code)):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "factorformer":
+            wanted += [(str(node.module), alias.name) for alias in node.names]
+        elif isinstance(node, ast.Attribute) and ast.unparse(node.value) == "factorformer":
+            wanted.append(("factorformer", node.attr))
+    return [f"{module}.{name}" for module, name in wanted if not is_there(module, name)]
+
+
 def test_snippets() -> None:
-    """They are Python, and what they import or take from the package is there."""
-    package, wrong = importlib.import_module("factorformer"), []
-    for page, code in snippets():
-        for node in ast.walk(ast.parse(code)):
-            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("factorformer"):
-                module = importlib.import_module(str(node.module))
-                wrong += [f"{page}: {a.name} of {node.module}" for a in node.names if not hasattr(module, a.name)]
-            elif isinstance(node, ast.Attribute) and ast.unparse(node.value) == package.__name__:
-                wrong += [] if hasattr(package, node.attr) else [f"{page}: factorformer.{node.attr}"]
+    wrong = {page: names for page, code in snippets() if (names := absent(code))}
+    assert not wrong
+
+
+def test_scripts_import_what_is_there() -> None:
+    files = [*(ROOT / "benchmarks").glob("*.py"), *(ROOT / "examples").glob("*.py")]
+    wrong = {file.name: names for file in files if (names := absent(file.read_text()))}
     assert not wrong
 
 
