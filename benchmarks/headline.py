@@ -44,7 +44,7 @@ from factorformer.export.onnx import export
 from factorformer.hf import minilm
 from factorformer.report import inventory
 from factorformer.tasks import data as task_data
-from factorformer.tasks import finetuning
+from factorformer.tasks import evaluation, finetuning
 
 ORIGINAL = "original"
 CALIBRATION = 512
@@ -116,7 +116,7 @@ class Headline:
             "ratio": round(inventory(model, "all" if scope == "all" else "blocks").ratio, 3),
             "scope": scope or "blocks",
             "bytes": sum(file.stat().st_size for file in place.glob("*.safetensors")),
-            "accuracy": finetuning.evaluate(model, self.tokenizer, self.test, self.labels)[self.metric],
+            "accuracy": evaluation.evaluate(model, self.tokenizer, self.test, self.labels)[self.metric],
             "seconds": {key: round(value, 1) for key, value in seconds.items()},
         }
         result = export(place, exported, int8=True, overwrite=True)
@@ -135,7 +135,7 @@ class Headline:
             logits.append(session.run(None, {name: batch[name].numpy() for name in inputs})[0])
             order += rows
         references = np.asarray(self.test["labels"])
-        return finetuning.score(np.concatenate(logits)[np.argsort(order)], references, self.labels)[self.metric]
+        return evaluation.score(np.concatenate(logits)[np.argsort(order)], references, self.labels)[self.metric]
 
     def timed(self, names: list[str]) -> list[dict[str, Any]]:
         """Speed-ups over the original in eager torch, and milliseconds, with quartiles; one entry for each shape."""

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from factorformer import DenseSparse, KroneckerSum, LowRank, Structure
 from factorformer.kernels import cpu
 from factorformer.layers.nn import FactorizedLinear
-from factorformer.planning.evidence.times import race
+from factorformer.planning.evidence.times import interleaved
 from factorformer.structures import int8
 
 SHAPES = [(768, 768), (3072, 768), (768, 3072)]
@@ -120,8 +120,8 @@ def cell(shape: tuple[int, int], rows: int, args: argparse.Namespace) -> dict[st
     runs |= peers(shape, args.rank)
     names = list(runs)
     calls = [lambda name=name: runs[name](x) for name in names]
-    race(calls, 3, settle=1)
-    times = race(calls, args.rounds, seconds=args.seconds, settle=1)
+    interleaved(calls, 3, settle=1)
+    times = interleaved(calls, args.rounds, seconds=args.seconds, settle=1)
     columns = dict(zip(names, zip(*times, strict=True), strict=True))
     ways = {}
     for name in names:
@@ -149,8 +149,8 @@ def peaks() -> dict[str, float]:
         lambda: cpu.chain(x, [weight], [None], [False], None) if cpu.AVAILABLE else F.linear(x, weight),
         lambda: target.copy_(big),
     ]
-    race(runs, 3)
-    torch_ms, ours_ms, copy_ms = (min(column) for column in zip(*race(runs, 15), strict=True))
+    interleaved(runs, 3)
+    torch_ms, ours_ms, copy_ms = (min(column) for column in zip(*interleaved(runs, 15), strict=True))
     flops = 2 * side**3 / 1e6
     return {"torch_gflops": flops / torch_ms, "our_gflops": flops / ours_ms, "copy_gbs": 8 * 2**25 / copy_ms / 1e6}
 

@@ -26,13 +26,13 @@ from factorformer.planning.evidence.prediction import plan_by_loss
 from factorformer.progress import Progress, silent
 from factorformer.structures import Structure
 
-RATIO, RATIO_INT8 = 3.0, 10.0
-"""What is made where no ratio is asked for."""
+DEFAULT_RATIO, DEFAULT_RATIO_INT8 = 3.0, 10.0
+"""Compression ratio if none is given."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """What `compress` or `initialize` did.
+    """Result of `compress` or `initialize`.
 
     Args:
         method: the method that was carried out.
@@ -101,7 +101,7 @@ def plan(
         calibration: batches as for `compress`; with them the cheap fits minimize the error that the method minimizes,
             and without them the plain error of the weights. With them allocation by loss measures how sensitive the
             model is to each matrix, and what they do not reach stays dense.
-        progress: told how far the work is.
+        progress: progress callback.
 
     Raises:
         MethodError: an unknown method or budget, a budget that the method does not count, or a method whose matrices
@@ -116,7 +116,7 @@ def plan(
     '2.50'
     """
     name = method or recipes.default_method(calibrated=True)
-    ratio = (RATIO_INT8 if int8 else RATIO) if ratio is None else ratio
+    ratio = (DEFAULT_RATIO_INT8 if int8 else DEFAULT_RATIO) if ratio is None else ratio
     check_options(name, ratio, share, budget)
     recipe = recipes.get(name)
     scope = scope or recipe.scope
@@ -253,7 +253,7 @@ def compress(
         plan: from `plan` or `Plan.load`.
         calibration: batches of keyword arguments for the model, with labels if the method needs them; one batch alone
             or a tokenized `datasets.Dataset` serves too.
-        progress: told how far the work is.
+        progress: progress callback.
         hold_floats: leave factors that the plan wants in int8 as floats that products round, to train on; `quantize`
             ends that.
         keep_statistics: leave what calibration measured in the report; a moment takes as much memory as a square matrix
@@ -352,7 +352,7 @@ def _without_unreached(plan: Plan, statistics: Mapping[str, LayerStatistics]) ->
 
 
 def quantize(model: nn.Module) -> None:
-    """Store the factors in int8 that a plan wants so, after the training that rounded them.
+    """Store in int8 the factors that a plan wants in int8, after quantization-aware training.
 
     Args:
         model: from `compress(..., hold_floats=True)`, `initialize` or dynamic ranks; nothing changes in other models.
@@ -384,7 +384,7 @@ def quantize(model: nn.Module) -> None:
 
 
 def hold_floats(model: nn.Module) -> bool:
-    """Turn factors that are stored in int8 into floats that products round, to train on; `quantize` ends that.
+    """Turn int8 factors into floats that the forward pass rounds (quantization-aware training); `quantize` ends that.
 
     Factors that were frozen before `quantize` are frozen again.
 

@@ -74,7 +74,7 @@ RECIPES: dict[str, Recipe] = {
         metric="input_moment",
         allocation="uniform",
         training="fine-tune",
-        summary="SVD that minimizes the error of each layer's output on calibration text: the default with text",
+        summary="SVD that minimizes the error of each layer's output on calibration text: the default with data",
         paper="DRONE: Chen et al., NeurIPS 2021; SVD-LLM: Wang et al., ICLR 2025",
     ),
     "whitened_by_loss": Recipe(
@@ -146,15 +146,15 @@ RECIPES: dict[str, Recipe] = {
         metric="input_moment",
         allocation="dynamic",
         training="fine-tune",
-        summary="Ranks move between matrices in one round of fine-tuning; groups of the data-aware decomposition",
-        paper="RankDyna: Hua et al., Findings of EMNLP 2023; the data-aware groups: this project",
+        summary="Ranks move between matrices in one round of fine-tuning; components of the data-aware decomposition",
+        paper="RankDyna: Hua et al., Findings of EMNLP 2023; the data-aware components: this project",
     ),
     "rankdyna_plain": Recipe(
         structure=LowRank,
         metric="plain",
         allocation="dynamic",
         training="fine-tune",
-        summary="The same with the groups of the plain singular value decomposition",
+        summary="The same with the components of the plain singular value decomposition",
         paper="RankDyna: Hua et al., Findings of EMNLP 2023",
     ),
     "dynamic_dense_sparse": Recipe(

@@ -10,7 +10,7 @@ import torch
 from factorformer.bench.candidates import Candidate, Runner, draw
 from factorformer.bench.comparison import LEAST, SETTLE, WARM_UP, Shape, Spread, compare, summarize
 from factorformer.errors import DataError, ModelError
-from factorformer.planning.evidence.times import race
+from factorformer.planning.evidence.times import interleaved
 
 
 @pytest.mark.parametrize("text", ["8", "8x", "x8", "0x4", "4x0", "8x64x2", "8*64", " 8x64", "-1x4", "8x6.5"])
@@ -45,16 +45,16 @@ def test_the_median_of_ratios_is_not_the_ratio_of_medians() -> None:
 def test_turns_rotate_and_each_settles_first() -> None:
     calls: list[str] = []
     runs = [lambda name=name: calls.append(name) for name in "abc"]
-    times = race(runs, 4, settle=1)
+    times = interleaved(runs, 4, settle=1)
     assert "".join(calls) == "aabbcc" + "bbccaa" + "ccaabb" + "aabbcc"
     assert [len(row) for row in times] == [3] * 4
 
 
 def test_time_ends_a_comparison_after_the_least_rounds() -> None:
     done: list[int] = []
-    assert len(race([lambda: None], 50, seconds=0, least=4, progress=done.append)) == 4
+    assert len(interleaved([lambda: None], 50, seconds=0, least=4, progress=done.append)) == 4
     assert done == [1, 2, 3, 4]
-    assert len(race([lambda: None], 2, seconds=0, least=4)) == 2
+    assert len(interleaved([lambda: None], 2, seconds=0, least=4)) == 2
 
 
 def candidate(name: str) -> Candidate:

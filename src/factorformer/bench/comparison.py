@@ -12,14 +12,14 @@ import torch
 
 from factorformer.bench.candidates import Candidate, Runner, draw
 from factorformer.errors import DataError, ModelError, first_line
-from factorformer.planning.evidence.times import race
+from factorformer.planning.evidence.times import interleaved
 from factorformer.progress import Progress, silent
 
 WARM_UP = 3
 """Passes of each model over each shape before the first that counts."""
 
 SETTLE = 1
-"""Uncounted passes before each pass that counts: see `race`."""
+"""Uncounted passes before each pass that counts: see `interleaved`."""
 
 LEAST, MOST = 5, 300
 """Rounds of a shape, whatever the time limit."""
@@ -165,7 +165,7 @@ def compare(
         progress(phase, 0, rounds)
         runs: list[Callable[[], object]] = [runner.prepare(ids) for runner in runners]
         first = [_warm(c, shape, run) for c, run in zip(candidates, runs, strict=True)]
-        times = race(
+        times = interleaved(
             runs,
             rounds or MOST,
             seconds=seconds if rounds is None else float("inf"),

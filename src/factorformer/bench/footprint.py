@@ -1,4 +1,4 @@
-"""Size of the files, time to load, and peak memory of a model: the latter two in a process of its own.
+"""Size of the files, time to load, and peak memory of a model: the latter two in a separate process.
 
     python -m factorformer.bench.footprint '{"name": "minilm", "shape": "8x64", "threads": 2, ...}'
 

@@ -16,7 +16,7 @@ from factorformer.bench.comparison import Spread
 from factorformer.errors import ModelError
 from factorformer.layers.nn import FactorizedLinear, new_factors
 from factorformer.planning import Entry
-from factorformer.planning.evidence.times import race
+from factorformer.planning.evidence.times import interleaved
 from factorformer.progress import Progress, silent
 from factorformer.structures import Factors, Shape, Structure, int8
 
@@ -153,8 +153,8 @@ def _time(
         lambda: nn.functional.linear(x, weight),
         lambda: spec.matmul(shape, factors, x),
     ]
-    race(runs, 1, settle=2, device=device)
-    times = race(runs, MOST, seconds=seconds, least=LEAST_ROUNDS, settle=settle, device=device)
+    interleaved(runs, 1, settle=2, device=device)
+    times = interleaved(runs, MOST, seconds=seconds, least=LEAST_ROUNDS, settle=settle, device=device)
     return LayerTiming(
         tokens,
         Spread.of(dense / factorized for dense, factorized in times),

@@ -1,4 +1,4 @@
-"""What `compress`, `finetune` and `evaluate` prepare alike: tables, teachers, plans, output."""
+"""Inputs that `compress`, `finetune` and `evaluate` share: tables, teachers, plans, output."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ def calibration_batches(
 
 
 def predictions(plan: Plan) -> dict[str, float]:
-    """What a plan expects, as metrics."""
+    """Predicted values of a plan, as metrics."""
     found = {} if plan.predicted is None else {"predicted_error": plan.predicted}
     if plan.milliseconds is not None:
         found |= dict(zip((f"{BEFORE}latency_products", "latency_products"), plan.milliseconds, strict=True))
@@ -180,7 +180,7 @@ def load_teacher(name: str | None, student: PreTrainedModel) -> PreTrainedModel 
 
 
 def note_new_head(head: Head) -> None:
-    """Tell that a head of the model was for other labels and is gone."""
+    """Print a note that a head for other labels was dropped."""
     if head.replaced is not None:
         note(
             f"new head: the model's labels ({head.replaced}) differ from the data's ({head.labels}), "

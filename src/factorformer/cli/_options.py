@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 class ScopeChoice(str, Enum):
-    """What is compressed and counted."""
+    """Scope of compression and of counting."""
 
     blocks = "blocks"
     all = "all"
@@ -40,7 +40,7 @@ class ShareChoice(str, Enum):
 
 
 class BudgetChoice(str, Enum):
-    """What a ratio counts."""
+    """Unit of the budget."""
 
     bytes = "bytes"
     flops = "flops"
@@ -79,7 +79,7 @@ Method = Annotated[
         "--method",
         metavar="NAME",
         rich_help_panel=_BUDGET,
-        help="One of `factorformer methods`. By default the data-aware fit where there is text to measure on, "
+        help="One of `factorformer methods`. By default the data-aware fit if there is calibration data, "
         "and the plain one where there is none.",
     ),
 ]
@@ -229,9 +229,7 @@ BatchSize = Annotated[
 ]
 Seed = Annotated[
     int,
-    typer.Option(
-        "--seed", min=0, max=2**32 - 1, rich_help_panel=_TRAINING, help="Of everything that is drawn at random."
-    ),
+    typer.Option("--seed", min=0, max=2**32 - 1, rich_help_panel=_TRAINING, help="Seed of all randomness."),
 ]
 Distill = Annotated[
     str | None,
@@ -264,7 +262,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document an
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Silence transformers' own logging and bars for a while; ours go to standard error."""
+    """Silence transformers' logging and progress bars for a while; this package's go to standard error."""
     from transformers.utils import logging as transformers_logging
 
     verbosity = transformers_logging.get_verbosity()

@@ -38,7 +38,7 @@ Shapes = Annotated[
         "--shape",
         metavar="BATCHxTOKENS",
         show_default=False,
-        help="Texts at once, and tokens in each. Can be given several times. By default 1x32, 8x64 and 32x128.",
+        help="Texts in a batch, and tokens in each. Can be given several times. By default 1x32, 8x64 and 32x128.",
     ),
 ]
 Threads = Annotated[
@@ -102,7 +102,7 @@ def bench(
     the model.onnx of a directory that holds other weights as well. They can be combined, such as compile:bf16:small/.
 
     [bold]With --layers[/bold] each kind of factorized layer is timed against the dense product of the same shape, and
-    the table tells from how many tokens on its factors pay.
+    the table shows from how many tokens on its factors pay.
 
     \b
     [bold]Examples[/bold]

@@ -29,7 +29,7 @@ from factorformer.files import check_output
 
 
 class PrecisionChoice(str, Enum):
-    """How numbers are computed while training."""
+    """Precision of products in training."""
 
     fp32 = "fp32"
     bf16 = "bf16"

@@ -1,4 +1,4 @@
-"""What happens to a graph after torch has made it: forms that run faster, and tensors stored in fewer bytes."""
+"""Graph passes on torch's export: forms that run faster, and tensors stored in fewer bytes."""
 
 from __future__ import annotations
 

@@ -65,7 +65,7 @@ LARGEST_FILE = 2**31 - 2**20
 
 @dataclasses.dataclass(frozen=True)
 class Exported:
-    """What `export` wrote.
+    """Result of `export`.
 
     Args:
         path: the directory.

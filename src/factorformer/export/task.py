@@ -1,4 +1,4 @@
-"""What a model computes for its caller: which inputs it takes, and what comes out."""
+"""The inputs and the output of an exported model."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ TOGETHER = 64
 """Coupled rows that choose their supports at the same time, at most; small matrices take an eighth of their rows."""
 
 ENTRIES = 2**19
-"""Entries of `S` that are worked on at once where nothing couples its rows."""
+"""Entries of `S` per chunk where nothing couples its rows."""
 
 
 def fit_dense_sparse(

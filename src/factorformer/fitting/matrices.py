@@ -27,7 +27,7 @@ def measure(
     calibration: Iterable[calibrate.Batch],
     progress: Progress,
 ) -> dict[str, LayerStatistics]:
-    """What a metric has to know of these layers; nothing if it is plain."""
+    """The statistics that a metric needs of these layers; none if it is plain."""
     if metric == "plain":
         return {}
     return calibrate.collect(

@@ -1,4 +1,4 @@
-"""What is measured of a layer on calibration data: the second moment of its input, and its Fisher rows.
+"""Statistics of a layer on calibration data: the second moment of its input, and its Fisher rows.
 
 Both are exact sums over the batches given, whatever the batch size: padding positions do not count, and a layer
 that is called several times in one forward pass (shared layers) is measured over all its calls together. The input
@@ -84,7 +84,7 @@ class InputMoment:
 
 @dataclasses.dataclass(frozen=True)
 class LayerStatistics:
-    """What calibration measured of one layer; a field that was not asked for is None.
+    """Statistics of one layer; a field that was not asked for is None.
 
     Args:
         inputs: second moment of the layer's input; None for an embedding.

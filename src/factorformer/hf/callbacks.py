@@ -1,4 +1,4 @@
-"""What acts on a model while the Hugging Face `Trainer` trains it."""
+"""Callbacks of the Hugging Face `Trainer`: straight-through training and dynamic ranks."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from factorformer.training.straight_through import StraightThrough
 
 
 class StraightThroughCallback(TrainerCallback):
-    """Moves supports between the optimizer's steps, and leaves plain factors when training ends.
+    """Updates supports between the optimizer's steps, and leaves plain factors when training ends.
 
     Checkpoints hold the shadows: to resume, build the same objects and call `train(resume_from_checkpoint=...)`.
 
@@ -86,7 +86,7 @@ class DynamicRankCallback(TrainerCallback):
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Look at the gradients of the step, however many batches were accumulated."""
+        """Update importance from the gradients of the step, however many batches were accumulated."""
         self.ranks.before_step(state.global_step, state.max_steps)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:

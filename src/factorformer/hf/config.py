@@ -1,4 +1,4 @@
-"""What `config.json` says of a compressed model: every factorized layer, its structure, and what it shares."""
+"""The `quantization_config` of a compressed model: every factorized layer, its structure, and what it shares."""
 
 from __future__ import annotations
 

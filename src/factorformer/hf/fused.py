@@ -110,7 +110,7 @@ def attention(
 
 
 def fuse(model: PreTrainedModel) -> PreTrainedModel:
-    """Give a model what makes inference on a CPU fast, in place; results change within rounding, files do not.
+    """Use fused kernels for inference on a CPU, in place; results change within rounding, files do not.
 
     Training goes on to work, but gains nothing. Without compiled kernels, and for other devices and types, torch does
     the same as before. Two forward passes of a random batch, before and after, tell whether attention may be replaced:
@@ -222,7 +222,7 @@ def _deviation(before: list[Tensor], after: list[Tensor]) -> float:
 
 
 def _fuse_pair(module: nn.Module) -> None:
-    """Let a block that is nothing but a product and its GELU compute both at once; a trial tells whether it is."""
+    """Let a block that is nothing but a product and its GELU compute both in one pass; a trial shows whether it can."""
     children = dict(module.named_children())
     linear = next((child for child in children.values() if isinstance(child, FactorizedLinear)), None)
     name = next((name for name, child in children.items() if isinstance(child, FusedGELU)), None)

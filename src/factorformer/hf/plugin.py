@@ -152,7 +152,7 @@ def _check_loaded(name: str, module: FactorizedMatrix) -> None:
         if tensor.dtype != wanted and (wanted is not None or not tensor.is_floating_point()):
             right = "values" if wanted is None else str(wanted)
             raise CheckpointError(f"tensor '{name}.{factor}' is stored as {tensor.dtype}, not as {right}")
-    module.fix_scales()  # transformers has made them anew
+    module.fix_scales()  # transformers has created new ones
     if any(tensor.is_meta for tensor in module.factors.values()):
         return
     try:

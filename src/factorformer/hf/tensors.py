@@ -50,7 +50,7 @@ def read_sizes(files: Sequence[str | os.PathLike[str]]) -> Sizes:
 
 
 def check_tensors(model: PreTrainedModel, config: FactorformerConfig, files: Sequence[str]) -> None:
-    """Compare a checkpoint with the model that is about to take it, so that nothing loads as random numbers.
+    """Compare a checkpoint with the model that is about to take it, so that no weight is left randomly initialized.
 
     The saved class has to fit in every tensor. Another class (a new task head on a compressed encoder, an encoder
     without its head) has to fit in everything inside the base model but a pooler; transformers itself reports what is

@@ -1,6 +1,6 @@
 """Compiles the CPU kernels; needs a C++ compiler and nothing else, torch included.
 
-Installation runs this where a compiler is at hand, and goes on without where there is none: the package then multiplies
+Installation runs this if there is a compiler, and goes on without if there is none: the package then multiplies
 with torch alone. `python -m factorformer.kernels.compile` builds the library in place again.
 """
 

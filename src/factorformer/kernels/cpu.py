@@ -259,7 +259,7 @@ def _sparse_fields(
     )
 
 
-# What C reads is made, and its sizes compared, once for each layer: that is faster than anew in each call.
+# What C reads is made, and its sizes compared, once for each layer: that is faster than in each call.
 
 
 @functools.lru_cache(maxsize=4096)

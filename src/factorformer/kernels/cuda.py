@@ -42,7 +42,7 @@ AXES = {
 """The two dimensions of each kernel's result, which its programs share among them."""
 
 CHUNK = 16
-"""Positions of a list that are read at once."""
+"""Positions of a list that are read per iteration."""
 
 PROGRAMS = 128
 """As many keep a large GPU busy: an H100 has 132 multiprocessors."""
@@ -133,7 +133,7 @@ def _densified(values: Tensor, support: Tensor, atoms: int) -> Tensor:
 
 
 def tiles_of(kernel: str, dtype: torch.dtype, n: int, rows: int, atoms: int) -> dict[str, int]:
-    """Rows of input, rows of `S` and words of 32 atoms in a tile, positions read at once, and warps.
+    """Rows of input, rows of `S` and words of 32 atoms in a tile, positions read per iteration, and warps.
 
     Few rows of input take low tiles, narrower ones too, so that there are enough programs to keep a GPU busy. Larger
     tiles than these fill the registers, in float32 first, which tensor cores do not multiply.

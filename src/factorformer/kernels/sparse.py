@@ -20,7 +20,7 @@ from factorformer.kernels import cpu
 from factorformer.kernels.support import unpack
 
 WORKSPACE = 2**19
-"""Entries of `S` that the reference builds at once."""
+"""Entries of `S` per tile of the reference implementation."""
 
 
 @torch.library.custom_op("factorformer::sparse_positions", mutates_args=())

@@ -1,4 +1,4 @@
-"""What a weight matrix costs, dense and factorized: parameters, bytes, and FLOPs per token."""
+"""Costs of a weight matrix, dense and factorized: parameters, bytes, and FLOPs per token."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Who gets how much of the budget."""
+"""Allocation of a budget of bytes to matrices."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which of the trade-offs that a structure offers suits the weights: chosen by cheap fits of a few matrices."""
+"""Choice among the size trade-offs of a structure, by cheap fits of a few matrices."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Who gets how much of the budget, by what it gains: one global problem over all matrices, structures and sizes."""
+"""Allocation by predicted loss: one global problem over all matrices, structures and sizes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ ROUNDING = 1e-9
 
 @dataclasses.dataclass(frozen=True)
 class Option:
-    """What a matrix can become.
+    """One choice of structure and size for a matrix.
 
     Args:
         spec: None for dense.

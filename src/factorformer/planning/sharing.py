@@ -1,4 +1,4 @@
-"""Which matrices share the factors that can be shared: by what they read, or by their place in the layers."""
+"""Groups of matrices that share factors: by the tensor they read, or by their place in the layers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is inside a model, dense or compressed: every weight matrix with its structure and its cost."""
+"""Inventory of a model, dense or compressed: every weight matrix with its structure and its cost."""
 
 from __future__ import annotations
 

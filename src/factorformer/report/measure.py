@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from torch import Tensor, nn
 
-from factorformer.planning.evidence.times import race
+from factorformer.planning.evidence.times import interleaved
 
 
 def latency(models: Sequence[nn.Module], inputs: Mapping[str, Tensor], repeats: int = 15) -> list[float]:
@@ -26,5 +26,5 @@ def latency(models: Sequence[nn.Module], inputs: Mapping[str, Tensor], repeats: 
     for model, device in zip(models, devices, strict=True):
         placed = {name: value.to(device) for name, value in inputs.items()}
         runs.append(lambda model=model, placed=placed: model(**placed))
-    times = race(runs, repeats + 1, device=gpu)[1:]
+    times = interleaved(runs, repeats + 1, device=gpu)[1:]
     return [statistics.median(column) for column in zip(*times, strict=True)]

@@ -1,4 +1,4 @@
-"""What a structure is: a frozen description of a factorized matrix and the pure functions on its factors.
+"""The interface of structures: a frozen description of a factorized matrix, and pure functions on its factors.
 
 A *spec* (`LowRank(rank=64)`) says how a matrix of shape `(out, in)` is stored. The tensors themselves, the
 *factors*, are a plain mapping from names to tensors; modules in `factorformer.layers.nn` own them. A spec knows nothing
@@ -45,7 +45,7 @@ class TensorSpec:
 
 @dataclasses.dataclass(frozen=True)
 class Selection:
-    """What is left of a matrix when only some of its units are kept.
+    """A matrix reduced to some of its units.
 
     Args:
         spec: the smaller structure.
@@ -154,7 +154,7 @@ class Structure(ABC):
     @property
     @abstractmethod
     def units(self) -> int:
-        """How many equal parts the matrix is a sum of, each of which can be removed: rank-one groups, terms, atoms."""
+        """How many equal parts the matrix is a sum of, each of which can be removed: components, terms, atoms."""
 
     @abstractmethod
     def with_units(self, units: int) -> Structure:

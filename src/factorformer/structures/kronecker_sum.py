@@ -22,7 +22,7 @@ AMPLIFICATION = 4
 """Multiply-adds for each parameter and input row that the default shapes aim at; plain low-rank has 1."""
 
 ROWS_AT_ONCE = 1024
-"""Rows that inference on a CPU multiplies at once: beyond, intermediate results leave the cache and fault new pages."""
+"""Rows per tile of inference on a CPU: beyond, intermediate results leave the cache and fault new pages."""
 
 LARGEST_SELECTION = 64
 """Up to this many multiply-adds for each gathered value, rows are cheaper by one GEMM than by gathering factors."""

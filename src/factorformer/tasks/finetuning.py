@@ -170,8 +170,8 @@ def train(
         straight: made of the model, if it trains straight through; finished at the end.
         ranks: made of the model, if its ranks are found in training; finished at the end.
         callbacks: of the Trainer.
-        progress: told how many steps are done.
-        phase: the name under which progress is told.
+        progress: progress callback, in steps.
+        phase: name of the phase reported to `progress`.
 
     Returns:
         Seconds of training.
@@ -259,7 +259,7 @@ class _Steps(TrainerCallback):
 def _frozen_embeddings(model: PreTrainedModel, frozen: bool) -> Iterator[None]:
     """Word embeddings without gradients, for as long as training lasts; tied output heads stay frozen with them.
 
-    Factorized embeddings are trained even so: the fit has just damaged them, and they have to heal.
+    Factorized embeddings are trained even so: the fit has just damaged them, and they have to recover.
     """
     embeddings = model.get_input_embeddings()
     frozen = frozen and not isinstance(embeddings, FactorizedMatrix)

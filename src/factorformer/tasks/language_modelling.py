@@ -123,7 +123,7 @@ def _frame(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
 class BlockCollator:
     """Blocks to padded batches whose `labels` stand where the model predicts them; -100 where it predicts nothing.
 
-    The labels of a causal model are its inputs one place earlier. Those of a masked model are drawn anew in every
+    The labels of a causal model are its inputs one place earlier. Those of a masked model are redrawn in every
     batch, from torch's generator, unless the blocks bring their own (see `hide`).
 
     Args:

@@ -1,1 +1,1 @@
-"""How factors learn; plain torch, usable from any training loop."""
+"""Training methods for factors; usable from any training loop."""

@@ -106,7 +106,7 @@ class DynamicRank:
         resume_from: directory of a checkpoint that `save` was called on, to go on from there: shapes are those of
             then, and the values of tensors are for the caller to load. No calibration is needed.
         changed: called with the model after matrices were factorized or became smaller.
-        progress: told how far calibration and fits are.
+        progress: progress callback, for calibration and fits.
 
     Raises:
         DataError: the method needs calibration data that was not given.
@@ -203,7 +203,7 @@ class DynamicRank:
             vars(self.model)[IGNORED] = self._ignored
 
     def align(self) -> None:
-        """Once, give all processes the weights and groups of the first one, as data-parallel wrappers do."""
+        """Once, give all processes the weights and components of the first one, as data-parallel wrappers do."""
         if not self._aligned and _processes() > 1:
             for units in self.units:
                 tensors = [parameter.data for parameter in units.parameters.values()]
@@ -300,7 +300,7 @@ class DynamicRank:
         return FactorUnits(self.model, entry.matrix, full, importance)
 
     def _shrink(self, left: float, step: int, optimizer: Optimizer | None) -> None:
-        """Remove what does not fit the budget of now; `left` is the part of the way that is still to go."""
+        """Remove what does not fit the current budget; `left` is the part of the way that is still to go."""
         if optimizer is not None:
             optimizer = bare(optimizer)
             named = [(f"{u.matrix.name}.{name}", p) for u in self.units for name, p in u.parameters.items()]

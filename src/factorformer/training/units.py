@@ -81,17 +81,17 @@ class Units(ABC):
     @property
     @abstractmethod
     def count(self) -> int:
-        """How many units remain."""
+        """Number of units that remain."""
 
     @property
     @abstractmethod
     def parameters(self) -> dict[str, nn.Parameter]:
-        """What is trained now, by its name in the layer."""
+        """Trained parameters, by their name in the layer."""
 
     @property
     @abstractmethod
     def ready(self) -> bool:
-        """Whether gradients are there."""
+        """Whether there are gradients."""
 
     @abstractmethod
     def changes(self) -> Float[Tensor, " units"]:
@@ -160,7 +160,7 @@ class FactorUnits(Units):
 
 
 class DenseUnits(Units):
-    """A dense matrix, trained as it is, as the sum of its singular groups.
+    """A dense matrix, trained as it is, as the sum of its rank-1 components (singular triplets).
 
     With `T` the matrix or its transpose, whichever is wider than tall, and a fixed `basis` of which `dual` is the
     inverse, `T = sum_i basis_i (dual_i T)` whatever training does to `T`. At the start the groups are the singular
@@ -193,7 +193,7 @@ class DenseUnits(Units):
 
     @classmethod
     def of(cls, model: nn.Module, matrix: Matrix, importance: Importance, weight: Tensor, metric: Metric) -> DenseUnits:
-        """The groups of the singular value decomposition under a metric.
+        """The rank-1 components of the singular value decomposition under a metric.
 
         Args:
             model, matrix, importance: as for `Units`.
@@ -225,7 +225,7 @@ class DenseUnits(Units):
 
     @property
     def weight(self) -> nn.Parameter:
-        """What is trained."""
+        """The trained weight."""
         return self.model.get_submodule(self.matrix.name).get_parameter("weight")
 
     @property
@@ -332,7 +332,7 @@ def all_units(
         plan: which matrices; its method decides about the structure and the metric of the fits.
         calibration: batches of keyword arguments for the model, if the method needs them.
         decay: of the moving averages of importance.
-        progress: told how far calibration and fits are.
+        progress: progress callback, for calibration and fits.
 
     Raises:
         DataError: the method needs calibration data that was not given.

@@ -64,7 +64,7 @@ def test_large_low_rank_takes_longer_than_small() -> None:
 
 
 def test_sizes_between_are_interpolated(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(timing, "_race", lambda *_: [(9.0, 0.0), (1.0, 0.0), (2.0, 0.0), (3.0, 0.0)])
+    monkeypatch.setattr(timing, "_timed", lambda *_: [(9.0, 0.0), (1.0, 0.0), (2.0, 0.0), (3.0, 0.0)])
     monkeypatch.setattr(timing, "SIZES", 3)
     matrix = Matrix("a", (64, 64))
     timer = measure_times([matrix], {"a": [LowRank(r) for r in range(1, 22)]}, CPU)

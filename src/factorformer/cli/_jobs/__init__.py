@@ -1,1 +1,1 @@
-"""What the longer subcommands do, step by step."""
+"""The jobs of the longer subcommands."""

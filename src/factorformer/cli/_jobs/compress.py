@@ -1,4 +1,4 @@
-"""What `compress` does, step by step."""
+"""The job of `compress`, step by step."""
 
 from __future__ import annotations
 

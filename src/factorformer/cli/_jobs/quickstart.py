@@ -1,4 +1,4 @@
-"""What `quickstart` does, step by step."""
+"""The job of `quickstart`, step by step."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `train` does, step by step."""
+"""The job of `train`, step by step."""
 
 from __future__ import annotations
 

@@ -77,7 +77,7 @@ class Unfinished:
             else:
                 if begun is not None and not overwrite:
                     raise OutputError(
-                        f"an interrupted run for '{self.output}' can go on: add --resume, or start anew with "
+                        f"an interrupted run for '{self.output}' can go on: add --resume, or start over with "
                         "--overwrite"
                     )
                 earlier = self._set_aside()

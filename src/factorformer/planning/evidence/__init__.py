@@ -1,1 +1,1 @@
-"""What plans by loss are made of: error curves, sensitivities, times."""
+"""Measurements for plans by loss: error curves, sensitivities, times."""

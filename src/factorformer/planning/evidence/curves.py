@@ -1,4 +1,4 @@
-"""The error of a matrix against its size, for every structure, before anything is fitted for good."""
+"""Error of a matrix as a function of its size, for every structure, before the final fit."""
 
 from __future__ import annotations
 

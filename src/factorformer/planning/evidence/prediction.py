@@ -1,4 +1,4 @@
-"""What a plan will cost in quality, before anything is fitted for good: error curves times sensitivities."""
+"""Predicted loss of quality of a plan, before the final fit: error curves times sensitivities."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def relative_sensitivities(
         statistics: what the metric of the fit knows of each layer.
         ratio: dense bytes over the bytes that matrices have on average.
         calibration: batches as for `compress`.
-        progress: told how far the work is.
+        progress: progress callback.
     """
     if calibration is None:
         used = {m.name: math.prod(m.shape) * max(m.products, m.lookups, 1) for m in matrices}
@@ -74,7 +74,7 @@ def relative_sensitivities(
 
 @dataclasses.dataclass(frozen=True)
 class Prediction:
-    """What is known of a model before it is compressed.
+    """Measurements of a model before it is compressed.
 
     Args:
         curves: squared relative error of each matrix by what it is factorized into, under the metric of a method.
@@ -129,7 +129,7 @@ class Prediction:
         return math.sqrt(math.fsum(self.loss(entry.matrix.name, entry.spec) for entry in changed))
 
     def explained(self, entry: Entry) -> Entry:
-        """The entry with a reason that tells how much its matrix matters."""
+        """The entry with a reason that says how much its matrix matters."""
         sensitivity = self.sensitivities.get(entry.matrix.name)
         if sensitivity is None:
             return entry
@@ -161,7 +161,7 @@ def plan_by_loss(
         draft: a plan without entries.
         matrices: all in scope.
         calibration: batches as for `compress`; None if there are none.
-        progress: told how far the work is.
+        progress: progress callback.
 
     Raises:
         BudgetError: the ratio cannot be met within 1 %; the message names the nearest that can.

@@ -1,4 +1,4 @@
-"""How much a model's output changes when one of its matrices has an error: measured, without labels."""
+"""Sensitivity of a model's output to an error in one of its matrices, measured without labels."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How long products take on this machine: what budgets in milliseconds are counted in."""
+"""Measured times of products on this machine, for budgets in milliseconds."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def measure_times(
         for kind in dict.fromkeys(spec.kind for spec in known):
             chosen += _spaced([spec for spec in known if spec.kind == kind], matrix.shape, matrix.values)
         wanted = any(other.products for other in same), any(other.lookups for other in same)
-        times = _race(matrix, chosen, device, rows, wanted)
+        times = _timed(matrix, chosen, device, rows, wanted)
         dense[place] = times[0]
         for spec, (product, lookup) in zip(chosen, times[1:], strict=True):
             size = spec.bytes(matrix.shape, matrix.values)
@@ -109,7 +109,7 @@ def _spaced(specs: Sequence[Structure], shape: Shape, dtype: torch.dtype) -> lis
     return [ordered[place] for place in sorted(places)]
 
 
-def _race(
+def _timed(
     matrix: Matrix,
     specs: Sequence[Structure],
     device: torch.device,
@@ -129,13 +129,13 @@ def _race(
         factors = int8.quantize(factors) if matrix.int8 else factors
         products.append(lambda spec=spec, factors=factors: spec.matmul(shape, factors, x))
         lookups.append(lambda spec=spec, factors=factors: spec.rows(shape, factors, index))
-    times = race([*(products if wanted[0] else ()), *(lookups if wanted[1] else ())], REPEATS, device=device)
+    times = interleaved([*(products if wanted[0] else ()), *(lookups if wanted[1] else ())], REPEATS, device=device)
     fastest = iter([min(column) for column in zip(*times, strict=True)])
     best = [[next(fastest) if use else 0.0 for _ in products] for use in wanted]
     return list(zip(*best, strict=True))
 
 
-def race(
+def interleaved(
     runs: Sequence[Callable[[], object]],
     rounds: int,
     *,
@@ -145,7 +145,7 @@ def race(
     device: torch.device | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> list[list[float]]:
-    """Milliseconds of every run in every round, `(rounds, runs)`: what all comparisons of times are made of.
+    """Interleaved milliseconds of every run in every round, `(rounds, runs)`.
 
     Runs are interleaved in rotating order: each has one turn in every round, so that whatever else the machine does
     meanwhile meets all of them alike, and the one that was first in a round is last in the next.
