@@ -42,7 +42,7 @@ from transformers.utils import logging
 import factorformer
 from factorformer.bench.candidates import Candidate, Runner, draw, load, parse
 from factorformer.bench.comparison import LEAST, SETTLE, WARM_UP, Shape, compare
-from factorformer.errors import FactorformerError, first_line
+from factorformer.errors import FactorformerError, one_line
 from factorformer.files import output_directory
 from factorformer.hf.source import find, load_model, load_tokenizer, most_tokens
 from factorformer.layers.surgery import find_blocks
@@ -278,7 +278,7 @@ class Field:
                 with torch.inference_mode():
                     of.prepare(draw([of], shape.batch, shape.tokens, self.args.seed))()
             except Exception as error:  # compilers and quantized operators raise many types
-                print(f"left out: {label}: {first_line(error)}", flush=True)
+                print(f"left out: {label}: {one_line(error)}", flush=True)
                 del self.ready[label]
         candidates, runners = zip(*self.ready.values(), strict=True)
         (comparison,) = compare(

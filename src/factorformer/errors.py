@@ -85,6 +85,10 @@ def extra_of(module: str) -> str | None:
     return next((extra for extra, names in EXTRAS.items() if module.partition(".")[0] in names), None)
 
 
+LONGEST = 500
+"""Characters of another package's message that are passed on."""
+
+
 def one_of(given: str, allowed: Iterable[str]) -> str:
     """Describe a wrong choice: what was given, the nearest allowed name, and all allowed names.
 
@@ -97,15 +101,11 @@ def one_of(given: str, allowed: Iterable[str]) -> str:
     return f"'{given}'{hint}; allowed: {', '.join(names)}"
 
 
-def first_line(error: BaseException) -> str:
-    """The first line of a message that may go on for pages, with the next one where it ends in a colon.
+def one_line(error: BaseException) -> str:
+    """The message of another package's error on one line, cut off where it goes on for pages.
 
-    A message of this package is one line already, and is returned whole.
-
-    >>> first_line(RuntimeError("cannot load:\\n  no such file\\nand much more"))
+    >>> one_line(RuntimeError("cannot load:\\n  no such file"))
     'cannot load: no such file'
     """
-    if isinstance(error, FactorformerError):
-        return str(error)
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    return " ".join(lines[: 2 if lines[0].endswith(":") else 1])
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= LONGEST or isinstance(error, FactorformerError) else f"{text[:LONGEST]}..."

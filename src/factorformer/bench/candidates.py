@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
-from factorformer.errors import MethodError, ModelError, first_line, one_of
+from factorformer.errors import MethodError, ModelError, one_line, one_of
 from factorformer.layers.nn import FactorizedMatrix
 
 VARIANTS = {
@@ -223,7 +223,7 @@ def _load_onnx(candidate: Candidate, threads: int, device: torch.device) -> Runn
     try:
         session = onnxruntime.InferenceSession(str(candidate.path), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # of many types, for files that are no models and for operators that it does not know
-        raise ModelError(f"cannot load '{candidate.name}': {first_line(error)}") from error
+        raise ModelError(f"cannot load '{candidate.name}': {one_line(error)}") from error
     names = [item.name for item in session.get_inputs()]
     known = {"input_ids", "attention_mask", "token_type_ids", "position_ids"}
     if "input_ids" not in names or set(names) - known:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 
 from factorformer.bench.candidates import Candidate, Runner, draw
-from factorformer.errors import DataError, ModelError, first_line
+from factorformer.errors import DataError, ModelError, one_line
 from factorformer.planning.evidence.times import interleaved
 from factorformer.progress import Progress, silent
 
@@ -188,5 +188,5 @@ def _warm(candidate: Candidate, shape: Shape, run: Callable[[], object]) -> floa
                 run()
                 first = first if i else 1000 * (time.perf_counter() - began)
     except Exception as error:  # torch, its compiler and ONNX Runtime raise many types
-        raise ModelError(f"'{candidate.name}' cannot run at shape {shape}: {first_line(error)}") from error
+        raise ModelError(f"'{candidate.name}' cannot run at shape {shape}: {one_line(error)}") from error
     return first

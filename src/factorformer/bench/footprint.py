@@ -23,7 +23,7 @@ import torch
 
 from factorformer.bench.candidates import PRECISIONS, Candidate, draw, load, parse
 from factorformer.bench.comparison import Shape
-from factorformer.errors import ModelError, first_line
+from factorformer.errors import ModelError, one_line
 
 LOADS = 3
 """Number of timed loads."""
@@ -187,7 +187,7 @@ def main(arguments: list[str]) -> int:
             job["vocabulary"],
         )
     except Exception as error:  # whatever it is, the parent names the model
-        print(first_line(error), file=sys.stderr)
+        print(one_line(error), file=sys.stderr)
         return FAILED
     print(json.dumps(dataclasses.asdict(found)))
     return 0

@@ -21,7 +21,7 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from factorformer.errors import ExportError, first_line
+from factorformer.errors import ExportError, one_line
 from factorformer.export.sentence import Pooling, find_layout, read_longest
 from factorformer.export.task import HEADS, Task, input_names
 from factorformer.files import check_output, output_directory
@@ -244,7 +244,7 @@ def _translate(task: Task) -> ir.Model:
             if isinstance(cause, ExportError):
                 raise cause from error
             name = type(task.model).__name__
-            raise ExportError(f"torch cannot export {name} to ONNX: {first_line(cause)}") from error
+            raise ExportError(f"torch cannot export {name} to ONNX: {one_line(cause)}") from error
         assert program is not None
         graph.simplify(program.model)
     return program.model
@@ -319,7 +319,7 @@ def _run(model: Path | ir.Model, task: Task, feeds: list[dict[str, Tensor]]) -> 
         return [[torch.from_numpy(output) for output in session.run(None, feed)] for feed in arrays]
     except Exception as error:  # ONNX Runtime raises types of its own, which share no base
         kind = type(task.model).__name__
-        raise ExportError(f"ONNX Runtime cannot run the exported {kind}: {first_line(error)}") from error
+        raise ExportError(f"ONNX Runtime cannot run the exported {kind}: {one_line(error)}") from error
 
 
 def _checked(task: Task, pairs: list[tuple[Tensor, Tensor]], tolerance: float, reference: str = "torch") -> float:

@@ -12,16 +12,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 import transformers
 
-from factorformer.errors import CheckpointError, FactorformerError, FactorformerWarning
+from factorformer.errors import CheckpointError, FactorformerError, FactorformerWarning, one_line
 from factorformer.hf import compat, layout
 from factorformer.hf.tensors import drop_pooler, takes_no_pooler
 from factorformer.hf.trust import trusted
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-LONGEST = 500
-"""Characters of another package's message that are passed on."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,7 +125,7 @@ def read_config(folder: Path, *, trust: bool | None = None) -> transformers.PreT
     except FactorformerError:
         raise
     except Exception as error:  # malformed content surfaces as many types
-        raise CheckpointError(f"cannot read '{folder}/config.json': {message(error)}") from error
+        raise CheckpointError(f"cannot read '{folder}/config.json': {one_line(error)}") from error
 
 
 def read_model(loader: Any, path: Path, **options: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
@@ -138,13 +135,7 @@ def read_model(loader: Any, path: Path, **options: Any) -> tuple[PreTrainedModel
     except FactorformerError:
         raise
     except Exception as error:  # transformers, safetensors and torch raise many types for files that do not fit
-        raise CheckpointError(f"cannot load '{path}': {message(error)}") from error
-
-
-def message(error: Exception) -> str:
-    """What an error of another package says, on one line, and not all of it where it goes on for pages."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= LONGEST else f"{text[:LONGEST]}..."
+        raise CheckpointError(f"cannot load '{path}': {one_line(error)}") from error
 
 
 def some(names: Iterable[object], most: int = 5) -> str:

@@ -11,9 +11,9 @@ import torch
 from huggingface_hub import snapshot_download
 from transformers import AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from factorformer.errors import CheckpointError, ModelError
+from factorformer.errors import CheckpointError, ModelError, one_line
 from factorformer.hf import checkpoint, layout, minilm
-from factorformer.hf.checkpoint import choose, load, message
+from factorformer.hf.checkpoint import choose, load
 from factorformer.hf.trust import trusted
 
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".ot", ".tflite", ".gguf", ".index.json")
@@ -57,7 +57,7 @@ def _download(name: str) -> Path:
             path = Path(snapshot_download(name, allow_patterns=[*patterns, "pytorch_model*.bin"]))
     except Exception as error:  # of the Hub's client, of HTTP, of sockets
         raise ModelError(
-            f"'{name}' is no directory here, and it cannot be had from the Hub: {message(error)}"
+            f"'{name}' is no directory here, and it cannot be had from the Hub: {one_line(error)}"
         ) from error
     layout.place(path)
     return path
@@ -74,7 +74,7 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trusted())
     except Exception as error:  # tokenizers raise many types, all of which mean a directory without a usable one
         _check_reads_text(path)
-        raise ModelError(f"cannot load a tokenizer from '{path}': {message(error)}") from error
+        raise ModelError(f"cannot load a tokenizer from '{path}': {one_line(error)}") from error
     files = {"tokenizer.json", "tokenizer_config.json", *tokenizer.vocab_files_names.values()}
     if not any((folder / file).exists() for file in files):  # transformers then makes one with an empty vocabulary
         _check_reads_text(path)

@@ -26,7 +26,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
 )
 
-from factorformer.errors import ModelError, first_line
+from factorformer.errors import ModelError, one_line
 from factorformer.tasks.seeding import seeded
 
 Task = Literal["translation", "causal", "masked"]
@@ -286,4 +286,4 @@ def _near(given: str, names: Iterable[str]) -> str:
 
 def _reason(error: Exception) -> str:
     """The reason of an error in one line, without the heading and the class that some put in front."""
-    return re.sub(r"^(.*: )?\w+Error: ", "", first_line(error))
+    return re.sub(r"^(.*: )?\w+Error: ", "", one_line(error))

@@ -19,7 +19,7 @@ from typing import IO, Any, NamedTuple
 
 import pyarrow
 
-from factorformer.errors import DataError, first_line
+from factorformer.errors import DataError, one_line
 
 TEXT_FORMATS = (".tsv", ".csv", ".jsonl", ".json", ".txt")
 COMPRESSED: dict[str, Callable[[Path], Any]] = {
@@ -99,7 +99,7 @@ def _opened(path: Path) -> Iterator[IO[bytes]]:
         with COMPRESSED.get(path.suffix.lower(), lambda path: path.open("rb"))(path) as stream:
             yield stream
     except damaged as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else first_line(error)
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else one_line(error)
         raise DataError(f"cannot read '{path}': {reason}") from error
 
 

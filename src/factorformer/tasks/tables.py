@@ -14,7 +14,7 @@ import pyarrow
 import pyarrow.parquet
 from datasets.table import InMemoryTable
 
-from factorformer.errors import DataError, first_line, one_of
+from factorformer.errors import DataError, one_line, one_of
 from factorformer.tasks.cells import check_kind, check_label_cells, check_labels, check_texts, row_name
 from factorformer.tasks.reading import COMPRESSED, SEPARATORS, TEXT_FORMATS, read_rows, text_format
 
@@ -118,7 +118,7 @@ def read(
     try:
         return datasets.Dataset.from_dict(found.columns)
     except Exception as error:  # of Arrow, for cells that it has no type for
-        raise DataError(f"cannot read '{path}': {first_line(error)}") from error
+        raise DataError(f"cannot read '{path}': {one_line(error)}") from error
 
 
 def _check_file(path: Path) -> None:
@@ -137,7 +137,7 @@ def _parquet(path: Path) -> datasets.Dataset:
                 table = table.set_column(i, field.name, table[i].cast(field.type.value_type))
         rows = datasets.Dataset(InMemoryTable(table))
     except Exception as error:
-        raise DataError(f"cannot read '{path}' as Parquet: {first_line(error)}") from error
+        raise DataError(f"cannot read '{path}' as Parquet: {one_line(error)}") from error
     if len(rows) == 0:
         raise DataError(f"'{path}' has no rows")
     return rows
@@ -153,7 +153,7 @@ def _from_hub(source: str) -> datasets.Dataset:
     try:
         rows = datasets.load_dataset(name, *rest[:-1], split=rest[-1])
     except Exception as error:  # of the Hub's client, of HTTP, of readers
-        raise DataError(f"cannot load '{source}' from the Hub: {first_line(error)}") from error
+        raise DataError(f"cannot load '{source}' from the Hub: {one_line(error)}") from error
     assert isinstance(rows, datasets.Dataset)
     if len(rows) == 0:
         raise DataError(f"'{source}' has no rows")
