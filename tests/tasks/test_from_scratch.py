@@ -14,7 +14,7 @@ import torch
 from factorformer.errors import MethodError, OutputError
 from factorformer.tasks.checkpoints import check_same_run, last_checkpoint, locked, step_of
 from factorformer.tasks.from_scratch import ScratchSettings
-from factorformer.tasks.seeding import seeded
+from factorformer.tasks.trainer import seeded
 
 
 def test_settings_out_of_range_are_refused() -> None:

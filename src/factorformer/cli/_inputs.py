@@ -176,7 +176,7 @@ def check_teacher(name: str, path: Path, head: Head | None) -> None:
 
 def load_teacher(name: str | None, student: PreTrainedModel) -> PreTrainedModel | None:
     """The model that a student learns from, in the student's precision; None if there is none."""
-    return None if name is None else load_model(find(name), student.dtype)
+    return None if name is None else load_model(find(name), student.dtype, str(student.device))
 
 
 def note_new_head(head: Head) -> None:

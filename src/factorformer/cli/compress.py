@@ -13,6 +13,8 @@ from factorformer.cli._options import (
     Budget,
     CalibrationFile,
     CalibrationRows,
+    Device,
+    DeviceChoice,
     Distill,
     Epochs,
     EvalFile,
@@ -36,6 +38,7 @@ from factorformer.cli._options import (
     TrainFile,
     Words,
     emit,
+    place_of,
 )
 
 PlanFile = Annotated[
@@ -76,6 +79,7 @@ def compress(
     seed: Seed = 0,
     distill: Distill = None,
     freeze_embeddings: FreezeEmbeddings = True,
+    device: Device = DeviceChoice.auto,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
@@ -111,11 +115,11 @@ def compress(
 
     check_output(output, overwrite=overwrite, inputs=(model, plan, calibration, train, evaluation, distill))
     from factorformer.cli._inputs import columns_of
-    from factorformer.cli._jobs.compress import Job, run
+    from factorformer.cli._jobs.compress import CompressJob, run
     from factorformer.planning import Plan
     from factorformer.tasks.finetuning import TrainingSettings
 
-    job = Job(
+    job = CompressJob(
         model=model,
         output=str(output),
         method=method,
@@ -136,6 +140,7 @@ def compress(
         max_length=max_length,
         settings=TrainingSettings(epochs, lr, batch_size, seed, freeze_embeddings=freeze_embeddings),
         distill=distill,
+        device=place_of(device),
         overwrite=overwrite,
     )
     emit(run(job), as_json=as_json)

@@ -7,7 +7,17 @@ from typing import Annotated
 
 import typer
 
-from factorformer.cli._options import MODELS, AsJson, MaxLength, TextColumns, Words, emit
+from factorformer.cli._options import (
+    MODELS,
+    AsJson,
+    Device,
+    DeviceChoice,
+    MaxLength,
+    TextColumns,
+    Words,
+    emit,
+    place_of,
+)
 
 Evaluated = Annotated[str, typer.Argument(metavar="DIR", show_default=False, help=MODELS)]
 DataFile = Annotated[str, typer.Option("--data", metavar="FILE", show_default=False, help="Rows to measure on.")]
@@ -30,6 +40,7 @@ def evaluate(
     words: Words = False,
     label: LabelColumn = None,
     max_length: MaxLength = 128,
+    device: Device = DeviceChoice.auto,
     as_json: AsJson = False,
 ) -> None:
     """Measure a fine-tuned model on labelled rows, or a causal language model on text; compressed or not.
@@ -72,7 +83,7 @@ def evaluate(
     encoded = encode_table(data, rows, columns, tokenizer, labels, max_length, path)
     if plain:
         check_measurable(config, encoded, data)
-    loaded = load_model(path)
+    loaded = load_model(path, device=place_of(device), whole=not plain)
     check_lengths(loaded, encoded, f"'{data}'")
     started = time.perf_counter()
     with bars() as progress:

@@ -9,6 +9,8 @@ import typer
 from factorformer.cli._options import (
     AsJson,
     BatchSize,
+    Device,
+    DeviceChoice,
     Distill,
     Epochs,
     EvalFile,
@@ -23,6 +25,7 @@ from factorformer.cli._options import (
     TextColumns,
     Words,
     emit,
+    place_of,
 )
 
 TrainFile = Annotated[
@@ -54,6 +57,7 @@ def finetune(
     seed: Seed = 0,
     distill: Distill = None,
     freeze_embeddings: FreezeEmbeddings = True,
+    device: Device = DeviceChoice.auto,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
@@ -82,10 +86,10 @@ def finetune(
 
     check_output(output, overwrite=overwrite, inputs=(model, train, evaluation, distill))
     from factorformer.cli._inputs import columns_of
-    from factorformer.cli._jobs.finetune import Job, run
+    from factorformer.cli._jobs.finetune import FinetuneJob, run
     from factorformer.tasks.finetuning import TrainingSettings
 
-    job = Job(
+    job = FinetuneJob(
         model=model,
         output=str(output),
         train=train,
@@ -95,6 +99,7 @@ def finetune(
         max_length=max_length,
         settings=TrainingSettings(epochs, lr, batch_size, seed, freeze_embeddings=freeze_embeddings),
         distill=distill,
+        device=place_of(device),
         overwrite=overwrite,
     )
     emit(run(job), as_json=as_json)

@@ -27,7 +27,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from factorformer.errors import ModelError, one_line
-from factorformer.tasks.seeding import seeded
+from factorformer.tasks.trainer import seeded
 
 Task = Literal["translation", "causal", "masked"]
 """What a model learns: one text from another, the next token, or tokens that are hidden."""

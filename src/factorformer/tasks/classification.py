@@ -93,7 +93,13 @@ def find_head(path: Path, labels: Labels) -> Head:
     return Head(labels, trained=False, replaced=own) if kept is None else Head(kept, trained=True)
 
 
-def load_classifier(path: Path, labels: Labels, seed: int = 0, dtype: torch.dtype | None = torch.float32) -> Classifier:
+def load_classifier(
+    path: Path,
+    labels: Labels,
+    seed: int = 0,
+    dtype: torch.dtype | None = torch.float32,
+    device: str | None = None,
+) -> Classifier:
     """A model with the head that `find_head` finds.
 
     Args:
@@ -101,6 +107,7 @@ def load_classifier(path: Path, labels: Labels, seed: int = 0, dtype: torch.dtyp
         labels: as the data has them; the order of a head that is kept goes before theirs.
         seed: of a new head.
         dtype: of the weights: full precision for training; None keeps the one on disk.
+        device: where the model is put; None for a GPU if there is one.
 
     Raises:
         CheckpointError: weights other than the head's are missing or misshapen.
@@ -108,7 +115,7 @@ def load_classifier(path: Path, labels: Labels, seed: int = 0, dtype: torch.dtyp
     """
     head = find_head(path, labels)
     if head.trained:
-        return Classifier(load_model(path, dtype), head)
+        return Classifier(load_model(path, dtype, device, whole=True), head)
     config = read_config(path)
     config.num_labels = max(len(labels.names), 1)
     if labels.names:
@@ -124,7 +131,7 @@ def load_classifier(path: Path, labels: Labels, seed: int = 0, dtype: torch.dtyp
     wrong = [[str(k) for k in info[kind]] for kind in ("missing_keys", "mismatched_keys")]
     # A checkpoint from masked-language modelling has no pooler: it belongs to the head and is new as well.
     refuse(path, *[[key for key in keys if inside in key and ".pooler." not in key] for keys in wrong])
-    return Classifier(ready(model), head)
+    return Classifier(ready(model, device), head)
 
 
 def head_labels(config: PretrainedConfig) -> Labels | None:

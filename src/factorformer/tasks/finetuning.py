@@ -198,7 +198,7 @@ def train(
     ):
         common: dict[str, Any] = {
             "model": model,
-            "args": _arguments(settings, scratch),
+            "args": _arguments(settings, scratch, on_cpu=model.device.type == "cpu"),
             "train_dataset": data,
             "data_collator": collator(tokenizer, data),
             "callbacks": [*acting, *(callbacks or [])],
@@ -224,7 +224,7 @@ def train(
     return seconds
 
 
-def _arguments(settings: TrainingSettings, scratch: str) -> TrainingArguments:
+def _arguments(settings: TrainingSettings, scratch: str, *, on_cpu: bool) -> TrainingArguments:
     return TrainingArguments(
         output_dir=scratch,
         num_train_epochs=settings.epochs,
@@ -235,7 +235,7 @@ def _arguments(settings: TrainingSettings, scratch: str) -> TrainingArguments:
         warmup_steps=settings.warmup,
         weight_decay=settings.weight_decay,
         bf16=settings.precision == "bf16",
-        use_cpu=not torch.accelerator.is_available(),  # or else bf16 is refused
+        use_cpu=on_cpu,  # even where there is a GPU
         optim="adamw_torch_fused",
         train_sampling_strategy="group_by_length",
         save_strategy="no",
@@ -243,7 +243,7 @@ def _arguments(settings: TrainingSettings, scratch: str) -> TrainingArguments:
         logging_nan_inf_filter=False,  # which would report a finite loss for a run that diverged
         report_to=[],
         disable_tqdm=True,
-        dataloader_pin_memory=torch.cuda.is_available(),
+        dataloader_pin_memory=not on_cpu,
     )
 
 

@@ -23,10 +23,8 @@ from factorformer.errors import DivergedError, MethodError
 from factorformer.layers.modes import evaluating
 from factorformer.progress import Progress, silent
 from factorformer.tasks.checkpoints import check_same_run, last_checkpoint, locked
-from factorformer.tasks.seeding import seeded
-
-IGNORED = -100
-"""The label of padding, which no loss counts."""
+from factorformer.tasks.data import IGNORED
+from factorformer.tasks.trainer import own_forward, seeded
 
 _POOL = 50
 """Batches among which rows are sorted by length."""
@@ -292,12 +290,9 @@ def _finish(trainer: ScratchTrainer, checkpoint: Path | None, steps: int) -> lis
         if state["global_step"] >= steps:  # the Trainer would make one step more
             trainer._load_from_checkpoint(str(checkpoint))
             return state["log_history"]
-    try:
+    assert isinstance(trainer.model, PreTrainedModel)
+    with own_forward(trainer.model):
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    finally:
-        # What accelerate wraps around `forward` for autocasting must not outlive the training.
-        for name in ("forward", "_original_forward"):
-            vars(trainer.model).pop(name, None)
     return trainer.state.log_history
 
 

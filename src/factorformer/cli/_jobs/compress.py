@@ -51,7 +51,7 @@ COMPARED = 1000
 
 
 @dataclasses.dataclass(frozen=True)
-class Job:
+class CompressJob:
     """The options of `compress`; their help texts say what they are."""
 
     model: str
@@ -74,6 +74,7 @@ class Job:
     max_length: int
     settings: TrainingSettings
     distill: str | None
+    device: str
     overwrite: bool
 
     @property
@@ -114,7 +115,7 @@ class Inputs:
         return self.head is not None and not self.head.trained
 
 
-def run(job: Job) -> Result:
+def run(job: CompressJob) -> Result:
     """Check, plan, fit, train, save, measure."""
     started = time.perf_counter()
     job = check(job)
@@ -157,7 +158,7 @@ def run(job: Job) -> Result:
 # Options
 
 
-def check(job: Job) -> Job:
+def check(job: CompressJob) -> CompressJob:
     """Refuse options that do not go together, and drop, with a note, what nothing reads.
 
     Raises:
@@ -192,7 +193,7 @@ def check(job: Job) -> Job:
     return dataclasses.replace(job, calibration=(job.calibration or job.train) if job.needs != "nothing" else None)
 
 
-def _check_method(job: Job) -> None:
+def _check_method(job: CompressJob) -> None:
     options = (job.method, job.ratio, job.budget, job.scope, job.include, job.exclude, job.share)
     if job.plan is not None and (job.int8 or any(option is not None for option in options)):
         raise MethodError(
@@ -206,7 +207,7 @@ def _check_method(job: Job) -> None:
     compression.check_options(job.chosen, job.ratio, job.share, job.budget or "bytes")
 
 
-def _check_data(job: Job) -> None:
+def _check_data(job: CompressJob) -> None:
     label = job.columns.label
     if job.distill is not None and job.train is None:
         raise DataError("--distill needs text to learn on: give --train")
@@ -227,7 +228,7 @@ def _check_data(job: Job) -> None:
 # Data
 
 
-def read_inputs(job: Job) -> Inputs:
+def read_inputs(job: CompressJob) -> Inputs:
     """Read all data, and check that it fits the model, of which nothing but the configuration is looked at.
 
     Raises:
@@ -272,7 +273,7 @@ def read_inputs(job: Job) -> Inputs:
     return Inputs(path, tokenizer, labels, head, *(data.get(name) for name in names))
 
 
-def _task(job: Job, path: Path, tables: Mapping[str, datasets.Dataset]) -> tuple[Labels | None, Head | None]:
+def _task(job: CompressJob, path: Path, tables: Mapping[str, datasets.Dataset]) -> tuple[Labels | None, Head | None]:
     """What labels mean, and the head that is trained on them, if one is."""
     label = job.columns.label
     if label is None or not tables:
@@ -289,12 +290,12 @@ def _task(job: Job, path: Path, tables: Mapping[str, datasets.Dataset]) -> tuple
 # Model
 
 
-def _load(job: Job, inputs: Inputs) -> PreTrainedModel:
+def _load(job: CompressJob, inputs: Inputs) -> PreTrainedModel:
     """The model in its own precision, with the head that is to be trained."""
     if inputs.head is None:
-        model = load_model(inputs.path)
+        model = load_model(inputs.path, device=job.device)
     else:
-        model = load_classifier(inputs.path, inputs.head.labels, job.settings.seed, None).model
+        model = load_classifier(inputs.path, inputs.head.labels, job.settings.seed, None, job.device).model
     for name in ("train", "evaluation", "calibration"):
         data = getattr(inputs, name)
         if data is not None:
@@ -302,7 +303,9 @@ def _load(job: Job, inputs: Inputs) -> PreTrainedModel:
     return model
 
 
-def _plan(job: Job, model: PreTrainedModel, calibration: list[dict[str, Tensor]] | None) -> tuple[Plan, list[str]]:
+def _plan(
+    job: CompressJob, model: PreTrainedModel, calibration: list[dict[str, Tensor]] | None
+) -> tuple[Plan, list[str]]:
     """The plan, and warnings about it, which are told as well."""
     if job.plan is not None:
         plan = fit_plan(job.plan, model)
@@ -330,7 +333,7 @@ def _plan(job: Job, model: PreTrainedModel, calibration: list[dict[str, Tensor]]
 
 
 def _fit(
-    job: Job,
+    job: CompressJob,
     inputs: Inputs,
     model: PreTrainedModel,
     plan: Plan,

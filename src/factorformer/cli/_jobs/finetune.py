@@ -28,7 +28,7 @@ from factorformer.tasks.trainer import in_full_precision
 
 
 @dataclasses.dataclass(frozen=True)
-class Job:
+class FinetuneJob:
     """The options of `finetune`; their help texts say what they are."""
 
     model: str
@@ -40,10 +40,11 @@ class Job:
     max_length: int
     settings: TrainingSettings
     distill: str | None
+    device: str
     overwrite: bool
 
 
-def run(job: Job) -> Result:
+def run(job: FinetuneJob) -> Result:
     """Check, train, save, measure; no weight is read before everything is checked."""
     started = time.perf_counter()
     path, label = find(job.model), job.columns.label
@@ -61,7 +62,7 @@ def run(job: Job) -> Result:
     eval_data = (
         None if job.evaluation is None or eval_rows is None else encode_table(job.evaluation, eval_rows, *options)
     )
-    model = load_classifier(path, head.labels, job.settings.seed, None).model
+    model = load_classifier(path, head.labels, job.settings.seed, None, job.device).model
     for encoded in (data, eval_data):
         if encoded is not None:
             check_lengths(model, encoded)

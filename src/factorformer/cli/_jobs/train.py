@@ -24,7 +24,7 @@ from factorformer.progress import Progress, bars
 from factorformer.report import Result, inventory
 from factorformer.tasks.architectures import Architecture, new_model
 from factorformer.tasks.from_scratch import ScratchSettings
-from factorformer.tasks.seeding import seeded
+from factorformer.tasks.trainer import seeded
 
 DENSE = "dense"
 """The method that leaves every matrix as it is."""
