@@ -93,7 +93,7 @@ def test_a_model_that_is_too_short_or_fails_is_named() -> None:
     def fail() -> None:
         raise RuntimeError("first line\nsecond line")
 
-    with pytest.raises(ModelError, match=r"'broken' cannot run at shape 1x2: first line$"):
+    with pytest.raises(ModelError, match=r"'broken' cannot run at shape 1x2: first line second line"):
         compare([candidate("broken")], [Runner(lambda ids: fail, 5, None, None)], [Shape(1, 2)], rounds=1)
 
 

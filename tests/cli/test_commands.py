@@ -81,7 +81,7 @@ def test_compress_without_data(run: Any, base: Path, tmp_path: Path) -> None:
     assert content["bytes"]["ratio"] == pytest.approx(2, rel=0.01)
     assert (content["method"], content["scope"], content["seed"]) == ("svd", "blocks", None)
     assert content["output"] == str(output)
-    assert "svd (the default without text)" in done.stderr
+    assert "svd (the default without calibration data)" in done.stderr
     assert json.loads((output / "factorformer.json").read_text()) == content
     assert type(factorformer.load(output)).__name__ == "BertModel"
 
@@ -92,7 +92,8 @@ def test_everything_beside_the_weights_is_copied_unchanged(run: Any, base: Path,
     for name in ("modules.json", "sentence_bert_config.json", "1_Pooling/config.json", "tokenizer.json"):
         assert (output / name).read_bytes() == (base / name).read_bytes()
     left = {"README.md", "onnx", "modules.json"} & {file.name for file in output.iterdir()}
-    assert left == {"modules.json"}
+    assert left == {"README.md", "modules.json"}
+    assert (output / "README.md").read_bytes() != (base / "README.md").read_bytes()  # the card of another model
     assert (output / "model.safetensors").stat().st_mode == (output / "config.json").stat().st_mode
 
 
@@ -101,7 +102,7 @@ def test_calibration_text_makes_the_fit_data_aware(run: Any, base: Path, tables:
     done = run("compress", base, tmp_path / "small", "--ratio", 2, *options)
     content = result_of(done)
     assert content["method"] == "whitened"
-    assert "whitened (the default with text)" in done.stderr
+    assert "whitened (the default with calibration data)" in done.stderr
     assert set(content["metrics"]) == {"embedding_cosine", "similarity_spearman"}
     plain = result_of(run("compress", base, tmp_path / "plain", "--ratio", 2, "--method", "svd", *options))
     assert content["metrics"]["embedding_cosine"] > plain["metrics"]["embedding_cosine"]

@@ -104,12 +104,12 @@ def _saving(model: PreTrainedModel, arguments: Mapping[str, Any]) -> Iterator[No
     if quantizer is None:
         yield
         return
-    quantizer.state_dict = arguments["state_dict"]
+    quantizer.state_dict = arguments.get("state_dict")
     try:
         yield
     finally:
         quantizer.state_dict = None
-    if arguments["is_main_process"]:
+    if arguments.get("is_main_process", True):
         card.write(model, Path(arguments["save_directory"]))
 
 
