@@ -19,6 +19,7 @@ from factorformer.fitting import statistics as calibrate
 from factorformer.fitting.matrices import Factors, fit_group, fit_matrix, fit_stack, measure
 from factorformer.fitting.statistics import LayerStatistics
 from factorformer.layers.matrix import Cost, Matrix, Member, Scope
+from factorformer.layers.modes import evaluating
 from factorformer.layers.nn import FactorizedMatrix, new_factors
 from factorformer.layers.surgery import dense_weight, factorize, find_matrices, unchanged_on_error
 from factorformer.planning import Entry, Plan, Share, Unit, left_dense
@@ -315,20 +316,14 @@ def _first(batches: Iterator[dict[str, Any]]) -> tuple[dict[str, Any] | None, It
 def _check_runs(model: nn.Module, batch: Mapping[str, Any]) -> None:
     """Raise `ModelError` if a compressed model does not run on what its dense self has run on."""
     device = next(model.parameters()).device
-    modes = [(module, module.training) for module in model.modules()]
     try:
-        with torch.no_grad():
-            model.eval()(
-                **{key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
-            )
+        with evaluating(model), torch.no_grad():
+            model(**{key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()})
     except Exception as error:
         raise ModelError(
             f"{type(model).__name__} does not run with factors in the place of its matrices, and was left as it was: "
             f"{type(error).__name__}: {error}. Exclude the layers of that part"
         ) from error
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def _without_unreached(plan: Plan, statistics: Mapping[str, LayerStatistics]) -> tuple[Plan, tuple[str, ...]]:
@@ -342,7 +337,9 @@ def _without_unreached(plan: Plan, statistics: Mapping[str, LayerStatistics]) ->
     measured = [name for name in statistics if name not in missing]
     reasons = calibrate.unreached_parts([e.matrix.name for e in plan.factorized if e.matrix.name in missing], measured)
     entries = tuple(
-        dataclasses.replace(entry, spec=None, shares=None, reason=reasons[entry.matrix.name])
+        dataclasses.replace(
+            entry, spec=None, shares=None, reason=reasons[entry.matrix.name], cause=planning.Cause.UNMEASURED
+        )
         if entry.matrix.name in missing
         else entry
         for entry in plan.entries

@@ -77,7 +77,6 @@ def test_other_budgets(run: Any, base: Path, tables: Path, tmp_path: Path) -> No
         (["plan", "--method", "auto", "--ratio", "1000"], "ask for at most"),
         (["plan", "--method", "auto", "--share", "inputs"], "'auto' makes matrices of any structure"),
         (["compress", "--method", "auto"], "method 'auto' needs text to measure on"),
-        (["compress", "--plan", "plan.json", "--budget", "flops"], "leave these options out"),
     ],
 )
 def test_mistakes_are_one_line(

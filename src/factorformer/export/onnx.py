@@ -116,7 +116,7 @@ def export(
     _require_packages()
     from factorformer.export import graph, lowering
 
-    check_output(path, overwrite=overwrite)
+    check_output(path, overwrite=overwrite, inputs=() if isinstance(model, PreTrainedModel) else (model,))
     if isinstance(model, PreTrainedModel):
         whole = copy.deepcopy(model)
     else:

@@ -186,7 +186,10 @@ def check(job: CompressJob) -> CompressJob:
             note(f"method '{job.chosen}' {text}")
     measured = job.calibration is not None or job.train is not None
     given = job.method if job.plan is None else job.plan.method
-    note(f"method: {job.chosen}" + ("" if given else f" (the default {'with' if measured else 'without'} calibration data)"))
+    note(
+        f"method: {job.chosen}"
+        + ("" if given else f" (the default {'with' if measured else 'without'} calibration data)")
+    )
     if label is not None and untrained and job.evaluation is None and job.needs != "labelled text":
         note(f"method '{job.chosen}' reads no labels: --label is not used without --train or --eval")
         job = dataclasses.replace(job, columns=dataclasses.replace(job.columns, label=None))
