@@ -202,7 +202,7 @@ def test_a_resumed_run_ends_as_if_it_had_not_been_interrupted(
     run: Any, tmp_path: Path, interrupted: list[object]
 ) -> None:
     check(run(*interrupted), "an interrupted run for")
-    check(run(*interrupted, "--lr", 0.5), "add --resume, or start anew with --overwrite")
+    check(run(*interrupted, "--lr", 0.5), "add --resume, or start over with --overwrite")
     check(run(*interrupted, "--lr", 0.5, "--resume"), "other options: learning_rate was 0.002, not 0.5; repeat its")
     done = run(*interrupted, "--resume")
     assert done.exit_code == 0, done.stderr
@@ -252,7 +252,7 @@ def test_an_interrupted_run_can_be_started_anew(run: Any, tmp_path: Path, interr
         ),
         (["--source", "nothing.de", "--target", "dev.en"], "no such data file: 'nothing.de'"),
         (["--train", "rows.jsonl", "--text", "bdy"], "has no column 'bdy' (did you mean 'body'?)"),
-        (["--train", "rows.jsonl"], "'rows.jsonl' holds no text: every row is empty"),
+        (["--train", "rows.jsonl"], "'rows.jsonl', line 1, column 'text': no text"),
         (["--train", "blank.txt"], "'blank.txt' holds no text: every row is empty"),
         (["--train", "rows.jsonl", "--text", "text", "--text", "body"], "a language model reads a single text"),
         ([*PAIRS, "--dry-run", "--resume"], "--dry-run trains nothing: leave --resume out"),
@@ -298,7 +298,8 @@ def test_a_full_disk_at_the_end_costs_no_training(
     monkeypatch.undo()
     monkeypatch.chdir(corpus)
     assert not (tmp_path / "new").exists()
-    assert run(*command, "--resume").exit_code == 0
+    done = run(*command, "--resume")
+    assert done.exit_code == 0, done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["new"]
 
 

@@ -69,15 +69,18 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     Raises:
         ModelError: there is none, or it cannot be read; or the model reads something else than text.
     """
-    folder = layout.place(path).folder
+    alone = not any((path / name).is_file() for name in ("config.json", layout.MODULES))  # saved without a model
+    folder = path if alone else layout.place(path).folder
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trusted())
     except Exception as error:  # tokenizers raise many types, all of which mean a directory without a usable one
-        _check_reads_text(path)
+        if not alone:
+            _check_reads_text(path)
         raise ModelError(f"cannot load a tokenizer from '{path}': {one_line(error)}") from error
     files = {"tokenizer.json", "tokenizer_config.json", *tokenizer.vocab_files_names.values()}
     if not any((folder / file).exists() for file in files):  # transformers then makes one with an empty vocabulary
-        _check_reads_text(path)
+        if not alone:
+            _check_reads_text(path)
         raise ModelError(f"'{path}' has no tokenizer: none of {', '.join(sorted(files))}")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token

@@ -17,9 +17,6 @@ from factorformer.structures.low_rank import LowRank, largest_rank
 STRUCTURES: dict[str, type[Structure]] = {s.kind: s for s in (LowRank, KroneckerSum, DenseSparse)}
 """What a matrix can be factorized into."""
 
-_STORED: dict[str, type[Structure]] = {**STRUCTURES, Dense.kind: Dense}
-"""What the description of a layer can name: those, and dense in int8."""
-
 
 def from_dict(description: Mapping[str, Any]) -> Structure:
     """Read back what `Structure.to_dict` wrote.
@@ -30,15 +27,16 @@ def from_dict(description: Mapping[str, Any]) -> Structure:
     >>> from_dict({"structure": "low_rank", "rank": 8})
     LowRank(rank=8)
     """
+    stored = {**STRUCTURES, Dense.kind: Dense}  # dense in int8 is described too, and is no factorization
     kind = description.get("structure")
-    if kind not in _STORED:
-        raise CheckpointError(f"unknown structure {one_of(str(kind), _STORED)}; is this package up to date?")
+    if kind not in stored:
+        raise CheckpointError(f"unknown structure {one_of(str(kind), stored)}; is this package up to date?")
     # JSON knows no tuples.
     fields = {k: tuple(v) if isinstance(v, list) else v for k, v in description.items() if k != "structure"}
-    expected = {field.name for field in dataclasses.fields(_STORED[kind])}
+    expected = {field.name for field in dataclasses.fields(stored[kind])}
     if set(fields) != expected:
         raise CheckpointError(f"structure '{kind}' has the fields {sorted(expected)}, got {sorted(fields)}")
-    return _STORED[kind](**fields)
+    return stored[kind](**fields)
 
 
 __all__ = [
