@@ -13,17 +13,15 @@ from transformers.quantizers.auto import AutoHfQuantizer
 
 from factorformer.errors import ModelError
 from factorformer.hf import card, compat, ties
-from factorformer.hf.config import METHOD, FactorformerConfig
+from factorformer.hf.config import METHOD, FactorformerConfig, Quantizer
 from factorformer.hf.description import describe, has_factors
 from factorformer.layers.nn import FactorizedMatrix
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from factorformer.hf.plugin import FactorformerQuantizer
 
-
-def attach(model: PreTrainedModel, quantizer: FactorformerQuantizer | None = None) -> None:
+def attach(model: PreTrainedModel, quantizer: Quantizer | None = None) -> None:
     """Make a model whose layers were just factorized save, load and train as a `factorformer` model.
 
     Its configuration becomes its own, for it describes this model alone.
@@ -82,7 +80,7 @@ def _described(config: transformers.PreTrainedConfig) -> Any:
     return found if isinstance(found, FactorformerConfig) else None
 
 
-def _quantizer(model: PreTrainedModel) -> FactorformerQuantizer | None:
+def _quantizer(model: PreTrainedModel) -> Quantizer | None:
     held: Any = getattr(model, "hf_quantizer", None)
     return held if isinstance(getattr(held, "quantization_config", None), FactorformerConfig) else None
 

@@ -21,12 +21,12 @@ import transformers
 from torch import Tensor, nn
 
 from factorformer.errors import CheckpointError
+from factorformer.hf.config import Quantizer
 from factorformer.layers.bypass import embeddings_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from factorformer.hf.plugin import FactorformerQuantizer
 
 SAVES_WITHIN = "_factorformer_saves_within"
 """Marks the `save_pretrained` that `around_saving` made."""
@@ -176,7 +176,7 @@ def own_config(model: PreTrainedModel) -> None:
                 vars(module)[name] = copies[id(value)]
 
 
-def mark_quantized(model: PreTrainedModel, quantizer: FactorformerQuantizer, *, codes: bool) -> None:
+def mark_quantized(model: PreTrainedModel, quantizer: Quantizer, *, codes: bool) -> None:
     """Make transformers save a model through a quantizer, and let it be cast unless some weights are codes.
 
     Relies on `hf_quantizer` (modeling_utils.py:3383), `quantization_method`, `is_quantized` (forbids `half` and

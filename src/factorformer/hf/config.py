@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
+from torch import Tensor
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from factorformer.errors import CheckpointError, FactorformerError
@@ -99,3 +100,16 @@ class FactorformerConfig(QuantizationConfigMixin):
             ours, theirs = spec.tensors(shape)[factor].size, other.tensors(size)[factor].size
             if ours != theirs:
                 raise CheckpointError(f"its {factor} has the size {list(ours)}, that of '{owner}' {list(theirs)}")
+
+
+@runtime_checkable
+class Quantizer(Protocol):
+    """What is asked of the plug-in's quantizer by those that it calls itself.
+
+    Args:
+        quantization_config: what its model's layers are.
+        state_dict: what is being saved in the place of the model's own tensors, if anything is.
+    """
+
+    quantization_config: FactorformerConfig
+    state_dict: dict[str, Tensor] | None
