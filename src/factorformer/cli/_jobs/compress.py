@@ -356,6 +356,11 @@ def _fit(
         seconds["start"] = time.perf_counter() - begun
     else:
         through = training and recipe.training == "straight-through"
+        if through and not any(entry.spec is not None and entry.spec.training_form for entry in plan.factorized):
+            note(
+                f"method '{job.chosen}' has no supports to learn at this ratio: matrices are dense in int8, and train so"
+            )
+            through = False
         dense = copy.deepcopy(model) if through else None
         report = compression.compress(model, plan, calibration, progress, keep_statistics=through, hold_floats=training)
         straight = None if dense is None else StraightThrough(model, report.statistics, dense)
