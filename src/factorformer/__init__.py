@@ -10,11 +10,12 @@ from factorformer import moved as _moved
 from factorformer import registration as _registration
 
 if typing.TYPE_CHECKING:
-    from factorformer.compression import Report, compress, hold_floats, initialize, plan, quantize
+    from factorformer.compression import Report, compress, initialize, plan
     from factorformer.errors import FactorformerError
     from factorformer.hf.checkpoint import load
     from factorformer.hf.fused import fuse
     from factorformer.layers.nn import FactorizedEmbedding, FactorizedLinear
+    from factorformer.layers.quantization import hold_floats, quantize
     from factorformer.planning import Plan
     from factorformer.structures import DenseSparse, KroneckerSum, LowRank, Structure
 
@@ -41,11 +42,12 @@ __all__ = [
 ]
 
 _NAMES = {
-    "compression": ("Report", "compress", "hold_floats", "initialize", "plan", "quantize"),
+    "compression": ("Report", "compress", "initialize", "plan"),
     "errors": ("FactorformerError",),
     "hf.checkpoint": ("load",),
     "hf.fused": ("fuse",),
     "layers.nn": ("FactorizedEmbedding", "FactorizedLinear"),
+    "layers.quantization": ("hold_floats", "quantize"),
     "planning": ("Plan",),
     "structures": ("DenseSparse", "KroneckerSum", "LowRank", "Structure"),
 }

@@ -12,7 +12,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor, nn
 
-from factorformer import planning, recipes, registration, structures
+from factorformer import planning, recipes, registration
 from factorformer.errors import BudgetError, DataError, MethodError, ModelError, one_of
 from factorformer.fitting import QUICK
 from factorformer.fitting import statistics as calibrate
@@ -20,7 +20,8 @@ from factorformer.fitting.matrices import Factors, fit_group, fit_matrix, fit_st
 from factorformer.fitting.statistics import LayerStatistics
 from factorformer.layers.matrix import Cost, Matrix, Member, Scope
 from factorformer.layers.modes import evaluating
-from factorformer.layers.nn import FactorizedMatrix, new_factors
+from factorformer.layers.nn import new_factors
+from factorformer.layers.quantization import quantize
 from factorformer.layers.surgery import dense_weight, factorize, find_matrices, unchanged_on_error
 from factorformer.planning import Entry, Plan, Share, Unit, left_dense
 from factorformer.planning.evidence.prediction import plan_by_loss
@@ -346,63 +347,6 @@ def _without_unreached(plan: Plan, statistics: Mapping[str, LayerStatistics]) ->
     )
     left = [entry for entry in entries if entry.matrix.name in missing]
     return dataclasses.replace(plan, entries=entries), tuple(left_dense(left, plan.original.bytes, least=0))
-
-
-def quantize(model: nn.Module) -> None:
-    """Store in int8 the factors that a plan wants in int8, after quantization-aware training.
-
-    Args:
-        model: from `compress(..., hold_floats=True)`, `initialize` or dynamic ranks; nothing changes in other models.
-
-    Raises:
-        ModelError: layers train straight through still, or are not finite; nothing was changed.
-    """
-    named = {name: m for name, m in model.named_modules() if isinstance(m, FactorizedMatrix) and m.fake_quantized}
-    wrong = [name for name, m in named.items() if not all(bool(t.isfinite().all()) for t in m.factors.values())]
-    if wrong:
-        raise ModelError(f"layer '{wrong[0]}': its factors are not finite, and cannot be stored in int8")
-    training = [name for name, layer in named.items() if layer.form is not None]
-    if training:
-        raise ModelError(f"layer '{training[0]}' trains straight through: call finish() before it is stored in int8")
-    known: dict[int, Factors] = {}  # layers may hold the very same factors, and go on doing so
-    with unchanged_on_error(model):
-        for layer in named.values():
-            codes: dict[str, Tensor] = {}
-            for name, factor in layer.factors.items():
-                if id(factor) not in known:
-                    made = structures.int8.quantize({name: factor.detach()})
-                    known[id(factor)] = {
-                        key: t if t.dtype == torch.int8 or key == name else nn.Parameter(t) for key, t in made.items()
-                    }
-                codes |= known[id(factor)]
-            layer.quantize(codes)
-        if named:
-            registration.attach(model)
-
-
-def hold_floats(model: nn.Module) -> bool:
-    """Turn int8 factors into floats that the forward pass rounds (quantization-aware training); `quantize` ends that.
-
-    Factors that were frozen before `quantize` are frozen again.
-
-    Args:
-        model: from a directory in int8, say; nothing changes in others.
-
-    Returns:
-        Whether there were any.
-    """
-    layers = [m for m in model.modules() if isinstance(m, FactorizedMatrix) and m.quantized]
-    known: dict[int, Tensor] = {}
-    with unchanged_on_error(model):
-        for layer in layers:
-            codes, values = layer.factors, {}
-            for name, tensor in structures.int8.floats(codes).items():
-                held = nn.Parameter(tensor) if tensor.is_floating_point() else tensor
-                values[name] = known.setdefault(id(codes[name]), held)
-            layer.hold_floats(values)
-        if layers:
-            registration.attach(model)
-    return bool(layers)
 
 
 def initialize(model: nn.Module, plan: Plan) -> Report:

@@ -22,11 +22,11 @@ from tests.tiny import MODELS, Inputs, logits
 from torch import Tensor
 
 import factorformer
-from factorformer.compression import quantize
 from factorformer.errors import BudgetError, CheckpointError, FactorformerWarning, ModelError
 from factorformer.hf.description import describe
 from factorformer.layers.matrix import Scope
 from factorformer.layers.nn import FactorizedMatrix
+from factorformer.layers.quantization import quantize
 from factorformer.planning import Plan
 from factorformer.report import inventory
 from factorformer.structures import int8

@@ -35,6 +35,7 @@ from factorformer.cli._options import note
 from factorformer.errors import DataError, MethodError
 from factorformer.hf.source import find, load_model, load_tokenizer, read_config
 from factorformer.layers.matrix import Scope
+from factorformer.layers.quantization import quantize
 from factorformer.planning import Plan, Share, Unit, left_dense
 from factorformer.progress import Progress, bars
 from factorformer.report import Result, inventory
@@ -357,9 +358,7 @@ def _fit(
     else:
         through = training and recipe.training == "straight-through"
         if through and not any(entry.spec is not None and entry.spec.training_form for entry in plan.factorized):
-            note(
-                f"method '{job.chosen}' has no supports to learn at this ratio: matrices are dense in int8, and train so"
-            )
+            note(f"method '{job.chosen}' has no supports to learn at this ratio: all matrices are dense in int8")
             through = False
         dense = copy.deepcopy(model) if through else None
         report = compression.compress(model, plan, calibration, progress, keep_statistics=through, hold_floats=training)
@@ -380,7 +379,7 @@ def _fit(
             ranks=ranks,
             progress=progress,
         )
-        compression.quantize(model)
+        quantize(model)
     return plan, None if ranks is None else ranks.history, seconds
 
 

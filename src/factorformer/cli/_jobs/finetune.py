@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import time
 
-from factorformer import compression
 from factorformer.cli._inputs import (
     about,
     check_teacher,
@@ -18,6 +17,7 @@ from factorformer.cli._inputs import (
     update,
 )
 from factorformer.hf.source import find, load_tokenizer
+from factorformer.layers.quantization import hold_floats, quantize
 from factorformer.progress import bars
 from factorformer.report import Result, inventory
 from factorformer.tasks.classification import find_head, load_classifier
@@ -67,11 +67,11 @@ def run(job: FinetuneJob) -> Result:
         if encoded is not None:
             check_lengths(model, encoded)
     restore = in_full_precision(model)
-    compression.hold_floats(model)
+    hold_floats(model)
     with bars() as progress:
         teacher = load_teacher(job.distill, model)
         seconds = {"train": train(model, tokenizer, data, job.settings, teacher=teacher, progress=progress)}
-    compression.quantize(model)
+    quantize(model)
     restore()
     result = Result.of(
         inventory(model),
