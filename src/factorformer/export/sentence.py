@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from factorformer.errors import CheckpointError, ExportError, one_of
+from factorformer.hf import layout
 from factorformer.hf.source import find
 
 MODES = ("cls", "max", "mean", "mean_sqrt_len_tokens", "weightedmean", "lasttoken")
@@ -143,8 +142,7 @@ def find_layout(model: str) -> Layout:
         ModelError: no such model.
         CheckpointError, ExportError: as from `read_layout`.
     """
-    path = Path(model)  # which holds no config.json where the Transformer has a folder to itself
-    return read_layout(path if (path / "modules.json").is_file() else find(model))
+    return read_layout(find(model))
 
 
 def read_layout(directory: Path) -> Layout:
@@ -157,10 +155,7 @@ def read_layout(directory: Path) -> Layout:
     file = directory / "modules.json"
     if not file.is_file():
         return Layout(directory, directory)
-    try:
-        modules = [(str(module["type"]).rpartition(".")[2], directory / str(module["path"])) for module in _read(file)]
-    except (TypeError, KeyError) as error:
-        raise CheckpointError(f"'{file}' does not list modules with a type and a path") from error
+    modules = [(kind, directory / folder) for kind, folder in layout.modules(directory)]
     names = [name for name, _ in modules]
     if names[:2] != ["Transformer", "Pooling"] or not {"Dense", "Normalize"}.issuperset(names[2:]):
         raise ExportError(
@@ -173,7 +168,7 @@ def read_layout(directory: Path) -> Layout:
 
 
 def _pooling(file: Path) -> Pooling:
-    config = _read(file)
+    config = layout.read_json(file)
     if config.get("include_prompt") is False:
         raise ExportError(
             f"'{file}' leaves prompts out of the pooling, which an exported file cannot: it sees tokens alone"
@@ -186,7 +181,7 @@ def _pooling(file: Path) -> Pooling:
 
 def _projection(folder: Path) -> Projection:
     file = folder / "config.json"
-    config = _read(file)
+    config = layout.read_json(file)
     for key in ("module_input_name", "module_output_name"):
         if config.get(key) not in (None, "sentence_embedding"):
             raise ExportError(
@@ -216,11 +211,4 @@ def _projection(folder: Path) -> Projection:
 def read_longest(directory: Path) -> int | None:
     """Tokens after which a sentence encoder in the layout of sentence-transformers cuts texts, if it says so."""
     file = directory / "sentence_bert_config.json"
-    return _read(file).get("max_seq_length") if file.is_file() else None
-
-
-def _read(file: Path) -> Any:
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"cannot read '{file}': {error}") from error
+    return layout.read_json(file).get("max_seq_length") if file.is_file() else None

@@ -49,10 +49,10 @@ def place(path: Path) -> Place:
         if not (path / "config.json").is_file():
             raise CheckpointError(f"'{path}' is not a model directory: it has no config.json")
         return Place(path)
-    modules = list(_modules(path))
-    found = {folder: kind for kind, folder in modules if kind in TRANSFORMERS}
+    listed = list(modules(path))
+    found = {folder: kind for kind, folder in listed if kind in TRANSFORMERS}
     if len(found) != 1:
-        kinds = ", ".join(kind for kind, _ in modules) or "nothing"
+        kinds = ", ".join(kind for kind, _ in listed) or "nothing"
         names = ", ".join(f"'{path / folder}'" for folder in found)
         raise CheckpointError(
             f"'{path}' holds several Transformers: give the directory of one of them, {names}"
@@ -79,13 +79,13 @@ def module_folders(path: Path) -> list[str]:
     """Folders below a directory of sentence-transformers that hold its modules; none in a plain directory."""
     if not (path / MODULES).is_file():
         return []
-    return [folder for _, folder in _modules(path) if folder not in ("", ".") and (path / folder).is_dir()]
+    return [folder for _, folder in modules(path) if folder not in ("", ".") and (path / folder).is_dir()]
 
 
-def _modules(path: Path) -> Iterator[tuple[str, str]]:
+def modules(path: Path) -> Iterator[tuple[str, str]]:
     """Kind and folder of each module, and in the place of a router those that it chooses from."""
     try:
-        listed = [(str(module["type"]), str(module["path"])) for module in _read(path / MODULES)]
+        listed = [(str(module["type"]), str(module["path"])) for module in read_json(path / MODULES)]
     except (TypeError, KeyError) as error:
         raise CheckpointError(f"'{path}/{MODULES}' does not list modules with a type and a path") from error
     for kind, folder in listed:
@@ -115,13 +115,14 @@ def _task(folder: Path) -> str:
 
 
 def _mapping(file: Path) -> dict[str, Any]:
-    content = _read(file)
+    content = read_json(file)
     if not isinstance(content, dict):
         raise CheckpointError(f"'{file}' holds no JSON object")
     return content
 
 
-def _read(file: Path) -> Any:
+def read_json(file: Path) -> Any:
+    """What a description says; `CheckpointError` if it cannot be read."""
     try:
         return json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
