@@ -276,3 +276,12 @@ def knows_type(model_type: str | None) -> bool:
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     return model_type is not None and model_type in CONFIG_MAPPING
+
+
+def settable_attention(model: PreTrainedModel) -> str | None:
+    """The name of a model's attention implementation; None where no other can be set.
+
+    Relies on `_can_set_attn_implementation` and `config._attn_implementation`: modeling_utils.py:1908 and
+    configuration_utils.py:493.
+    """
+    return model.config._attn_implementation if model._can_set_attn_implementation() else None

@@ -23,6 +23,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from factorformer.errors import ModelError
+from factorformer.hf import compat
 from factorformer.kernels import cpu, gelu
 from factorformer.kernels.dense import served
 from factorformer.layers.dummies import configurations, dummy_inputs, setting
@@ -127,7 +128,7 @@ def fuse(model: PreTrainedModel) -> PreTrainedModel:
             f"fuse takes a model of transformers, not a {type(model).__name__}: of a SentenceTransformer `st`, fuse "
             "st[0].model"
         )
-    if model._can_set_attn_implementation() and model.config._attn_implementation == "sdpa":
+    if compat.settable_attention(model) == "sdpa":
         _set_attention(model)
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
