@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import sys
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,9 @@ from factorformer.training.straight_through import StraightThrough, StraightThro
 SETTINGS = StraightThroughSettings(interval=1, freeze=0.6)
 
 
-def build(method: str) -> tuple[tf.PreTrainedModel, StraightThrough]:
-    """A compressed classifier in its training form."""
+@functools.cache
+def compressed(method: str) -> tuple[tf.PreTrainedModel, Any, tf.PreTrainedModel]:
+    """A compressed classifier, the statistics of its inputs and what it was."""
     torch.manual_seed(0)
     model = tf.BertForSequenceClassification(
         tf.BertConfig(**{**tiny._ENCODER, "hidden_size": 64, "intermediate_size": 128}, num_labels=3)
@@ -28,7 +30,13 @@ def build(method: str) -> tuple[tf.PreTrainedModel, StraightThrough]:
     dense = copy.deepcopy(model)
     plan = factorformer.plan(model, method, ratio=2)
     report = factorformer.compress(model, plan, [tiny.text(16)], keep_statistics=True)
-    return model, StraightThrough(model, report.statistics, dense, SETTINGS)
+    return model, report.statistics, dense
+
+
+def build(method: str) -> tuple[tf.PreTrainedModel, StraightThrough]:
+    """A compressed classifier in its training form."""
+    model, statistics, dense = copy.deepcopy(compressed(method))
+    return model, StraightThrough(model, statistics, dense, SETTINGS)
 
 
 def examples() -> list[dict[str, Tensor]]:

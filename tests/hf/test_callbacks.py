@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -35,28 +36,53 @@ def moved(before: dict[str, Tensor], after: dict[str, Tensor]) -> list[str]:
     return [n for n, tensor in before.items() if n.endswith("support") and not torch.equal(tensor, after[n])]
 
 
-@pytest.mark.parametrize("cut", [4, 10], ids=["moving", "frozen"])
-@pytest.mark.parametrize(
-    "options",
-    [{}, {"gradient_accumulation_steps": 2, "bf16": True, "num_train_epochs": 6}],
-    ids=["plain", "accumulated-bf16"],
-)
-def test_an_interrupted_run_ends_where_a_whole_one_does(tmp_path: Path, cut: int, options: dict[str, Any]) -> None:
-    whole, straight = build("dsformer")
-    trainer(whole, straight, tmp_path / "whole", save_steps=cut, **options).train()
-    model, straight = build("dsformer")
-    trainer(model, straight, tmp_path / "again", save_steps=50, **options).train(
-        resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{cut}")
-    )
-    assert_equal(state(whole), state(model))
-    assert not [name for name in whole.state_dict() if name.endswith(("shadow", "projection", "frozen", "moment"))]
+@dataclasses.dataclass
+class Run:
+    """A whole run of twelve steps that left checkpoints on its way."""
+
+    options: dict[str, Any]
+    start: dict[str, Tensor]
+    model: tf.PreTrainedModel
+    folder: Path
 
 
-def test_supports_move_and_the_saved_model_is_an_ordinary_one(tmp_path: Path) -> None:
+def run(folder: Path, **options: Any) -> Run:
     model, straight = build("dsformer")
     start = state(model)
-    trainer(model, straight, tmp_path / "run", save_steps=50).train()
-    assert moved(start, state(model))
+    trainer(model, straight, folder, save_steps=2, **options).train()
+    return Run(options, start, model, folder)
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    return run(tmp_path_factory.mktemp("plain"))
+
+
+@pytest.fixture(scope="module")
+def accumulated(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    folder = tmp_path_factory.mktemp("accumulated")
+    return run(folder, gradient_accumulation_steps=2, bf16=True, num_train_epochs=6)
+
+
+@pytest.mark.parametrize("cut", [4, 10], ids=["moving", "frozen"])
+@pytest.mark.parametrize("whole", ["plain", "accumulated"])
+def test_an_interrupted_run_ends_where_a_whole_one_does(
+    tmp_path: Path, cut: int, whole: str, request: pytest.FixtureRequest
+) -> None:
+    found: Run = request.getfixturevalue(whole)
+    model, straight = build("dsformer")
+    trainer(model, straight, tmp_path, save_steps=50, **found.options).train(
+        resume_from_checkpoint=str(found.folder / f"checkpoint-{cut}")
+    )
+    assert_equal(state(found.model), state(model))
+    assert not [
+        name for name in found.model.state_dict() if name.endswith(("shadow", "projection", "frozen", "moment"))
+    ]
+
+
+def test_supports_move_and_the_saved_model_is_an_ordinary_one(plain: Run, tmp_path: Path) -> None:
+    model = plain.model
+    assert moved(plain.start, state(model))
     model.save_pretrained(tmp_path / "saved")
     loaded = factorformer.load(tmp_path / "saved").eval()
     assert_equal(state(model), state(loaded))
@@ -65,10 +91,8 @@ def test_supports_move_and_the_saved_model_is_an_ordinary_one(tmp_path: Path) ->
         assert torch.equal(model.eval()(**inputs).logits, loaded(**inputs).logits)
 
 
-def test_a_checkpoint_on_the_way_loads_as_a_compressed_model(tmp_path: Path) -> None:
-    model, straight = build("dsformer")
-    trainer(model, straight, tmp_path, save_steps=4).train()
-    loaded = factorformer.load(tmp_path / "checkpoint-4")
+def test_a_checkpoint_on_the_way_loads_as_a_compressed_model(plain: Run) -> None:
+    loaded = factorformer.load(plain.folder / "checkpoint-4")
     assert not [name for name in loaded.state_dict() if name.endswith(("shadow", "projection", "frozen", "moment"))]
     specs = [m.spec for m in loaded.modules() if isinstance(m, factorformer.FactorizedLinear)]
     assert all(isinstance(spec, DenseSparse) for spec in specs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -32,47 +33,68 @@ def assert_equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
         assert torch.equal(tensor, other[name]), name
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize(
-    "options",
-    [{}, {"gradient_accumulation_steps": 2, "bf16": True, "num_train_epochs": 6}],
-    ids=["plain", "accumulated-bf16"],
-)
-def test_an_interrupted_run_ends_where_a_whole_one_does(tmp_path: Path, method: str, options: dict[str, Any]) -> None:
+@dataclasses.dataclass
+class Run:
+    """A whole run of twelve steps, with a checkpoint after each."""
+
+    model: tf.PreTrainedModel
+    ranks: DynamicRank
+    trainer: tf.Trainer
+    folder: Path
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    folder = tmp_path_factory.mktemp("plain")
+    model, ranks = build("rankdyna")
+    running = trainer(model, ranks, folder, save_steps=1)
+    running.train()
+    return Run(model, ranks, running, folder)
+
+
+def assert_resumes(
+    whole: tf.PreTrainedModel, ranks: DynamicRank, checkpoint: Path, method: str, **options: Any
+) -> None:
     """The checkpoint is taken between two removals."""
-    whole, ranks = build(method)
-    trainer(whole, ranks, tmp_path / "whole", save_steps=5, **options).train()
-    checkpoint = tmp_path / "whole" / "checkpoint-5"
     assert [step for step in ranks.history.steps if step < 5]
     assert [step for step in ranks.history.steps if step > 5]
     again, resumed = build(method, checkpoint)
-    trainer(again, resumed, tmp_path / "again", save_steps=50, **options).train(resume_from_checkpoint=str(checkpoint))
+    running = trainer(again, resumed, checkpoint.parent / "again", save_steps=50, **options)
+    running.train(resume_from_checkpoint=str(checkpoint))
     assert_equal(whole.state_dict(), again.state_dict())
     assert resumed.history == ranks.history
 
 
-def test_the_result_is_an_ordinary_model_within_the_budget(tmp_path: Path) -> None:
-    model, ranks = build("rankdyna")
-    running = trainer(model, ranks, tmp_path / "run", save_steps=5)
-    running.train()
+def test_an_interrupted_run_ends_where_a_whole_one_does(plain: Run) -> None:
+    assert_resumes(plain.model, plain.ranks, plain.folder / "checkpoint-5", "rankdyna")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_an_interrupted_run_that_accumulates_in_bfloat16_does_so_too(tmp_path: Path, method: str) -> None:
+    options = {"gradient_accumulation_steps": 2, "bf16": True, "num_train_epochs": 6}
+    whole, ranks = build(method)
+    trainer(whole, ranks, tmp_path, save_steps=5, **options).train()
+    assert_resumes(whole, ranks, tmp_path / "checkpoint-5", method, **options)
+
+
+def test_the_result_is_an_ordinary_model_within_the_budget(plain: Run, tmp_path: Path) -> None:
+    model, ranks = plain.model, plain.ranks
     found = inventory(model)
     assert found.ratio == pytest.approx(3, rel=0.01)
     model.save_pretrained(tmp_path / "saved")
     loaded = factorformer.load(tmp_path / "saved")
     assert_equal(model.state_dict(), loaded.state_dict())
     assert inventory(loaded).entries == found.entries
-    held = {id(p) for group in running.optimizer.param_groups for p in group["params"]}
+    held = {id(p) for group in plain.trainer.optimizer.param_groups for p in group["params"]}
     assert held == {id(p) for p in model.parameters()}
-    history = RankHistory.load(tmp_path / "run" / "checkpoint-12")
+    history = RankHistory.load(plain.folder / "checkpoint-12")
     assert history == ranks.history
     assert [units.count for units in ranks.units] == history.final
 
 
-def test_a_checkpoint_on_the_way_loads_as_a_model(tmp_path: Path) -> None:
+def test_a_checkpoint_on_the_way_loads_as_a_model(plain: Run) -> None:
     """Some matrices are factorized by then, others are dense still."""
-    model, ranks = build("rankdyna")
-    trainer(model, ranks, tmp_path, save_steps=4).train()
-    loaded = factorformer.load(tmp_path / "checkpoint-4")
+    loaded = factorformer.load(plain.folder / "checkpoint-4")
     linear = [module for name, module in loaded.named_modules() if "layer." in name and hasattr(module, "in_features")]
     assert len({isinstance(module, FactorizedMatrix) for module in linear}) == 2
     assert torch.isfinite(loaded.eval()(**tiny.text()).logits).all()
@@ -100,20 +122,16 @@ def test_data_parallel_wrappers_leave_the_matrices_alone() -> None:
     assert "_ddp_params_and_buffers_to_ignore" not in vars(model)
 
 
-def test_a_run_that_is_resumed_at_its_end_writes_loadable_checkpoints(tmp_path: Path) -> None:
-    model, ranks = build("rankdyna")
-    trainer(model, ranks, tmp_path / "whole", save_steps=10).train()
-    checkpoint = tmp_path / "whole" / "checkpoint-10"
+def test_a_run_that_is_resumed_at_its_end_writes_loadable_checkpoints(plain: Run, tmp_path: Path) -> None:
+    checkpoint = plain.folder / "checkpoint-10"
     again, resumed = build("rankdyna", checkpoint)
     assert resumed.finished
-    trainer(again, resumed, tmp_path / "again", save_steps=10).train(resume_from_checkpoint=str(checkpoint))
-    assert inventory(factorformer.load(tmp_path / "again" / "checkpoint-12")).entries == inventory(model).entries
+    trainer(again, resumed, tmp_path, save_steps=10).train(resume_from_checkpoint=str(checkpoint))
+    assert inventory(factorformer.load(tmp_path / "checkpoint-12")).entries == inventory(plain.model).entries
 
 
-def test_trainer_and_ranks_resume_together_or_not_at_all(tmp_path: Path) -> None:
-    model, ranks = build("rankdyna")
-    trainer(model, ranks, tmp_path / "whole", save_steps=2).train()
-    checkpoint = tmp_path / "whole" / "checkpoint-2"  # everything is dense still
+def test_trainer_and_ranks_resume_together_or_not_at_all(plain: Run, tmp_path: Path) -> None:
+    checkpoint = plain.folder / "checkpoint-2"  # everything is dense still
     fresh, unaware = build("rankdyna")
     running = trainer(fresh, unaware, tmp_path / "one", save_steps=50)
     with pytest.raises(ModelError, match="begins after step 2, the dynamic ranks after step 0"):

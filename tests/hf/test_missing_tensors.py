@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -13,24 +14,31 @@ import factorformer
 from factorformer.errors import CheckpointError
 
 
-@pytest.mark.parametrize("scope", ["blocks", "all"])
 @pytest.mark.parametrize("name", MODELS)
-def test_every_tensor_is_missed(name: str, scope: str, tmp_path: Path) -> None:
+def test_every_tensor_is_missed(name: str, tmp_path: Path) -> None:
+    """Of the tensors that differ by their block alone, one is tried: in either scope, if it is outside the blocks."""
     tiny = MODELS[name]
-    model = tiny.build()
-    ratio = tiny.ratio if scope == "blocks" else 1.02 if name == "mixtral" else 1.3
-    factorformer.compress(model, factorformer.plan(model, "svd", ratio, scope))
-    model.save_pretrained(tmp_path)
-    tensors = load_file(tmp_path / "model.safetensors")
-    inside = f"{model.base_model_prefix}."
-    for absent in tensors:
-        rest = {key: value for key, value in tensors.items() if key != absent}
-        save_file(rest, tmp_path / "model.safetensors", metadata={"format": "pt"})
-        with pytest.raises(CheckpointError, match="missing"):
-            tiny.auto.from_pretrained(tmp_path)
-        if absent.startswith(inside) and "pooler." not in absent:
+    tried = set()
+    for scope in ("blocks", "all"):
+        model = tiny.build()
+        ratio = tiny.ratio if scope == "blocks" else 1.02 if name == "mixtral" else 1.3
+        factorformer.compress(model, factorformer.plan(model, "svd", ratio, scope))
+        model.save_pretrained(tmp_path)
+        tensors = load_file(tmp_path / "model.safetensors")
+        inside = f"{model.base_model_prefix}."
+        for absent in reversed(tensors):
+            kind = re.sub(r"\.\d+\.", ".*.", absent, count=1)
+            if kind in tried:
+                continue
+            if kind != absent:
+                tried.add(kind)
+            rest = {key: value for key, value in tensors.items() if key != absent}
+            save_file(rest, tmp_path / "model.safetensors", metadata={"format": "pt"})
             with pytest.raises(CheckpointError, match="missing"):
-                transformers.AutoModel.from_pretrained(tmp_path)
+                tiny.auto.from_pretrained(tmp_path)
+            if absent.startswith(inside) and "pooler." not in absent:
+                with pytest.raises(CheckpointError, match="missing"):
+                    transformers.AutoModel.from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize(
