@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +27,15 @@ NAMES = ["bert", "gpt2", "llama", "llama-tied", "t5", "albert", "whisper", "vit"
 GENERATE = ["gpt2", "llama", "llama-tied", "t5"]
 
 
+@functools.cache
+def planned(name: str, method: str) -> Plan:
+    return factorformer.plan(MODELS[name].build(), method, RATIOS.get(name, RATIO), scope="all")
+
+
 def fresh(name: str, method: str = "shapeshifter") -> tuple[PreTrainedModel, Plan]:
-    model = MODELS[name].build()
-    return model, factorformer.plan(model, method, RATIOS.get(name, RATIO), scope="all")
+    """A new model, and a plan that is made once for all of its kind: plans are frozen."""
+    plan = planned(name, method)
+    return MODELS[name].build(), plan
 
 
 def state(model: nn.Module) -> dict[str, Tensor]:

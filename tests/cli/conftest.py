@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
 from collections.abc import Callable
@@ -10,16 +11,25 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import BertConfig, BertModel, BertTokenizer
+from transformers import BertConfig, BertModel, BertTokenizer, Trainer
 from typer.testing import CliRunner
 
 from factorformer.cli.app import app
+from factorformer.tasks import finetuning
 
 GOOD = ["good", "fine", "great", "lovely"]
 BAD = ["bad", "poor", "awful", "weak"]
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "the", "film", "book", "and", *GOOD, *BAD]
 
 Run = Callable[..., Any]
+IMPORTED = (Trainer, finetuning)  # what most tests import sooner or later
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _what_was_imported_stays() -> None:
+    """Garbage is collected before and after each training: without a look at all that was imported, this is quick."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture

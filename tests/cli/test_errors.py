@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -168,7 +169,7 @@ def test_a_plan_file_is_not_replaced(run: Any, base: Path, tmp_path: Path) -> No
     assert run("plan", base, "--ratio", 2, "--output", file, "--overwrite").exit_code == 0
 
 
-def test_a_plan_for_another_model(run: Any, base: Path, tmp_path: Path) -> None:
+def test_a_plan_that_does_not_fit(run: Any, base: Path, tmp_path: Path) -> None:
     file = tmp_path / "plan.json"
     assert run("plan", base, "--ratio", 2, "--output", file).exit_code == 0
     content = file.read_text()
@@ -179,12 +180,8 @@ def test_a_plan_for_another_model(run: Any, base: Path, tmp_path: Path) -> None:
     plan["entries"][0]["spec"]["rank"] = 2
     file.write_text(json.dumps(plan))
     check(run("compress", base, tmp_path / "small", "--plan", file), "does not fit the model")
-
-
-def test_a_plan_with_a_value_of_another_type(run: Any, base: Path, tmp_path: Path) -> None:
-    file = tmp_path / "plan.json"
-    assert run("plan", base, "--ratio", 2, "--output", file).exit_code == 0
-    plan = json.loads(file.read_text())
+    # A value of another type.
+    plan = json.loads(content)
     plan["entries"][0]["spec"] = "low_rank"
     file.write_text(json.dumps(plan))
     check(run("compress", base, tmp_path / "small", "--plan", file), "'spec' cannot be 'low_rank'")
@@ -242,46 +239,79 @@ def test_a_full_disk_while_writing(run: Any, base: Path, tmp_path: Path, monkeyp
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="limits of file sizes are of POSIX")
-def test_a_file_system_that_takes_no_more(base: Path, tmp_path: Path) -> None:
+def test_a_file_system_that_takes_no_more(
+    run: Any, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The real writer of weights meets a real limit."""
     import resource
 
-    def limit() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
-
-    done = subprocess.run(
-        [*COMMAND, "compress", str(base), str(tmp_path / "small"), "--ratio", "2"],
-        capture_output=True,
-        text=True,
-        check=False,
-        preexec_fn=limit,
-        env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1"},
-    )
-    assert done.returncode == 2, done.stderr
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+    try:
+        done = run("compress", base, tmp_path / "small", "--ratio", 2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert done.exit_code == 2, done.stderr
     assert done.stderr.splitlines()[-1].startswith("error: ")
     assert "Traceback" not in done.stderr
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
-def test_a_killed_process_leaves_no_output(how: signal.Signals, base: Path, tables: Path, tmp_path: Path) -> None:
+def interruptible() -> None:
+    """In a new process: SIGINT interrupts, whatever is done with it here (shells ignore it in what `&` starts)."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+# Two processes for the imports of one: the child has the id that is printed, and an output directory of its own.
+TWICE = """
+import os, sys
+import factorformer.cli._jobs.compress, factorformer.tasks.finetuning, transformers.models.bert.modeling_bert
+from factorformer.cli import main
+child = os.fork()
+if child:
+    print("child:", child, file=sys.stderr, flush=True)
+else:
+    sys.argv[3] += "-child"
+main()
+"""
+
+
+def test_a_killed_process_leaves_no_output(base: Path, tables: Path, tmp_path: Path) -> None:
     training = ["--train", str(tables / "train.jsonl"), "--label", "label", "--epochs", "100000"]
     arguments = ["compress", str(base), str(tmp_path / "small"), "--ratio", "2", *training]
-    process = subprocess.Popen([*COMMAND, *arguments], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-W", "ignore", "-c", TWICE, *arguments],
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        preexec_fn=interruptible,
+    )
     assert process.stderr is not None
+    child, started = 0, 0
     try:
         # The note is printed once everything is imported; some time later it is somewhere in the middle of the work.
-        while "method:" not in (line := process.stderr.readline()):
+        while started < 2 or not child:
+            line = process.stderr.readline()
             assert line, "the process ended before it started"
-        time.sleep(2)
-        process.send_signal(how)
+            started += line.count("method:")
+            if line.startswith("child:"):
+                child = int(line.split()[1])
+        time.sleep(1)
+        assert process.poll() is None
+        os.kill(child, signal.SIGKILL)
+        process.send_signal(signal.SIGINT)
         stdout, stderr = process.communicate(timeout=60)
     finally:
         process.kill()
-    assert process.returncode == (130 if how == signal.SIGINT else -how)
+        if child:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(child, signal.SIGKILL)
+    assert process.returncode == 130
     assert stdout == ""
     assert "Traceback" not in stderr
     assert not (tmp_path / "small").exists()
+    assert not (tmp_path / "small-child").exists()
 
 
 def test_errors_of_ours_keep_their_traceback(run: Any, base: Path, tmp_path: Path, monkeypatch: Any) -> None:

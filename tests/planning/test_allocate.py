@@ -106,7 +106,7 @@ def test_budgets_are_met_or_the_nearest_is_named(
 
 
 @pytest.mark.parametrize("structure", [LowRank, KroneckerSum])
-@pytest.mark.parametrize("ratio", [1.2, 1.5, 2, 2.8, 3, 5, 8, 10, 20])
+@pytest.mark.parametrize("ratio", [1.2, 2, 2.8, 5, 10, 20])
 def test_a_transformer_meets_every_usual_ratio(ratio: float, structure: type[Structure]) -> None:
     shapes = [(768, 768)] * 4 + [(3072, 768), (768, 3072)]
     matrices = [Matrix(f"{i}.{j}", shape) for i in range(12) for j, shape in enumerate(shapes)]
@@ -226,10 +226,10 @@ def test_small_ranks_for_attention_and_larger_ones_for_embeddings(
     except BudgetError:
         assume(False)
     check(entries, matrices, ratio, others)
-    sizes = {m.name: list(structure.candidates(m.shape, torch.float32)) for m in matrices}
+    sizes = {shape: list(structure.candidates(shape, torch.float32)) for shape in {m.shape for m in matrices}}
     ranks: dict[Role, list[int]] = {"attention": [], "feed_forward": [], "embedding": []}
     for entry in entries:
-        if entry.spec is not None and entry.spec != sizes[entry.matrix.name][-1]:  # others cannot grow with their role
+        if entry.spec is not None and entry.spec != sizes[entry.matrix.shape][-1]:  # others cannot grow with their role
             ranks[entry.matrix.role].append(rank_of(entry))
     for of_role in ranks.values():
         assert max(of_role, default=0) - min(of_role, default=0) <= 1
@@ -247,7 +247,7 @@ def test_small_ranks_for_attention_and_larger_ones_for_embeddings(
         steps = {True: 0, False: 0}
         for entry in entries:
             if entry.spec is not None:
-                larger = [*sizes[entry.matrix.name][rank_of(entry) :], None][0]
+                larger = [*sizes[entry.matrix.shape][rank_of(entry) :], None][0]
                 step = entry.matrix.cost(larger).bytes - entry.compressed.bytes
                 steps[entry.matrix.role == "embedding"] += step
         assert embeddings + steps[True] >= remainder - 2 * steps[False]

@@ -172,8 +172,13 @@ def test_stacking_is_sharing() -> None:
             assert sum(e.compressed.parameters for e in members) == spec.parameters(stack.shape)
 
 
-@pytest.mark.parametrize("share", ["inputs", "layers"])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    ("name", "share"),
+    [
+        *((name, "inputs") for name in MODELS),
+        *((name, "layers") for name in ("bert", "gpt2", "t5", "albert", "mixtral")),
+    ],
+)
 def test_plans_meet_the_budget_and_are_what_is_stored(name: str, share: Share) -> None:
     model = MODELS[name].build()
     plan = factorformer.plan(model, METHOD, MODELS[name].ratio, share=share)

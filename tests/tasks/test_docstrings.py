@@ -25,6 +25,16 @@ def task() -> Task:
     return stdlib_docstrings()
 
 
+@pytest.fixture
+def _read_once(task: Task, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The texts that make up `task`, which take seconds to read, for other splits of them."""
+    found = [
+        *zip(task.train_texts, task.train_labels, strict=True),
+        *zip(task.test_texts, task.test_labels, strict=True),
+    ]
+    monkeypatch.setattr(docstrings, "_labelled_texts", lambda _: found)
+
+
 def letters(text: str) -> str:
     return "".join(filter(str.isalpha, text.casefold()))
 
@@ -101,24 +111,22 @@ def test_the_majority_of_equals_is_the_first_by_name() -> None:
     assert Task(["a", "b"], ["y", "x"], ["c", "d", "e"], ["x", "y", "y"]).majority_accuracy == 1 / 3
 
 
-def test_two_calls_agree(task: Task) -> None:
-    assert stdlib_docstrings() == task
-
-
+@pytest.mark.usefixtures("_read_once")
 def test_the_seed_selects_another_split_of_the_same_texts(task: Task) -> None:
     other = stdlib_docstrings(seed=1)
     assert rows(other) == rows(task)
     assert 0.1 < len({*other.test_texts} & {*task.test_texts}) / len(task.test_texts) < 0.3
 
 
+@pytest.mark.usefixtures("_read_once")
 def test_a_larger_fraction_only_adds_to_the_test_part(task: Task) -> None:
     larger = stdlib_docstrings(test_fraction=0.5)
     assert set(task.test_texts) < set(larger.test_texts)
     assert len(larger.test_texts) == pytest.approx(len(larger.train_texts), rel=0.02)
 
 
-@pytest.mark.parametrize("hash_seed", ["0", "4242"])
-def test_the_result_does_not_depend_on_the_hash_seed(task: Task, hash_seed: str) -> None:
+def test_another_process_with_another_hash_seed_agrees(task: Task) -> None:
+    hash_seed = "0" if os.environ.get("PYTHONHASHSEED") == "4242" else "4242"
     script = (
         "import hashlib\n"
         "from factorformer.tasks.docstrings import stdlib_docstrings\n"

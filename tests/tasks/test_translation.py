@@ -25,6 +25,7 @@ from factorformer.tasks.translation import bleu, encode, read_parallel, train, t
 
 NUMBERS = {"eins": "one", "zwei": "two", "drei": "three", "vier": "four", "fünf": "five", "sechs": "six"}
 FAST = ScratchSettings(steps=12, batch_size=8, learning_rate=5e-3, points=3)
+SHORT = dataclasses.replace(FAST, steps=4, points=1)
 
 
 def pairs(rows: int = 44) -> list[tuple[str, str]]:
@@ -197,20 +198,14 @@ def test_an_interrupted_run_ends_as_if_it_had_not_been(
     assert [{k: v for k, v in row.items() if k != "seconds"} for row in at_once] == untimed[0]
     for name, tensor in whole.state_dict().items():
         assert torch.equal(tensor, finished.state_dict()[name]), name
-
-
-@pytest.mark.parametrize("kind", ["dense", "svd", "shapeshifter"])
-def test_checkpoints_are_model_directories(
-    kind: str, words: tf.PreTrainedTokenizerFast, make: Make, encoded: Any, tmp_path: Path
-) -> None:
-    model = make(kind)
-    train(model, words, encoded, encoded, FAST, tmp_path)
-    model.save_pretrained(tmp_path / "saved")
+    # Checkpoints are model directories.
+    whole.save_pretrained(tmp_path / "saved")
     texts = [source for source, _ in pairs()[:6]]
-    for folder in (last_checkpoint(tmp_path), tmp_path / "saved"):
+    expected = translate(whole, words, texts, 2, 20)
+    for folder in (last_checkpoint(tmp_path / "whole"), tmp_path / "saved"):
         loaded = factorformer.load(folder)  # type: ignore[arg-type]
-        assert loaded.num_parameters() == model.num_parameters()
-        assert translate(loaded, words, texts, 2, 20) == translate(model, words, texts, 2, 20)
+        assert loaded.num_parameters() == whole.num_parameters()
+        assert translate(loaded, words, texts, 2, 20) == expected
 
 
 def test_bf16_follows_fp32_and_leaves_no_autocast_behind(
@@ -265,15 +260,15 @@ def test_refuses_what_cannot_be_trained(
 def test_goes_on_with_the_same_settings_only(
     words: tf.PreTrainedTokenizerFast, make: Make, encoded: Any, tmp_path: Path
 ) -> None:
-    train(make(), words, encoded, encoded, FAST, tmp_path)
+    train(make(), words, encoded, encoded, SHORT, tmp_path)
     with pytest.raises(OutputError, match=r"another run: learning_rate was 0\.005, not 0\.001"):
-        train(make(), words, encoded, encoded, dataclasses.replace(FAST, learning_rate=1e-3), tmp_path)
+        train(make(), words, encoded, encoded, dataclasses.replace(SHORT, learning_rate=1e-3), tmp_path)
     with pytest.raises(OutputError, match="parameters was"):
-        train(make("svd"), words, encoded, encoded, FAST, tmp_path)
+        train(make("svd"), words, encoded, encoded, SHORT, tmp_path)
     (tmp_path / "run.json").write_text("{")
     with pytest.raises(OutputError, match="cannot read"):
-        train(make(), words, encoded, encoded, FAST, tmp_path)
-    assert json.loads((tmp_path / "checkpoint-12" / "trainer_state.json").read_text())["global_step"] == 12
+        train(make(), words, encoded, encoded, SHORT, tmp_path)
+    assert json.loads((tmp_path / "checkpoint-4" / "trainer_state.json").read_text())["global_step"] == 4
 
 
 # Translations and scores
