@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 import factorformer
-from factorformer import compression, registration
+from factorformer import registration
 from factorformer.errors import BudgetError, CheckpointError, ModelError
 from factorformer.layers.bypass import bypassed
 from factorformer.layers.nn import FactorizedEmbedding, FactorizedMatrix
@@ -276,13 +276,13 @@ def test_whatever_raises_leaves_the_model_as_it_was(verb: str, monkeypatch: pyte
     monkeypatch.setattr(registration, "attach", broken)
     arguments = (model, plan) if verb in ("compress", "initialize") else (model,)
     with pytest.raises(KeyboardInterrupt):
-        getattr(compression, verb)(*arguments)
+        getattr(factorformer, verb)(*arguments)
     assert {name: id(module) for name, module in model.named_modules()} == before
     assert list(model.state_dict()) == state
     assert vars(model.config).keys() == config.keys()
     assert torch.equal(logits(model, inputs), expected)
     monkeypatch.undo()
-    getattr(compression, verb)(*arguments)
+    getattr(factorformer, verb)(*arguments)
     assert any(isinstance(module, FactorizedMatrix) for module in model.modules())
 
 
