@@ -83,7 +83,7 @@ def plan(
     """
     if output is not None:
         check_file(output, overwrite=overwrite, inputs=(model, calibration))
-    from factorformer import compression
+    from factorformer import compression, recipes
     from factorformer.bench.layers import slower_than_dense
     from factorformer.cli._inputs import (
         calibration_batches,
@@ -111,6 +111,9 @@ def plan(
     if tokenizer is not None and rows is not None:
         check_lengths(loaded, rows, "the calibration data")
         data = calibration_batches(loaded, tokenizer, rows, calibration_rows, seed)
+    if method is None:
+        with_data, without = (recipes.default_method(calibrated=calibrated) for calibrated in (True, False))
+        note(f"method: left to compress, which takes '{with_data}' with calibration data and '{without}' without")
     if budget is not None and budget.value == "milliseconds":
         note(f"milliseconds are those of this machine's {loaded.device.type}")
     with bars() as progress:
