@@ -268,8 +268,9 @@ def render(content: dict[str, Any]) -> str:
     built = [row for row in rows if row["floats"] != "not built"]
     machine = content["machine"]
     lines = [
-        f"{len(rows)} model classes of transformers {machine['transformers']}, of which the script could make and feed "
-        f"{len(built)} (torch {machine['torch']}, {machine['device']}).",
+        f"{len(rows)} of {content['classes']} model classes of transformers {machine['transformers']} were tried so far, "
+        f"in alphabetical order; the script could make and feed {len(built)} of them (torch {machine['torch']}, "
+        f"{machine['device']}).",
         "",
         "| outcome | float factors | the whole model in int8 |",
         "|---|---|---|",
@@ -316,10 +317,9 @@ def main() -> None:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     torch.set_num_threads(1)
-    content = {"machine": machine(), "rows": []}
-    if arguments.output.exists():
-        content["rows"] = json.loads(arguments.output.read_text())["rows"]
+    content = json.loads(arguments.output.read_text()) if arguments.output.exists() else {"rows": []}
     if not arguments.render:
+        content |= {"machine": machine(), "classes": len(classes())}
         again = {row["class"] for row in content["rows"] if {row["floats"], row.get("int8")} & {*arguments.again}}
         done = {row["class"]: row for row in content["rows"]}
         for name in arguments.classes or [n for n in classes() if n not in done or n in again]:

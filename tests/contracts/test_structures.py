@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 from tests.contracts.int8 import Int8Contract
-from tests.contracts.structure import Case, KindContract, StructureContract, never_dense  # noqa: F401
+from tests.contracts.structure import Case, KindContract, StructureContract, check_graphs_elsewhere, never_dense  # noqa: F401
 
 from factorformer.errors import ModelError
 from factorformer.structures import STRUCTURES, DenseSparse, KroneckerSum, LowRank, factor_shapes, largest_rank
@@ -86,10 +82,6 @@ def test_break_even_rank_of_low_rank(shape: tuple[int, int]) -> None:
 
 @pytest.mark.slow
 def test_layers_compile_and_export_in_one_graph() -> None:
-    code = (
-        "from tests.contracts.structure import check_graphs; from tests.contracts.test_structures import CASES, PATHS\n"
-        "for place in PATHS: check_graphs(CASES[place])"
+    check_graphs_elsewhere(
+        "from tests.contracts.test_structures import CASES, PATHS\ncases = [CASES[place] for place in PATHS]"
     )
-    root = Path(__file__).resolve().parents[2]
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], cwd=root, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr

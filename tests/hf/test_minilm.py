@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import datasets
 import pytest
 import torch
 import transformers as tf
@@ -17,13 +18,22 @@ from factorformer.tasks.evaluation import compare_embeddings, embed
 
 pytestmark = pytest.mark.real
 
+Questions = tuple[tf.PreTrainedTokenizerBase, datasets.Dataset, datasets.Dataset, torch.Tensor]
+"""A tokenizer, rows to calibrate and to measure on, and the original's embeddings of the latter."""
 
-def test_calibration_keeps_what_the_plain_fit_loses(minilm: Path, data: Path, tmp_path: Path) -> None:
+
+@pytest.fixture(scope="module")
+def questions(minilm: Path, data: Path) -> Questions:
     tokenizer = tf.AutoTokenizer.from_pretrained(minilm)
     columns = Columns(("text",))
     train = encode(tokenizer, sample(read(data / "banking77" / "train.tsv"), 300), columns, max_length=64)
     test = encode(tokenizer, sample(read(data / "banking77" / "test.tsv"), 100), columns, max_length=64)
     original = embed(tf.AutoModel.from_pretrained(minilm), tokenizer, test)
+    return tokenizer, train, test, original
+
+
+def test_calibration_keeps_what_the_plain_fit_loses(minilm: Path, questions: Questions, tmp_path: Path) -> None:
+    tokenizer, train, test, original = questions
     found = {}
     for method in ("svd", "whitened"):
         model = tf.AutoModel.from_pretrained(minilm).eval()
@@ -43,12 +53,8 @@ def test_calibration_keeps_what_the_plain_fit_loses(minilm: Path, data: Path, tm
     assert found["whitened"]["similarity_spearman"] > found["svd"]["similarity_spearman"] + 0.2
 
 
-def test_a_dictionary_loses_less_than_low_rank(minilm: Path, data: Path, tmp_path: Path) -> None:
-    tokenizer = tf.AutoTokenizer.from_pretrained(minilm)
-    columns = Columns(("text",))
-    train = encode(tokenizer, sample(read(data / "banking77" / "train.tsv"), 300), columns, max_length=64)
-    test = encode(tokenizer, sample(read(data / "banking77" / "test.tsv"), 100), columns, max_length=64)
-    original = embed(tf.AutoModel.from_pretrained(minilm), tokenizer, test)
+def test_a_dictionary_loses_less_than_low_rank(minilm: Path, questions: Questions, tmp_path: Path) -> None:
+    tokenizer, train, test, original = questions
     lost = {}
     for method in ("whitened", "cospadi"):
         model = tf.AutoModel.from_pretrained(minilm).eval()

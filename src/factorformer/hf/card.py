@@ -46,11 +46,11 @@ def text(model: PreTrainedModel) -> str:
 
 # {f"{name}, compressed" if name else "A compressed model"}
 
-{count} weight matrices of this {kind} are stored in factorized form by
-[factorformer](https://pypi.org/project/factorformer/). Plain `transformers` loads it once that is imported:
+{count} weight matrices of this {kind} are stored in factorized form by the Python package factorformer. Plain
+`transformers` loads it once that is imported:
 
 ```python
-import factorformer  # pip install factorformer
+import factorformer
 import transformers
 
 model = transformers.{loader}.from_pretrained("PATH OR NAME OF THIS MODEL")

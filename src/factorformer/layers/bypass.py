@@ -209,7 +209,7 @@ def _run(module: nn.Module, watch: _Watch, batches: Iterable[Mapping[str, Any]],
             if int8 and watch.last is not None:  # `torch.finfo` of int8
                 watch.blame()
             continue
-        except Exception:
+        except Exception:  # an input of another kind than the model takes: the next one may fit
             continue
         return
 
