@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import pytest
 from tests.contracts.int8 import Int8Contract
-from tests.contracts.structure import Case, KindContract, StructureContract, check_graphs_elsewhere, never_dense  # noqa: F401
+from tests.contracts.structure import (
+    Case,
+    KindContract,
+    StructureContract,
+    check_graphs_elsewhere,
+    never_dense,  # noqa: F401
+)
 
 from factorformer.errors import ModelError
 from factorformer.structures import STRUCTURES, DenseSparse, KroneckerSum, LowRank, factor_shapes, largest_rank
