@@ -268,7 +268,7 @@ def render(content: dict[str, Any]) -> str:
     built = [row for row in rows if row["floats"] != "not built"]
     machine = content["machine"]
     lines = [
-        f"{len(rows)} of {content['classes']} model classes of transformers {machine['transformers']} were tried so far, "
+        f"{len(rows)} of {content['classes']} model classes of transformers {machine['transformers']} were tried, "
         f"in alphabetical order; the script could make and feed {len(built)} of them (torch {machine['torch']}, "
         f"{machine['device']}).",
         "",
