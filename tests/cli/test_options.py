@@ -16,10 +16,16 @@ from factorformer.errors import MethodError
 WARNING_PROGRAM = """
 import sys, types, warnings
 from factorformer.cli import main
+from factorformer.cli._notes import notes
+from factorformer.errors import FactorformerWarning
 
 def app():
-    for module in ("factorformer.kernels.cpu", "torch.nn.modules", "transformers.models", "factorformers"):
-        warnings.warn_explicit(f"said by {module}", RuntimeWarning, "file.py", 3, module)
+    with notes():
+        for module in ("factorformer.kernels.cpu", "torch.nn.modules", "transformers.models", "factorformers"):
+            ours = module.startswith("factorformer.")
+            for _ in range(2):
+                kind = FactorformerWarning if ours else RuntimeWarning
+                warnings.warn_explicit(f"said by {module}", kind, "file.py", 3, module)
 
 sys.modules["factorformer.cli.app"] = types.SimpleNamespace(app=app)
 main()

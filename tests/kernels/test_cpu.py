@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from factorformer.errors import FactorformerError, ModelError
+from factorformer.errors import FactorformerError, FactorformerWarning, ModelError
 from factorformer.kernels import cpu, sparse_product, support
 from factorformer.kernels.compile import LIBRARY, VARIANTS, compile_library
 
@@ -72,7 +72,7 @@ def test_what_is_wrong_with_the_library_is_said_once(tmp_path: Path, monkeypatch
     assert cpu._load() is None  # there was no compiler
 
     def refused(reason: str) -> None:
-        with pytest.warns(RuntimeWarning, match=f"(?s){reason}.*factorformer.kernels.compile") as caught:
+        with pytest.warns(FactorformerWarning, match=f"(?s){reason}.*factorformer.kernels.compile") as caught:
             assert cpu._load() is None
         assert len(caught) == 1
         monkeypatch.setenv("FACTORFORMER_CPU", "baseline")

@@ -12,10 +12,8 @@ from factorformer.errors import extra_of, missing
 def main() -> None:
     """Run the command line; the exit code is 0, 2 after an error, 130 after Ctrl-C."""
     try:
-        # Warnings of other packages are for programmers; ours are for the user, each on one line.
+        # Warnings of other packages are for programmers; each command prints ours as notes.
         warnings.simplefilter("ignore")
-        warnings.filterwarnings("default", module=r"factorformer\b")
-        warnings.formatwarning = lambda message, *_, **__: f"note: {message}\n"
         os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
         os.environ.setdefault("DATASETS_VERBOSITY", "error")
         from factorformer.cli.app import app

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from factorformer.errors import FactorformerError, ModelError, one_of
+from factorformer.errors import FactorformerError, FactorformerWarning, ModelError, one_of
 from factorformer.kernels.compile import FAILED, LIBRARY, SOURCES, VARIANTS, fingerprint
 from factorformer.kernels.support import CODES, code_of, row_bytes
 
@@ -51,7 +51,7 @@ def _load() -> ctypes.CDLL | None:
             warnings.warn(
                 f"{wrong}; torch multiplies in their place, which is slower: run python -m "
                 f"factorformer.kernels.compile, or set FACTORFORMER_CPU={REFERENCE} to keep it so",
-                RuntimeWarning,
+                FactorformerWarning,
                 stacklevel=2,
             )
         return None
