@@ -456,7 +456,8 @@ def check_graphs(case: Case) -> None:
     ):
         torch._dynamo.reset()  # one function compiled for many specs is recompiled only so often
         compiled = torch.compile(layer, fullgraph=True, backend="eager")
-        assert torch.equal(compiled(x), layer(x))
+        # Close, not equal: a library of products may sum in another order where tensors lie elsewhere in memory.
+        torch.testing.assert_close(compiled(x), layer(x))
         exported = torch.export.export(layer.eval(), (x,), dynamic_shapes=({0: torch.export.Dim("rows")},))
         for rows in (3, 5):
             # Where a derivative is wanted, no kernel rounds the input.

@@ -189,8 +189,11 @@ def check(directory: Path, target: Path, expected: np.ndarray) -> None:
 )
 def test_as_sentence_transformers(name: str, side: str | None, modes: Any, after: str, tmp_path: Path) -> None:
     from sentence_transformers import SentenceTransformer
+    from sentence_transformers import __version__ as version
     from sentence_transformers.sentence_transformer import modules as st
 
+    if side == "left" and "weightedmean" in modes and tuple(map(int, version.split(".")[:2])) < (6, 1):
+        pytest.skip("sentence-transformers counts from the first token since 6.1, and from the padding before")
     encoder = st.Transformer(transformer(tmp_path / "encoder", name, side), max_seq_length=12)
     pooling = st.Pooling(32, pooling_mode=modes)
     width = pooling.pooling_output_dimension

@@ -225,9 +225,11 @@ def test_kernels_compile_for_hopper(
 @pytest.mark.slow
 @pytest.mark.skipif(INTERPRETED, reason="runs this file in the interpreter")
 def test_in_the_interpreter() -> None:
+    # Not as a worker of xdist, which other plug-ins of pytest would take it for.
+    inherited = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST")}
     done = subprocess.run(
         [sys.executable, "-m", "pytest", __file__, "-q", "-p", "no:cacheprovider", "-p", "no:xdist"],
-        env=os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""},
+        env=inherited | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""},
         capture_output=True,
         text=True,
         cwd=Path(__file__).parents[2],

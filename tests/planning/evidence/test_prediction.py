@@ -94,13 +94,29 @@ def test_budgets_of_milliseconds(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not any(isinstance(entry.spec, DenseSparse) for entry in plan.factorized)
 
 
-def test_measured_times_decide() -> None:
-    sizes = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 1, "num_attention_heads": 4}
+def test_measured_times_decide(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Every product is run, and the clock tells its FLOPs.
+    clock = [0.0]
+    linear, matmul = torch.nn.functional.linear, LowRank.matmul
+
+    def dense(x, weight):
+        clock[0] += weight.numel()
+        return linear(x, weight)
+
+    def factors(self, shape, *rest):
+        clock[0] += self.flops(shape) / 2
+        return matmul(self, shape, *rest)
+
+    monkeypatch.setattr("torch.nn.functional.linear", dense)
+    monkeypatch.setattr(LowRank, "matmul", factors)
+    monkeypatch.setattr("factorformer.planning.evidence.times.time.perf_counter", lambda: clock[0])
+    sizes = {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 1, "num_attention_heads": 4}
     model = tf.BertModel(tf.BertConfig(**sizes, vocab_size=50))
     # A ratio that no matrix can meet by staying dense: between dense and the largest rank there is nothing.
     plan = factorformer.plan(model, "whitened_by_loss", 4, budget="milliseconds")
     assert plan.milliseconds is not None
     assert plan.milliseconds[0] == pytest.approx(4 * plan.milliseconds[1], rel=0.01)
+    assert plan.original.flops == pytest.approx(4 * plan.compressed.flops, rel=0.02)
 
 
 @pytest.mark.usefixtures("no_shape_checks")
