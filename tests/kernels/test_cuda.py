@@ -94,8 +94,10 @@ def products(case: tuple[int, ...], x: torch.Tensor, y: torch.Tensor, values: to
 
 
 @multiplies
+@pytest.mark.parametrize("written", [0, cuda.WRITTEN], ids=["in tiles", "written"])
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_products_equal_the_reference(case: tuple[int, ...]) -> None:
+def test_products_equal_the_reference(case: tuple[int, ...], written: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda, "WRITTEN", written)
     given = operands(case, torch.float32)
     for actual, expected in zip(products(case, *given), reference(case, *given), strict=True):
         assert_near(actual, expected, torch.float32)
@@ -104,14 +106,18 @@ def test_products_equal_the_reference(case: tuple[int, ...]) -> None:
 @multiplies
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("case", [CASES[0], CASES[6], CASES[8]], ids=str)
-def test_half_precision_adds_up_in_float32(case: tuple[int, ...], dtype: torch.dtype) -> None:
+def test_half_precision_adds_up_in_float32(
+    case: tuple[int, ...], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cuda, "WRITTEN", 0)
     given = operands(case, dtype)
     for actual, expected in zip(products(case, *given), reference(case, *given), strict=True):
         assert_near(actual, expected, dtype)
 
 
 @multiplies
-def test_fuzzed_shapes() -> None:
+def test_fuzzed_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda, "WRITTEN", 0)
     codes = set()
     for case, dtype in zip(fuzzed(10), itertools.cycle([torch.float32, torch.bfloat16]), strict=False):
         codes.add(support.code_of(case[1], case[2]))
@@ -125,6 +131,7 @@ def test_fuzzed_shapes() -> None:
 @pytest.mark.parametrize("nonzeros", [30, 8], ids=["bitmap", "list"])
 def test_tiles_of_many_rows_of_input(nonzeros: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda, "PROGRAMS", 1)  # so that little input is multiplied in the tiles of much
+    monkeypatch.setattr(cuda, "WRITTEN", 0)
     case = (136, 136, nonzeros, 130)
     given = operands(case, torch.bfloat16)
     for actual, expected in zip(products(case, *given), reference(case, *given), strict=True):

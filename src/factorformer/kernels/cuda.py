@@ -4,7 +4,8 @@
 tensor on a GPU first reaches one. Where it is missing or cannot compile (no C compiler, a GPU older than Ampere) and
 for types other than float32, float16 and bfloat16, the reference implementation goes on.
 
-Beside the result no memory is taken, but for `S` where it is no larger than that (see `kernels.triton_sparse`).
+Beside the result no memory is taken, but for `S`: where it is no larger than that (see `kernels.triton_sparse`), and in
+transposed products up to `WRITTEN` bytes.
 Products of float32 are exact (IEEE) unless torch was told that its own matrix products may use TF32. Sums are in
 float32, in an order that depends on shapes alone.
 """
@@ -44,6 +45,12 @@ AXES = {
 CHUNK = 16
 """Positions of a list that are read per iteration."""
 
+WRITTEN = 64 << 20
+"""Bytes up to which a transposed product writes `S` as a dense matrix first, for however few rows of input.
+
+Its kernel runs through all rows of `S` in each program, and has few programs: on an H200 it took up to 15 times as long
+as a dense product, where writing `S` takes a few microseconds."""
+
 PROGRAMS = 128
 """As many keep a large GPU busy: an H100 has 132 multiprocessors."""
 
@@ -70,7 +77,7 @@ def sparse_matmul_transposed(x: Tensor, values: Tensor, support: Tensor, atoms: 
     """
     rows, nonzeros = values.shape
     _check(x.shape[1], rows, rows, atoms, nonzeros, support)
-    if x.shape[0] >= rows:
+    if x.shape[0] >= rows or rows * atoms * x.element_size() <= WRITTEN:
         return x @ _densified(values, support, atoms)
     result = x.new_empty(x.shape[0], atoms)
     return _launch("matmul_transposed", (x,), (values,), support, result, rows, atoms, nonzeros)
