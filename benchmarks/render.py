@@ -143,6 +143,23 @@ def products() -> list[str]:
     return lines + measured_with([{**row["machine"], "kernels": row["kernels"]} for row in rows])
 
 
+def products_cuda() -> list[str]:
+    """Times in a CUDA graph: what the GPU takes, without Python and launches."""
+    cells: dict[str, dict[tuple[str, str], Row]] = {}
+    for row in (rows := rows_of("products_cuda.jsonl")):
+        place = f"{row['shape'][0]}x{row['shape'][1]}, {row['rows']}"
+        cells.setdefault(place, {})[row["dtype"], row["mode"]] = row["milliseconds"]["device"]
+    kinds = [(dtype, mode) for dtype in ("float32", "bfloat16") for mode in ("forward", "backward")]
+
+    def shown(times: Row) -> str:
+        return f"{times['dense'] / times['sparse']:.2f} ({times['dense'] / times['build']:.2f})"
+
+    table = [[place, *(shown(found[kind]) for kind in kinds)] for place, found in cells.items()]
+    return markdown(["shape, rows", *map(", ".join, kinds)], table) + measured_with(
+        [{**row, "kernels": "Triton"} for row in rows]
+    )
+
+
 def three(value: float) -> str:
     """Three digits, without an exponent."""
     return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
@@ -483,6 +500,7 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "headline": headline,
     "latency": latency,
     "products": products,
+    "products-cuda": products_cuda,
     "translation": translation,
     "translation-timing": translation_timing,
     "kronecker": kronecker,
