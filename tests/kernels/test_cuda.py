@@ -94,13 +94,27 @@ def products(case: tuple[int, ...], x: torch.Tensor, y: torch.Tensor, values: to
 
 
 @multiplies
-@pytest.mark.parametrize("written", [0, cuda.WRITTEN], ids=["in tiles", "written"])
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_products_equal_the_reference(case: tuple[int, ...], written: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cuda, "WRITTEN", written)
+def test_products_equal_the_reference(case: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda, "WRITTEN", 0)
     given = operands(case, torch.float32)
     for actual, expected in zip(products(case, *given), reference(case, *given), strict=True):
         assert_near(actual, expected, torch.float32)
+
+
+@multiplies
+def test_a_small_matrix_is_written_for_transposed_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, y, values, packed = operands(CASES[6], torch.float32)
+    found = []
+    for most in (cuda.WRITTEN, 0):
+        monkeypatch.setattr(cuda, "WRITTEN", most)
+        launched = []
+        launch = cuda._launch
+        monkeypatch.setattr(cuda, "_launch", lambda name, *rest, to=launched: to.append(name) or launch(name, *rest))
+        found.append(cuda.sparse_matmul_transposed(y, values, packed, CASES[6][1]))
+        monkeypatch.setattr(cuda, "_launch", launch)
+        assert launched == (["densify"] if most else ["matmul_transposed"])
+    torch.testing.assert_close(*found)
 
 
 @multiplies
