@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -105,15 +106,17 @@ def test_products_equal_the_reference(case: tuple[int, ...], monkeypatch: pytest
 @multiplies
 def test_a_small_matrix_is_written_for_transposed_products(monkeypatch: pytest.MonkeyPatch) -> None:
     _, y, values, packed = operands(CASES[6], torch.float32)
-    found = []
+    launch, launched, found = cuda._launch, [], []
+
+    def noted(name: str, *rest: Any) -> torch.Tensor:
+        launched.append(name)
+        return launch(name, *rest)
+
+    monkeypatch.setattr(cuda, "_launch", noted)
     for most in (cuda.WRITTEN, 0):
         monkeypatch.setattr(cuda, "WRITTEN", most)
-        launched = []
-        launch = cuda._launch
-        monkeypatch.setattr(cuda, "_launch", lambda name, *rest, to=launched: to.append(name) or launch(name, *rest))
         found.append(cuda.sparse_matmul_transposed(y, values, packed, CASES[6][1]))
-        monkeypatch.setattr(cuda, "_launch", launch)
-        assert launched == (["densify"] if most else ["matmul_transposed"])
+    assert launched == ["densify", "matmul_transposed"]
     torch.testing.assert_close(*found)
 
 
