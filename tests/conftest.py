@@ -14,6 +14,7 @@ import datasets  # noqa: E402
 import jaxtyping  # noqa: E402
 import torch  # noqa: E402
 from hypothesis import HealthCheck, settings  # noqa: E402
+from tests.clock import Clock  # noqa: E402
 from transformers.utils import logging  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -59,3 +60,17 @@ def no_shape_checks() -> Iterator[None]:
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    """The clock of all measured times, by which a dense product takes a millisecond, and what a test lets take some."""
+    from factorformer.bench import layers
+    from factorformer.planning.evidence import times
+
+    clock = Clock()
+    for module in (layers, times):
+        monkeypatch.setattr(module, "time", clock)
+    linear = torch.nn.functional.linear
+    monkeypatch.setattr(torch.nn.functional, "linear", clock.taking(lambda *_: 1e-3, linear))
+    return clock

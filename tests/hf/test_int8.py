@@ -264,8 +264,8 @@ def edit(folder: Path, tensors: Callable[[dict[str, Tensor]], object], config: C
             id,
             rf"'{QUERY}\.weight_scale' is stored as",
         ),
-        (id, lambda layers: layers[QUERY].update(values="int4"), rf"'{QUERY}' values of type 'int4'"),
-        (id, lambda layers: layers[QUERY].update(values=["int8"]), rf"'{QUERY}' values of type \['int8'\]"),
+        (id, lambda layers: layers[QUERY].update(values="int4"), rf"'{QUERY}'.*'int4'"),
+        (id, lambda layers: layers[QUERY].update(values=["int8"]), rf"'{QUERY}'.*\['int8'\]"),
         (id, lambda layers: layers[QUERY].pop("values"), rf"unexpected: {QUERY}\.right_scale"),
     ],
 )
@@ -387,7 +387,7 @@ def test_straight_through(tmp_path: Path) -> None:
     factorformer.compress(model, Plan.from_dict(content), hold_floats=True)
     straight = StraightThrough(model)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    with pytest.raises(ModelError, match=rf"'{QUERY}' trains straight through: call finish\(\)"):
+    with pytest.raises(ModelError, match=rf"'{QUERY}'.*finish\(\)"):
         quantize(model)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     losses = learn(model, inputs, after=lambda step: straight.after_step(step, 10))
@@ -446,6 +446,6 @@ def test_factors_that_are_not_finite_are_not_stored() -> None:
     layer = model.get_submodule(QUERY)
     with torch.no_grad():
         layer.weight[0, 0] = torch.nan
-    with pytest.raises(ModelError, match=f"layer '{QUERY}': its factors are not finite"):
+    with pytest.raises(ModelError, match=f"'{QUERY}'.*not finite"):
         quantize(model)
     assert not layer.quantized

@@ -224,12 +224,12 @@ def test_a_tied_matrix_is_excluded_by_any_of_its_names() -> None:
 
 @pytest.mark.parametrize("option", ["include", "exclude"])
 def test_a_pattern_that_matches_nothing(option: str) -> None:
-    with pytest.raises(ModelError, match=r"'\*\.quary' matches no weight matrix; names look like .*query"):
+    with pytest.raises(ModelError, match=r"'\*\.quary' .*query"):
         a_plan(**{option: ["*.quary"]})
 
 
 def test_nothing_left_to_factorize() -> None:
-    with pytest.raises(BudgetError, match="no matrix in scope can be factorized"):
+    with pytest.raises(BudgetError, match="no matrix"):
         a_plan(exclude=["*"])
 
 
@@ -237,7 +237,7 @@ def test_nothing_left_to_factorize() -> None:
 
 
 def test_an_impossible_ratio() -> None:
-    with pytest.raises(BudgetError, match="ratio 1000 cannot be met") as caught:
+    with pytest.raises(BudgetError, match="ratio 1000 ") as caught:
         a_plan(ratio=1000)
     (largest,) = re.findall(r"ask for at most ([0-9.]+)", str(caught.value))
     plan = a_plan(ratio=float(largest))
@@ -246,14 +246,12 @@ def test_an_impossible_ratio() -> None:
 
 
 def test_an_unknown_method() -> None:
-    with pytest.raises(
-        MethodError, match=r"unknown method 'whitend' \(did you mean 'whitened'\?\); allowed: svd, fwsvd"
-    ):
+    with pytest.raises(MethodError, match=r"method 'whitend' .*'whitened'.*allowed: svd, fwsvd"):
         factorformer.plan(MODELS["bert"].build(), "whitend")
 
 
 def test_an_unknown_scope(no_shape_checks: None) -> None:
-    with pytest.raises(factorformer.FactorformerError, match=r"unknown scope 'block' \(did you mean 'blocks'\?\)"):
+    with pytest.raises(factorformer.FactorformerError, match=r"scope 'block' .*'blocks'"):
         a_plan(scope="block")  # type: ignore[arg-type]
 
 
@@ -377,8 +375,8 @@ def test_an_unknown_role_is_answered_with_the_nearest() -> None:
     content = content_of_a_plan()
     content["entries"][0]["role"] = "attn"
     name = content["entries"][0]["name"]
-    message = r"unknown role 'attn' \(did you mean 'attention'\?\); allowed: attention, feed_forward, embedding"
-    with pytest.raises(MethodError, match=f"plan entry '{name}' is malformed: {message}"):
+    message = "role 'attn' .*'attention'.*allowed: attention, feed_forward, embedding"
+    with pytest.raises(MethodError, match=f"plan entry '{name}'.*{message}"):
         Plan.from_dict(content)
 
 
@@ -388,7 +386,7 @@ def test_an_unknown_role_is_answered_with_the_nearest() -> None:
 def test_entries_lack_nothing(field: str) -> None:
     content = content_of_a_plan()
     del content["entries"][1][field]
-    with pytest.raises(MethodError, match=f"malformed: it has no '{field}'"):
+    with pytest.raises(MethodError, match=f"plan entry.*no '{field}'"):
         Plan.from_dict(content)
 
 
@@ -396,7 +394,7 @@ def test_entries_lack_nothing(field: str) -> None:
     "change", [{"method": 3}, {"scope": "block"}, {"target": "2"}, {"entries": ["x"]}, {"rest": {"bytes": True}}]
 )
 def test_plans_with_values_of_another_type(change: dict[str, Any]) -> None:
-    with pytest.raises(MethodError, match="the plan is malformed"):
+    with pytest.raises(MethodError, match=f"plan.*{next(iter(change))}"):
         Plan.from_dict({**content_of_a_plan(), **change})
 
 

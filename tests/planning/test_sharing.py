@@ -235,14 +235,12 @@ def test_sharing_lowers_the_error_of_weights_that_share_structure(share: Share) 
 
 
 def test_methods_without_shareable_factors() -> None:
-    with pytest.raises(MethodError, match=r"'svd' makes low_rank matrices, which have none; methods that do: dense_sp"):
+    with pytest.raises(MethodError, match=r"'svd' .*low_rank.*: dense_sp"):
         factorformer.plan(MODELS["bert"].build(), "svd", 2, share="inputs")
 
 
 def test_an_unknown_share() -> None:
-    with pytest.raises(
-        MethodError, match=r"unknown share 'input' \(did you mean 'inputs'\?\); allowed: inputs, layers"
-    ):
+    with pytest.raises(MethodError, match=r"share 'input' .*'inputs'.*allowed: inputs, layers"):
         factorformer.plan(MODELS["bert"].build(), METHOD, 2, share="input")  # type: ignore[arg-type]
 
 
@@ -293,5 +291,5 @@ def test_members_may_be_too_small_to_gain_alone() -> None:
     plan = Plan(None, "blocks", 2, (Entry(q, spec, ""), Entry(k, spec, "", q.name)), Cost())
     assert plan.entries[1].compressed.parameters == 8 * 4
     assert plan.entries[0].compressed.parameters == 64 * 4 + 24 * 32
-    with pytest.raises(MethodError, match=r"'0.attn.k'.*no less than the dense"):
+    with pytest.raises(MethodError, match=r"'0\.attn\.k'.*no less"):
         Plan(None, "blocks", 2, (Entry(k, spec, ""),), Cost())

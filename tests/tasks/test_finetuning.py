@@ -153,7 +153,7 @@ def test_a_run_that_diverges_is_an_error_and_thaws_the_embeddings(
 def test_training_needs_labels_or_a_teacher(
     tokenizer: tf.PreTrainedTokenizerBase, plain: datasets.Dataset, make_classifier: Make
 ) -> None:
-    with pytest.raises(DataError, match="labels or a teacher"):
+    with pytest.raises(DataError, match=r"labels.*teacher"):
         train(make_classifier(), tokenizer, plain, FAST)
 
 
@@ -286,5 +286,5 @@ def test_encoder_decoders_do_not_follow_a_teacher(
 ) -> None:
     sizes = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 1, "num_heads": 4, "vocab_size": 64}
     model = tf.T5ForSequenceClassification(tf.T5Config(**sizes, num_labels=2, decoder_start_token_id=0))
-    with pytest.raises(ModelError, match="an encoder and a decoder"):
+    with pytest.raises(ModelError, match="encoder and a decoder"):
         train(model, tokenizer, labelled, TrainingSettings(epochs=1), teacher=model)

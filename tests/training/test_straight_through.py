@@ -234,7 +234,7 @@ def test_factors_that_are_frozen_stay_so() -> None:
 def test_a_dense_model_that_does_not_fit_is_refused(wrong: nn.Module) -> None:
     model, _ = layers(*SPARSE[0])
     for given in (wrong, model):
-        with pytest.raises(ModelError, match=r"no layer '0' of shape \(24, 16\)"):
+        with pytest.raises(ModelError, match=r"'0'.* \(24, 16\)"):
             StraightThrough(model, None, given)
 
 

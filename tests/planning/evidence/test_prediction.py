@@ -13,6 +13,7 @@ import pytest
 import torch
 import transformers as tf
 from scipy.stats import spearmanr
+from tests.clock import Clock
 from tests.tiny import MODELS, text
 
 import factorformer
@@ -94,7 +95,8 @@ def test_budgets_of_milliseconds(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not any(isinstance(entry.spec, DenseSparse) for entry in plan.factorized)
 
 
-def test_measured_times_decide() -> None:
+def test_measured_times_decide(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(LowRank, "matmul", clock.taking(lambda spec, *_: 1e-5 * spec.rank, LowRank.matmul))
     sizes = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 1, "num_attention_heads": 4}
     model = tf.BertModel(tf.BertConfig(**sizes, vocab_size=50))
     # A ratio that no matrix can meet by staying dense: between dense and the largest rank there is nothing.
@@ -107,16 +109,14 @@ def test_measured_times_decide() -> None:
 def test_other_methods_count_bytes_alone() -> None:
     model = MODELS["bert"].build()
     for budget in set(get_args(Unit)) - {"bytes"}:
-        with pytest.raises(
-            MethodError, match=f"a budget in {budget} .* 'svd' .*methods that do: whitened_by_loss, auto"
-        ):
+        with pytest.raises(MethodError, match=f"budget in {budget} .*'svd' .*: whitened_by_loss, auto"):
             factorformer.plan(model, "svd", budget=budget)
-    with pytest.raises(MethodError, match=r"unknown budget 'byte' \(did you mean 'bytes'\?\)"):
+    with pytest.raises(MethodError, match=r"budget 'byte' .*'bytes'"):
         factorformer.plan(model, "auto", budget="byte")  # type: ignore[arg-type]
 
 
 def test_any_structure_cannot_share() -> None:
-    with pytest.raises(MethodError, match="'auto' makes matrices of any structure"):
+    with pytest.raises(MethodError, match=r"'auto'.*structure"):
         factorformer.plan(MODELS["bert"].build(), "auto", share="inputs")
 
 
@@ -274,7 +274,7 @@ def test_what_the_output_does_not_show_stays_whole() -> None:
             assert str(entry.spec) == ("dense" if int8 else "None")
             assert entry.reason == UNMEASURED
     assert any(UNMEASURED.removesuffix(", left dense") in line for line in left_dense(plan.entries, 10_000))
-    with pytest.raises(BudgetError, match=r"does not show its effect: 1 matrix"):
+    with pytest.raises(BudgetError, match="effect: 1 matrix"):
         factorformer.plan(model, "whitened_by_loss", 500, scope="all", calibration=[text(8)])
 
 
