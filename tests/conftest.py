@@ -57,9 +57,10 @@ def minilm() -> Path:
 @pytest.fixture
 def no_shape_checks() -> Iterator[None]:
     """Annotations unchecked, to reach the errors that users without such checks meet."""
+    before = jaxtyping.config.jaxtyping_disable
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
-    jaxtyping.config.update("jaxtyping_disable", False)
+    jaxtyping.config.update("jaxtyping_disable", before)
 
 
 @pytest.fixture

@@ -65,8 +65,12 @@ def assert_resumes(
     assert resumed.history == ranks.history
 
 
-def test_an_interrupted_run_ends_where_a_whole_one_does(plain: Run) -> None:
+def test_an_interrupted_run_ends_where_a_whole_one_does(plain: Run, tmp_path: Path) -> None:
     assert_resumes(plain.model, plain.ranks, plain.folder / "checkpoint-5", "rankdyna")
+    for method in METHODS[1:]:
+        whole, ranks = build(method)
+        trainer(whole, ranks, tmp_path / method, save_steps=5).train()
+        assert_resumes(whole, ranks, tmp_path / method / "checkpoint-5", method)
 
 
 @pytest.mark.parametrize("method", METHODS)

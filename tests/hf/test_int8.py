@@ -9,7 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -116,6 +116,19 @@ def test_bytes_on_disk_are_those_of_the_plan(case: str, saved: Path) -> None:
     found = inventory(factorformer.load(saved / case / "model"), scope)  # type: ignore[arg-type]
     assert (found.original, found.compressed, found.rest) == (plan.original, plan.compressed, plan.rest)
     assert [(e.matrix, e.spec) for e in found.factorized] == [(e.matrix, e.spec) for e in plan.factorized]
+
+
+def test_the_other_architectures_reload(tmp_path: Path) -> None:
+    """In this process, where it takes a moment."""
+    others = [(name, scope) for name in MODELS for scope in get_args(Scope) if f"{name}@{scope}" not in CASES]
+    assert len(others) + len(CASES) == 2 * len(MODELS)
+    for name, scope in others:
+        model, inputs = compressed(name, scope), MODELS[name].inputs()
+        model.save_pretrained(tmp_path)
+        again = factorformer.load(tmp_path)
+        assert torch.equal(logits(again, inputs), logits(model, inputs)), (name, scope)
+        assert all(m.quantized for m in again.modules() if isinstance(m, FactorizedMatrix)), (name, scope)
+        assert again.state_dict().keys() == model.state_dict().keys(), (name, scope)
 
 
 def test_bytes_are_those_of_codes_and_scales_in_any_type() -> None:

@@ -391,10 +391,17 @@ def test_entries_lack_nothing(field: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "change", [{"method": 3}, {"scope": "block"}, {"target": "2"}, {"entries": ["x"]}, {"rest": {"bytes": True}}]
+    ("change", "named"),
+    [
+        ({"method": 3}, "method"),
+        ({"scope": "block"}, "scope"),
+        ({"target": "2"}, "target"),
+        ({"entries": ["x"]}, "entry.*'x'"),
+        ({"rest": {"bytes": True}}, "parameters"),
+    ],
 )
-def test_plans_with_values_of_another_type(change: dict[str, Any]) -> None:
-    with pytest.raises(MethodError, match=f"plan.*{next(iter(change))}"):
+def test_plans_with_values_of_another_type(change: dict[str, Any], named: str) -> None:
+    with pytest.raises(MethodError, match=f"the plan .*{named}"):
         Plan.from_dict({**content_of_a_plan(), **change})
 
 

@@ -172,14 +172,22 @@ def test_stacking_is_sharing() -> None:
             assert sum(e.compressed.parameters for e in members) == spec.parameters(stack.shape)
 
 
+KINDS = ("bert", "gpt2", "t5", "albert", "mixtral")
+
+
 @pytest.mark.parametrize(
-    ("name", "share"),
-    [
-        *((name, "inputs") for name in MODELS),
-        *((name, "layers") for name in ("bert", "gpt2", "t5", "albert", "mixtral")),
-    ],
+    ("name", "share"), [*((name, "inputs") for name in MODELS), *((name, "layers") for name in KINDS)]
 )
 def test_plans_meet_the_budget_and_are_what_is_stored(name: str, share: Share) -> None:
+    assert_planned_and_stored(name, share)
+
+
+def test_layers_of_the_other_architectures_share_as_well() -> None:
+    for name in MODELS.keys() - {*KINDS}:
+        assert_planned_and_stored(name, "layers")
+
+
+def assert_planned_and_stored(name: str, share: Share) -> None:
     model = MODELS[name].build()
     plan = factorformer.plan(model, METHOD, MODELS[name].ratio, share=share)
     assert plan.ratio == pytest.approx(MODELS[name].ratio, rel=0.01)

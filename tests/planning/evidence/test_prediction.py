@@ -57,6 +57,17 @@ def test_every_architecture_is_planned_and_compressed(name: str, method: str) ->
         assert torch.isfinite(next(iter(model(**tiny.inputs()).values()))).all()
 
 
+@pytest.mark.usefixtures("no_shape_checks")
+def test_one_block_of_the_other_architectures_is_planned_and_compressed() -> None:
+    for name in MODELS.keys() - KINDS:
+        model, data = MODELS[name].build(), [MODELS[name].inputs()]
+        plan = factorformer.plan(model, "auto", 1.3, calibration=data, include=["*.0.*"])
+        assert plan.original.bytes == pytest.approx(plan.target * plan.compressed.bytes, rel=0.01), name
+        assert factorformer.compress(model, plan, data).ratio == pytest.approx(plan.ratio), name
+        with torch.inference_mode():
+            assert torch.isfinite(next(iter(model(**data[0]).values()))).all(), name
+
+
 @pytest.mark.usefixtures("no_shape_checks")  # checked on other plans; planning takes a third of the time
 @pytest.mark.parametrize("name", ["bert", "gpt2", "llama", "llama-tied", "t5", "albert"])
 def test_the_whole_model_is_planned(name: str) -> None:
