@@ -141,6 +141,13 @@ def test_finetune_compress_evaluate(run: Any, trained: Path, tables: Path, tmp_p
     model = AutoModelForSequenceClassification.from_pretrained(output)
     assert model.config.id2label == {0: "minus", 1: "plus"}
     assert AutoTokenizer.from_pretrained(output)("good film")["input_ids"]
+    # What is reported is the compressed model's: one that learns the opposite is wrong.
+    swapped = data.read_text().replace('"plus"', '"?"').replace('"minus"', '"plus"').replace('"?"', '"minus"')
+    (tmp_path / "opposite.jsonl").write_text(swapped)
+    training = ("--train", tmp_path / "opposite.jsonl", "--eval", data, "--label", "label", "--epochs", 10)
+    options = ("--ratio", 2, "--batch-size", 4, "--lr", 3e-3, "--overwrite", "--json")
+    found = result_of(run("compress", trained, output, *training, *options))["metrics"]
+    assert found["accuracy"] <= 0.5 < found["original_accuracy"]
 
 
 @pytest.mark.parametrize("method", ["dsformer", "dense_sparse", "cospadi"])

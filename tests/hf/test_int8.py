@@ -161,7 +161,7 @@ def test_int8_holds_more_in_as_many_bytes() -> None:
         model = MODELS["bert"].build()
         plan = factorformer.plan(model, "svd", ratio=4, int8=int8_values)
         errors[int8_values] = sum(factorformer.compress(model, plan).errors.values())
-    assert errors[True] < 0.7 * errors[False]
+    assert errors[True] < 0.77 * errors[False]  # worst of three seeds 0.59, times 1.3
 
 
 # Plans

@@ -224,7 +224,7 @@ def test_conv1d_becomes_a_linear_layer_with_its_bias() -> None:
     assert isinstance(new, FactorizedLinear)
     assert new.shape == (96, 32)
     assert new.bias is old.bias
-    assert (new.to_dense() - old.weight.T).norm() < 0.5 * old.weight.norm()
+    assert (new.to_dense() - old.weight.T).norm() < 0.53 * old.weight.norm()  # worst of three seeds 0.41, times 1.3
 
 
 def test_a_shared_layer_is_replaced_once_and_stays_shared() -> None:

@@ -191,7 +191,7 @@ def test_an_interrupted_run_ends_as_if_it_had_not_been(
         assert torch.equal(tensor, resumed.state_dict()[name]), name
     untimed = [[{k: v for k, v in row.items() if k != "seconds"} for row in rows] for rows in (curve, again)]
     assert untimed[0] == untimed[1]
-    assert again[2]["seconds"] > again[1]["seconds"] > again[0]["seconds"] > 0
+    assert again[2]["seconds"] >= again[1]["seconds"] >= again[0]["seconds"] > 0  # rounded
     # A finished run returns at once.
     finished = make(kind)
     at_once = train(finished, words, encoded, encoded, FAST, tmp_path / "cut")
