@@ -119,7 +119,7 @@ def test_what_is_slower_is_named_with_its_remedy() -> None:
 def test_where_no_factors_pay_another_method_is_advised() -> None:
     (line,) = slower_than_dense([entry("layer.0.query", SLOW)], CPU)
     assert line.startswith("1 512x512 matrix as low_rank takes 3.0x ")
-    assert line.endswith("none of the factors of this plan pay here: another method or a larger ratio may")
+    assert "another method or a larger ratio" in line
 
 
 @pytest.mark.usefixtures("paces")

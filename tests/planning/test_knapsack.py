@@ -123,10 +123,10 @@ def test_reasons_name_the_runner_up() -> None:
         (entry,) = by_loss([Matrix("a", shape)], {"a": [*others, Option(None, 10, 0)]}, ratio, 0)
         return entry.reason
 
-    assert "kronecker_sum would have 3.00 times the loss" in reason(Option(LowRank(2), 5, 1), Option(kronecker, 5, 3))
+    assert "kronecker_sum would have 3.00 times" in reason(Option(LowRank(2), 5, 1), Option(kronecker, 5, 3))
     assert "kronecker_sum would cost more" in reason(Option(LowRank(2), 5, 2), Option(kronecker, 8, 3))
     assert reason(Option(LowRank(2), 5, 2)).endswith("whose error is worth what it costs")
-    assert reason(Option(LowRank(2), 5, 2), ratio=1).startswith("the budget allows the dense matrix: low_rank(rank=2)")
+    assert reason(Option(LowRank(2), 5, 2), ratio=1).partition(": ")[2].startswith("low_rank(rank=2)")
     assert reason(Option(LowRank(2), 12, 2), ratio=1).endswith("nothing else costs less")
     (entry,) = by_loss([Matrix("a", shape, dense="excluded")], {"a": [Option(None, 10, 0)]}, 1, 0)
     assert entry.reason == "excluded"

@@ -154,7 +154,7 @@ def test_a_plan_reads_as_a_table() -> None:
         assert (str(entry.spec) if entry.spec else "dense") in line
         assert f"{entry.compressed.bytes:,}" in line
         assert entry.reason in line
-    assert "expert weights fused in a 3-D parameter, left dense" in text
+    assert "expert weights fused" in text
     assert f"scope blocks: {plan.original.bytes:,} -> {plan.compressed.bytes:,} bytes ({plan.ratio:.2f}x)" in text
 
 
@@ -410,9 +410,8 @@ def test_what_stays_dense_is_told_by_reason() -> None:
     plan = factorformer.plan(model, "svd", ratio=1.05, exclude=["*.q_proj"])
     (line,) = left_dense(plan.entries, plan.original.bytes)
     experts = sum(p.numel() for name, p in model.named_parameters() if "experts." in name and p.dim() == 3) * 4
-    assert line == (
-        f"expert weights fused in a 3-D parameter: 4 matrices, {experts:,} of {plan.original.bytes:,} bytes in scope"
-    )
+    assert line.startswith("expert weights")
+    assert f": 4 matrices, {experts:,} of {plan.original.bytes:,} bytes" in line
     assert left_dense(a_plan().entries, a_plan().original.bytes) == []
 
 

@@ -260,19 +260,19 @@ def shared_plan() -> dict[str, Any]:
 
 
 BROKEN: list[tuple[int, dict[str, Any], str]] = [
-    (1, {"shares": "nobody"}, "the plan has no such entry"),
-    (1, {"shares": "0.attn.k"}, "that one has none of its own"),
+    (1, {"shares": "nobody"}, "'nobody'.*no such entry"),
+    (1, {"shares": "0.attn.k"}, r"'0\.attn\.k'.*none of its own"),
     (1, {"shares": 3}, "'shares' cannot be 3"),
-    (1, {"int8": True}, "only one of the two is to be stored in int8"),
-    (0, {"shares": "0.attn.k"}, "that one has none of its own, but those of '0.attn.q'"),
+    (1, {"int8": True}, "only one .*int8"),
+    (0, {"shares": "0.attn.k"}, r"none of its own.*'0\.attn\.q'"),
     (1, {"spec": DenseSparse(20, 4).to_dict()}, "may differ in their sides only"),
     (1, {"spec": DenseSparse(16, 3).to_dict()}, "may differ in their sides only"),
-    (1, {"spec": {"structure": "low_rank", "rank": 3}}, "low_rank has no factors that could be shared"),
+    (1, {"spec": {"structure": "low_rank", "rank": 3}}, "low_rank has no factors"),
     (1, {"spec": None}, "one stays dense"),
     (0, {"spec": None}, "one stays dense"),
     (1, {"shape": [64, 40]}, r"sizes \{'dictionary': \(16, 40\)\} and \{'dictionary': \(16, 32\)\}"),
     (1, {"dtype": "float16"}, "types float16 and float32"),
-    (1, {"shape": [64, 4]}, "stores no less than the dense matrix"),
+    (1, {"shape": [64, 4]}, "no less"),
 ]
 
 

@@ -308,7 +308,7 @@ def test_what_cannot_be_done_is_said_before_anything_changes() -> None:
 
     given = model
     refused(DataError, "'rankdyna' needs calibration data", plan=dataclasses.replace(plan, method="rankdyna"))
-    refused(ModelError, "does not fit the model: it has no matrix", model=tiny.MODELS["gpt2"].build())
+    refused(ModelError, "does not fit.*no matrix", model=tiny.MODELS["gpt2"].build())
     model.get_submodule(name).requires_grad_(False)
     refused(ModelError, f"layer '{name}' is frozen")
     model.get_submodule(name).requires_grad_(True)
