@@ -9,11 +9,14 @@ from pathlib import Path
 import pytest
 
 pytest.register_assert_rewrite("tests.contracts.structure", "tests.contracts.int8")
+# Sums are added up alike on any number of cores, here and in the processes that tests start.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import datasets  # noqa: E402
 import jaxtyping  # noqa: E402
 import torch  # noqa: E402
 from hypothesis import HealthCheck, settings  # noqa: E402
+from tests.clock import Clock  # noqa: E402
 from transformers.utils import logging  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -56,6 +59,21 @@ def minilm() -> Path:
 @pytest.fixture
 def no_shape_checks() -> Iterator[None]:
     """Annotations unchecked, to reach the errors that users without such checks meet."""
+    before = jaxtyping.config.jaxtyping_disable
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
-    jaxtyping.config.update("jaxtyping_disable", False)
+    jaxtyping.config.update("jaxtyping_disable", before)
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    """The clock of all measured times, by which a dense product takes a millisecond, and what a test lets take some."""
+    from factorformer.bench import layers
+    from factorformer.planning.evidence import times
+
+    clock = Clock()
+    for module in (layers, times):
+        monkeypatch.setattr(module, "time", clock)
+    linear = torch.nn.functional.linear
+    monkeypatch.setattr(torch.nn.functional, "linear", clock.taking(lambda *_: 1e-3, linear))
+    return clock

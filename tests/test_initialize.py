@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import re
 from pathlib import Path
 from typing import Any
 
@@ -205,7 +206,7 @@ def fails_unchanged(model: PreTrainedModel, plan: Plan, message: str) -> None:
 
 
 def test_a_plan_for_another_model() -> None:
-    fails_unchanged(MODELS["roberta"].build(), fresh("bert")[1], r"does not fit the model: it expects 'bert\.")
+    fails_unchanged(MODELS["roberta"].build(), fresh("bert")[1], r"does not fit.*'bert\.")
 
 
 def test_a_plan_that_keeps_everything() -> None:
@@ -218,14 +219,14 @@ def test_a_matrix_that_must_stay_dense() -> None:
     plan = factorformer.plan(model, "svd", ratio=1.05)
     experts = next(entry.matrix for entry in plan.entries if "expert" in (entry.matrix.dense or ""))
     entry = Entry(dataclasses.replace(experts, dense=None), LowRank(4), "")
-    fails_unchanged(model, dataclasses.replace(plan, entries=(entry,)), "which cannot be: expert weights fused")
+    fails_unchanged(model, dataclasses.replace(plan, entries=(entry,)), rf"'{re.escape(experts.name)}'.*expert weights")
 
 
 def test_a_model_without_values() -> None:
     with torch.device("meta"):
         model = MODELS["llama"].make()
     plan = factorformer.plan(model, "shapeshifter", RATIO)
-    fails_unchanged(model, plan, "layer 'model.embed_tokens': its weight has no initial values to match")
+    fails_unchanged(model, plan, r"'model\.embed_tokens'.*no initial values")
 
 
 @pytest.mark.parametrize("value", [0.0, float("nan"), float("inf")])
@@ -233,9 +234,7 @@ def test_a_weight_without_a_size(value: float) -> None:
     model, plan = fresh("bert")
     name = "bert.encoder.layer.1.output.dense"
     nn.init.constant_(model.get_submodule(name).get_parameter("weight"), value)
-    fails_unchanged(
-        model, plan, f"layer '{name}': its weight has no initial values to match; build it with from_config"
-    )
+    fails_unchanged(model, plan, f"'{name}'.*no initial values.*from_config")
 
 
 def test_a_model_that_is_compressed_already() -> None:

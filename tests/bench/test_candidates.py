@@ -89,13 +89,13 @@ def test_a_colon_can_be_part_of_a_name(tmp_path: Path) -> None:
         (
             "in8:DENSE",
             MethodError,
-            r"unknown variant 'in8' \(did you mean 'int8'\?\); allowed: fused, compile, bf16, int8",
+            r"'in8'.*'int8'.*allowed: fused, compile",
         ),
-        ("int8:bf16:DENSE", MethodError, "at most one of bf16, int8, torchao-int8"),
+        ("int8:bf16:DENSE", MethodError, "one of bf16, int8"),
         ("compile:compile:DENSE", MethodError, "each variant once"),
-        ("onnx:DENSE", ModelError, "there is no '.*model.onnx'"),
-        ("DENSE/none.onnx", ModelError, "no such file: '.*none.onnx'"),
-        ("DENSE/none", ModelError, "no such model directory"),
+        ("onnx:DENSE", ModelError, r"model\.onnx'"),
+        ("DENSE/none.onnx", ModelError, r"none\.onnx'"),
+        ("DENSE/none", ModelError, "/none'"),
     ],
 )
 def test_a_wrong_name_is_refused(dense: Path, text: str, error: type[Exception], message: str) -> None:
@@ -104,16 +104,16 @@ def test_a_wrong_name_is_refused(dense: Path, text: str, error: type[Exception],
 
 
 def test_int8_of_what_is_not_dense_is_refused(small: Path, dense: Path) -> None:
-    with pytest.raises(MethodError, match=r"every nn.Linear into int8, and here '.*query' is in factors"):
+    with pytest.raises(MethodError, match=r"int8.*query'.*factors"):
         load(parse(f"int8:{small}"), 1, CPU)
     layer = torch.nn.Linear(2, 2)
-    with pytest.raises(MethodError, match="runs on the CPU only, not on cuda"):
+    with pytest.raises(MethodError, match=r"CPU.*cuda"):
         _in_int8(parse(f"int8:{dense}"), "int8", layer, torch.device("cuda"))
 
 
 def test_models_of_other_things_are_refused(tmp_path: Path) -> None:
     path = save(MODELS["vit"].build(), tmp_path / "vit")
-    with pytest.raises(ModelError, match="reads pixel_values: only models of text"):
+    with pytest.raises(ModelError, match="pixel_values"):
         load(parse(str(path)), 1, CPU)
 
 
@@ -147,15 +147,15 @@ class TestOnnx:
 
     def test_no_variant_of_torch(self, tmp_path: Path) -> None:
         file = write_onnx(tmp_path / "model.onnx")
-        with pytest.raises(MethodError, match="ONNX Runtime runs a file as it is: leave out 'int8:'"):
+        with pytest.raises(MethodError, match="leave out 'int8:'"):
             parse(f"int8:{file}")
-        with pytest.raises(MethodError, match="on the CPU here, not on cuda"):
+        with pytest.raises(MethodError, match=r"CPU.*cuda"):
             load(parse(str(file)), 1, torch.device("cuda"))
 
     def test_what_is_no_model_of_tokens(self, tmp_path: Path) -> None:
         (tmp_path / "broken.onnx").write_bytes(b"no model")
-        with pytest.raises(ModelError, match=r"cannot load '.*broken.onnx'"):
+        with pytest.raises(ModelError, match=r"broken\.onnx'"):
             load(parse(str(tmp_path / "broken.onnx")), 1, CPU)
         other = write_onnx(tmp_path / "other.onnx", inputs=("input_ids", "pixels"))
-        with pytest.raises(ModelError, match="reads input_ids, pixels: only models of input_ids"):
+        with pytest.raises(ModelError, match="input_ids, pixels"):
             load(parse(str(other)), 1, CPU)

@@ -87,13 +87,13 @@ def test_models_warm_up_and_then_take_turns() -> None:
 
 def test_a_model_that_is_too_short_or_fails_is_named() -> None:
     short = [candidate("long"), candidate("short")], [runner([], "long"), runner([], "short", positions=8)]
-    with pytest.raises(DataError, match="shape 4x9 has 9 tokens, and 'short' has 8 positions: ask for at most 4x8"):
+    with pytest.raises(DataError, match=r"4x9.*'short'.*at most 4x8"):
         compare(*short, [Shape(4, 8), Shape(4, 9)], rounds=1)
 
     def fail() -> None:
         raise RuntimeError("first line\nsecond line")
 
-    with pytest.raises(ModelError, match=r"'broken' cannot run at shape 1x2: first line second line"):
+    with pytest.raises(ModelError, match=r"'broken'.*1x2: first line second line"):
         compare([candidate("broken")], [Runner(lambda ids: fail, 5, None, None)], [Shape(1, 2)], rounds=1)
 
 

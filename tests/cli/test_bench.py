@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -67,15 +70,15 @@ def test_break_even_of_layers(run: Any, small: Path) -> None:
     ("arguments", "message"),
     [
         (["BASE", "--shape", "8"], "write BATCHxTOKENS"),
-        (["BASE", "--shape", "1x25"], "has 24 positions: ask for at most 1x24"),
-        (["BASE", "--against", "in8:BASE"], "did you mean 'int8'"),
-        (["SMALL", "--against", "int8:SMALL"], "is in factors"),
-        (["BASE/nothing"], "no such model directory"),
-        (["BASE/nothing.onnx"], "no such file"),
-        (["BASE", "--layers"], "no factorized linear layers"),
-        (["int8:BASE", "--layers"], "reads the factors of a model directory"),
+        (["BASE", "--shape", "1x25"], "at most 1x24"),
+        (["BASE", "--against", "in8:BASE"], "'in8'.*'int8'"),
+        (["SMALL", "--against", "int8:SMALL"], "query.*factors"),
+        (["BASE/nothing"], "/nothing'"),
+        (["BASE/nothing.onnx"], r"nothing\.onnx'"),
+        (["BASE", "--layers"], "no factorized"),
+        (["int8:BASE", "--layers"], "--layers.*directory"),
         (["SMALL", "--layers", "--shape", "1x4", "--rounds", "2"], "leave out --shape, --rounds"),
-        (["SMALL", "--tokens", "4"], "--tokens is for --layers"),
+        (["SMALL", "--tokens", "4"], "--tokens.*--layers"),
         (["SMALL", "--rounds", "4", "--seconds", "1"], "leave one out"),
     ],
 )
@@ -85,7 +88,7 @@ def test_mistakes(run: Any, base: Path, small: Path, arguments: list[str], messa
     assert done.stdout == ""
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith("error: ")
-    assert message in last
+    assert re.search(message, last)
 
 
 def test_no_gpu(run: Any, base: Path) -> None:
@@ -111,9 +114,12 @@ def test_factors_that_do_not_pay_are_named(
         assert json.loads(done.stdout)["warnings"] == told
         return told
 
+    patient = functools.partial(layers.slower_than_dense, seconds=math.inf)
+    for module in ("factorformer.bench.layers", "factorformer.cli._jobs.compress"):
+        monkeypatch.setattr(f"{module}.slower_than_dense", patient)
     monkeypatch.setattr(layers, "SLOWDOWN_THRESHOLD", 0.0)
     lines = warnings()
     assert sum(int(line.partition(" ")[0]) for line in lines) == 12
-    assert all("as long as dense at 128 tokens on this machine" in line for line in lines)
+    assert all(" 128 tokens" in line for line in lines)
     monkeypatch.setattr(layers, "SLOWDOWN_THRESHOLD", 1e9)
     assert warnings() == []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -81,7 +82,7 @@ def test_compress_without_data(run: Any, base: Path, tables: Path, tmp_path: Pat
     assert content["bytes"]["ratio"] == pytest.approx(2, rel=0.01)
     assert (content["method"], content["scope"], content["seed"]) == ("svd", "blocks", None)
     assert content["output"] == str(output)
-    assert "svd (the default without calibration data)" in done.stderr
+    assert re.search(r"svd \(.*default", done.stderr)
     assert json.loads((output / "factorformer.json").read_text()) == content
     assert type(factorformer.load(output)).__name__ == "BertModel"
     # Everything beside the weights is copied unchanged.
@@ -103,7 +104,7 @@ def test_calibration_text_makes_the_fit_data_aware(run: Any, base: Path, tables:
     done = run("compress", base, tmp_path / "small", "--ratio", 2, *options)
     content = result_of(done)
     assert content["method"] == "whitened"
-    assert "whitened (the default with calibration data)" in done.stderr
+    assert re.search(r"whitened \(.*default", done.stderr)
     assert set(content["metrics"]) == {"embedding_cosine", "similarity_spearman"}
     plain = result_of(run("compress", base, tmp_path / "plain", "--ratio", 2, "--method", "svd", *options))
     assert content["metrics"]["embedding_cosine"] > plain["metrics"]["embedding_cosine"]
@@ -140,6 +141,13 @@ def test_finetune_compress_evaluate(run: Any, trained: Path, tables: Path, tmp_p
     model = AutoModelForSequenceClassification.from_pretrained(output)
     assert model.config.id2label == {0: "minus", 1: "plus"}
     assert AutoTokenizer.from_pretrained(output)("good film")["input_ids"]
+    # What is reported is the compressed model's: one that learns the opposite is wrong.
+    swapped = data.read_text().replace('"plus"', '"?"').replace('"minus"', '"plus"').replace('"?"', '"minus"')
+    (tmp_path / "opposite.jsonl").write_text(swapped)
+    training = ("--train", tmp_path / "opposite.jsonl", "--eval", data, "--label", "label", "--epochs", 10)
+    options = ("--ratio", 2, "--batch-size", 4, "--lr", 3e-3, "--overwrite", "--json")
+    found = result_of(run("compress", trained, output, *training, *options))["metrics"]
+    assert found["accuracy"] <= 0.5 < found["original_accuracy"]
 
 
 @pytest.mark.parametrize("method", ["dsformer", "dense_sparse", "cospadi"])
@@ -214,7 +222,7 @@ def test_a_head_for_other_labels_is_replaced(run: Any, trained: Path, tables: Pa
     for label, outputs in (("other", len(GOOD + BAD)), ("score", 1)):
         output = tmp_path / label
         done = run("compress", trained, output, "--ratio", 2, *data, "--label", label, "--json")
-        assert "new head: the model's labels (minus, plus) differ from the data's (" in done.stderr
+        assert re.search(r"new head: .*\(minus, plus\)", done.stderr)
         result_of(done)
         assert AutoModelForSequenceClassification.from_pretrained(output).classifier.out_features == outputs
 
@@ -316,7 +324,7 @@ def test_plans_and_models_print_as_tables(run: Any, base: Path, monkeypatch: pyt
     monkeypatch.delenv("COLUMNS", raising=False)  # pytest-xdist and some terminals set it
     done = run("plan", base, "--ratio", 2, "--scope", "all")
     assert "embeddings.word_embeddings" in done.stdout
-    assert "the whole model, embeddings included" in done.stdout
+    assert "whole model" in done.stdout
     assert "FLOPs per token" in done.stdout.split("Cost of")[0]
     done = run("inspect", base)
     row = next(line.split() for line in done.stdout.splitlines() if "encoder.layer.1.output.dense" in line)
@@ -393,6 +401,6 @@ def test_without_training_a_dynamic_method_shrinks_all_alike(
 ) -> None:
     options = ["--method", "rankdyna", "--ratio", 2, "--calibration", tables / "train.jsonl", "--json"]
     done = run("compress", base, tmp_path / "small", *options)
-    assert "finds its ranks in training: without --train" in done.stderr
+    assert "without --train" in done.stderr
     assert result_of(done)["bytes"]["ratio"] == pytest.approx(2, rel=0.01)
     assert not (tmp_path / "small" / "factorformer_ranks.json").exists()

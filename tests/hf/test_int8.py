@@ -9,7 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -118,6 +118,19 @@ def test_bytes_on_disk_are_those_of_the_plan(case: str, saved: Path) -> None:
     assert [(e.matrix, e.spec) for e in found.factorized] == [(e.matrix, e.spec) for e in plan.factorized]
 
 
+def test_the_other_architectures_reload(tmp_path: Path) -> None:
+    """In this process, where it takes a moment."""
+    others = [(name, scope) for name in MODELS for scope in get_args(Scope) if f"{name}@{scope}" not in CASES]
+    assert len(others) + len(CASES) == 2 * len(MODELS)
+    for name, scope in others:
+        model, inputs = compressed(name, scope), MODELS[name].inputs()
+        model.save_pretrained(tmp_path)
+        again = factorformer.load(tmp_path)
+        assert torch.equal(logits(again, inputs), logits(model, inputs)), (name, scope)
+        assert all(m.quantized for m in again.modules() if isinstance(m, FactorizedMatrix)), (name, scope)
+        assert again.state_dict().keys() == model.state_dict().keys(), (name, scope)
+
+
 def test_bytes_are_those_of_codes_and_scales_in_any_type() -> None:
     """A plan counts scales in float32, so it promises no more than a model of a narrower type holds."""
     model, plan = dense("bert", torch.bfloat16), int8_plan("bert", dtype=torch.bfloat16)
@@ -148,7 +161,7 @@ def test_int8_holds_more_in_as_many_bytes() -> None:
         model = MODELS["bert"].build()
         plan = factorformer.plan(model, "svd", ratio=4, int8=int8_values)
         errors[int8_values] = sum(factorformer.compress(model, plan).errors.values())
-    assert errors[True] < 0.7 * errors[False]
+    assert errors[True] < 0.77 * errors[False]  # worst of three seeds 0.59, times 1.3
 
 
 # Plans
@@ -264,8 +277,8 @@ def edit(folder: Path, tensors: Callable[[dict[str, Tensor]], object], config: C
             id,
             rf"'{QUERY}\.weight_scale' is stored as",
         ),
-        (id, lambda layers: layers[QUERY].update(values="int4"), rf"'{QUERY}' values of type 'int4'"),
-        (id, lambda layers: layers[QUERY].update(values=["int8"]), rf"'{QUERY}' values of type \['int8'\]"),
+        (id, lambda layers: layers[QUERY].update(values="int4"), rf"'{QUERY}'.*'int4'"),
+        (id, lambda layers: layers[QUERY].update(values=["int8"]), rf"'{QUERY}'.*\['int8'\]"),
         (id, lambda layers: layers[QUERY].pop("values"), rf"unexpected: {QUERY}\.right_scale"),
     ],
 )
@@ -387,7 +400,7 @@ def test_straight_through(tmp_path: Path) -> None:
     factorformer.compress(model, Plan.from_dict(content), hold_floats=True)
     straight = StraightThrough(model)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    with pytest.raises(ModelError, match=rf"'{QUERY}' trains straight through: call finish\(\)"):
+    with pytest.raises(ModelError, match=rf"'{QUERY}'.*finish\(\)"):
         quantize(model)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     losses = learn(model, inputs, after=lambda step: straight.after_step(step, 10))
@@ -446,6 +459,6 @@ def test_factors_that_are_not_finite_are_not_stored() -> None:
     layer = model.get_submodule(QUERY)
     with torch.no_grad():
         layer.weight[0, 0] = torch.nan
-    with pytest.raises(ModelError, match=f"layer '{QUERY}': its factors are not finite"):
+    with pytest.raises(ModelError, match=f"'{QUERY}'.*not finite"):
         quantize(model)
     assert not layer.quantized

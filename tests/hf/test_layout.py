@@ -65,11 +65,11 @@ def same(one: torch.nn.Module, other: torch.nn.Module) -> bool:
 @pytest.mark.parametrize(
     ("named", "said"),
     [
-        (["BertForMaskedLM"], "lacks the head of BertForMaskedLM"),
-        (["BertForSequenceClassification"], "lacks the head of BertForSequenceClassification"),
+        (["BertForMaskedLM"], "head of BertForMaskedLM"),
+        (["BertForSequenceClassification"], "head of BertForSequenceClassification"),
         (None, "names no class"),
         ([], "names no class"),
-        (["HF_ColBERT"], "class 'HF_ColBERT', which transformers does not have"),
+        (["HF_ColBERT"], "class 'HF_ColBERT'"),
         (["Trainer"], "class 'Trainer'"),
     ],
 )
@@ -121,7 +121,7 @@ def test_an_encoder_without_a_pooler_stays_one(tmp_path: Path) -> None:
 def test_tensors_without_a_place_are_named(tmp_path: Path) -> None:
     encoder(tmp_path / "m")
     edit_tensors(tmp_path / "m", lambda tensors: tensors.update({f"second.{i}": torch.zeros(2) for i in range(7)}))
-    with pytest.warns(FactorformerWarning, match=r"7 tensors that BertModel does not use.*second\.4, \.\.\.$"):
+    with pytest.warns(FactorformerWarning, match=r"7 tensors .*BertModel.*second\.4, \.\.\.$"):
         factorformer.load(tmp_path / "m")
 
 
@@ -153,7 +153,7 @@ def test_a_sentence_encoder_is_its_transformer(inside: str, tmp_path: Path) -> N
     (folder / inside / "trainer_state.json").write_text("{}")
     assert find(str(folder)) == folder
     assert place_of_weights(folder) == Path(inside)
-    with pytest.warns(FactorformerWarning, match="sentence encoder: loaded as BertModel, and not as BertForMaskedLM"):
+    with pytest.warns(FactorformerWarning, match="sentence encoder.*BertModel.*not as BertForMaskedLM"):
         loaded = factorformer.load(folder)
     assert same(loaded, model)
     out = tmp_path / "out"
@@ -208,10 +208,10 @@ def test_an_encoder_of_an_encoder_decoder(tmp_path: Path) -> None:
     ("content", "said"),
     [
         ([{"type": "x.StaticEmbedding", "path": "0_StaticEmbedding"}], "no Transformer.*StaticEmbedding"),
-        ([{"type": "x.Transformer", "path": "0_Transformer"}], "0_Transformer', which has no config.json"),
+        ([{"type": "x.Transformer", "path": "0_Transformer"}], r"0_Transformer'.*config\.json"),
         ([{"type": "x.Transformer", "path": "../m"}], "outside"),
-        ([{"type": "x.Transformer"}], "with a type and a path"),
-        ({"a": 1}, "with a type and a path"),
+        ([{"type": "x.Transformer"}], r"modules\.json.*type and a path"),
+        ({"a": 1}, r"modules\.json.*type and a path"),
     ],
 )
 def test_modules_that_cannot_be_read(content: Any, said: str, tmp_path: Path) -> None:

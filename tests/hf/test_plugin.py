@@ -53,12 +53,12 @@ def test_description_survives_json() -> None:
 def test_description_of_a_layer() -> None:
     config = FactorformerConfig({"layer": {"shape": [12, 18], "structure": "low_rank", "rank": 3}})
     assert config.structure("layer") == (LowRank(3), (12, 18))
-    with pytest.raises(CheckpointError, match=r"'layer' wrongly.*keep the matrix dense"):
+    with pytest.raises(CheckpointError, match=r"'layer' wrongly.*dense"):
         FactorformerConfig({"layer": {"shape": [2, 2], "structure": "low_rank", "rank": 3}}).structure("layer")
 
 
 def test_a_newer_format_is_refused() -> None:
-    with pytest.raises(CheckpointError, match=f"format {FORMAT + 1}, this version reads format {FORMAT}"):
+    with pytest.raises(CheckpointError, match=f"format {FORMAT + 1}.*format {FORMAT}"):
         FactorformerConfig(format=FORMAT + 1)
 
 

@@ -187,9 +187,9 @@ def test_wrong_dictionaries(case: str, stored: Path, tmp_path: Path) -> None:
 
 
 WRONG_LAYERS: dict[str, tuple[dict[str, Any], str]] = {
-    "nobody": ({"shares": "nobody"}, "shares factors with 'nobody', which is no layer"),
-    "itself": ({"shares": KEY}, "which is no layer that has some of its own"),
-    "a number": ({"shares": 3}, "shares factors with 3"),
+    "nobody": ({"shares": "nobody"}, "'nobody'.*no layer"),
+    "itself": ({"shares": KEY}, f"'{KEY}'.*no layer"),
+    "a number": ({"shares": 3}, "shares.* 3"),
     "other atoms": ({"atoms": 11}, r"size \[11, 32\], that of .* \[12, 32\]"),
 }
 
@@ -208,9 +208,9 @@ def test_wrong_descriptions(case: str, stored: Path, tmp_path: Path) -> None:
 UP = "encoder.layer.0.intermediate.dense"
 SUPPORTS = {
     "bitmap": (DenseSparse(20, 6), lambda s: s[5].fill_(255), "marks"),
-    "uint8": (DenseSparse(40, 3), lambda s: s[5].fill_(40), "names a position of 40 or more"),
+    "uint8": (DenseSparse(40, 3), lambda s: s[5].fill_(40), "position of 40"),
     "uint8 order": (DenseSparse(40, 3), lambda s: s[5].fill_(7), "do not ascend"),
-    "uint16": (DenseSparse(300, 6), lambda s: s[5].fill_(255), "names a position of 300 or more"),
+    "uint16": (DenseSparse(300, 6), lambda s: s[5].fill_(255), "position of 300"),
 }
 
 
@@ -273,13 +273,13 @@ def test_a_support_of_another_type_never_arrives(
 ) -> None:
     model = copy.deepcopy(unshared)
     state = model.state_dict()
-    with pytest.raises(ModelError, match=r"query.support' is stored as torch.\w+, but has to be torch.uint8"):
+    with pytest.raises(ModelError, match=r"query\.support'.* torch\.\w+.* torch\.uint8"):
         model.load_state_dict(state | {f"{QUERY}.support": damage(state[f"{QUERY}.support"])})
     model.save_pretrained(tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
     tensors[f"{QUERY}.support"] = damage(tensors[f"{QUERY}.support"])
     save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
-    with pytest.raises(CheckpointError, match=rf"query.support' is stored as {found}, not as U8"):
+    with pytest.raises(CheckpointError, match=rf"query\.support'.* {found}\b.* U8"):
         factorformer.load(tmp_path)
 
 
@@ -288,5 +288,5 @@ def test_a_dictionary_of_integers_does_not_load(unshared: tf.PreTrainedModel, tm
     tensors = load_file(tmp_path / "model.safetensors")
     tensors[f"{KEY}.dictionary"] = tensors[f"{KEY}.dictionary"].int()
     save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
-    with pytest.raises(CheckpointError, match=r"key.dictionary' is stored as torch.int32, not as values"):
+    with pytest.raises(CheckpointError, match=r"key\.dictionary'.* torch\.int32"):
         factorformer.load(tmp_path)

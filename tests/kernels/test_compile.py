@@ -43,14 +43,14 @@ def test_a_compiler_without_openmp(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 def test_errors_hold_what_the_compiler_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", script(tmp_path / "broken", "echo it is raining; exit 3"))
-    with pytest.raises(OSError, match=r"(?s)broken .*-c variant.cpp .* failed: it is raining"):
+    with pytest.raises(OSError, match=r"(?s)broken .*-c variant\.cpp .*it is raining"):
         compile_library(tmp_path / "library.so")
     monkeypatch.setenv("CXX", "c+++")
-    with pytest.raises(OSError, match=r"no C\+\+ compiler 'c\+\+\+': set CXX to one that is installed"):
+    with pytest.raises(OSError, match=r"no C\+\+ compiler 'c\+\+\+': .*CXX"):
         compile_library(tmp_path / "library.so")
     monkeypatch.delenv("CXX")
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(OSError, match=r"no C\+\+ compiler: set CXX, or install one"):
+    with pytest.raises(OSError, match=r"no C\+\+ compiler: .*CXX"):
         compile_library(tmp_path / "library.so")
     assert [file.name for file in tmp_path.iterdir()] == ["broken"]
 

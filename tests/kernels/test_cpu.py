@@ -28,7 +28,7 @@ def python(*arguments: object, package: Path | None = None, **environment: str) 
     # Threads that wait would take the core from those that work.
     settings = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", **path, **environment}
     command = [sys.executable, *map(str, arguments)]
-    return subprocess.run(command, env=settings, capture_output=True, text=True, timeout=300, cwd=ROOT)
+    return subprocess.run(command, env=settings, capture_output=True, text=True, timeout=900, cwd=ROOT)
 
 
 def fuzzed(variant: str, cases: int, package: Path | None = None, **environment: str) -> None:
@@ -132,21 +132,21 @@ def test_sizes_that_do_not_fit_never_reach_the_kernels() -> None:
     values, packed = torch.randn(8, 3), support.pack(torch.tensor([[0, 1, 2]]).expand(8, 3), 5)
     codes, scales = torch.ones(8, 3, dtype=torch.int8), torch.ones(8)
     for x, given, scale, bias, message in (
-        (torch.randn(2, 4), values, None, None, "columns of the input: got 4, but the product takes 5"),
-        (torch.randn(2, 5), values, None, torch.ones(7), "values of the bias: got 7, but the product takes 8"),
-        (torch.randn(2, 5), codes, scales[:7], None, "scales of the sparse matrix: got 7, but the product takes 8"),
-        (torch.randn(2, 5), values, scales, None, "scales of the sparse matrix: got 8, but the product takes none"),
-        (torch.randn(2, 5), codes, None, None, "scales of the sparse matrix: got none, but the product takes 8"),
-        (torch.randn(2, 5), values[:7], None, None, "rows of the sparse support: got 8, but the product takes 7"),
+        (torch.randn(2, 4), values, None, None, "columns of the input: got 4, .* 5"),
+        (torch.randn(2, 5), values, None, torch.ones(7), "bias: got 7, .* 8"),
+        (torch.randn(2, 5), codes, scales[:7], None, "scales of the sparse matrix: got 7, .* 8"),
+        (torch.randn(2, 5), values, scales, None, "scales of the sparse matrix: got 8, .* none"),
+        (torch.randn(2, 5), codes, None, None, "scales of the sparse matrix: got none, .* 8"),
+        (torch.randn(2, 5), values[:7], None, None, "rows of the sparse support: got 8, .* 7"),
         (torch.randn(2, 5), torch.randn(8, 0), None, None, "0 nonzeros a row"),
     ):
         with pytest.raises(ModelError, match=message):
             cpu.sparse_matmul(x, given, packed, 5, scale, bias)
-    with pytest.raises(ModelError, match="columns of the input: got 7, but the product takes 8"):
+    with pytest.raises(ModelError, match=r"columns of the input: got 7, .* 8"):
         sparse_product(torch.randn(2, 7), values, packed, 5, transposed=True)
-    with pytest.raises(ModelError, match="bytes of a row of the sparse support: got 1, but the product takes 6"):
+    with pytest.raises(ModelError, match=r"bytes .*sparse support: got 1, .* 6"):
         cpu.sparse_matmul(torch.randn(2, 500), values, packed, 500, None, None)
-    with pytest.raises(ModelError, match="rows of the second input: got 2, but the product takes 3"):
+    with pytest.raises(ModelError, match=r"second input: got 2, .* 3"):
         cpu.sparse_outer(torch.randn(3, 8), torch.randn(2, 5), packed, 3)
 
 
@@ -156,21 +156,21 @@ def test_chains_that_do_not_fit_never_reach_the_kernels() -> None:
     codes = torch.ones(4, 5, dtype=torch.int8)
     nothing = torch.ones(0)
     for weights, scales, columns, bias, message in (
-        ([second], [None], [False], None, "columns of the input: got 5, but the product takes 4"),
-        ([first, first], [None, None], [False] * 2, None, "columns of the input: got 4, but the product takes 5"),
-        ([first], [None], [True], None, "columns of the input: got 5, but the product takes 4"),
-        ([first, second], [None, None], [False] * 2, torch.ones(4), "values of the bias: got 4, .* takes 6"),
-        ([codes], [None], [False], None, "scales of a matrix: got none, but the product takes 4"),
-        ([codes], [nothing], [False], None, "scales of a matrix: got 0, but the product takes 4"),
-        ([first], [torch.ones(4)], [False], None, "scales of a matrix: got 4, but the product takes none"),
-        ([torch.eye(5)] * 5, [None] * 5, [False] * 5, None, "a chain has 1 to 4 matrices, got 5"),
+        ([second], [None], [False], None, "columns of the input: got 5, .* 4"),
+        ([first, first], [None, None], [False] * 2, None, "columns of the input: got 4, .* 5"),
+        ([first], [None], [True], None, "columns of the input: got 5, .* 4"),
+        ([first, second], [None, None], [False] * 2, torch.ones(4), "bias: got 4, .* 6"),
+        ([codes], [None], [False], None, "scales of a matrix: got none, .* 4"),
+        ([codes], [nothing], [False], None, "scales of a matrix: got 0, .* 4"),
+        ([first], [torch.ones(4)], [False], None, "scales of a matrix: got 4, .* none"),
+        ([torch.eye(5)] * 5, [None] * 5, [False] * 5, None, "1 to 4 matrices, got 5"),
     ):
         with pytest.raises(ModelError, match=message):
             cpu.chain(x, weights, scales, columns, bias)
     wide = torch.ones(1, cpu.WIDEST + 1, dtype=torch.int8)
-    with pytest.raises(ModelError, match="int8 matrices have at most 65536 columns here, got 65537"):
+    with pytest.raises(ModelError, match=r"65536 columns.* 65537"):
         cpu.chain(torch.ones(1, cpu.WIDEST + 1), [wide], [torch.ones(1)], [False], None)
     q, k = torch.randn(2, 4, 3, 8), torch.randn(2, 2, 5, 8)
     for key, value in ((k[:1], k[:1]), (k, k[:, :, :4]), (k[..., :4], k[..., :4]), (k[:, [0, 1, 1]], k[:, [0, 1, 1]])):
-        with pytest.raises(ModelError, match=r"attention: a query \(2, 4, 3, 8\) does not go with a key"):
+        with pytest.raises(ModelError, match=r"attention: .*query \(2, 4, 3, 8\)"):
             cpu.attention(q, key, value, None, 1.0)

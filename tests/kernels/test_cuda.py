@@ -203,9 +203,9 @@ def test_sizes_that_disagree_never_reach_a_kernel() -> None:
         cuda.sparse_matmul_transposed(torch.randn(2, 5), values, packed, 20)
     with pytest.raises(ModelError, match="size 2 where 3"):
         cuda.sparse_outer(torch.randn(3, 4), torch.randn(2, 20), packed, 8)
-    with pytest.raises(ModelError, match=r"4 rows of 3 bytes .* takes 4 rows of 4 bytes"):
+    with pytest.raises(ModelError, match=r"4 rows of 3 bytes .* 4 rows of 4 bytes"):
         cuda.sparse_matmul(torch.randn(2, 30), values, packed, 30)
-    with pytest.raises(ModelError, match=r"4 rows of 3 bytes .* takes 6 rows"):
+    with pytest.raises(ModelError, match=r"4 rows of 3 bytes .* 6 rows"):
         cuda.sparse_matmul(torch.randn(2, 20), torch.randn(6, 8), packed, 20)
 
 

@@ -224,7 +224,7 @@ def test_conv1d_becomes_a_linear_layer_with_its_bias() -> None:
     assert isinstance(new, FactorizedLinear)
     assert new.shape == (96, 32)
     assert new.bias is old.bias
-    assert (new.to_dense() - old.weight.T).norm() < 0.5 * old.weight.norm()
+    assert (new.to_dense() - old.weight.T).norm() < 0.53 * old.weight.norm()  # worst of three seeds 0.41, times 1.3
 
 
 def test_a_shared_layer_is_replaced_once_and_stays_shared() -> None:
@@ -292,7 +292,7 @@ def test_an_embedding_keeps_its_attributes() -> None:
 
 
 def test_a_model_without_blocks() -> None:
-    with pytest.raises(ModelError, match="no Transformer blocks found in Linear: use scope='all'"):
+    with pytest.raises(ModelError, match=r"blocks.*Linear.*scope='all'"):
         find_matrices(nn.Linear(32, 32))
     assert len(find_matrices(nn.Sequential(nn.Linear(32, 32)), "all")[0]) == 1
 
@@ -301,7 +301,7 @@ def test_a_model_that_is_compressed_already() -> None:
     model = MODELS["bert"].build()
     plan = factorformer.plan(model, "svd", ratio=2)
     factorformer.compress(model, plan)
-    with pytest.raises(ModelError, match=r"compressed already .*query.* start from the dense model"):
+    with pytest.raises(ModelError, match=r"compressed already .*query"):
         factorformer.plan(model, "svd", ratio=2)
     with pytest.raises(ModelError, match="compressed already"):
         factorformer.compress(model, plan)
@@ -317,7 +317,7 @@ def test_a_weight_that_is_not_finite_is_named_and_nothing_changes(value: float) 
     name = "bert.encoder.layer.1.attention.self.key"
     model = broken(MODELS["bert"].build(), name, value)
     types = [type(module) for module in model.modules()]
-    with pytest.raises(ModelError, match=f"layer '{name}': the matrix holds NaN or infinite"):
+    with pytest.raises(ModelError, match=f"'{name}'.*NaN"):
         factorformer.compress(model, factorformer.plan(model, "svd", ratio=2))
     assert [type(module) for module in model.modules()] == types
     assert not hasattr(model.config, "quantization_config")
@@ -325,10 +325,10 @@ def test_a_weight_that_is_not_finite_is_named_and_nothing_changes(value: float) 
 
 def test_a_plan_for_another_model() -> None:
     plan = factorformer.plan(MODELS["bert"].build(), "svd", ratio=2)
-    with pytest.raises(ModelError, match=r"does not fit the model: it expects 'bert\..*has no such matrix"):
+    with pytest.raises(ModelError, match=r"does not fit.*'bert\."):
         factorformer.compress(MODELS["roberta"].build(), plan)
     wider = tf.BertForMaskedLM(tf.BertConfig(**{**MODELS["bert"].build().config.to_dict(), "hidden_size": 64}))
-    with pytest.raises(ModelError, match=r"of shape \(32, 32\).*the model has \(64, 64\)"):
+    with pytest.raises(ModelError, match=r"\(32, 32\).*the model.*\(64, 64\)"):
         factorformer.compress(wider, plan)
     tied = factorformer.plan(MODELS["llama-tied"].build(), "svd", ratio=2, scope="all")
     with pytest.raises(ModelError, match=r"tied to \['lm_head'\]"):
@@ -345,7 +345,7 @@ def test_an_entry_that_must_stay_dense() -> None:
     model = MODELS["mixtral"].build()
     experts = Matrix("model.layers.0.mlp.experts.down_proj", (128, 64))
     plan = Plan("svd", "blocks", 2, (Entry(experts, LowRank(4), ""),), Cost())
-    with pytest.raises(ModelError, match=r"experts.down_proj', which cannot be: expert weights fused"):
+    with pytest.raises(ModelError, match=r"experts\.down_proj'.*expert weights"):
         factorformer.compress(model, plan)
 
 
@@ -355,7 +355,7 @@ def test_an_entry_that_must_stay_dense() -> None:
 @pytest.mark.parametrize("method", ["whitened", "fwsvd"])
 def test_methods_that_need_data_say_so(method: str) -> None:
     model = MODELS["roberta"].build()
-    with pytest.raises(DataError, match=f"method '{method}' needs calibration data.*or use 'svd'"):
+    with pytest.raises(DataError, match=f"'{method}' .*calibration.*'svd'"):
         factorformer.compress(model, factorformer.plan(model, method, ratio=2))
     assert not [module for module in model.modules() if isinstance(module, FactorizedMatrix)]
 

@@ -168,23 +168,21 @@ def test_a_ratio_below_one_is_refused(ratio: float) -> None:
 @pytest.mark.parametrize("ratio", [1e3, float("inf")])
 def test_an_impossible_ratio_names_the_largest(ratio: float) -> None:
     matrices = [Matrix("a", (64, 64)), Matrix("b", (64, 64), dense="excluded")]
-    with pytest.raises(
-        BudgetError, match=r"cannot be met.*16,384 of 32,768 bytes in scope stay.*ask for at most 1.939"
-    ):
+    with pytest.raises(BudgetError, match=r"16,384 of 32,768 bytes .*at most 1\.939"):
         uniform(matrices, candidates_of(LowRank), ratio, Cost())
     uniform(matrices, candidates_of(LowRank), 1.939, Cost())
 
 
 def test_a_ratio_between_two_sizes_names_the_nearest() -> None:
     matrices = [Matrix("a", (16, 16))]  # rank 1 to 7: an eighth of the bytes each
-    with pytest.raises(BudgetError, match=r"within 1% in bytes; the nearest is 2.667"):
+    with pytest.raises(BudgetError, match=r"within 1% in bytes.*nearest.* 2\.667"):
         uniform(matrices, candidates_of(LowRank), 2.5, Cost())
     assert uniform(matrices, candidates_of(LowRank), 2.667, Cost())[0].spec == LowRank(3)
 
 
 def test_nothing_to_factorize() -> None:
     for matrices in ([], [Matrix("a", (64, 64), dense="excluded")]):
-        with pytest.raises(BudgetError, match="no matrix in scope can be factorized"):
+        with pytest.raises(BudgetError, match="no matrix"):
             uniform(matrices, candidates_of(LowRank), 2, Cost())
 
 

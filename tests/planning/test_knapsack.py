@@ -123,10 +123,10 @@ def test_reasons_name_the_runner_up() -> None:
         (entry,) = by_loss([Matrix("a", shape)], {"a": [*others, Option(None, 10, 0)]}, ratio, 0)
         return entry.reason
 
-    assert "kronecker_sum would have 3.00 times the loss" in reason(Option(LowRank(2), 5, 1), Option(kronecker, 5, 3))
+    assert "kronecker_sum would have 3.00 times" in reason(Option(LowRank(2), 5, 1), Option(kronecker, 5, 3))
     assert "kronecker_sum would cost more" in reason(Option(LowRank(2), 5, 2), Option(kronecker, 8, 3))
     assert reason(Option(LowRank(2), 5, 2)).endswith("whose error is worth what it costs")
-    assert reason(Option(LowRank(2), 5, 2), ratio=1).startswith("the budget allows the dense matrix: low_rank(rank=2)")
+    assert reason(Option(LowRank(2), 5, 2), ratio=1).partition(": ")[2].startswith("low_rank(rank=2)")
     assert reason(Option(LowRank(2), 12, 2), ratio=1).endswith("nothing else costs less")
     (entry,) = by_loss([Matrix("a", shape, dense="excluded")], {"a": [Option(None, 10, 0)]}, 1, 0)
     assert entry.reason == "excluded"
@@ -151,20 +151,20 @@ def test_a_ratio_below_one_is_refused(ratio: float) -> None:
 
 def test_an_impossible_ratio_names_the_largest() -> None:
     options = {"a": options_of([(5, 1)], 20)}
-    with pytest.raises(BudgetError, match=r"0 of 20 flops in scope stay as they are; ask for at most 4"):
+    with pytest.raises(BudgetError, match=r" 0 of 20 flops .*at most 4"):
         by_loss([Matrix("a", (16, 16))], options, 5, 0, "flops")
-    with pytest.raises(BudgetError, match=r"1 of 21 milliseconds in scope stay as they are; ask for at most 3.5"):
+    with pytest.raises(BudgetError, match=r" 1 of 21 milliseconds .*at most 3\.5"):
         by_loss([Matrix("a", (16, 16))], options, 5, 1.0, "milliseconds")
     assert by_loss([Matrix("a", (16, 16))], options, 4, 0)[0].spec == LowRank(1)
 
 
 def test_a_ratio_between_two_sizes_names_the_nearest() -> None:
     options = {"a": options_of([(5, 3), (8, 1)], 20)}
-    with pytest.raises(BudgetError, match=r"within 1% in bytes; the nearest is 4"):
+    with pytest.raises(BudgetError, match=r"within 1% in bytes.*nearest.* 4"):
         by_loss([Matrix("a", (16, 16))], options, 3.5, 0)
     assert by_loss([Matrix("a", (16, 16))], options, 4, 0)[0].spec == LowRank(1)
 
 
 def test_nothing_to_factorize() -> None:
-    with pytest.raises(BudgetError, match=r"at the smallest size of every matrix the ratio is 1, .*ask for at most 1"):
+    with pytest.raises(BudgetError, match=r"ratio is 1, .*at most 1"):
         by_loss([Matrix("a", (16, 16), dense="excluded")], {"a": [Option(None, 10, 0)]}, 2, 0)

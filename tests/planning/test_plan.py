@@ -154,7 +154,7 @@ def test_a_plan_reads_as_a_table() -> None:
         assert (str(entry.spec) if entry.spec else "dense") in line
         assert f"{entry.compressed.bytes:,}" in line
         assert entry.reason in line
-    assert "expert weights fused in a 3-D parameter, left dense" in text
+    assert "expert weights fused" in text
     assert f"scope blocks: {plan.original.bytes:,} -> {plan.compressed.bytes:,} bytes ({plan.ratio:.2f}x)" in text
 
 
@@ -224,12 +224,12 @@ def test_a_tied_matrix_is_excluded_by_any_of_its_names() -> None:
 
 @pytest.mark.parametrize("option", ["include", "exclude"])
 def test_a_pattern_that_matches_nothing(option: str) -> None:
-    with pytest.raises(ModelError, match=r"'\*\.quary' matches no weight matrix; names look like .*query"):
+    with pytest.raises(ModelError, match=r"'\*\.quary' .*query"):
         a_plan(**{option: ["*.quary"]})
 
 
 def test_nothing_left_to_factorize() -> None:
-    with pytest.raises(BudgetError, match="no matrix in scope can be factorized"):
+    with pytest.raises(BudgetError, match="no matrix"):
         a_plan(exclude=["*"])
 
 
@@ -237,7 +237,7 @@ def test_nothing_left_to_factorize() -> None:
 
 
 def test_an_impossible_ratio() -> None:
-    with pytest.raises(BudgetError, match="ratio 1000 cannot be met") as caught:
+    with pytest.raises(BudgetError, match="ratio 1000 ") as caught:
         a_plan(ratio=1000)
     (largest,) = re.findall(r"ask for at most ([0-9.]+)", str(caught.value))
     plan = a_plan(ratio=float(largest))
@@ -246,14 +246,12 @@ def test_an_impossible_ratio() -> None:
 
 
 def test_an_unknown_method() -> None:
-    with pytest.raises(
-        MethodError, match=r"unknown method 'whitend' \(did you mean 'whitened'\?\); allowed: svd, fwsvd"
-    ):
+    with pytest.raises(MethodError, match=r"method 'whitend' .*'whitened'.*allowed: svd, fwsvd"):
         factorformer.plan(MODELS["bert"].build(), "whitend")
 
 
 def test_an_unknown_scope(no_shape_checks: None) -> None:
-    with pytest.raises(factorformer.FactorformerError, match=r"unknown scope 'block' \(did you mean 'blocks'\?\)"):
+    with pytest.raises(factorformer.FactorformerError, match=r"scope 'block' .*'blocks'"):
         a_plan(scope="block")  # type: ignore[arg-type]
 
 
@@ -377,8 +375,8 @@ def test_an_unknown_role_is_answered_with_the_nearest() -> None:
     content = content_of_a_plan()
     content["entries"][0]["role"] = "attn"
     name = content["entries"][0]["name"]
-    message = r"unknown role 'attn' \(did you mean 'attention'\?\); allowed: attention, feed_forward, embedding"
-    with pytest.raises(MethodError, match=f"plan entry '{name}' is malformed: {message}"):
+    message = "role 'attn' .*'attention'.*allowed: attention, feed_forward, embedding"
+    with pytest.raises(MethodError, match=f"plan entry '{name}'.*{message}"):
         Plan.from_dict(content)
 
 
@@ -388,15 +386,22 @@ def test_an_unknown_role_is_answered_with_the_nearest() -> None:
 def test_entries_lack_nothing(field: str) -> None:
     content = content_of_a_plan()
     del content["entries"][1][field]
-    with pytest.raises(MethodError, match=f"malformed: it has no '{field}'"):
+    with pytest.raises(MethodError, match=f"plan entry.*no '{field}'"):
         Plan.from_dict(content)
 
 
 @pytest.mark.parametrize(
-    "change", [{"method": 3}, {"scope": "block"}, {"target": "2"}, {"entries": ["x"]}, {"rest": {"bytes": True}}]
+    ("change", "named"),
+    [
+        ({"method": 3}, "method"),
+        ({"scope": "block"}, "scope"),
+        ({"target": "2"}, "target"),
+        ({"entries": ["x"]}, "entry.*'x'"),
+        ({"rest": {"bytes": True}}, "parameters"),
+    ],
 )
-def test_plans_with_values_of_another_type(change: dict[str, Any]) -> None:
-    with pytest.raises(MethodError, match="the plan is malformed"):
+def test_plans_with_values_of_another_type(change: dict[str, Any], named: str) -> None:
+    with pytest.raises(MethodError, match=f"the plan .*{named}"):
         Plan.from_dict({**content_of_a_plan(), **change})
 
 
@@ -405,9 +410,8 @@ def test_what_stays_dense_is_told_by_reason() -> None:
     plan = factorformer.plan(model, "svd", ratio=1.05, exclude=["*.q_proj"])
     (line,) = left_dense(plan.entries, plan.original.bytes)
     experts = sum(p.numel() for name, p in model.named_parameters() if "experts." in name and p.dim() == 3) * 4
-    assert line == (
-        f"expert weights fused in a 3-D parameter: 4 matrices, {experts:,} of {plan.original.bytes:,} bytes in scope"
-    )
+    assert line.startswith("expert weights")
+    assert f": 4 matrices, {experts:,} of {plan.original.bytes:,} bytes" in line
     assert left_dense(a_plan().entries, a_plan().original.bytes) == []
 
 

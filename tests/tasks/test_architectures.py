@@ -84,38 +84,37 @@ def test_a_file_or_directory_keeps_its_sizes(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("source", "overrides", "message"),
     [
-        ("berd", [], "'berd' is no architecture (did you mean 'bert'"),
-        ("vit", [], "'vit' does not learn from text; architectures that do are, for instance, bert, gpt2"),
-        ("gemma3", [], "'gemma3' is made of several models (Gemma3Config)"),
-        ("somebody/nothing", [], "no configuration 'somebody/nothing' here, and none on the Hub"),
-        ("nothing.json", [], "cannot read a configuration from 'nothing.json'"),
-        ("bert", ["hiden_size=4"], "BertConfig has no field 'hiden_size' (did you mean 'hidden_size'"),
-        ("bert", ["qqqq=4"], "BertConfig has no field 'qqqq': see its documentation"),
-        ("bert", ["hidden_size"], "--set takes FIELD=VALUE, such as num_hidden_layers=4; got 'hidden_size'"),
-        ("bert", ["hidden_size=big"], "--set hidden_size=big: Field 'hidden_size' expected int, got str"),
-        ("bert", ["vocab_size=9"], "'vocab_size' comes from the tokenizer, which is trained on your text: choose"),
-        ("marian", ["pad_token_id=9"], "'pad_token_id' comes from the tokenizer"),
-        ("llama", ["hidden_size=30"], "LlamaConfig refuses these values: The hidden size (30) is not a multiple"),
+        ("berd", [], "'berd'.*'bert'"),
+        ("vit", [], "'vit'.*text.*bert, gpt2"),
+        ("gemma3", [], "'gemma3'.*several"),
+        ("somebody/nothing", [], "'somebody/nothing'.*Hub"),
+        ("nothing.json", [], r"'nothing\.json'"),
+        ("bert", ["hiden_size=4"], "BertConfig.*'hiden_size'.*'hidden_size'"),
+        ("bert", ["qqqq=4"], "BertConfig.*'qqqq'.*documentation"),
+        ("bert", ["hidden_size"], "FIELD=VALUE.*'hidden_size'"),
+        ("bert", ["hidden_size=big"], "--set hidden_size=big: "),
+        ("bert", ["vocab_size=9"], "'vocab_size'.*tokenizer"),
+        ("marian", ["pad_token_id=9"], "'pad_token_id'.*tokenizer"),
+        ("llama", ["hidden_size=30"], r"LlamaConfig.*hidden size \(30\)"),
     ],
 )
 def test_what_is_refused(source: str, overrides: list[str], message: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(ModelError) as error:
+    with pytest.raises(ModelError, match=message):
         Architecture.of(source, overrides)
-    assert message in str(error.value)
 
 
 def test_files_that_are_no_configuration(tmp_path: Path) -> None:
     file = tmp_path / "config.json"
     for content in (["bert"], {"model_type": "bird"}, {}):
         file.write_text(json.dumps(content))
-        with pytest.raises(ModelError, match="is no configuration of transformers: its model_type is"):
+        with pytest.raises(ModelError, match=r"config\.json.*model_type"):
             Architecture.of(str(file))
 
 
 def test_sizes_that_only_the_layers_refuse() -> None:
     architecture = Architecture.of("marian", ["d_model=250"])
-    with pytest.raises(ModelError, match=r"no model can be made from this MarianConfig: embed_dim must be divisible"):
+    with pytest.raises(ModelError, match=r"MarianConfig.*embed_dim"):
         new_model(architecture.for_tokenizer(tokenizer("translation")), "translation")
 
 

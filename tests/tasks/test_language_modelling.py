@@ -88,12 +88,12 @@ def test_a_causal_tokenizer_appends_nothing_and_a_masked_one_knows_its_mask(tmp_
 
 @pytest.mark.parametrize("lines", [[], ["", " \n"]])
 def test_there_has_to_be_text(lines: list[str]) -> None:
-    with pytest.raises(DataError, match="there is no text: every line is empty"):
+    with pytest.raises(DataError, match="no text"):
         encode(lines, words("causal"), "causal")
 
 
 def test_there_has_to_be_room() -> None:
-    with pytest.raises(DataError, match="a --max-length of 3 leaves no room for text: give at least 4"):
+    with pytest.raises(DataError, match=r"--max-length of 3 .*at least 4"):
         encode(texts(), words("masked"), "masked", max_length=3)
 
 
@@ -125,7 +125,7 @@ def test_hidden_tokens_are_drawn_once_to_measure_and_anew_to_train() -> None:
 
 
 def test_a_masked_model_needs_a_mask() -> None:
-    with pytest.raises(ModelError, match="needs a tokenizer with a mask token"):
+    with pytest.raises(ModelError, match="mask token"):
         BlockCollator(words("causal"), "masked")
 
 
@@ -220,7 +220,7 @@ def test_what_training_refuses(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="--max-length of at most 24"):
         train(make("gpt2"), tokenizer, data, data, "causal", FAST, tmp_path / "a")
     marian = new_model(Architecture.of("marian", ["d_model=32", "encoder_layers=1"]).build({}), "translation")
-    with pytest.raises(ModelError, match="MarianMTModel is an encoder-decoder: it learns from pairs of texts"):
+    with pytest.raises(ModelError, match=r"MarianMTModel.*pairs"):
         train(marian, tokenizer, data, data, "causal", FAST, tmp_path / "b")
     short = encode(texts(), tokenizer, "causal", max_length=16)
     train(make("gpt2"), tokenizer, short, short, "causal", FAST, tmp_path / "c")

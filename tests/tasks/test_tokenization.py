@@ -68,10 +68,10 @@ def test_the_same_text_gives_the_same_tokenizer(trained: tf.PreTrainedTokenizerF
 
 
 def test_errors() -> None:
-    with pytest.raises(DataError, match=rf"100 tokens is too small: {SMALLEST} are taken"):
+    with pytest.raises(DataError, match=rf"100 tokens.* {SMALLEST}\b"):
         train_tokenizer(TEXTS, 100)
     for texts in ([], ["", ""]):
-        with pytest.raises(DataError, match="there is no text to train a tokenizer on"):
+        with pytest.raises(DataError, match="no text"):
             train_tokenizer(texts, 300)
-    with pytest.raises(DataError, match=r"gives a vocabulary of \d+ tokens, all its words merged, and not of 50000"):
+    with pytest.raises(DataError, match=r" \d+ tokens.* 50000"):
         train_tokenizer(TEXTS, 50000)

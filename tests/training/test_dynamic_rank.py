@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import itertools
+import re
 from pathlib import Path
 from typing import Any
 
@@ -274,22 +275,22 @@ def test_a_damaged_checkpoint_is_refused(tmp_path: Path) -> None:
         DynamicRank(model, plan, resume_from=tmp_path)
     _, _, other = started("gpt2")
     other.save(tmp_path)
-    with pytest.raises(CheckpointError, match="other matrices than those of the plan"):
+    with pytest.raises(CheckpointError, match="other matrices"):
         DynamicRank(model, plan, resume_from=tmp_path)
     _, _, same = started()
     same.save(tmp_path)
     smaller = factorformer.plan(model, "rankdyna_plain", 3)
     for options in ({"plan": smaller}, {"settings": DynamicRankSettings(ema_decay=0.5)}):
-        with pytest.raises(CheckpointError, match="give the same plan and settings"):
+        with pytest.raises(CheckpointError, match="same plan and settings"):
             DynamicRank(model, **{"plan": plan, "settings": QUICK, **options}, resume_from=tmp_path)
     name = same.units[-1].matrix.name
     same.units[-1].basis = same.units[-1].basis[:, :-1]
     same.save(tmp_path)
     before = [id(p) for p in model.parameters()]
-    with pytest.raises(CheckpointError, match=f"its tensors do not fit layer '{name}'"):
+    with pytest.raises(CheckpointError, match=f"tensors.* layer '{name}'"):
         DynamicRank(model, plan, settings=QUICK, resume_from=tmp_path)
     assert [id(p) for p in model.parameters()] == before
-    with pytest.raises(OutputError, match="cannot write the state of dynamic ranks"):
+    with pytest.raises(OutputError, match="cannot write"):
         same.save(tmp_path / "missing")
 
 
@@ -307,7 +308,7 @@ def test_what_cannot_be_done_is_said_before_anything_changes() -> None:
 
     given = model
     refused(DataError, "'rankdyna' needs calibration data", plan=dataclasses.replace(plan, method="rankdyna"))
-    refused(ModelError, "does not fit the model: it has no matrix", model=tiny.MODELS["gpt2"].build())
+    refused(ModelError, "does not fit.*no matrix", model=tiny.MODELS["gpt2"].build())
     model.get_submodule(name).requires_grad_(False)
     refused(ModelError, f"layer '{name}' is frozen")
     model.get_submodule(name).requires_grad_(True)
@@ -336,7 +337,7 @@ def test_an_optimizer_that_does_not_hold_a_matrix_is_refused_before_anything_cha
     name = ranks.units[3].matrix.name
     others = [p for n, p in model.named_parameters() if n != f"{name}.weight"]
     before = [id(p) for p in model.parameters()]
-    with pytest.raises(ModelError, match=f"the optimizer does not hold '{name}.weight', which changes its size"):
+    with pytest.raises(ModelError, match=rf"optimizer.*'{re.escape(name)}\.weight'"):
         learn(model, ranks, tiny.text(), optimizer=torch.optim.SGD(others, lr=0.1))
     assert [id(p) for p in model.parameters()] == before
 

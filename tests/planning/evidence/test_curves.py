@@ -126,5 +126,5 @@ def test_a_weight_that_is_not_finite_is_named() -> None:
     model = MODELS["bert"].build()
     name = "bert.encoder.layer.1.output.dense"
     model.get_submodule(name).weight.data[0, 0] = float("inf")
-    with pytest.raises(ModelError, match=f"layer '{name}': .*NaN or infinite"):
+    with pytest.raises(ModelError, match=f"'{name}'.*NaN"):
         measure_curves(model, find_matrices(model, include=["*.dense"])[0], [LowRank], {}, 2)

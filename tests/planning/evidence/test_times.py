@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import ClassVar
 
 import pytest
 import torch
+from tests.clock import Clock
 from torch import Tensor
 
 from factorformer.layers.matrix import Matrix
@@ -56,11 +58,21 @@ def test_what_is_only_looked_up_is_not_multiplied() -> None:
     assert timer.dense[((64, 32), "float32", False)][0] == 0 < timer.milliseconds(words, None)
 
 
-def test_large_low_rank_takes_longer_than_small() -> None:
-    matrix = Matrix("a", (768, 768))
+def test_the_fastest_run_of_each_size_counts(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A product takes as many milliseconds as its rank; every turn but the eighth, something else takes as many."""
+    turns = Counter[int]()
+
+    def seconds(spec: LowRank, *_: object) -> float:
+        turns[spec.rank] += 1
+        return 1e-3 * spec.rank * (1 if turns[spec.rank] == 8 else 2)
+
+    monkeypatch.setattr(LowRank, "matmul", clock.taking(seconds, LowRank.matmul))
+    matrix = Matrix("a", (64, 64))
     specs = list(LowRank.candidates(matrix.shape, torch.float32))
-    timer = measure_times([matrix], {"a": specs}, CPU, 256)
-    assert 2 * timer.milliseconds(matrix, specs[15]) < timer.milliseconds(matrix, specs[-1])
+    timer = measure_times([matrix], {"a": specs}, CPU, 8)
+    assert set(turns.values()) == {timing.REPEATS}
+    assert [timer.milliseconds(matrix, spec) for spec in specs] == pytest.approx([spec.rank for spec in specs])
+    assert timer.milliseconds(matrix, None) == pytest.approx(1)
 
 
 def test_sizes_between_are_interpolated(monkeypatch: pytest.MonkeyPatch) -> None:
