@@ -10,11 +10,13 @@ function is called.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import transformers
@@ -25,7 +27,7 @@ from factorformer.hf.config import Quantizer
 from factorformer.layers.bypass import embeddings_of
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, Trainer
 
 
 SAVES_WITHIN = "_factorformer_saves_within"
@@ -285,3 +287,30 @@ def settable_attention(model: PreTrainedModel) -> str | None:
     configuration_utils.py:493.
     """
     return model.config._attn_implementation if model._can_set_attn_implementation() else None
+
+
+# Training
+
+
+@contextlib.contextmanager
+def own_forward(model: nn.Module) -> Iterator[None]:
+    """Take off what Accelerate wraps around `forward` for the precision of a training, which ends with it.
+
+    Relies on `forward` and `_original_forward`, set on the instance: `Accelerator.prepare_model` of accelerate 1.x.
+    """
+    wrapped = ("forward", "_original_forward")
+    own = {name: vars(model)[name] for name in wrapped if name in vars(model)}
+    try:
+        yield
+    finally:
+        for name in wrapped:
+            vars(model).pop(name, None)
+        vars(model).update(own)
+
+
+def load_weights(trainer: Trainer, checkpoint: Path) -> None:
+    """Give the model of a Trainer the weights of a checkpoint, as it does when it goes on from one.
+
+    Relies on `Trainer._load_from_checkpoint`: trainer.py:3602.
+    """
+    trainer._load_from_checkpoint(str(checkpoint))

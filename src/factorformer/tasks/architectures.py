@@ -38,8 +38,8 @@ _MODELS: dict[Task, Any] = {
     "masked": AutoModelForMaskedLM,
 }
 _COMMON = "bert, gpt2, llama, marian, t5"
-_LOOKS_AHEAD = ("bert-generation", "cpmant", "xlnet")
-"""Listed as causal, but by default their tokens see later ones: there would be nothing to predict."""
+_NOT_CAUSAL = ("bert-generation", "cpmant", "xlnet", "trocr")
+"""Listed as causal, but by default their tokens see later ones, or their loss is that of the token itself."""
 
 SMALL: dict[str, int] = {
     **dict.fromkeys(
@@ -230,7 +230,7 @@ def _task(config_class: type[PreTrainedConfig], values: Mapping[str, Any], sourc
         return "translation"
     if kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES and values.get("is_decoder") is not True:
         return "masked"
-    if kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and kind not in _LOOKS_AHEAD:
+    if kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and kind not in _NOT_CAUSAL:
         return "causal"
     raise ModelError(
         f"'{source}' ({kind}) does not learn from text; architectures that do are, for instance, {_COMMON}"

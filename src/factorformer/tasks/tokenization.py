@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from factorformer.errors import DataError
 from factorformer.progress import Progress, silent
@@ -13,6 +14,9 @@ from factorformer.progress import Progress, silent
 PAD, EOS, BOS = "<pad>", "</s>", "<s>"
 SPECIAL = (PAD, EOS, BOS)
 """Special tokens in the order of their ids, as in T5 and fairseq the padding first."""
+
+CHUNK = 1000
+"""Texts that are encoded between two reports of progress."""
 
 SMALLEST = len(SPECIAL) + 256
 """Tokens of a vocabulary without a single merge: every byte is a token."""
@@ -83,6 +87,25 @@ def train_tokenizer(
         clean_up_tokenization_spaces=False,
         split_special_tokens=True,
     )
+
+
+def token_ids(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], progress: Progress, phase: str, **options: Any
+) -> list[list[int]]:
+    """Token ids of texts.
+
+    Args:
+        tokenizer: called with a part of the texts at a time.
+        texts: to encode.
+        progress: progress callback, called with the number of texts done.
+        phase: name of the phase reported to `progress`.
+        options: of the tokenizer.
+    """
+    ids: list[list[int]] = []
+    for start in range(0, len(texts), CHUNK):
+        ids += tokenizer(list(texts[start : start + CHUNK]), **options)["input_ids"]
+        progress(phase, len(ids), len(texts))
+    return ids
 
 
 class _Counted:
