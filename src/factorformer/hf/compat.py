@@ -2,7 +2,7 @@
 
 One function each, with what it relies on and where that stands in transformers 5.23. `tests/hf/test_compat.py` asserts
 that all of it is there, so that a release which moves something fails in one readable test. The same for torch is in
-`factorformer.kernels._compat`.
+`factorformer.kernels._compat` and `factorformer.layers._compat`.
 
 transformers may be importing its own models while this is imported: nothing here may need `PreTrainedModel` before a
 function is called.
@@ -239,6 +239,16 @@ def has_adapters(model: PreTrainedModel) -> bool:
     return bool(getattr(model, "_hf_peft_config_loaded", False))
 
 
+def around_all_linear(around: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+    """Put a function around the one that finds the layers that PEFT's `all-linear` means.
+
+    Relies on `_maybe_include_all_linear_layers(peft_config, model)` of peft 0.21: tuners/tuners_utils.py.
+    """
+    from peft.tuners import tuners_utils
+
+    tuners_utils._maybe_include_all_linear_layers = around(tuners_utils._maybe_include_all_linear_layers)
+
+
 def token_tables(model: PreTrainedModel) -> list[nn.Module]:
     """The embeddings and the head that `resize_token_embeddings` changes.
 
@@ -287,6 +297,18 @@ def settable_attention(model: PreTrainedModel) -> str | None:
     configuration_utils.py:493.
     """
     return model.config._attn_implementation if model._can_set_attn_implementation() else None
+
+
+def whole_mask(**arguments: Any) -> Tensor:
+    """Which tokens attend to which, `(batch, 1, length, length)`, booleans; a mask that hides nothing is made as well.
+
+    Relies on `sdpa_mask(allow_is_bidirectional_skip=, allow_is_causal_skip=)`: masking_utils.py.
+    """
+    from transformers.masking_utils import sdpa_mask
+
+    mask = sdpa_mask(**{**arguments, "allow_is_bidirectional_skip": False, "allow_is_causal_skip": False})
+    assert mask is not None
+    return mask
 
 
 # Training
