@@ -65,7 +65,7 @@ OVERRIDDEN: dict[str, type] = {
     "_dequantize": HfQuantizer,
 }
 
-FOREIGN = (nn.Module(), torch.ones(1), tf.BertConfig(), MODEL, tf.Trainer)
+FOREIGN = (nn.Module(), torch.ones(1), MODEL, tf.Trainer)
 """What names that are given as strings may be attributes of."""
 
 ARGUMENTS: dict[Callable[..., Any], set[str]] = {
@@ -162,8 +162,9 @@ def private(tree: ast.Module, own: set[str], foreign: set[str]) -> Iterator[tupl
             names = [node.attr] if node.attr not in own else []
         elif isinstance(node, ast.Constant) and isinstance(node.value, str):
             names = [node.value] if node.value in foreign else []
-        elif isinstance(node, ast.FunctionDef):
-            names = [node.name] if node.name in foreign - set(OVERRIDDEN) else []
+        elif isinstance(node, ast.ClassDef):
+            methods = {method.name for method in node.body if isinstance(method, ast.FunctionDef)}
+            names = sorted(methods & foreign - set(OVERRIDDEN))
         elif isinstance(node, ast.Import):
             names = [part for alias in node.names for part in alias.name.split(".")]
         elif isinstance(node, ast.ImportFrom) and not str(node.module).startswith(("factorformer", "__future__")):

@@ -41,7 +41,7 @@ def run(
     device: str,
     overwrite: bool,
 ) -> Result:
-    """Check, train, save, measure; no weight is read before everything is checked. The options are those of the command."""
+    """Check, train, save, measure; no weight is read before everything is checked. Options as its help has them."""
     started = time.perf_counter()
     path, label = find(model_name), columns.label
     assert label is not None
