@@ -65,8 +65,8 @@ OVERRIDDEN: dict[str, type] = {
     "_dequantize": HfQuantizer,
 }
 
-FOREIGN = (nn.Module(), torch.ones(1), MODEL, tf.Trainer)
-"""What names that are given as strings may be attributes of."""
+FOREIGN = (nn.Module(), MODEL, tf.Trainer)
+"""What names that are given as strings, and methods, may belong to."""
 
 ARGUMENTS: dict[Callable[..., Any], set[str]] = {
     nn.Module._apply: {"fn", "recurse"},
