@@ -16,7 +16,7 @@ from factorformer.cli._inputs import (
     saved,
     update,
 )
-from factorformer.hf.source import find, load_tokenizer
+from factorformer.hf.source import find, load_tokenizer, read_config
 from factorformer.layers.quantization import hold_floats, quantize
 from factorformer.progress import bars
 from factorformer.report import Result, inventory
@@ -45,15 +45,16 @@ def run(
     started = time.perf_counter()
     path, label = find(model_name), columns.label
     assert label is not None
+    config = read_config(path)
     rows = read_table(train_file, columns)
     eval_rows = None if eval_file is None else read_table(eval_file, columns)
     with about(train_file):
-        head = find_head(path, Labels.of(rows, label, regression, columns.words))
+        head = find_head(path, Labels.of(rows, label, regression, columns.words), config)
     note_new_head(head)
     if distill is not None:
-        check_teacher(distill, path, head)
+        check_teacher(distill, config, head)
     tokenizer = load_tokenizer(path)
-    options = (columns, tokenizer, head.labels, max_length, path)
+    options = (columns, tokenizer, head.labels, max_length, config)
     data = encode_table(train_file, rows, *options)
     eval_data = None if eval_file is None or eval_rows is None else encode_table(eval_file, eval_rows, *options)
     model = load_classifier(path, head.labels, settings.seed, None, device).model
