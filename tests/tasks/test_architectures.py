@@ -10,8 +10,7 @@ import transformers as tf
 
 import factorformer
 from factorformer.errors import ModelError
-from factorformer.tasks.architectures import SMALL, Architecture, new_model
-from factorformer.tasks.language_modelling import adapt_tokenizer
+from factorformer.tasks.architectures import SMALL, Architecture, Task, new_model
 from factorformer.tasks.tokenization import train_tokenizer
 
 FAMILIES = {
@@ -30,9 +29,8 @@ FAMILIES = {
 }
 
 
-def tokenizer(task: str) -> tf.PreTrainedTokenizerFast:
-    made = train_tokenizer(["to be, or not to be"] * 2, 268)
-    return made if task == "translation" else adapt_tokenizer(made, task)  # type: ignore[arg-type]
+def tokenizer(task: Task) -> tf.PreTrainedTokenizerFast:
+    return train_tokenizer(["to be, or not to be"] * 2, 268 + (task == "masked"), task=task)
 
 
 @pytest.mark.parametrize("name", FAMILIES)

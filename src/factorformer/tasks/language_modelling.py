@@ -10,7 +10,6 @@ from typing import Any
 import datasets
 import numpy as np
 import torch
-from tokenizers import processors
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import (
@@ -18,7 +17,6 @@ from transformers import (
     DataCollatorForSeq2Seq,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    PreTrainedTokenizerFast,
 )
 
 from factorformer.errors import DataError, ModelError
@@ -28,39 +26,8 @@ from factorformer.tasks.architectures import Task
 from factorformer.tasks.data import IGNORED
 from factorformer.tasks.tokenization import CHUNK, token_ids
 
-MASK = "<mask>"
 MASKED = 0.15
 """Part of the tokens that a masked language model predicts, as in BERT."""
-
-
-def adapt_tokenizer(tokenizer: PreTrainedTokenizerFast, task: Task) -> PreTrainedTokenizerFast:
-    """Make a tokenizer of `train_tokenizer` frame texts as a language model wants them, in place.
-
-    A causal model goes on with what it is given, so nothing is appended; its texts also begin where another ends, as in
-    GPT-2. A masked one reads `<s> text </s>`, as RoBERTa does, and gets one token more to hide others with: `<mask>` in
-    a text is then that token.
-
-    >>> from factorformer.tasks.tokenization import train_tokenizer
-    >>> tokenizer = adapt_tokenizer(train_tokenizer(["to be, or not to be"] * 2, 268), "masked")
-    >>> tokenizer.convert_ids_to_tokens(tokenizer("to <mask>")["input_ids"])
-    ['<s>', 'to', 'Ġ', '<mask>', '</s>']
-    """
-    bytes_of_text = processors.ByteLevel(trim_offsets=False)
-    start, end = str(tokenizer.bos_token), str(tokenizer.eos_token)
-    if task == "causal":
-        tokenizer.backend_tokenizer.post_processor = bytes_of_text
-        tokenizer.bos_token = end
-        return tokenizer
-    frame = processors.TemplateProcessing(
-        single=f"{start} $A {end}",
-        pair=f"{start} $A {end} $B:1 {end}:1",
-        special_tokens=[(token, tokenizer.backend_tokenizer.token_to_id(token)) for token in (start, end)],
-    )
-    tokenizer.backend_tokenizer.post_processor = processors.Sequence([bytes_of_text, frame])
-    special: dict[str, Any] = {"mask_token": MASK, "cls_token": start, "sep_token": end}
-    tokenizer.add_special_tokens(special)
-    tokenizer.split_special_tokens = False
-    return tokenizer
 
 
 def encode(
@@ -78,7 +45,7 @@ def encode(
 
     Args:
         texts: lines or documents; empty ones are passed over.
-        tokenizer: of the model, see `adapt_tokenizer`.
+        tokenizer: of the model.
         task: what is predicted.
         max_length: tokens in a block.
         progress: progress callback, called with the number of texts done.
@@ -155,7 +122,7 @@ def training_collator(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel
 
 def _hiding(tokenizer: PreTrainedTokenizerBase, seed: int | None = None) -> DataCollatorForLanguageModeling:
     if tokenizer.mask_token is None:
-        raise ModelError("a masked language model needs a tokenizer with a mask token: see `adapt_tokenizer`")
+        raise ModelError("a masked language model needs a tokenizer with a mask token")
     return DataCollatorForLanguageModeling(tokenizer, mlm_probability=MASKED, seed=seed)
 
 

@@ -40,10 +40,8 @@ class Corpus:
 
     def new_tokenizer(self, vocabulary: int, progress: Progress) -> PreTrainedTokenizerFast:
         """A tokenizer of so many tokens, trained on the training text."""
-        if self.task == "translation":
-            return train_tokenizer([text for pair in self.train for text in pair], vocabulary, progress)
-        tokenizer = train_tokenizer(self.train, vocabulary - (self.task == "masked"), progress)
-        return language_modelling.adapt_tokenizer(tokenizer, self.task)
+        texts = [text for pair in self.train for text in pair] if self.task == "translation" else self.train
+        return train_tokenizer(texts, vocabulary, progress, task=self.task)
 
     def encode(self, tokenizer: PreTrainedTokenizerFast, progress: Progress) -> list[datasets.Dataset]:
         """Token ids of the training and of the held-out text."""
