@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gzip
 import json
 import math
 from collections.abc import Callable
@@ -86,11 +87,15 @@ def encoded(words: tf.PreTrainedTokenizerFast) -> datasets.Dataset:
 def test_reads_pairs_as_they_stand(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes("\ufeffEin  Haus.\r\n\nmit\u2028Zeile \nÜ".encode())
     (tmp_path / "b").write_bytes(b"A house.\n\nwith\x0cline\nU\n")
-    assert read_parallel(tmp_path / "a", tmp_path / "b") == [
-        ("Ein  Haus.", "A house."),
-        ("mit\u2028Zeile ", "with\x0cline"),
-        ("Ü", "U"),
-    ]
+    expected = [("Ein  Haus.", "A house."), ("mit\u2028Zeile ", "with\x0cline"), ("Ü", "U")]
+    assert read_parallel(tmp_path / "a", tmp_path / "b") == expected
+    (tmp_path / "a.gz").write_bytes(gzip.compress((tmp_path / "a").read_bytes()))
+    assert read_parallel(tmp_path / "a.gz", tmp_path / "b") == expected
+    (tmp_path / "a").write_bytes(b"Stra\xdfe\n")
+    (tmp_path / "b").write_bytes(b"street\n")
+    notes: list[str] = []
+    assert read_parallel(tmp_path / "a", tmp_path / "b", notes.append) == [("Straße", "street")]
+    assert "line 1, column 5" in notes[0]
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Language modelling on plain text: texts packed into blocks of equal length, training from scratch, perplexity."""
+"""Language modelling on plain text: texts packed into blocks of equal length, labels, batches, perplexity."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def encode(
     Raises:
         DataError: no text at all, or a length that leaves no room for text.
     """
-    end = tokenizer.eos_token_id
+    end = np.asarray([tokenizer.eos_token_id], np.int32)
     before, after = _frame(tokenizer) if task == "masked" else ([], [])
     room = max_length - len(before) - len(after)
     if room < 2:
@@ -66,7 +66,7 @@ def encode(
         raise DataError("there is no text: every line is empty")
     encoded = token_ids(tokenizer, written, progress, phase, add_special_tokens=False)
     # Texts begin where another ends: the first one too.
-    tokens = np.concatenate([np.asarray([*ids, end], np.int64) for ids in ([], *encoded)])
+    tokens = np.concatenate([end, *(part for ids in encoded for part in (ids, end))])
     blocks = [tokens[start : start + room] for start in range(0, len(tokens), room)]
     if len(blocks[-1]) < 2:  # a single token, of which nothing can be predicted
         blocks.pop()
