@@ -84,6 +84,7 @@ def test_a_file_or_directory_keeps_its_sizes(tmp_path: Path) -> None:
     [
         ("berd", [], "'berd' is no architecture (did you mean 'bert'"),
         ("vit", [], "'vit' does not learn from text; architectures that do are, for instance, bert, gpt2"),
+        ("trocr", [], "'trocr' (trocr) does not learn from text"),
         ("gemma3", [], "'gemma3' is made of several models (Gemma3Config)"),
         ("somebody/nothing", [], "cannot read a configuration from 'somebody/nothing'"),
         ("nothing.json", [], "cannot read a configuration from 'nothing.json'"),
