@@ -201,7 +201,7 @@ class Bench:
         print(f"{name}: {model.num_parameters():,} parameters", flush=True)
         report = Reporter(name)
         rows = self.rows["train"], self.rows["val"]
-        curve = translation.train(model, self.tokenizer, *rows, settings, self.args.work / name, report)
+        curve = from_scratch.train(model, self.tokenizer, *rows, "translation", settings, self.args.work / name, report)
         sources, references = map(list, zip(*self.pairs["test2016"], strict=True))
         started = time.perf_counter()
         written = self.translate(model, sources, 5, report)

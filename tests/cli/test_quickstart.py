@@ -7,11 +7,11 @@ import re
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 from tests.cli.conftest import BAD, GOOD
 
 from factorformer.cli._jobs import quickstart as demonstration
-from factorformer.tasks.docstrings import Task
 
 TEXTS = [f"{word} {word} {thing}" for thing in ("film", "book") for word in (*GOOD, *BAD)] * 4
 LABELS = (["plus"] * 4 + ["minus"] * 4) * 8
@@ -21,7 +21,8 @@ LABELS = (["plus"] * 4 + ["minus"] * 4) * 8
 def small(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(demonstration, "MODEL", str(base))
     monkeypatch.setattr(demonstration, "RATIO", 2.0)
-    monkeypatch.setattr(demonstration, "stdlib_docstrings", lambda: Task(TEXTS, LABELS, TEXTS, LABELS))
+    rows = datasets.Dataset.from_dict({"text": TEXTS, "label": LABELS})
+    monkeypatch.setattr(demonstration, "stdlib_docstrings", lambda: {"train": rows, "test": rows})
 
 
 def test_quickstart(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,7 +28,8 @@ from factorformer.cli.train import train
 from factorformer.errors import ModelError
 from factorformer.tasks import translation
 from factorformer.tasks.checkpoints import last_checkpoint, locked
-from factorformer.tasks.from_scratch import ScratchSettings, _Watch
+from factorformer.tasks.from_scratch import ScratchSettings
+from factorformer.tasks.trainer import Watch
 
 NUMBERS = {"eins": "one", "zwei": "two", "drei": "three", "vier": "four", "fünf": "five", "sechs": "six"}
 TINY = {
@@ -92,7 +93,7 @@ def test_a_translation(run: Any, tmp_path: Path, config: str, method: str) -> No
     content = result_of(done)
     assert content["bytes"]["ratio"] == pytest.approx(1 if method == "dense" else 1.5, rel=0.01)
     assert (content["scope"], content["method"]) == ("all", None if method == "dense" else method)
-    assert {"loss", "perplexity", "bleu", "chrf", "vocabulary", "texts"} == set(content["metrics"])
+    assert {"loss", "perplexity", "token_accuracy", "bleu", "chrf", "vocabulary", "texts"} == set(content["metrics"])
     assert content["metrics"]["texts"] == 80
     model, tokenizer = saved(content)
     assert model.config.model_type == config
@@ -199,7 +200,7 @@ def test_a_run_without_a_checkpoint_leaves_nothing_to_resume(run: Any, tmp_path:
 @pytest.fixture(scope="module")
 def halfway(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a whole run, and one that was interrupted after its fourth step, which has a checkpoint."""
-    folder, runner, watch = tmp_path_factory.mktemp("halfway"), CliRunner(), _Watch.on_step_end
+    folder, runner, watch = tmp_path_factory.mktemp("halfway"), CliRunner(), Watch.on_step_end
 
     def stop(self: Any, args: Any, state: Any, control: Any, **others: Any) -> None:
         watch(self, args, state, control, **others)
@@ -210,7 +211,7 @@ def halfway(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         patch.chdir(corpus)
         commands = [[str(part) for part in ("train", folder / name, *PAIRS, *options("marian"))] for name in HALFWAY]
         assert runner.invoke(app, commands[0], catch_exceptions=False).exit_code == 0
-        patch.setattr(_Watch, "on_step_end", stop)
+        patch.setattr(Watch, "on_step_end", stop)
         done = runner.invoke(app, commands[1], catch_exceptions=False)
     assert done.exit_code == 130
     assert "add --resume" in done.stderr.splitlines()[-1]

@@ -10,8 +10,7 @@ import transformers as tf
 
 import factorformer
 from factorformer.errors import ModelError
-from factorformer.tasks.architectures import SMALL, Architecture, new_model
-from factorformer.tasks.language_modelling import adapt_tokenizer
+from factorformer.tasks.architectures import SMALL, Architecture, Task, new_model
 from factorformer.tasks.tokenization import train_tokenizer
 
 FAMILIES = {
@@ -30,9 +29,8 @@ FAMILIES = {
 }
 
 
-def tokenizer(task: str) -> tf.PreTrainedTokenizerFast:
-    made = train_tokenizer(["to be, or not to be"] * 2, 268)
-    return made if task == "translation" else adapt_tokenizer(made, task)  # type: ignore[arg-type]
+def tokenizer(task: Task) -> tf.PreTrainedTokenizerFast:
+    return train_tokenizer(["to be, or not to be"] * 2, 268 + (task == "masked"), task=task)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -86,8 +84,9 @@ def test_a_file_or_directory_keeps_its_sizes(tmp_path: Path) -> None:
     [
         ("berd", [], "'berd'.*'bert'"),
         ("vit", [], "'vit'.*text.*bert, gpt2"),
+        ("trocr", [], "'trocr'.*text"),
         ("gemma3", [], "'gemma3'.*several"),
-        ("somebody/nothing", [], "'somebody/nothing'.*Hub"),
+        ("somebody/nothing", [], "'somebody/nothing'.*huggingface"),
         ("nothing.json", [], r"'nothing\.json'"),
         ("bert", ["hiden_size=4"], "BertConfig.*'hiden_size'.*'hidden_size'"),
         ("bert", ["qqqq=4"], "BertConfig.*'qqqq'.*documentation"),
@@ -108,7 +107,7 @@ def test_files_that_are_no_configuration(tmp_path: Path) -> None:
     file = tmp_path / "config.json"
     for content in (["bert"], {"model_type": "bird"}, {}):
         file.write_text(json.dumps(content))
-        with pytest.raises(ModelError, match=r"config\.json.*model_type"):
+        with pytest.raises(ModelError, match=r"configuration.*config\.json"):
             Architecture.of(str(file))
 
 

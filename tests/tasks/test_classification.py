@@ -11,7 +11,8 @@ import torch
 import transformers as tf
 
 from factorformer.errors import DataError, ModelError
-from factorformer.tasks.classification import find_head, is_causal, labels_for, load_classifier
+from factorformer.hf.source import read_config
+from factorformer.tasks.classification import check_head, find_head, is_causal, labels_for, load_classifier
 from factorformer.tasks.data import Labels
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
@@ -79,12 +80,13 @@ def test_labels_under_the_head_of_a_model(tmp_path: Path) -> None:
     path = directory(
         tmp_path, "BertForSequenceClassification", id2label={0: "no", 1: "yes"}, label2id={"no": 0, "yes": 1}
     )
+    head = check_head(path, read_config(path))
     for values, ids in ((["yes", "no"], [1, 0]), ([1, 0], [1, 0]), (["1", "0"], [1, 0])):
         rows = datasets.Dataset.from_dict({"label": values})
-        assert labels_for(path, rows, "label").ids(rows, "label") == ids
+        assert labels_for(head, rows, "label").ids(rows, "label") == ids
     for values, message in ((["maybe"], "maybe"), ([["yes"]], "a list"), ([2], "'2'")):
         with pytest.raises(DataError, match=message):
-            labels_for(path, datasets.Dataset.from_dict({"label": values}), "label")
+            labels_for(head, datasets.Dataset.from_dict({"label": values}), "label")
 
 
 def test_a_new_head_leaves_the_callers_random_numbers(tmp_path: Path) -> None:
@@ -97,3 +99,11 @@ def test_a_new_head_leaves_the_callers_random_numbers(tmp_path: Path) -> None:
     assert torch.equal(weights[0], weights[1])
     assert not torch.equal(weights[0], weights[2])
     assert type(heads[3]).__name__ == "BertForTokenClassification"
+
+
+def test_a_configuration_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = directory(tmp_path, "BertModel")
+    read, reads = tf.AutoConfig.from_pretrained, []
+    monkeypatch.setattr(tf.AutoConfig, "from_pretrained", lambda *a, **k: reads.append(a) or read(*a, **k))
+    assert find_head(path, TWO, read_config(path)).labels == TWO
+    assert len(reads) == 1

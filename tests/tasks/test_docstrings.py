@@ -10,6 +10,7 @@ import sysconfig
 from collections import Counter
 from pathlib import Path
 
+import datasets
 import pytest
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
@@ -17,7 +18,9 @@ from sklearn.pipeline import make_pipeline
 
 from factorformer.errors import DataError
 from factorformer.tasks import docstrings
-from factorformer.tasks.docstrings import GROUPS, MAX_CHARACTERS, MIN_CHARACTERS, Task, stdlib_docstrings
+from factorformer.tasks.docstrings import GROUPS, MAX_CHARACTERS, MIN_CHARACTERS, stdlib_docstrings
+
+Task = dict[str, datasets.Dataset]
 
 
 @pytest.fixture(scope="module")
@@ -25,23 +28,12 @@ def task() -> Task:
     return stdlib_docstrings()
 
 
-@pytest.fixture
-def _read_once(task: Task, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The texts that make up `task`, which take seconds to read, for other splits of them."""
-    found = [
-        *zip(task.train_texts, task.train_labels, strict=True),
-        *zip(task.test_texts, task.test_labels, strict=True),
-    ]
-    monkeypatch.setattr(docstrings, "_labelled_texts", lambda _: found)
+def texts(task: Task) -> list[str]:
+    return [text for part in task.values() for text in part["text"]]
 
 
 def letters(text: str) -> str:
     return "".join(filter(str.isalpha, text.casefold()))
-
-
-def rows(task: Task) -> set[tuple[str, str]]:
-    texts, labels = task.train_texts + task.test_texts, task.train_labels + task.test_labels
-    return set(zip(texts, labels, strict=True))
 
 
 def fake_library(root: Path, files: dict[str, str]) -> Path:
@@ -63,27 +55,25 @@ def use_library(monkeypatch: pytest.MonkeyPatch, root: Path) -> None:
 
 
 def test_size_and_labels(task: Task) -> None:
-    assert 3000 <= len(task.train_texts) <= 6000
-    assert len(task.train_texts) == len(task.train_labels)
-    assert len(task.test_texts) == len(task.test_labels)
-    assert task.labels == sorted(GROUPS)
-    assert len(task.labels) >= 12
+    assert 3000 <= len(task["train"]) <= 6000
+    assert set(task["train"]["label"]) == set(GROUPS)
+    assert len(GROUPS) >= 12
 
 
 def test_no_text_is_in_both_parts_or_twice_in_one(task: Task) -> None:
-    repeated = [text for text, n in Counter(map(letters, task.train_texts + task.test_texts)).items() if n > 1]
+    repeated = [text for text, n in Counter(map(letters, texts(task))).items() if n > 1]
     assert repeated == []
 
 
 def test_every_label_is_split_in_the_same_proportion(task: Task) -> None:
-    train, test = Counter(task.train_labels), Counter(task.test_labels)
+    train, test = Counter(task["train"]["label"]), Counter(task["test"]["label"])
     assert set(train) == set(test) == set(GROUPS)
     for label in GROUPS:
         assert test[label] == round(0.2 * (train[label] + test[label])), label
 
 
 def test_texts_are_single_lines_of_the_stated_length(task: Task) -> None:
-    for text in task.train_texts + task.test_texts:
+    for text in texts(task):
         assert MIN_CHARACTERS <= len(text) <= MAX_CHARACTERS
         assert text == " ".join(text.split())
         assert ">>>" not in text
@@ -91,38 +81,13 @@ def test_texts_are_single_lines_of_the_stated_length(task: Task) -> None:
 
 def test_texts_name_no_module_and_no_label(task: Task) -> None:
     names = {name for modules in GROUPS.values() for name in modules} | set(GROUPS)
-    for text in task.train_texts + task.test_texts:
+    for text in texts(task):
         words = set("".join(c if c.isalnum() or c == "_" else " " for c in text.casefold()).split())
         assert not words & {name.casefold() for name in names}, text
 
 
 def test_rows_are_mixed_so_that_a_prefix_sees_most_labels(task: Task) -> None:
-    assert len(set(task.train_labels[:200])) >= 12
-
-
-def test_majority_accuracy_is_the_share_of_the_commonest_training_label(task: Task) -> None:
-    (majority, _), *_ = Counter(task.train_labels).most_common(1)
-    hits = sum(label == majority for label in task.test_labels)
-    assert task.majority_accuracy == hits / len(task.test_labels)
-    assert task.majority_accuracy < 0.15
-
-
-def test_the_majority_of_equals_is_the_first_by_name() -> None:
-    assert Task(["a", "b"], ["y", "x"], ["c", "d", "e"], ["x", "y", "y"]).majority_accuracy == 1 / 3
-
-
-@pytest.mark.usefixtures("_read_once")
-def test_the_seed_selects_another_split_of_the_same_texts(task: Task) -> None:
-    other = stdlib_docstrings(seed=1)
-    assert rows(other) == rows(task)
-    assert 0.1 < len({*other.test_texts} & {*task.test_texts}) / len(task.test_texts) < 0.3
-
-
-@pytest.mark.usefixtures("_read_once")
-def test_a_larger_fraction_only_adds_to_the_test_part(task: Task) -> None:
-    larger = stdlib_docstrings(test_fraction=0.5)
-    assert set(task.test_texts) < set(larger.test_texts)
-    assert len(larger.test_texts) == pytest.approx(len(larger.train_texts), rel=0.02)
+    assert len(set(task["train"]["label"][:200])) >= 12
 
 
 def test_another_process_with_another_hash_seed_agrees(task: Task) -> None:
@@ -130,7 +95,8 @@ def test_another_process_with_another_hash_seed_agrees(task: Task) -> None:
     script = (
         "import hashlib\n"
         "from factorformer.tasks.docstrings import stdlib_docstrings\n"
-        "print(hashlib.sha256(repr(stdlib_docstrings()).encode()).hexdigest())\n"
+        "parts = {name: part.to_dict() for name, part in stdlib_docstrings().items()}\n"
+        "print(hashlib.sha256(repr(parts).encode()).hexdigest())\n"
     )
     source = Path(docstrings.__file__).parents[2]
     environment = {**os.environ, "PYTHONHASHSEED": hash_seed, "PYTHONPATH": str(source)}
@@ -142,14 +108,17 @@ def test_another_process_with_another_hash_seed_agrees(task: Task) -> None:
         check=True,
         timeout=900,
     )
-    assert done.stdout.strip() == hashlib.sha256(repr(task).encode()).hexdigest()
+    parts = {name: part.to_dict() for name, part in task.items()}
+    assert done.stdout.strip() == hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
 def test_a_bag_of_words_learns_it_but_does_not_solve_it(task: Task) -> None:
     model = make_pipeline(TfidfVectorizer(sublinear_tf=True), LogisticRegression(C=20, max_iter=300))
-    model.fit(task.train_texts, task.train_labels)
-    accuracy = model.score(task.test_texts, task.test_labels)
-    assert 4 * task.majority_accuracy < accuracy < 0.9
+    model.fit(task["train"]["text"][:], task["train"]["label"][:])
+    labels = task["test"]["label"][:]
+    majority = Counter(labels).most_common(1)[0][1] / len(labels)
+    assert majority < 0.15
+    assert 4 * majority < model.score(task["test"]["text"][:], labels) < 0.9
 
 
 def test_every_module_is_in_one_group() -> None:
@@ -160,8 +129,8 @@ def test_every_module_is_in_one_group() -> None:
 def test_sources_are_read_and_not_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = '"""A text that is long enough to be taken up."""\nraise RuntimeError("imported")\n'
     use_library(monkeypatch, fake_library(tmp_path, {"logging/handlers.py": source}))
-    task = stdlib_docstrings(test_fraction=0.5)
-    assert "A that is long enough to be taken up." in task.train_texts + task.test_texts
+    task = stdlib_docstrings()
+    assert "A that is long enough to be taken up." in texts(task)
 
 
 def test_tests_of_a_package_are_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -170,8 +139,8 @@ def test_tests_of_a_package_are_left_out(tmp_path: Path, monkeypatch: pytest.Mon
         monkeypatch,
         fake_library(tmp_path, {"unittest/test/test_case.py": source, "ctypes/tests/a.py": source}),
     )
-    task = stdlib_docstrings(test_fraction=0.5)
-    assert not [text for text in task.train_texts + task.test_texts if "nobody" in text]
+    task = stdlib_docstrings()
+    assert not [text for text in texts(task) if "nobody" in text]
 
 
 def test_conflicting_labels_drop_a_text_and_equal_ones_keep_it_once(
@@ -185,10 +154,9 @@ def test_conflicting_labels_drop_a_text_and_equal_ones_keep_it_once(
         "hmac.py": '"""Something else that the group needs."""\n',
     }
     use_library(monkeypatch, fake_library(tmp_path, files))
-    task = stdlib_docstrings(test_fraction=0.5)
-    texts = task.train_texts + task.test_texts
-    assert not [text for text in texts if "different" in text]
-    assert [text for text in texts if "single" in text] == ["Words in a single group, number 1."]
+    found = texts(stdlib_docstrings())
+    assert not [text for text in found if "different" in text]
+    assert [text for text in found if "single" in text] == ["Words in a single group, number 1."]
 
 
 def test_a_python_without_sources_is_an_error_that_says_what_to_do(
@@ -197,9 +165,3 @@ def test_a_python_without_sources_is_an_error_that_says_what_to_do(
     use_library(monkeypatch, tmp_path / "python311.zip")
     with pytest.raises(DataError, match=r"(?s)asyncio, .*python311\.zip"):
         stdlib_docstrings()
-
-
-@pytest.mark.parametrize("fraction", [0.0, 1.0, -0.1, 1.5, float("nan")])
-def test_a_fraction_out_of_range_is_an_error(fraction: float) -> None:
-    with pytest.raises(DataError, match=r"test_fraction.*between 0 and 1"):
-        stdlib_docstrings(test_fraction=fraction)

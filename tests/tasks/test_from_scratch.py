@@ -4,25 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import random
 from pathlib import Path
 
-import numpy as np
 import pytest
-import torch
 
 from factorformer.errors import MethodError, OutputError
 from factorformer.tasks.checkpoints import check_same_run, last_checkpoint, locked, step_of
 from factorformer.tasks.from_scratch import ScratchSettings
-from factorformer.tasks.trainer import seeded
 
 
 def test_settings_out_of_range_are_refused() -> None:
     wrong = {
         "epochs": (0.0, -1.0, math.inf, math.nan),
-        "learning_rate": (0.0, math.nan),
-        "warmup": (-0.1, 1.5, math.nan),
-        "label_smoothing": (1.1,),
+        "learning_rate": (-1e-3, math.nan),
+        "warmup": (-0.1, 1.0, math.nan),
+        "label_smoothing": (1.0,),
+        "adam_beta2": (1.0,),
         "clip": (0.0,),
         "steps": (0, -1),
         "batch_size": (0,),
@@ -30,9 +27,9 @@ def test_settings_out_of_range_are_refused() -> None:
     }
     for name, values in wrong.items():
         for value in values:
-            with pytest.raises(MethodError, match=f"{name} is"):
+            with pytest.raises(MethodError, match=f"{name.replace('_', ' ')} has to be .* got {value}"):
                 dataclasses.replace(ScratchSettings(), **{name: value})
-    assert ScratchSettings(warmup=1.0, label_smoothing=0.0).warmup == 1.0
+    assert ScratchSettings(warmup=0.0, label_smoothing=0.0).warmup == 0.0
 
 
 def checkpoint(output: Path, step: int, *, complete: bool = True) -> Path:
@@ -72,21 +69,3 @@ def test_a_lock_keeps_a_second_process_out(tmp_path: Path) -> None:
     with locked(lock):
         pass
     assert list((tmp_path / "new").iterdir()) == []
-
-
-def test_seeds_leave_the_generators_of_the_caller_alone() -> None:
-    def draw() -> tuple[float, float, float]:
-        return random.random(), np.random.rand(), torch.rand(1).item()
-
-    torch.manual_seed(1)
-    random.seed(1)
-    np.random.seed(1)
-    expected = [draw(), draw()]
-    torch.manual_seed(1)
-    random.seed(1)
-    np.random.seed(1)
-    found = [draw()]
-    with seeded(7):
-        draw()
-    found.append(draw())
-    assert found == expected

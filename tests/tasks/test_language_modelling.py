@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
-import shutil
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -15,17 +16,15 @@ from torch.nn import functional as F
 
 import factorformer
 from factorformer.errors import DataError, ModelError, OutputError
-from factorformer.tasks.architectures import Architecture, new_model
-from factorformer.tasks.from_scratch import ScratchSettings
+from factorformer.tasks.architectures import Architecture, Task, new_model
+from factorformer.tasks.from_scratch import ScratchSettings, train
 from factorformer.tasks.language_modelling import (
     MASKED,
-    BlockCollator,
-    Task,
-    adapt_tokenizer,
+    collator,
     encode,
-    evaluate,
-    hide,
-    train,
+    predict,
+    training_collator,
+    with_labels,
 )
 from factorformer.tasks.tokenization import train_tokenizer
 
@@ -45,7 +44,7 @@ def texts(rows: int = 60) -> list[str]:
 
 
 def words(task: Task) -> tf.PreTrainedTokenizerFast:
-    return adapt_tokenizer(train_tokenizer(texts(), 280), task)
+    return train_tokenizer(texts(), 280 + (task == "masked"), task=task)
 
 
 def make(name: str, method: str = "shapeshifter") -> tf.PreTrainedModel:
@@ -83,7 +82,7 @@ def test_a_causal_tokenizer_appends_nothing_and_a_masked_one_knows_its_mask(tmp_
         again = tf.AutoTokenizer.from_pretrained(tmp_path / task)
         assert again.convert_ids_to_tokens(again("one")["input_ids"]) == tokens
     assert "<mask>" in again.convert_ids_to_tokens(again("one <mask>")["input_ids"])
-    assert again.mask_token_id == len(again) - 1
+    assert (again.mask_token_id, len(again)) == (3, 281)
 
 
 @pytest.mark.parametrize("lines", [[], ["", " \n"]])
@@ -100,17 +99,24 @@ def test_there_has_to_be_room() -> None:
 # Labels
 
 
-def test_labels_of_a_causal_model_are_the_next_tokens() -> None:
-    batch = BlockCollator(words("causal"), "causal")([{"input_ids": [5, 6, 7]}, {"input_ids": [8, 9]}])
-    assert batch["input_ids"].tolist() == [[5, 6, 7], [8, 9, 0]]
+def test_a_causal_model_predicts_its_inputs_and_no_padding() -> None:
+    tokenizer = words("causal")
+    tokenizer.padding_side = "left"
+    tokenizer.pad_token = tokenizer.eos_token  # which is predicted where a text ends
+    end = tokenizer.eos_token_id
+    rows = datasets.Dataset.from_dict({"input_ids": [[5, 6, end], [8, 9]], "length": [3, 2]})
+    rows = with_labels(rows, tokenizer, "causal").remove_columns("length")
+    batch = collator(tokenizer, make("gpt2"))(list(rows))
+    assert batch["input_ids"].tolist() == [[5, 6, end], [8, 9, end]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 1, 0]]
-    assert batch["labels"].tolist() == [[6, 7, -100], [9, -100, -100]]
+    assert batch["labels"].tolist() == [[5, 6, end], [8, 9, -100]]
+    assert tokenizer.padding_side == "left"
 
 
 def test_hidden_tokens_are_drawn_once_to_measure_and_anew_to_train() -> None:
     tokenizer = words("masked")
     data = encode(texts(200), tokenizer, "masked", max_length=16)
-    first, second = hide(data, tokenizer), hide(data, tokenizer)
+    first, second = with_labels(data, tokenizer, "masked"), with_labels(data, tokenizer, "masked")
     assert first["labels"] == second["labels"]
     special = np.isin(np.concatenate(data["input_ids"]), tokenizer.all_special_ids)
     chosen = np.concatenate(first["labels"]) != -100
@@ -120,13 +126,13 @@ def test_hidden_tokens_are_drawn_once_to_measure_and_anew_to_train() -> None:
         assert all(label in (-100, token) for label, token in zip(hidden, ids, strict=True))
         assert all(token == seen for label, token, seen in zip(hidden, ids, block, strict=True) if label == -100)
     rows = [{"input_ids": block} for block in data["input_ids"][:8]]
-    collate = BlockCollator(tokenizer, "masked")
+    collate = training_collator(tokenizer, make("bert"), "masked")
     assert not collate(rows)["labels"].equal(collate(rows)["labels"])
 
 
 def test_a_masked_model_needs_a_mask() -> None:
     with pytest.raises(ModelError, match="mask token"):
-        BlockCollator(words("causal"), "masked")
+        training_collator(words("causal"), make("bert"), "masked")
 
 
 # Perplexity
@@ -143,7 +149,7 @@ def test_perplexity_is_that_of_the_models_own_loss(name: str) -> None:
             total += float(model(input_ids=ids, labels=ids).loss) * (len(block) - 1)
         tokens += len(block) - 1
     steps: list[int] = []
-    found = evaluate(model, tokenizer, data, "causal", batch_size=4, progress=lambda _, done, __: steps.append(done))
+    found, _ = predict(model, tokenizer, data, "causal", batch_size=4, progress=lambda _, done, __: steps.append(done))
     assert found["loss"] == pytest.approx(total / tokens, rel=1e-4)
     assert found["perplexity"] == pytest.approx(math.exp(total / tokens), rel=1e-3)
     assert 0 <= found["token_accuracy"] <= 1
@@ -153,14 +159,14 @@ def test_perplexity_is_that_of_the_models_own_loss(name: str) -> None:
 def test_a_masked_model_is_measured_on_its_hidden_tokens() -> None:
     model, tokenizer = make("bert").eval(), words("masked")
     data = encode(texts(), tokenizer, "masked", max_length=16)
-    hidden = hide(data, tokenizer)
+    hidden = with_labels(data, tokenizer, "masked")
     total, tokens = 0.0, 0
     with torch.inference_mode():
         for ids, labels in zip(hidden["input_ids"], hidden["labels"], strict=True):
             logits = model(input_ids=torch.tensor([ids])).logits[0]
             total += float(F.cross_entropy(logits, torch.tensor(labels), ignore_index=-100, reduction="sum"))
             tokens += sum(label != -100 for label in labels)
-    assert evaluate(model, tokenizer, data, "masked")["loss"] == pytest.approx(total / tokens, rel=1e-4)
+    assert predict(model, tokenizer, data, "masked")[0]["loss"] == pytest.approx(total / tokens, rel=1e-4)
 
 
 def test_predictions_that_are_no_numbers() -> None:
@@ -169,7 +175,7 @@ def test_predictions_that_are_no_numbers() -> None:
     with torch.no_grad():
         model.transformer.ln_f.weight.fill_(float("nan"))
     with pytest.raises(ModelError, match="NaN or infinite"):
-        evaluate(model, tokenizer, data, "causal")
+        predict(model, tokenizer, data, "causal")
 
 
 # Training
@@ -180,10 +186,10 @@ def test_predictions_that_are_no_numbers() -> None:
 def test_training_lowers_the_perplexity_and_reloads_identically(name: str, method: str, tmp_path: Path) -> None:
     task, model, tokenizer = TASKS[name], make(name, method), words(TASKS[name])
     data, held = (encode(rows, tokenizer, task, max_length=16) for rows in (texts(), texts(12)))
-    before = evaluate(model, tokenizer, held, task)
+    before, _ = predict(model, tokenizer, held, task)
     seen: list[tuple[str, int, int | None]] = []
     curve = train(model, tokenizer, data, held, task, FAST, tmp_path / "run", lambda *step: seen.append(step))
-    after = evaluate(model, tokenizer, held, task)
+    after, _ = predict(model, tokenizer, held, task)
     assert after["loss"] < 0.9 * before["loss"]
     assert seen == [("train", step + 1, 12) for step in range(12)]
     assert [row["step"] for row in curve] == [4, 8, 12]
@@ -202,16 +208,34 @@ def test_training_lowers_the_perplexity_and_reloads_identically(name: str, metho
         assert written[0].equal(written[1])
 
 
-def test_an_interrupted_run_ends_as_if_it_had_not_been(tmp_path: Path) -> None:
-    tokenizer = words("causal")
-    data, held = (encode(rows, tokenizer, "causal", max_length=16) for rows in (texts(), texts(12)))
-    whole = make("gpt2")
-    train(whole, tokenizer, data, held, "causal", FAST, tmp_path)
-    shutil.rmtree(tmp_path / "checkpoint-12")
-    resumed = make("gpt2")
-    curve = train(resumed, tokenizer, data, held, "causal", FAST, tmp_path)
-    assert [row["step"] for row in curve] == [4, 8, 12]
-    assert all(a.equal(b) for a, b in zip(whole.parameters(), resumed.parameters(), strict=True))
+@pytest.mark.parametrize("name", ["gpt2", "bert"])
+def test_an_interrupted_run_ends_as_if_it_had_not_been(name: str, tmp_path: Path) -> None:
+    """Within an epoch and where one begins; the hidden tokens of a masked model are the same ones as well."""
+    task, tokenizer = TASKS[name], words(TASKS[name])
+    data, held = (encode(rows, tokenizer, task, max_length=16) for rows in (texts(), texts(12)))
+    epoch = math.ceil(len(data) / FAST.batch_size)
+    settings = dataclasses.replace(FAST, steps=2 * epoch, points=2 * epoch)
+
+    def run(model: tf.PreTrainedModel, folder: str, stop: int = 2 * epoch) -> list[dict[str, float]]:
+        def kill(phase: str, done: int, total: int | None) -> None:
+            if done > stop:
+                raise KeyboardInterrupt
+
+        return train(model, tokenizer, data, held, task, settings, tmp_path / folder, kill)
+
+    fresh = make(name)
+    whole = copy.deepcopy(fresh)
+    curve = run(whole, "whole")
+    for stop in (epoch, epoch + 1):
+        with pytest.raises(KeyboardInterrupt):
+            run(copy.deepcopy(fresh), f"{stop}", stop)
+        assert (tmp_path / f"{stop}" / f"checkpoint-{stop}").exists()
+        torch.rand(5)
+        resumed = make(name)
+        again = run(resumed, f"{stop}")
+        assert [row["step"] for row in again] == list(range(1, 2 * epoch + 1))
+        assert [row["loss"] for row in again] == [row["loss"] for row in curve]
+        assert all(a.equal(b) for a, b in zip(whole.parameters(), resumed.parameters(), strict=True))
 
 
 def test_what_training_refuses(tmp_path: Path) -> None:

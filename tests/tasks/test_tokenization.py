@@ -8,7 +8,7 @@ import pytest
 import transformers as tf
 
 from factorformer.errors import DataError
-from factorformer.tasks.tokenization import SMALLEST, train_tokenizer
+from factorformer.tasks.tokenization import SPECIAL, train_tokenizer
 
 TEXTS = ["Zwei junge, weiße Männer sind im Freien.", "Two young, White males are outside near many bushes."] * 3
 
@@ -68,7 +68,7 @@ def test_the_same_text_gives_the_same_tokenizer(trained: tf.PreTrainedTokenizerF
 
 
 def test_errors() -> None:
-    with pytest.raises(DataError, match=rf"100 tokens.* {SMALLEST}\b"):
+    with pytest.raises(DataError, match=rf"100 tokens.* {256 + len(SPECIAL)}\b"):
         train_tokenizer(TEXTS, 100)
     for texts in ([], ["", ""]):
         with pytest.raises(DataError, match="no text"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gzip
 import json
 import math
 from collections.abc import Callable
@@ -19,9 +20,10 @@ from torch.nn import functional as F
 import factorformer
 from factorformer.errors import DataError, ModelError, OutputError
 from factorformer.tasks.checkpoints import last_checkpoint
-from factorformer.tasks.from_scratch import LengthGroupedSampler, ScratchSettings, token_loss
+from factorformer.tasks.from_scratch import EpochSampler, ScratchSettings, train
+from factorformer.tasks.language_modelling import predict
 from factorformer.tasks.tokenization import train_tokenizer
-from factorformer.tasks.translation import bleu, encode, read_parallel, train, translate
+from factorformer.tasks.translation import bleu, encode, read_parallel, translate
 
 NUMBERS = {"eins": "one", "zwei": "two", "drei": "three", "vier": "four", "fünf": "five", "sechs": "six"}
 FAST = ScratchSettings(steps=12, batch_size=8, learning_rate=5e-3, points=3)
@@ -85,11 +87,15 @@ def encoded(words: tf.PreTrainedTokenizerFast) -> datasets.Dataset:
 def test_reads_pairs_as_they_stand(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes("\ufeffEin  Haus.\r\n\nmit\u2028Zeile \nÜ".encode())
     (tmp_path / "b").write_bytes(b"A house.\n\nwith\x0cline\nU\n")
-    assert read_parallel(tmp_path / "a", tmp_path / "b") == [
-        ("Ein  Haus.", "A house."),
-        ("mit\u2028Zeile ", "with\x0cline"),
-        ("Ü", "U"),
-    ]
+    expected = [("Ein  Haus.", "A house."), ("mit\u2028Zeile ", "with\x0cline"), ("Ü", "U")]
+    assert read_parallel(tmp_path / "a", tmp_path / "b") == expected
+    (tmp_path / "a.gz").write_bytes(gzip.compress((tmp_path / "a").read_bytes()))
+    assert read_parallel(tmp_path / "a.gz", tmp_path / "b") == expected
+    (tmp_path / "a").write_bytes(b"Stra\xdfe\n")
+    (tmp_path / "b").write_bytes(b"street\n")
+    notes: list[str] = []
+    assert read_parallel(tmp_path / "a", tmp_path / "b", notes.append) == [("Straße", "street")]
+    assert "line 1, column 5" in notes[0]
 
 
 @pytest.mark.parametrize(
@@ -99,7 +105,7 @@ def test_reads_pairs_as_they_stand(tmp_path: Path) -> None:
         (b"x\ny\n", b"x\n", r"/a' has 2 lines .*/b' has 1\b"),
         (b"x\n\n", b"x\ny\n", "line 2 of '.*/a' is empty"),
         (b"x\ny\n", b"x\n \n", "line 2 of '.*/b' is empty"),
-        (b"\xff\xfe\n", b"x\n", "/a' .*UTF-8"),
+        (b"x\xff\x01\n", b"x\n", "/a'.*line 1, column 2.*0xff"),
         (b"", b"", "/a'.*/b'.* no text"),
         (b"\n", b"\n", "/a'.*/b'.* no text"),
     ],
@@ -118,7 +124,7 @@ def test_encodes_both_sides(words: tf.PreTrainedTokenizerFast) -> None:
     assert rows["labels"][0] == words("one two")["input_ids"]
     assert rows["length"] == [max(len(rows["input_ids"][0]), len(rows["labels"][0])), 12]
     assert rows["input_ids"][1][-1] == words.eos_token_id
-    assert told == [("encode", 2, 2)]
+    assert told == [("encode", 4, 4)]
 
 
 def test_refuses_to_encode_what_cannot_be_learned(
@@ -133,7 +139,7 @@ def test_refuses_to_encode_what_cannot_be_learned(
 @pytest.mark.parametrize("rows", [1, 7, 8, 1000, 1003])
 def test_order_holds_every_row_once_and_depends_on_seed_and_epoch_alone(rows: int) -> None:
     lengths = np.random.default_rng(0).integers(1, 60, rows).tolist()
-    sampler = LengthGroupedSampler(lengths, 8, seed=3)
+    sampler = EpochSampler(lengths, 8, seed=3)
     first = list(sampler)
     torch.rand(3)
     assert first == list(sampler)
@@ -142,7 +148,7 @@ def test_order_holds_every_row_once_and_depends_on_seed_and_epoch_alone(rows: in
     if rows >= 1000:
         sampler.set_epoch(1)
         assert first != list(sampler)
-        assert first != list(LengthGroupedSampler(lengths, 8, seed=4))
+        assert first != list(EpochSampler(lengths, 8, seed=4))
         spread = [np.ptp(np.asarray(lengths)[first[i : i + 8]]) for i in range(0, 8 * (rows // 8), 8)]
         assert np.mean(spread) < 5
         assert np.corrcoef(np.arange(rows // 8), [lengths[row] for row in first[: 8 * (rows // 8) : 8]])[0, 1] < 0.5
@@ -154,7 +160,9 @@ def test_order_holds_every_row_once_and_depends_on_seed_and_epoch_alone(rows: in
 def test_learns_to_translate(words: tf.PreTrainedTokenizerFast, make: Make, encoded: Any, tmp_path: Path) -> None:
     model, told = make(dropout=0.0, d_model=64), []
     settings = dataclasses.replace(FAST, steps=400, learning_rate=5e-3, label_smoothing=0.0)
-    curve = train(model, words, encoded, encoded, settings, tmp_path, lambda *step: told.append(step), "learn")
+    curve = train(
+        model, words, encoded, encoded, "translation", settings, tmp_path, lambda *step: told.append(step), "learn"
+    )
     assert told == [("learn", step, 400) for step in range(1, 401)]
     assert [row["step"] for row in curve] == [134, 268, 400]
     assert set(curve[0]) == {"step", "epoch", "loss", "validation_loss", "learning_rate", "seconds"}
@@ -171,7 +179,7 @@ def test_an_interrupted_run_ends_as_if_it_had_not_been(
     kind: str, words: tf.PreTrainedTokenizerFast, make: Make, encoded: Any, tmp_path: Path
 ) -> None:
     whole = make(kind)
-    curve = train(whole, words, encoded, encoded, FAST, tmp_path / "whole")
+    curve = train(whole, words, encoded, encoded, "translation", FAST, tmp_path / "whole")
 
     class Killed(Exception):
         pass
@@ -181,12 +189,12 @@ def test_an_interrupted_run_ends_as_if_it_had_not_been(
             raise Killed
 
     with pytest.raises(Killed):
-        train(make(kind), words, encoded, encoded, FAST, tmp_path / "cut", kill)
+        train(make(kind), words, encoded, encoded, "translation", FAST, tmp_path / "cut", kill)
     (tmp_path / "cut" / "checkpoint-9").mkdir()  # another interruption, in the middle of writing
     assert last_checkpoint(tmp_path / "cut") == tmp_path / "cut" / "checkpoint-8"
     torch.manual_seed(1)
     resumed = make(kind)
-    again = train(resumed, words, encoded, encoded, FAST, tmp_path / "cut")
+    again = train(resumed, words, encoded, encoded, "translation", FAST, tmp_path / "cut")
     for name, tensor in whole.state_dict().items():
         assert torch.equal(tensor, resumed.state_dict()[name]), name
     untimed = [[{k: v for k, v in row.items() if k != "seconds"} for row in rows] for rows in (curve, again)]
@@ -194,7 +202,7 @@ def test_an_interrupted_run_ends_as_if_it_had_not_been(
     assert again[2]["seconds"] >= again[1]["seconds"] >= again[0]["seconds"] > 0  # rounded
     # A finished run returns at once.
     finished = make(kind)
-    at_once = train(finished, words, encoded, encoded, FAST, tmp_path / "cut")
+    at_once = train(finished, words, encoded, encoded, "translation", FAST, tmp_path / "cut")
     assert [{k: v for k, v in row.items() if k != "seconds"} for row in at_once] == untimed[0]
     for name, tensor in whole.state_dict().items():
         assert torch.equal(tensor, finished.state_dict()[name]), name
@@ -215,7 +223,7 @@ def test_bf16_follows_fp32_and_leaves_no_autocast_behind(
     for precision in ("fp32", "bf16"):
         model = make(dropout=0.0)
         settings = dataclasses.replace(FAST, precision=precision)
-        curves[precision] = train(model, words, encoded, encoded, settings, tmp_path / precision)
+        curves[precision] = train(model, words, encoded, encoded, "translation", settings, tmp_path / precision)
         assert all(p.dtype == torch.float32 for p in model.parameters())
         assert "forward" not in vars(model)
     for a, b in zip(curves["fp32"], curves["bf16"], strict=True):
@@ -225,7 +233,6 @@ def test_bf16_follows_fp32_and_leaves_no_autocast_behind(
 
 def test_loss_counts_tokens_and_no_padding(words: tf.PreTrainedTokenizerFast, make: Make, encoded: Any) -> None:
     model = make()
-    collate = tf.DataCollatorForSeq2Seq(words, model)
     total, tokens = 0.0, 0
     model.eval()
     for row in encoded:
@@ -236,7 +243,9 @@ def test_loss_counts_tokens_and_no_padding(words: tf.PreTrainedTokenizerFast, ma
         tokens += labels.numel()
     model.train()
     for batch_size in (1, 16):
-        assert token_loss(model, collate, encoded, batch_size) == pytest.approx(total / tokens, rel=1e-5)
+        found, likeliest = predict(model, words, encoded, "translation", batch_size)
+        assert found["loss"] == pytest.approx(total / tokens, rel=1e-5)
+        assert len(likeliest) == tokens
     assert model.training
     assert math.isfinite(total)
 
@@ -244,30 +253,30 @@ def test_loss_counts_tokens_and_no_padding(words: tf.PreTrainedTokenizerFast, ma
 def test_refuses_what_cannot_be_trained(
     words: tf.PreTrainedTokenizerFast, make: Make, make_classifier: Make, encoded: Any, tmp_path: Path
 ) -> None:
-    with pytest.raises(ModelError, match=r"BertForSequenceClassification.*encoder-decoder"):
-        train(make_classifier(), words, encoded, encoded, FAST, tmp_path)
+    with pytest.raises(ModelError, match=r"BertForSequenceClassification.*single texts"):
+        train(make_classifier(), words, encoded, encoded, "translation", FAST, tmp_path)
     sizes = {"d_model": 8, "d_kv": 4, "d_ff": 8, "num_layers": 1, "num_heads": 2, "vocab_size": 290}
     model = tf.T5ForConditionalGeneration(tf.T5Config(**sizes))
     with pytest.raises(ModelError, match="no decoder_start_token_id"):
-        train(model, words, encoded, encoded, FAST, tmp_path)
+        train(model, words, encoded, encoded, "translation", FAST, tmp_path)
     with pytest.raises(DataError, match=r"training data.* \d+ (token|position)"):
-        train(make(max_position_embeddings=4), words, encoded, encoded, FAST, tmp_path)
+        train(make(max_position_embeddings=4), words, encoded, encoded, "translation", FAST, tmp_path)
     settings = dataclasses.replace(FAST, learning_rate=1e30, clip=1e30)
     with pytest.raises(ModelError, match="diverged"):
-        train(make(), words, encoded, encoded, settings, tmp_path / "diverged")
+        train(make(), words, encoded, encoded, "translation", settings, tmp_path / "diverged")
 
 
 def test_goes_on_with_the_same_settings_only(
     words: tf.PreTrainedTokenizerFast, make: Make, encoded: Any, tmp_path: Path
 ) -> None:
-    train(make(), words, encoded, encoded, SHORT, tmp_path)
+    train(make(), words, encoded, encoded, "translation", SHORT, tmp_path)
     with pytest.raises(OutputError, match=r"learning_rate was 0\.005, not 0\.001"):
-        train(make(), words, encoded, encoded, dataclasses.replace(SHORT, learning_rate=1e-3), tmp_path)
+        train(make(), words, encoded, encoded, "translation", dataclasses.replace(SHORT, learning_rate=1e-3), tmp_path)
     with pytest.raises(OutputError, match="parameters was"):
-        train(make("svd"), words, encoded, encoded, SHORT, tmp_path)
+        train(make("svd"), words, encoded, encoded, "translation", SHORT, tmp_path)
     (tmp_path / "run.json").write_text("{")
     with pytest.raises(OutputError, match="cannot read"):
-        train(make(), words, encoded, encoded, SHORT, tmp_path)
+        train(make(), words, encoded, encoded, "translation", SHORT, tmp_path)
     assert json.loads((tmp_path / "checkpoint-4" / "trainer_state.json").read_text())["global_step"] == 4
 
 

@@ -12,7 +12,7 @@ import datasets
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AutoModel, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModel, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from factorformer.cli._options import note
 from factorformer.errors import DataError, FactorformerError, ModelError, OutputError
@@ -69,20 +69,20 @@ def encode_table(
     tokenizer: PreTrainedTokenizerBase,
     labels: Labels | None,
     max_length: int,
-    path: Path,
+    config: PretrainedConfig,
 ) -> datasets.Dataset:
-    """Encoded rows that the model of a directory can read; its weights are not looked at.
+    """Encoded rows that a model of this configuration can read.
 
     Raises:
         DataError: what does not fit labels, tokenizer or model; the message names the source.
     """
     with about(source):
         encoded = encode(tokenizer, rows, columns, labels, max_length)
-    skeleton = _skeleton(path)
+    skeleton = _skeleton(config)
     if skeleton is not None:
         check_lengths(skeleton, encoded, f"'{source}'")
     if labels is not None and labels.kind != "tokens":
-        check_ends(read_config(path), encoded, f"'{source}'")
+        check_ends(config, encoded, f"'{source}'")
     return encoded
 
 
@@ -95,11 +95,11 @@ def about(source: str) -> Iterator[None]:
         raise DataError(f"'{source}': {error}") from error
 
 
-def _skeleton(path: Path) -> PreTrainedModel | None:
+def _skeleton(config: PretrainedConfig) -> PreTrainedModel | None:
     """A model without weights, to be asked for its sizes; None for one that cannot be made without them."""
     try:
         with torch.device("meta"):
-            return AutoModel.from_config(read_config(path))
+            return AutoModel.from_config(config)
     except Exception:  # code of many architectures; what is asked here is asked again of the model itself
         return None
 
@@ -147,18 +147,18 @@ def hold_out(data: datasets.Dataset, seed: int, options: str = "--eval") -> tupl
     return data.select(order[rows:]), data.select(order[:rows])
 
 
-def check_teacher(name: str, path: Path, head: Head | None) -> None:
+def check_teacher(name: str, student: PretrainedConfig, head: Head | None) -> None:
     """Compare a teacher with the model that is to follow it, by their configurations.
 
     Args:
         name: of the teacher.
-        path: of the model.
+        student: of the model.
         head: for the labels of the task; None for plain text.
 
     Raises:
         ModelError: the two do not fit together, or are encoder-decoders; the message says where.
     """
-    student, teacher = read_config(path), read_config(find(name))
+    teacher = read_config(find(name))
     check_can_follow(student)
     for field in ("vocab_size", "hidden_size", "num_hidden_layers"):
         theirs, ours = getattr(teacher, field, None), getattr(student, field, None)

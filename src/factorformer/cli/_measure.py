@@ -6,7 +6,6 @@ import dataclasses
 from collections.abc import Mapping
 
 import datasets
-import numpy as np
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -69,15 +68,7 @@ def measure(
     if not is_causal(model.config):
         return Measured(embeddings=embed(model, tokenizer, data))
     size = max(1, LOGITS // (max(data["length"]) * model.config.get_text_config().vocab_size))
-    metrics, tokens = language_modelling.predict(
-        model,
-        tokenizer,
-        data.select(np.argsort(data["length"], kind="stable")),
-        "causal",
-        min(size, 32),
-        progress,
-        phase,
-    )
+    metrics, tokens = language_modelling.predict(model, tokenizer, data, "causal", min(size, 32), progress, phase)
     return Measured(metrics, tokens)
 
 

@@ -12,6 +12,7 @@ import os
 import sys
 from collections.abc import Iterator
 from enum import Enum
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -72,34 +73,29 @@ Output = Annotated[
     ),
 ]
 
-_BUDGET = "What becomes of the weights"
+weights_option = partial(typer.Option, rich_help_panel="What becomes of the weights")
 Method = Annotated[
     str | None,
-    typer.Option(
+    weights_option(
         "--method",
         metavar="NAME",
-        rich_help_panel=_BUDGET,
         help="One of `factorformer methods`. By default the data-aware fit if there is calibration data, "
         "and the plain one where there is none.",
     ),
 ]
 Ratio = Annotated[
     float | None,
-    typer.Option(
+    weights_option(
         "--ratio",
         callback=finite,
-        show_default=False,
-        rich_help_panel=_BUDGET,
         help="Bytes of the original tensors in scope over the bytes of what replaces them; met within 1 %. "
-        "By default 3, and 10 with --int8.",
+        "By default 3, and 10 with --int8 and in `train`.",
     ),
 ]
 Budget = Annotated[
     BudgetChoice | None,
-    typer.Option(
+    weights_option(
         "--budget",
-        show_default=False,
-        rich_help_panel=_BUDGET,
         help="What the ratio counts: 'bytes' (the default), 'flops' of products for a token, or 'milliseconds' that "
         "they take on this machine (on its GPU, if there is one), measured now. Others than bytes are for 'auto' and "
         "'whitened_by_loss'.",
@@ -107,9 +103,8 @@ Budget = Annotated[
 ]
 Int8 = Annotated[
     bool,
-    typer.Option(
+    weights_option(
         "--int8",
-        rich_help_panel=_BUDGET,
         help="Store factors and matrices that stay dense in int8 with a scale for each row. The ratio counts them so: "
         "at 4 times the ratio, factors have about as many values as without it; up to a ratio of 4 all matrices are "
         "dense in int8. Training is quantization-aware: it rounds factors in the forward pass; only 'dsformer' rounds "
@@ -118,133 +113,95 @@ Int8 = Annotated[
 ]
 Scope = Annotated[
     ScopeChoice | None,
-    typer.Option(
+    weights_option(
         "--scope",
-        show_default=False,
-        rich_help_panel=_BUDGET,
         help="What the ratio is about: 'blocks' (the default, but for 'shapeshifter') changes and counts the "
         "Transformer blocks, 'all' the whole model with its embeddings.",
     ),
 ]
 Include = Annotated[
     list[str] | None,
-    typer.Option(
+    weights_option(
         "--include",
         metavar="PATTERN",
-        rich_help_panel=_BUDGET,
         help="Factorize only modules whose name matches, e.g. '*.attention.*'. Can be given several times.",
     ),
 ]
 Exclude = Annotated[
     list[str] | None,
-    typer.Option(
-        "--exclude",
-        metavar="PATTERN",
-        rich_help_panel=_BUDGET,
-        help="Keep modules dense whose name matches. Can be given several times.",
+    weights_option(
+        "--exclude", metavar="PATTERN", help="Keep modules dense whose name matches. Can be given several times."
     ),
 ]
 
 Share = Annotated[
     ShareChoice | None,
-    typer.Option(
+    weights_option(
         "--share",
-        show_default=False,
-        rich_help_panel=_BUDGET,
         help="Give several matrices one dictionary: with 'inputs' those of a block that read the same tensor (query, "
         "key and value; gate and up) and the output of attention, with 'layers' the same matrix of all blocks.",
     ),
 ]
 
-_DATA = "Data: CSV, TSV, JSONL, TXT (also compressed) or Parquet files, or NAME[:CONFIG]:SPLIT on the Hub"
+data_option = partial(
+    typer.Option,
+    rich_help_panel="Data: CSV, TSV, JSONL, TXT (also compressed) or Parquet files, or NAME[:CONFIG]:SPLIT on the Hub",
+)
 TextColumns = Annotated[
     list[str] | None,
-    typer.Option(
+    data_option(
         "--text",
         metavar="COLUMN",
-        show_default=False,
-        rich_help_panel=_DATA,
         help="The column that holds the text, by default 'text'; given twice, the two texts of sentence pairs.",
     ),
 ]
 Words = Annotated[
     bool,
-    typer.Option(
+    data_option(
         "--words",
-        rich_help_panel=_DATA,
         help="Texts are lists of words, and labels lists with a label for each: the task of tagging words (JSONL or "
         "Parquet hold lists).",
     ),
 ]
 LabelColumn = Annotated[
     str | None,
-    typer.Option(
+    data_option(
         "--label",
         metavar="COLUMN",
-        rich_help_panel=_DATA,
         help="The column that holds the label: names or whole numbers are classes, fractions are a regression.",
     ),
 ]
-Regression = Annotated[
-    bool,
-    typer.Option("--regression", rich_help_panel=_DATA, help="Read labels that are whole numbers as scores as well."),
-]
+Regression = Annotated[bool, data_option("--regression", help="Read labels that are whole numbers as scores as well.")]
 CalibrationFile = Annotated[
     str | None,
-    typer.Option(
+    data_option(
         "--calibration",
         metavar="FILE",
-        rich_help_panel=_DATA,
         help="Text that a data-aware fit measures the layers on; `compress` takes the training file by default.",
     ),
 ]
-CalibrationRows = Annotated[
-    int, typer.Option("--calibration-rows", min=1, rich_help_panel=_DATA, help="How many of its rows are used.")
-]
-TrainFile = Annotated[
-    str | None,
-    typer.Option("--train", metavar="FILE", rich_help_panel=_DATA, help="What the model is trained on."),
-]
-EvalFile = Annotated[
-    str | None,
-    typer.Option("--eval", metavar="FILE", rich_help_panel=_DATA, help="What the result is measured on."),
-]
-MaxLength = Annotated[
-    int, typer.Option("--max-length", min=2, rich_help_panel=_DATA, help="Tokens after which a text is cut.")
-]
+CalibrationRows = Annotated[int, data_option("--calibration-rows", min=1, help="How many of its rows are used.")]
+TrainFile = Annotated[str | None, data_option("--train", metavar="FILE", help="What the model is trained on.")]
+EvalFile = Annotated[str | None, data_option("--eval", metavar="FILE", help="What the result is measured on.")]
+MaxLength = Annotated[int, data_option("--max-length", min=2, help="Tokens after which a text is cut.")]
 
-_TRAINING = "Training"
-Epochs = Annotated[
-    float,
-    typer.Option(
-        "--epochs", min=1e-3, callback=finite, rich_help_panel=_TRAINING, help="Passes over the training data."
-    ),
-]
-LearningRate = Annotated[
-    float,
-    typer.Option("--lr", min=0.0, callback=finite, rich_help_panel=_TRAINING, help="Peak of the learning rate."),
-]
-BatchSize = Annotated[
-    int, typer.Option("--batch-size", min=1, rich_help_panel=_TRAINING, help="Rows in a step: texts, pairs or blocks.")
-]
-Seed = Annotated[
-    int,
-    typer.Option("--seed", min=0, max=2**32 - 1, rich_help_panel=_TRAINING, help="Seed of all randomness."),
-]
+training_option = partial(typer.Option, rich_help_panel="Training")
+Epochs = Annotated[float, training_option("--epochs", min=1e-3, callback=finite, help="Passes over the training data.")]
+LearningRate = Annotated[float, training_option("--lr", min=0.0, callback=finite, help="Peak of the learning rate.")]
+BatchSize = Annotated[int, training_option("--batch-size", min=1, help="Rows in a step: texts, pairs or blocks.")]
+Seed = Annotated[int, training_option("--seed", min=0, max=2**32 - 1, help="Seed of all randomness.")]
 Distill = Annotated[
     str | None,
-    typer.Option(
+    training_option(
         "--distill",
         metavar="TEACHER",
-        rich_help_panel=_TRAINING,
         help="A model to learn from as well, usually the uncompressed one. With it, training needs no labels.",
     ),
 ]
 FreezeEmbeddings = Annotated[
     bool,
-    typer.Option(
+    training_option(
         "--freeze-embeddings/--train-embeddings",
-        rich_help_panel=_TRAINING,
         help="Leave the word embeddings as they are, which saves memory and, in small models, half of the time. "
         "Factorized ones are trained in any case.",
     ),

@@ -71,16 +71,14 @@ def evaluate(
     config = read_config(path)
     plain = label is None and is_causal(config)
     columns, labels = columns_of(text, None if plain else label or "label", words), None
-    if plain:
-        columns = plain_columns(data, columns)
-    else:
-        check_head(path)
+    head = None if plain else check_head(path, config)
+    columns = plain_columns(data, columns) if plain else columns
     rows = read_table(data, columns)
-    if columns.label is not None:
+    if head is not None and columns.label is not None:
         with about(data):
-            labels = labels_for(path, rows, columns.label)
+            labels = labels_for(head, rows, columns.label)
     tokenizer = load_tokenizer(path)
-    encoded = encode_table(data, rows, columns, tokenizer, labels, max_length, path)
+    encoded = encode_table(data, rows, columns, tokenizer, labels, max_length, config)
     if plain:
         check_measurable(config, encoded, data)
     loaded = load_model(path, device=place_of(device), whole=not plain)

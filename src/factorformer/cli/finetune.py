@@ -15,6 +15,7 @@ from factorformer.cli._options import (
     Epochs,
     EvalFile,
     FreezeEmbeddings,
+    LabelColumn,
     LearningRate,
     MaxLength,
     Model,
@@ -30,14 +31,6 @@ from factorformer.cli._options import (
 
 TrainFile = Annotated[
     str, typer.Option("--train", metavar="FILE", show_default=False, help="What the model is trained on.")
-]
-LabelColumn = Annotated[
-    str,
-    typer.Option(
-        "--label",
-        metavar="COLUMN",
-        help="The column that holds the label: names or whole numbers are classes, fractions are a regression.",
-    ),
 ]
 
 
@@ -86,20 +79,20 @@ def finetune(
 
     check_output(output, overwrite=overwrite, inputs=(model, train, evaluation, distill))
     from factorformer.cli._inputs import columns_of
-    from factorformer.cli._jobs.finetune import FinetuneJob, run
+    from factorformer.cli._jobs.finetune import run
     from factorformer.tasks.finetuning import TrainingSettings
 
-    job = FinetuneJob(
-        model=model,
-        output=str(output),
-        train=train,
-        evaluation=evaluation,
-        columns=columns_of(text, label, words),
+    result = run(
+        model,
+        str(output),
+        train,
+        evaluation,
+        columns_of(text, label, words),
+        TrainingSettings(epochs, lr, batch_size, seed, freeze_embeddings=freeze_embeddings),
         regression=regression,
         max_length=max_length,
-        settings=TrainingSettings(epochs, lr, batch_size, seed, freeze_embeddings=freeze_embeddings),
         distill=distill,
         device=place_of(device),
         overwrite=overwrite,
     )
-    emit(run(job), as_json=as_json)
+    emit(result, as_json=as_json)

@@ -93,7 +93,7 @@ def plan(
         predictions,
         read_table,
     )
-    from factorformer.hf.source import find, load_model, load_tokenizer
+    from factorformer.hf.source import find, load_model, load_tokenizer, read_config
     from factorformer.progress import bars
     from factorformer.report import Result
     from factorformer.tasks.data import check_lengths
@@ -106,7 +106,7 @@ def plan(
     if calibration is not None:
         tokenizer, columns = load_tokenizer(path), plain_columns(calibration, columns_of(text, None, words))
         table = read_table(calibration, columns)
-        rows = encode_table(calibration, table, columns, tokenizer, None, max_length, path)
+        rows = encode_table(calibration, table, columns, tokenizer, None, max_length, read_config(path))
     loaded = load_model(path, device=place_of(device))
     if tokenizer is not None and rows is not None:
         check_lengths(loaded, rows, "the calibration data")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from enum import Enum
+from functools import partial
 from typing import Annotated
 
 import typer
@@ -13,15 +14,22 @@ from factorformer.cli._options import (
     Device,
     DeviceChoice,
     Epochs,
+    EvalFile,
     Exclude,
     Include,
+    MaxLength,
     Output,
     Overwrite,
+    Ratio,
     ScopeChoice,
     Seed,
+    TextColumns,
+    TrainFile,
     emit,
     finite,
     place_of,
+    training_option,
+    weights_option,
 )
 from factorformer.cli._text_files import TextFiles
 from factorformer.errors import MethodError
@@ -36,60 +44,27 @@ class PrecisionChoice(str, Enum):
     fp16 = "fp16"
 
 
-_PAIRS = "Data of a translation: two files, line by line"
+pairs_option = partial(typer.Option, rich_help_panel="Data of a translation: two files, line by line")
 SourceFile = Annotated[
-    str | None,
-    typer.Option("--source", metavar="FILE", rich_help_panel=_PAIRS, help="What is translated, a text on each line."),
+    str | None, pairs_option("--source", metavar="FILE", help="What is translated, a text on each line.")
 ]
-TargetFile = Annotated[
-    str | None, typer.Option("--target", metavar="FILE", rich_help_panel=_PAIRS, help="Its translations.")
-]
+TargetFile = Annotated[str | None, pairs_option("--target", metavar="FILE", help="Its translations.")]
 EvalSourceFile = Annotated[
     str | None,
-    typer.Option(
+    pairs_option(
         "--eval-source",
         metavar="FILE",
-        rich_help_panel=_PAIRS,
         help="What BLEU is measured on. By default a part of the training pairs is held out.",
     ),
 ]
-EvalTargetFile = Annotated[
-    str | None, typer.Option("--eval-target", metavar="FILE", rich_help_panel=_PAIRS, help="Its translations.")
-]
+EvalTargetFile = Annotated[str | None, pairs_option("--eval-target", metavar="FILE", help="Its translations.")]
 
-_TEXT = "Data of a language model: TXT, TSV, CSV or JSONL files, or NAME[:CONFIG]:SPLIT on the Hub"
-TrainFile = Annotated[
-    str | None, typer.Option("--train", metavar="FILE", rich_help_panel=_TEXT, help="Plain text to learn.")
-]
-EvalFile = Annotated[
-    str | None,
-    typer.Option(
-        "--eval",
-        metavar="FILE",
-        rich_help_panel=_TEXT,
-        help="What perplexity is measured on. By default a part of the training text is held out.",
-    ),
-]
-
-TextColumn = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--text",
-        metavar="COLUMN",
-        show_default=False,
-        rich_help_panel=_TEXT,
-        help="The column of a table that holds the text, by default 'text'.",
-    ),
-]
-
-_MODEL = "The model"
+model_option = partial(typer.Option, rich_help_panel="The model")
 ConfigName = Annotated[
     str | None,
-    typer.Option(
+    model_option(
         "--config",
         metavar="NAME",
-        show_default=False,
-        rich_help_panel=_MODEL,
         help="An architecture of transformers, such as marian, t5, gpt2, llama or bert, which is made small; or a "
         "config.json, a model directory, or a model on the Hub, whose sizes are taken over. By default marian for "
         "translations and gpt2 for text.",
@@ -97,81 +72,45 @@ ConfigName = Annotated[
 ]
 Set = Annotated[
     list[str] | None,
-    typer.Option(
+    model_option(
         "--set",
         metavar="FIELD=VALUE",
-        rich_help_panel=_MODEL,
         help="A field of the configuration, e.g. d_model=512. Can be given several times.",
     ),
 ]
-MaxLength = Annotated[
-    int,
-    typer.Option(
-        "--max-length",
-        min=2,
-        rich_help_panel=_MODEL,
-        help="Tokens after which a text of a translation is cut, and in a block of text of a language model.",
-    ),
-]
-Vocabulary = Annotated[
-    int, typer.Option("--vocabulary", min=1, rich_help_panel=_MODEL, help="Tokens of the tokenizer that is trained.")
-]
+Vocabulary = Annotated[int, model_option("--vocabulary", min=1, help="Tokens of the tokenizer that is trained.")]
 
-_BUDGET = "What becomes of the weights"
 Method = Annotated[
     str,
-    typer.Option(
+    weights_option(
         "--method",
         metavar="NAME",
-        rich_help_panel=_BUDGET,
         help="'shapeshifter', another of `factorformer methods` that needs no data (svd: low-rank factors), or 'dense' "
         "for the model without factors, to compare with.",
     ),
 ]
-Ratio = Annotated[
-    float | None,
-    typer.Option(
-        "--ratio",
-        callback=finite,
-        show_default=False,
-        rich_help_panel=_BUDGET,
-        help="Bytes of the dense tensors in scope over the bytes of what takes their place; met within 1 %. By "
-        "default 10.",
-    ),
-]
-
 Scope = Annotated[
     ScopeChoice,
-    typer.Option(
-        "--scope",
-        rich_help_panel=_BUDGET,
-        help="What the ratio is about: the whole model with its embeddings, or the Transformer blocks alone.",
+    weights_option(
+        "--scope", help="What the ratio is about: the whole model with its embeddings, or the Transformer blocks alone."
     ),
 ]
 
-_TRAINING = "Training"
 Steps = Annotated[
-    int | None,
-    typer.Option("--steps", min=1, rich_help_panel=_TRAINING, help="Train for so many steps, whatever --epochs says."),
+    int | None, training_option("--steps", min=1, help="Train for so many steps, whatever --epochs says.")
 ]
 LearningRate = Annotated[
     float | None,
-    typer.Option(
+    training_option(
         "--lr",
         min=1e-9,
         callback=finite,
-        show_default=False,
-        rich_help_panel=_TRAINING,
         help="Peak of the learning rate. By default 2e-3, and 1e-3 for the dense model.",
     ),
 ]
 Precision = Annotated[
     PrecisionChoice,
-    typer.Option(
-        "--precision",
-        rich_help_panel=_TRAINING,
-        help="Of the computation; weights are trained and saved in fp32. fp16 needs a GPU.",
-    ),
+    training_option("--precision", help="Of the computation; weights are trained and saved in fp32. fp16 needs a GPU."),
 ]
 
 DryRun = Annotated[
@@ -190,7 +129,7 @@ def train(
     eval_target: EvalTargetFile = None,
     text_file: TrainFile = None,
     eval_file: EvalFile = None,
-    text: TextColumn = None,
+    text: TextColumns = None,
     max_length: MaxLength = 128,
     config: ConfigName = None,
     overrides: Set = None,
@@ -215,9 +154,9 @@ def train(
     """Train a model from scratch on your own text, with factors in the place of weight matrices from the first step on.
 
     A tokenizer is trained on the text, then the model that --config names: an encoder-decoder learns to translate
-    (--source and --target), a decoder to continue text, an encoder to fill in hidden words (--train). By default it is
-    a Shapeshifter: every matrix is a sum of few Kronecker products, and the whole model, embeddings included, takes a
-    tenth of its bytes.
+    (--source and --target), a decoder to continue text, an encoder to fill in hidden words (--train, in blocks of
+    --max-length tokens). By default it is a Shapeshifter: every matrix is a sum of few Kronecker
+    products, and the whole model, embeddings included, takes a tenth of its bytes.
 
     The output is an ordinary Hugging Face model directory with its tokenizer, the result as factorformer.json, and the
     learning curve as training.json. 'bleu' and 'chrf' are those of sacreBLEU, by beam search; 'perplexity' is that of

@@ -17,9 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
-from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+from transformers.masking_utils import AttentionMaskInterface
 
 from factorformer.errors import ExportError
+from factorformer.hf.compat import whole_mask
 from factorformer.kernels.support import code_of
 from factorformer.layers.nn import FactorizedMatrix
 from factorformer.structures.int8 import floats
@@ -57,7 +58,7 @@ def replace_attention(model: PreTrainedModel) -> None:
     """
     causal = any(getattr(module, "is_causal", False) for module in model.modules())
     AttentionInterface.register(ATTENTION, _attention)
-    AttentionMaskInterface.register(ATTENTION, _causal_mask if causal else _mask)
+    AttentionMaskInterface.register(ATTENTION, _causal_mask if causal else whole_mask)
     try:
         model.set_attn_implementation(ATTENTION)
     except (ValueError, ImportError) as error:
@@ -127,17 +128,10 @@ def _attention(
     return result.unflatten(2, (query.shape[1], value.shape[3])), None
 
 
-def _mask(**arguments: Any) -> Tensor:
-    """Which tokens attend to which, `(batch, 1, length, length)`, booleans; never left out, as shapes are not known."""
-    mask = sdpa_mask(**{**arguments, "allow_is_bidirectional_skip": False, "allow_is_causal_skip": False})
-    assert mask is not None
-    return mask
-
-
 def _causal_mask(**arguments: Any) -> Tensor:
-    """The same, where padding attends to itself: on the left it has no token before it, and what attends to nothing is
-    NaN, which a weight of 0 does not hide from others."""
-    mask = _mask(**arguments)
+    """As `whole_mask`, where padding attends to itself: on the left it has no token before it, and what attends to
+    nothing is NaN, which a weight of 0 does not hide from others."""
+    mask = whole_mask(**arguments)
     places = torch.arange(mask.shape[-1], device=mask.device)
     return mask | (places[:, None] == places)
 

@@ -27,11 +27,13 @@ class Choice:
 
     Args:
         loader: that class, or an `AutoModel...` that finds it in the directory's own code.
+        config: of the model; None where the directory's own code is to read it.
         base: the class of the same model without a head; None where there is none, or this is it.
         note: why it is not the class that config.json names, if it is not.
     """
 
     loader: Any
+    config: transformers.PreTrainedConfig | None
     base: type[PreTrainedModel] | None = None
     note: str | None = None
 
@@ -64,7 +66,7 @@ def load(
         if headless:
             assert choice.base is not None
             note = f"'{path}' lacks the head of {type(found).__name__}: loaded as {choice.base.__name__}, without one"
-            choice = Choice(choice.base, note=note)
+            choice = Choice(choice.base, choice.config, note=note)
             found, _ = _read(path, place.folder, choice, True, trust_remote_code=trust, **kwargs)
     if choice.note is not None:
         _warn(choice.note)
@@ -89,7 +91,7 @@ def choose(path: Path, *, trust: bool | None = None) -> Choice:
     own = {key: str(ref).rpartition(".")[2] for key, ref in brought.items() if key.startswith("AutoModel")}
     if own and trust:
         key = next((key for key, name in own.items() if name == named and not encodes), "AutoModel")
-        return Choice(getattr(transformers, key if key in own else next(iter(own))))
+        return Choice(getattr(transformers, key if key in own else next(iter(own))), None)
     if own and (native is None or not compat.knows_type(described.get("model_type"))):
         raise CheckpointError(
             f"the model in '{path}' is made by Python code of its own ({', '.join(sorted(set(own.values())))}): read "
@@ -101,13 +103,14 @@ def choose(path: Path, *, trust: bool | None = None) -> Choice:
         # Of an encoder-decoder, sentence-transformers takes the encoder, where that is a class of its own.
         base = getattr(transformers, base.__name__.removesuffix("Model") + "EncoderModel", base)
         note = f"'{path}' is a sentence encoder: loaded as {base.__name__}, and not as {named}, which config.json names"
-        return Choice(base, note=None if named in (base.__name__, None) else note)
+        return Choice(base, config, note=None if named in (base.__name__, None) else note)
     if native is not None:
-        return Choice(native, None if base is native else base)
+        return Choice(native, config, None if base is native else base)
     if base is None:
         raise CheckpointError(f"'{path}/config.json' names the model class {named!r}, which transformers does not have")
     names = f"the class {named!r}, which transformers does not have" if named else "no class"
-    return Choice(base, note=f"'{path}/config.json' names {names}: loaded as {base.__name__}, the model without a head")
+    note = f"'{path}/config.json' names {names}: loaded as {base.__name__}, the model without a head"
+    return Choice(base, config, note=note)
 
 
 def read_config(folder: Path, *, trust: bool | None = None) -> transformers.PreTrainedConfig:

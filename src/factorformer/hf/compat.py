@@ -2,7 +2,7 @@
 
 One function each, with what it relies on and where that stands in transformers 5.23. `tests/hf/test_compat.py` asserts
 that all of it is there, so that a release which moves something fails in one readable test. The same for torch is in
-`factorformer.kernels._compat`.
+`factorformer.kernels._compat` and `factorformer.layers._compat`.
 
 transformers may be importing its own models while this is imported: nothing here may need `PreTrainedModel` before a
 function is called.
@@ -10,11 +10,13 @@ function is called.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import transformers
@@ -25,7 +27,7 @@ from factorformer.hf.config import Quantizer
 from factorformer.layers.bypass import embeddings_of
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, Trainer
 
 
 SAVES_WITHIN = "_factorformer_saves_within"
@@ -237,6 +239,16 @@ def has_adapters(model: PreTrainedModel) -> bool:
     return bool(getattr(model, "_hf_peft_config_loaded", False))
 
 
+def around_all_linear(around: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+    """Put a function around the one that finds the layers that PEFT's `all-linear` means.
+
+    Relies on `_maybe_include_all_linear_layers(peft_config, model)` of peft 0.21: tuners/tuners_utils.py.
+    """
+    from peft.tuners import tuners_utils
+
+    tuners_utils._maybe_include_all_linear_layers = around(tuners_utils._maybe_include_all_linear_layers)
+
+
 def token_tables(model: PreTrainedModel) -> list[nn.Module]:
     """The embeddings and the head that `resize_token_embeddings` changes.
 
@@ -285,3 +297,42 @@ def settable_attention(model: PreTrainedModel) -> str | None:
     configuration_utils.py:493.
     """
     return model.config._attn_implementation if model._can_set_attn_implementation() else None
+
+
+def whole_mask(**arguments: Any) -> Tensor:
+    """Which tokens attend to which, `(batch, 1, length, length)`, booleans; a mask that hides nothing is made as well.
+
+    Relies on `sdpa_mask(allow_is_bidirectional_skip=, allow_is_causal_skip=)`: masking_utils.py.
+    """
+    from transformers.masking_utils import sdpa_mask
+
+    mask = sdpa_mask(**{**arguments, "allow_is_bidirectional_skip": False, "allow_is_causal_skip": False})
+    assert mask is not None
+    return mask
+
+
+# Training
+
+
+@contextlib.contextmanager
+def own_forward(model: nn.Module) -> Iterator[None]:
+    """Take off what Accelerate wraps around `forward` for the precision of a training, which ends with it.
+
+    Relies on `forward` and `_original_forward`, set on the instance: `Accelerator.prepare_model` of accelerate 1.x.
+    """
+    wrapped = ("forward", "_original_forward")
+    own = {name: vars(model)[name] for name in wrapped if name in vars(model)}
+    try:
+        yield
+    finally:
+        for name in wrapped:
+            vars(model).pop(name, None)
+        vars(model).update(own)
+
+
+def load_weights(trainer: Trainer, checkpoint: Path) -> None:
+    """Give the model of a Trainer the weights of a checkpoint, as it does when it goes on from one.
+
+    Relies on `Trainer._load_from_checkpoint`: trainer.py:3602.
+    """
+    trainer._load_from_checkpoint(str(checkpoint))

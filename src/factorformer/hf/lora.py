@@ -66,8 +66,6 @@ def _dispatch(original: Any) -> Any:
 
 
 def _include_all_linear(original: Any) -> Any:
-    """Relies on `_maybe_include_all_linear_layers(peft_config, model)` of peft 0.21: tuners/tuners_utils.py."""
-
     @functools.wraps(original)
     def include(peft_config: Any, model: nn.Module) -> Any:
         wanted = str(getattr(peft_config, "target_modules", "")).lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND
@@ -93,4 +91,4 @@ def _heads(model: nn.Module) -> list[nn.Module]:
 
 
 setattr(lora_model, "dispatch_default", _dispatch(lora_layer.dispatch_default))  # noqa: B010  # not exported
-tuners_utils._maybe_include_all_linear_layers = _include_all_linear(tuners_utils._maybe_include_all_linear_layers)
+compat.around_all_linear(_include_all_linear)

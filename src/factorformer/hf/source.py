@@ -165,8 +165,7 @@ def read_config(path: Path) -> PretrainedConfig:
     Raises:
         CheckpointError: it is missing, malformed, or of a model that transformers does not know.
     """
-    choose(path)
-    return checkpoint.read_config(layout.place(path).folder)
+    return choose(path).config or checkpoint.read_config(layout.place(path).folder)
 
 
 def from_pretrained(architecture: Any, path: Path, **options: Any) -> tuple[PreTrainedModel, dict[str, Any]]:

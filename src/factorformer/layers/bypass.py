@@ -26,9 +26,8 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
+from factorformer.layers._compat import TorchDispatchMode, drop_hooks, is_grouped_product, place_of, tree_leaves
 from factorformer.layers.dummies import dummy_inputs
 
 USED = "the architecture reads its weight itself, left dense"
@@ -98,11 +97,11 @@ class _Watch(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-        storages = {t.untyped_storage()._cdata for t in tensors}
+        storages = {place_of(tensor) for tensor in tensors}
         names = {self.storages[storage] for storage in storages & self.storages.keys()}
         if func is not torch.ops.aten.detach.default:
             self.used |= names
-        if func is torch.ops.aten._grouped_mm.default:  # of experts, whose repeated numbers it would not take
+        if is_grouped_product(func):  # of experts, whose repeated numbers it would not take
             return args[0].new_zeros(len(args[0]), args[1].shape[-1])
         result = func(*args, **(kwargs or {}))
         if not names and isinstance(result, Tensor) and result.dtype == torch.int8:
@@ -191,10 +190,10 @@ def _observe(layer: nn.Module, original: nn.Module, name: str, watch: _Watch, as
     turned = weight.shape[0] if isinstance(original, nn.Linear) else weight.shape[-1]
     output = torch.linspace(-1, 1, turned, dtype=weight.dtype)
     if as_codes:
-        del layer._parameters["weight"]
+        del layer.weight
         layer.register_buffer("weight", torch.zeros(1, dtype=torch.int8).expand(weight.shape))
         weight = layer.get_buffer("weight")
-    watch.storages[weight.untyped_storage()._cdata] = name
+    watch.storages[place_of(weight)] = name
     layer.__dict__["_watch"] = (watch, name, output)
     layer.__class__ = _watched(type(layer))
 
@@ -228,8 +227,7 @@ def _without_memory(model: nn.Module) -> nn.Module:
         memo[id(buffer)] = torch.zeros_like(buffer, device="cpu") if buffer.is_meta else buffer.detach().cpu().clone()
     twin = copy.deepcopy(model, memo).eval()
     for module in twin.modules():  # hooks are for the model itself
-        module._forward_hooks.clear()
-        module._forward_pre_hooks.clear()
+        drop_hooks(module)
     return twin
 
 

@@ -163,8 +163,8 @@ class FactorizedMatrix(nn.Module):
         self.spec, self._names = spec, tuple(expected)
         for name, tensor in factors.items():
             if expected[name].dtype is not None:
-                if name in self._parameters:
-                    del self._parameters[name]
+                if name in dict(self.named_parameters(recurse=False)):
+                    delattr(self, name)
                 self.register_buffer(name, tensor)
             elif isinstance(tensor, nn.Parameter):
                 self.register_parameter(name, tensor)  # tied layers hold the very same parameter

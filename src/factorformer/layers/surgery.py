@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import dataclasses
 import difflib
 import fnmatch
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from factorformer.errors import MethodError, ModelError, one_of
+from factorformer.layers._compat import is_hooked, with_parameters
 from factorformer.layers.bypass import bypassed, embeddings_of
 from factorformer.layers.matrix import Cost, LeftOut, Matrix, Role, Scope
 from factorformer.layers.nn import FactorizedEmbedding, FactorizedLinear, FactorizedMatrix
@@ -225,11 +225,11 @@ def _is_plain(module: nn.Linear | nn.Embedding | Conv1D) -> bool:
     if isinstance(module, nn.Embedding) and module.max_norm is not None:  # it rescales the rows that are looked up
         return False
     if type(module) in (nn.Linear, nn.Embedding, Conv1D):
-        return "weight" in module._parameters  # a parametrization computes it
-    parts = {name for name, parameter in module._parameters.items() if parameter is not None}
+        return "weight" in dict(module.named_parameters(recurse=False))  # or else a parametrization computes it
+    parts = dict(module.named_parameters(recurse=False)).keys()
     if isinstance(module, Conv1D) or "weight" not in parts or parts - {"weight", "bias"}:
         return False
-    if module._buffers or module._modules or module._forward_hooks or module._forward_pre_hooks:
+    if any(True for _ in module.buffers(recurse=False)) or any(True for _ in module.children()) or is_hooked(module):
         return False
     return all(_computes_product(module, dtype) for dtype in (torch.float64, torch.bfloat16))
 
@@ -242,13 +242,11 @@ def _computes_product(module: nn.Linear | nn.Embedding, dtype: torch.dtype) -> b
         return torch.randn(*size, generator=random, device="cpu", dtype=torch.float64).to(dtype)
 
     weight = draw(7, 5)
-    bias = None if module._parameters.get("bias") is None else draw(7)
-    twin = copy.copy(module)
+    bias = draw(7) if "bias" in dict(module.named_parameters(recurse=False)) else None
+    tensors = {"weight": nn.Parameter(weight), "bias": None if bias is None else nn.Parameter(bias)}
+    twin = with_parameters(module, tensors)
     sizes = {"out_features": 7, "in_features": 5, "num_embeddings": 7, "embedding_dim": 5}
     vars(twin).update({name: size for name, size in sizes.items() if name in vars(twin)})
-    vars(twin)["_parameters"] = {
-        name: None if tensor is None else nn.Parameter(tensor) for name, tensor in (("weight", weight), ("bias", bias))
-    }
     for training, scale in itertools.product((False, True), (1.0, 1e4)):
         vars(twin)["training"] = training
         x = draw(3, 4, 5) * scale
@@ -303,10 +301,8 @@ def factorized_like(
 
 def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
     """Put `new` everywhere that `old` is registered (a shared module has several parents)."""
-    for parent in model.modules():
-        for name, child in parent._modules.items():  # `named_children` names a child once
-            if child is old:
-                parent._modules[name] = new
+    for name in [name for name, module in model.named_modules(remove_duplicate=False) if name and module is old]:
+        model.set_submodule(name, new)
 
 
 @contextlib.contextmanager

@@ -38,8 +38,8 @@ _MODELS: dict[Task, Any] = {
     "masked": AutoModelForMaskedLM,
 }
 _COMMON = "bert, gpt2, llama, marian, t5"
-_LOOKS_AHEAD = ("bert-generation", "cpmant", "xlnet")
-"""Listed as causal, but by default their tokens see later ones: there would be nothing to predict."""
+_NOT_CAUSAL = ("bert-generation", "cpmant", "xlnet", "trocr")
+"""Listed as causal, but by default their tokens see later ones, or their loss is that of the token itself."""
 
 SMALL: dict[str, int] = {
     **dict.fromkeys(
@@ -160,14 +160,18 @@ def new_model(config: PreTrainedConfig, task: Task, seed: int = 0) -> PreTrained
 
 def _named(source: str) -> tuple[type[PreTrainedConfig], dict[str, Any]]:
     """Class and values of what a user calls a configuration."""
-    path = Path(source)
-    if path.exists() or path.suffix == ".json":
-        return _read(path / "config.json" if path.is_dir() else path)
     known = {
         *MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
         *MODEL_FOR_MASKED_LM_MAPPING_NAMES,
         *MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
     }
+    path = Path(source)
+    if path.exists() or path.suffix == ".json" or re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source):
+        try:
+            config = AutoConfig.from_pretrained(source)
+        except Exception as error:  # of JSON, of transformers, of the Hub's client, of HTTP, of sockets
+            raise ModelError(f"cannot read a configuration from '{source}': {_reason(error)}") from error
+        return type(config), _values(config.to_dict())
     if source in known:
         config_class = CONFIG_MAPPING[source]
         defaults = {name: field.default for name, field in _fields(config_class).items()}
@@ -181,27 +185,10 @@ def _named(source: str) -> tuple[type[PreTrainedConfig], dict[str, Any]]:
         return config_class, values | ({"scale_embedding": True} if "scale_embedding" in defaults else {})
     if source in CONFIG_MAPPING:
         raise ModelError(f"'{source}' does not learn from text; architectures that do are, for instance, {_COMMON}")
-    if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source):
-        try:
-            config = AutoConfig.from_pretrained(source)
-        except Exception as error:  # of the Hub's client, of HTTP, of sockets
-            raise ModelError(f"no configuration '{source}' here, and none on the Hub: {_reason(error)}") from error
-        return type(config), _values(config.to_dict())
     raise ModelError(
         f"'{source}' is no architecture{_near(source, known)}, no model directory and no config.json; "
         f"architectures are, for instance, {_COMMON}"
     )
-
-
-def _read(path: Path) -> tuple[type[PreTrainedConfig], dict[str, Any]]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"cannot read a configuration from '{path}': {error}") from error
-    kind = content.get("model_type") if isinstance(content, dict) else None
-    if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
-        raise ModelError(f"'{path}' is no configuration of transformers: its model_type is {kind!r}, not, say, 'bert'")
-    return CONFIG_MAPPING[kind], _values(content)
 
 
 def _values(content: dict[str, Any]) -> dict[str, Any]:
@@ -230,7 +217,7 @@ def _task(config_class: type[PreTrainedConfig], values: Mapping[str, Any], sourc
         return "translation"
     if kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES and values.get("is_decoder") is not True:
         return "masked"
-    if kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and kind not in _LOOKS_AHEAD:
+    if kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and kind not in _NOT_CAUSAL:
         return "causal"
     raise ModelError(
         f"'{source}' ({kind}) does not learn from text; architectures that do are, for instance, {_COMMON}"

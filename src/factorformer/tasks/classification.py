@@ -67,7 +67,7 @@ class Classifier:
         return self.head.labels
 
 
-def find_head(path: Path, labels: Labels) -> Head:
+def find_head(path: Path, labels: Labels, config: PretrainedConfig | None = None) -> Head:
     """The head for a task, before any weight is read: the model's own if that knows the task's labels, else a new one.
 
     A head for another task is never thrown away: a model that has one is refused.
@@ -75,11 +75,12 @@ def find_head(path: Path, labels: Labels) -> Head:
     Args:
         path: the model directory, dense or compressed.
         labels: as the data has them; the order of a head that is kept goes before theirs.
+        config: of the model; None to read it.
 
     Raises:
         ModelError: the model has a head for another task, or an architecture that has no head for this one.
     """
-    config = read_config(path)
+    config = config or read_config(path)
     own = head_labels(config)
     if own is None:
         _check_headless(path, config, labels)
@@ -113,10 +114,10 @@ def load_classifier(
         CheckpointError: weights other than the head's are missing or misshapen.
         ModelError: as `find_head`, or weights that are not finite.
     """
-    head = find_head(path, labels)
+    config = read_config(path)
+    head = find_head(path, labels, config)
     if head.trained:
         return Classifier(load_model(path, dtype, device, whole=True), head)
-    config = read_config(path)
     config.num_labels = max(len(labels.names), 1)
     if labels.names:
         config.id2label = dict(enumerate(labels.names))
@@ -148,13 +149,12 @@ def head_labels(config: PretrainedConfig) -> Labels | None:
     return Labels("classification", names)
 
 
-def check_head(path: Path) -> Labels:
-    """What the classification head of a model predicts.
+def check_head(path: Path, config: PretrainedConfig) -> Labels:
+    """What the classification head of the model in a directory predicts.
 
     Raises:
         ModelError: the model has none.
     """
-    config = read_config(path)
     head = head_labels(config)
     if head is None:
         _check_headless(path, config, None)
@@ -162,14 +162,12 @@ def check_head(path: Path) -> Labels:
     return head
 
 
-def labels_for(path: Path, rows: datasets.Dataset, column: str) -> Labels:
-    """How labelled data reads under the head that a model has: labels are matched by name, or else by number.
+def labels_for(head: Labels, rows: datasets.Dataset, column: str) -> Labels:
+    """How labelled data reads under the head of a model: labels are matched by name, or else by number.
 
     Raises:
         DataError: labels of another kind, or that the head does not know.
-        ModelError: the model has no head for labels.
     """
-    head = check_head(path)
     try:
         head.ids(rows, column)
         return head

@@ -9,13 +9,15 @@ import sysconfig
 import warnings
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
+
+import datasets
 
 from factorformer.errors import DataError
 
 MIN_CHARACTERS = 30
 MAX_CHARACTERS = 300
+TEST_FRACTION = 0.2
 
 # Left out on purpose, so that the task depends on Python's version and little else:
 # - tkinter, turtle, turtledemo, idlelib, ensurepip: some distributions ship them apart from Python itself;
@@ -80,34 +82,7 @@ _EXAMPLE = re.compile(r"^[ \t]*>>>.*", re.DOTALL | re.MULTILINE)
 _DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
 
-@dataclass(frozen=True)
-class Task:
-    """A single-label text-classification task, split into a training and a test part.
-
-    >>> task = Task(["a", "b", "c"], ["x", "x", "y"], ["d", "e"], ["x", "y"])
-    >>> task.labels, task.majority_accuracy
-    (['x', 'y'], 0.5)
-    """
-
-    train_texts: list[str]
-    train_labels: list[str]
-    test_texts: list[str]
-    test_labels: list[str]
-
-    @property
-    def labels(self) -> list[str]:
-        """The distinct training labels in alphabetical order; a label's position is its class index."""
-        return sorted(set(self.train_labels))
-
-    @property
-    def majority_accuracy(self) -> float:
-        """The test accuracy of always answering the commonest training label (of equals, the first)."""
-        counts = Counter(self.train_labels)
-        majority = min(counts, key=lambda label: (-counts[label], label))
-        return self.test_labels.count(majority) / len(self.test_labels)
-
-
-def stdlib_docstrings(seed: int = 0, test_fraction: float = 0.2) -> Task:
+def stdlib_docstrings() -> dict[str, datasets.Dataset]:
     """Tell from a docstring of Python's standard library which group of modules (`GROUPS`) it belongs to.
 
     A text is the docstring of a module, class or function, without its doctest examples, on one line, cut at
@@ -119,45 +94,30 @@ def stdlib_docstrings(seed: int = 0, test_fraction: float = 0.2) -> Task:
     Texts that differ only in case, digits, spaces or punctuation count as one. Of texts with the same label
     one is kept, and texts with more than one label are dropped, so nothing in the test part occurs in the
     training part. Both parts hold every label in the same proportion. Which text goes where, and the order of
-    the rows, follow from a hash of the seed and the text: they depend on Python's version, which brings the
-    texts, and on nothing else.
+    the rows, follow from a hash of the text: they depend on Python's version, which brings the texts, and on
+    nothing else.
 
     Sources are parsed, never imported.
 
-    Args:
-        seed: selects the split.
-        test_fraction: the part of each label's texts that is held out, between 0 and 1, both excluded.
+    Returns:
+        The parts `train` and `test`, with the columns `text` and `label`.
 
     Raises:
-        DataError: `test_fraction` is out of range, or this Python has no standard-library sources to read.
+        DataError: this Python has no standard-library sources to read.
     """
-    if not 0 < test_fraction < 1:
-        raise DataError(f"test_fraction is {test_fraction}; it must lie between 0 and 1, e.g. 0.2")
-    by_label: dict[str, list[str]] = {label: [] for label in GROUPS}
-    for text, label in _labelled_texts(Path(sysconfig.get_paths()["stdlib"])):
-        by_label[label].append(text)
-
-    train: list[tuple[str, str]] = []
-    test: list[tuple[str, str]] = []
-    for label, texts in by_label.items():
-        texts.sort(key=lambda text: _draw(seed, text))
-        held_out = min(max(1, round(len(texts) * test_fraction)), len(texts) - 1)
-        test += [(text, label) for text in texts[:held_out]]
-        train += [(text, label) for text in texts[held_out:]]
-    # Both parts were filled label by label; batches taken in order should see all of them.
-    train.sort(key=lambda row: _draw(seed, row[0]))
-    test.sort(key=lambda row: _draw(seed, row[0]))
-    return Task(
-        train_texts=[text for text, _ in train],
-        train_labels=[label for _, label in train],
-        test_texts=[text for text, _ in test],
-        test_labels=[label for _, label in test],
-    )
+    rows = sorted(_labelled_texts(Path(sysconfig.get_paths()["stdlib"])), key=_draw)
+    sizes, seen = Counter(label for _, label in rows), Counter[str]()
+    parts: dict[str, list[dict[str, str]]] = {"train": [], "test": []}
+    for text, label in rows:
+        seen[label] += 1
+        held_out = min(max(1, round(sizes[label] * TEST_FRACTION)), sizes[label] - 1)
+        parts["test" if seen[label] <= held_out else "train"].append({"text": text, "label": label})
+    return {name: datasets.Dataset.from_list(part) for name, part in parts.items()}
 
 
-def _draw(seed: int, text: str) -> bytes:
+def _draw(row: tuple[str, str]) -> bytes:
     """A pseudo-random sort key, fixed by its definition where `random.shuffle` could change with Python."""
-    return hashlib.sha256(f"{seed}\n{text}".encode()).digest()
+    return hashlib.sha256(f"0\n{row[0]}".encode()).digest()
 
 
 def _labelled_texts(stdlib: Path) -> list[tuple[str, str]]:

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import math
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
-from typing import Any, Literal
+from typing import Any
 
 import datasets
-import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import (
@@ -20,16 +18,14 @@ from transformers import (
     PreTrainedTokenizerBase,
     Trainer,
     TrainerCallback,
-    TrainingArguments,
 )
-from transformers.trainer_callback import PrinterCallback
 
-from factorformer.errors import DataError, MethodError, ModelError
+from factorformer.errors import DataError, ModelError
 from factorformer.hf.callbacks import DynamicRankCallback, StraightThroughCallback
 from factorformer.layers.nn import FactorizedMatrix
 from factorformer.progress import Progress, silent
 from factorformer.tasks.data import IGNORED, collator
-from factorformer.tasks.trainer import own_forward, seeded
+from factorformer.tasks.trainer import Settings, Watch, run, seeded
 from factorformer.training.distillation import (
     WITHOUT_LABELS,
     DistillationWeights,
@@ -43,46 +39,15 @@ from factorformer.training.straight_through import StraightThrough
 
 
 @dataclasses.dataclass(frozen=True)
-class TrainingSettings:
-    """How a model is fine-tuned; the same for dense and compressed models.
+class TrainingSettings(Settings):
+    """How a model is fine-tuned; see `Settings` for the rest.
 
     Args:
-        epochs: passes over the training data.
-        learning_rate: peak of a linear schedule with warm-up.
-        batch_size: examples in a step, bucketed by length.
-        seed: of initialization, order and dropout.
-        warmup: fraction of all steps.
-        weight_decay: of AdamW.
         freeze_embeddings: leave word embeddings as they are, which saves memory and half of the time on small models.
             Factorized ones are trained in any case: they have lost something that they can learn again.
-        precision: of matrix products; parameters and optimizer stay in their own.
     """
 
-    epochs: float = 3.0
-    learning_rate: float = 1e-4
-    batch_size: int = 32
-    seed: int = 0
-    warmup: float = 0.1
-    weight_decay: float = 0.01
     freeze_embeddings: bool = True
-    precision: Literal["fp32", "bf16"] = "fp32"
-
-    def __post_init__(self) -> None:
-        """Refuse settings under which nothing sensible can happen.
-
-        Raises:
-            MethodError: the message names the setting, its value and what is allowed.
-        """
-        rules = {
-            "epochs": (0 < self.epochs < math.inf, "a finite number above 0"),
-            "learning_rate": (0 <= self.learning_rate < math.inf, "a finite number of at least 0"),
-            "batch_size": (self.batch_size >= 1, "at least 1"),
-            "warmup": (0 <= self.warmup < 1, "a fraction of at least 0 and below 1"),
-            "weight_decay": (0 <= self.weight_decay < math.inf, "a finite number of at least 0"),
-        }
-        for name, (holds, allowed) in rules.items():
-            if not holds:
-                raise MethodError(f"{name.replace('_', ' ')} has to be {allowed}; got {getattr(self, name)}")
 
 
 class DistillationTrainer(Trainer):
@@ -178,7 +143,8 @@ def train(
 
     Raises:
         DataError: neither labels nor a teacher.
-        ModelError: the loss became NaN or infinite, or a teacher for an encoder-decoder.
+        DivergedError: the loss became NaN or infinite.
+        ModelError: a teacher for an encoder-decoder.
     """
     labelled = "labels" in data.column_names
     if not labelled and teacher is None:
@@ -186,19 +152,24 @@ def train(
     if teacher is not None:
         check_can_follow(model.config)
     weights = distillation or (DistillationWeights() if labelled else WITHOUT_LABELS)
-    acting: list[TrainerCallback] = [_Steps(progress, phase)]
+    acting: list[TrainerCallback] = [Watch(progress, phase)]
     acting += [] if straight is None else [StraightThroughCallback(straight)]
     acting += [] if ranks is None else [DynamicRankCallback(ranks)]
     frozen = settings.freeze_embeddings and (ranks is None or not ranks.holds(model.get_input_embeddings()))
     with (
         tempfile.TemporaryDirectory() as scratch,
         _frozen_embeddings(model, frozen),
-        own_forward(model),
         seeded(settings.seed),
     ):
         common: dict[str, Any] = {
             "model": model,
-            "args": _arguments(settings, scratch, on_cpu=model.device.type == "cpu"),
+            "args": settings.arguments(
+                scratch,
+                on_cpu=model.device.type == "cpu",  # even where there is a GPU
+                train_sampling_strategy="group_by_length",
+                save_strategy="no",
+                logging_strategy="epoch",
+            ),
             "train_dataset": data,
             "data_collator": collator(tokenizer, data),
             "callbacks": [*acting, *(callbacks or [])],
@@ -206,53 +177,17 @@ def train(
         trainer = (
             Trainer(**common) if teacher is None else DistillationTrainer(**common, teacher=teacher, weights=weights)
         )
-        trainer.remove_callback(PrinterCallback)
         started = time.perf_counter()
         try:
-            result = trainer.train()
+            run(trainer)
         finally:
             if straight is not None:
                 straight.finish()
             if ranks is not None:
                 ranks.detach()
         seconds = time.perf_counter() - started
-    if not np.isfinite(result.training_loss):
-        raise ModelError(
-            f"training diverged (loss {result.training_loss}): lower the learning rate {settings.learning_rate:g}"
-        )
     model.eval()
     return seconds
-
-
-def _arguments(settings: TrainingSettings, scratch: str, *, on_cpu: bool) -> TrainingArguments:
-    return TrainingArguments(
-        output_dir=scratch,
-        num_train_epochs=settings.epochs,
-        learning_rate=settings.learning_rate,
-        per_device_train_batch_size=settings.batch_size,
-        seed=settings.seed,
-        data_seed=settings.seed,
-        warmup_steps=settings.warmup,
-        weight_decay=settings.weight_decay,
-        bf16=settings.precision == "bf16",
-        use_cpu=on_cpu,  # even where there is a GPU
-        optim="adamw_torch_fused",
-        train_sampling_strategy="group_by_length",
-        save_strategy="no",
-        logging_strategy="epoch",
-        logging_nan_inf_filter=False,  # which would report a finite loss for a run that diverged
-        report_to=[],
-        disable_tqdm=True,
-        dataloader_pin_memory=not on_cpu,
-    )
-
-
-class _Steps(TrainerCallback):
-    def __init__(self, progress: Progress, phase: str) -> None:
-        self.progress, self.phase = progress, phase
-
-    def on_step_end(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
-        self.progress(self.phase, state.global_step, state.max_steps)
 
 
 @contextlib.contextmanager

@@ -75,18 +75,33 @@ def read_rows(path: Path, wanted: Iterable[str] | None, note: Callable[[str], No
             message names line and column.
     """
     kind, kept = text_format(path), None if wanted is None else frozenset(wanted)
+    with _decoded(path, note, "" if kind in (".csv", ".tsv") else None) as text:
+        if kind in (".csv", ".tsv"):
+            return _read_table(path, text, tabs=kind == ".tsv", wanted=kept)
+        if kind == ".txt":
+            lines = [line.removesuffix("\n") for line in text]
+            return Rows(["text"], {"text": lines}, range(1, len(lines) + 1))
+        return _read_json(path, text, kept)
+
+
+def read_lines(path: Path, note: Callable[[str], None]) -> list[str]:
+    """Lines of a text file, whatever its name ends in, without their ends; `note` and errors as in `read_rows`.
+
+    Only a newline ends a line: other separators of Unicode may stand inside a sentence.
+    """
+    if not path.is_file():
+        raise DataError(f"no such data file: '{path}'")
+    with _decoded(path, note, "\n") as text:
+        return [line.rstrip("\r\n") for line in text]
+
+
+@contextlib.contextmanager
+def _decoded(path: Path, note: Callable[[str], None], newline: str | None) -> Iterator[io.TextIOWrapper]:
+    """The text of a file, decompressed and decoded."""
     encoding = _encoding(path, note)
-    with (
-        _opened(path) as raw,
-        io.TextIOWrapper(raw, encoding, newline="" if kind in (".csv", ".tsv") else None) as text,
-    ):
+    with _opened(path) as raw, io.TextIOWrapper(raw, encoding, newline=newline) as text:
         try:
-            if kind in (".csv", ".tsv"):
-                return _read_table(path, text, tabs=kind == ".tsv", wanted=kept)
-            if kind == ".txt":
-                lines = [line.removesuffix("\n") for line in text]
-                return Rows(["text"], {"text": lines}, range(1, len(lines) + 1))
-            return _read_json(path, text, kept)
+            yield text
         except UnicodeDecodeError as error:  # only UTF-16 and UTF-32 come here: the others were checked
             raise DataError(f"'{path}' is not valid {encoding.upper()}: {error}: save it as UTF-8") from error
 

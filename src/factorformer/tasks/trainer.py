@@ -1,15 +1,133 @@
-"""What every use of the Hugging Face `Trainer` needs around it: seeds, `forward` and precision as they were."""
+"""The Hugging Face `Trainer` as every training here uses it: settings, progress, seeds, precision."""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import math
 import random
 from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import nn
-from transformers import set_seed
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
+from transformers.trainer_callback import PrinterCallback
+from transformers.trainer_utils import TrainOutput
+
+from factorformer.errors import DivergedError, MethodError
+from factorformer.hf.compat import own_forward
+from factorformer.progress import Progress
+
+_POSITIVE = (lambda number: 0 < number < math.inf, "a finite number above 0")
+_NOT_NEGATIVE = (lambda number: 0 <= number < math.inf, "a finite number of at least 0")
+_COUNT = (lambda number: number >= 1, "at least 1")
+_FRACTION = (lambda number: 0 <= number < 1, "a fraction of at least 0 and below 1")
+
+ALLOWED: dict[str, tuple[Callable[[float], bool], str]] = {
+    **dict.fromkeys(("epochs", "clip"), _POSITIVE),
+    **dict.fromkeys(("learning_rate", "weight_decay"), _NOT_NEGATIVE),
+    **dict.fromkeys(("batch_size", "steps", "points"), _COUNT),
+    **dict.fromkeys(("warmup", "label_smoothing", "adam_beta2"), _FRACTION),
+}
+"""Values of the numbers among all settings."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """How a model is trained, dense or compressed; what it learns adds its own.
+
+    Args:
+        epochs: passes over the training data.
+        learning_rate: peak of a linear schedule with warm-up.
+        batch_size: rows in a step, of similar length.
+        seed: of initialization, order and dropout.
+        warmup: fraction of all steps in which the learning rate rises.
+        weight_decay: of AdamW, on matrices and factors.
+        precision: of matrix products; parameters and optimizer stay in their own. fp16 needs a GPU.
+
+    Raises:
+        MethodError: a setting is not allowed; the message names it, its value and what is.
+    """
+
+    epochs: float = 3.0
+    learning_rate: float = 1e-4
+    batch_size: int = 32
+    seed: int = 0
+    warmup: float = 0.1
+    weight_decay: float = 0.01
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+
+    def __post_init__(self) -> None:
+        for name, (holds, allowed) in ALLOWED.items():
+            value = getattr(self, name, None)
+            if value is not None and not holds(value):
+                raise MethodError(f"{name.replace('_', ' ')} has to be {allowed}; got {value}")
+
+    def arguments(self, output: str | Path, *, on_cpu: bool, **others: Any) -> TrainingArguments:
+        """The settings in the Trainer's terms.
+
+        Args:
+            output: directory of checkpoints.
+            on_cpu: leave a GPU alone.
+            others: further arguments.
+        """
+        return TrainingArguments(
+            output_dir=str(output),
+            num_train_epochs=self.epochs,
+            learning_rate=self.learning_rate,
+            per_device_train_batch_size=self.batch_size,
+            per_device_eval_batch_size=self.batch_size,
+            seed=self.seed,
+            data_seed=self.seed,
+            warmup_steps=self.warmup,
+            weight_decay=self.weight_decay,
+            bf16=self.precision == "bf16",
+            fp16=self.precision == "fp16",
+            use_cpu=on_cpu,
+            optim="adamw_torch_fused",
+            logging_nan_inf_filter=False,  # which would report a finite loss for a run that diverged
+            report_to=[],
+            disable_tqdm=True,
+            dataloader_pin_memory=not on_cpu,
+            **others,
+        )
+
+
+class Watch(TrainerCallback):
+    """Reports progress, and stops a training whose loss is not finite."""
+
+    def __init__(self, progress: Progress, phase: str) -> None:
+        self.progress, self.phase = progress, phase
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **others: Any) -> None:
+        """Progress in steps; the loss of the last ones is logged as well."""
+        self.progress(self.phase, state.global_step, state.max_steps)
+        if state.global_step == state.max_steps:
+            control.should_log = True
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **others: Any) -> None:
+        """Raise `DivergedError` if the loss since the last log is not finite."""
+        loss = others["logs"].get("loss", 0.0)
+        if not math.isfinite(loss):
+            raise diverged(f"loss {loss}", args, state)
+
+
+def diverged(how: str, args: TrainingArguments, state: TrainerState) -> DivergedError:
+    """The error that ends a training of no use."""
+    return DivergedError(
+        f"training diverged by step {state.global_step} ({how}): lower the learning rate {args.learning_rate:g}"
+    )
+
+
+def run(trainer: Trainer, checkpoint: Path | None = None) -> TrainOutput:
+    """Train, from a checkpoint if there is one; nothing is printed, and the model's `forward` is its own afterwards."""
+    trainer.remove_callback(PrinterCallback)
+    assert isinstance(trainer.model, nn.Module)
+    with own_forward(trainer.model):
+        return trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
 
 
 @contextlib.contextmanager
@@ -32,19 +150,6 @@ def seeded(seed: int) -> Iterator[None]:
         finally:
             random.setstate(python)
             np.random.set_state(arrays)
-
-
-@contextlib.contextmanager
-def own_forward(model: nn.Module) -> Iterator[None]:
-    """Take off what Accelerate wraps around `forward` for the precision of a training, which ends with it."""
-    wrapped = ("forward", "_original_forward")
-    own = {name: vars(model)[name] for name in wrapped if name in vars(model)}
-    try:
-        yield
-    finally:
-        for name in wrapped:
-            vars(model).pop(name, None)
-        vars(model).update(own)
 
 
 def in_full_precision(model: nn.Module) -> Callable[[], None]:

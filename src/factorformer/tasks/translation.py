@@ -1,39 +1,38 @@
-"""Translation with an encoder-decoder: parallel text, training from scratch, beam search, BLEU."""
+"""Translation with an encoder-decoder: parallel text, beam search, BLEU."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 import datasets
 import torch
-from transformers import (
-    DataCollatorForSeq2Seq,
-    DataCollatorWithPadding,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import DataCollatorWithPadding, PreTrainedModel, PreTrainedTokenizerBase
 
-from factorformer.errors import DataError, ModelError
+from factorformer.errors import DataError
 from factorformer.layers.modes import evaluating
 from factorformer.progress import Progress, silent
-from factorformer.tasks.data import check_lengths
-from factorformer.tasks.from_scratch import IGNORED, ScratchSettings, optimize
+from factorformer.tasks.reading import read_lines
+from factorformer.tasks.tokenization import token_ids
 
 Pairs = Sequence[tuple[str, str]]
 """Texts and their translations."""
 
-_CHUNK = 1000
 
+def read_parallel(source: Path, target: Path, note: Callable[[str], None] = warnings.warn) -> list[tuple[str, str]]:
+    """Pairs of lines from two files, compressed or not; lines that are empty in both are passed over.
 
-def read_parallel(source: Path, target: Path) -> list[tuple[str, str]]:
-    """Pairs of lines from two UTF-8 files; lines that are empty in both are passed over.
+    Args:
+        source: texts.
+        target: their translations.
+        note: told if the encoding of a file had to be guessed.
 
     Raises:
-        DataError: a file that is missing, not UTF-8 or empty, files of different length, or a line with no translation.
+        DataError: a file that is missing, damaged or empty, files of different length, or a line with no translation.
     """
-    lines = [_lines(path) for path in (source, target)]
+    lines = [read_lines(path, note) for path in (source, target)]
     if len(lines[0]) != len(lines[1]):
         raise DataError(
             f"'{source}' has {len(lines[0])} lines and '{target}' has {len(lines[1])}: line by line one has to be the "
@@ -51,17 +50,6 @@ def read_parallel(source: Path, target: Path) -> list[tuple[str, str]]:
     return pairs
 
 
-def _lines(path: Path) -> list[str]:
-    """Lines of a file as newlines separate them; other separators of Unicode may stand inside a sentence."""
-    if not path.is_file():
-        raise DataError(f"no such data file: '{path}'")
-    try:
-        with path.open(encoding="utf-8-sig", newline="\n") as file:
-            return [line.rstrip("\r\n") for line in file]
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"cannot read '{path}' as UTF-8 text: {error}") from error
-
-
 def encode(
     pairs: Pairs,
     tokenizer: PreTrainedTokenizerBase,
@@ -75,7 +63,7 @@ def encode(
         pairs: texts and their translations.
         tokenizer: of both languages; it appends its end of text.
         max_length: longer texts are cut, their end of text kept.
-        progress: progress callback, called with the number of pairs done.
+        progress: progress callback, called with the number of texts done.
         phase: name of the phase reported to `progress`.
 
     Raises:
@@ -85,50 +73,11 @@ def encode(
         raise DataError("there are no pairs of texts")
     if tokenizer.eos_token_id is None or tokenizer("a")["input_ids"][-1] != tokenizer.eos_token_id:
         raise DataError("the tokenizer does not append an end of text: a model could not learn where to stop")
-    columns: dict[str, list[Any]] = {"input_ids": [], "labels": []}
-    for start in range(0, len(pairs), _CHUNK):
-        for column, texts in zip(columns, zip(*pairs[start : start + _CHUNK], strict=True), strict=True):
-            columns[column] += tokenizer(list(texts), truncation=True, max_length=max_length)["input_ids"]
-        progress(phase, min(start + _CHUNK, len(pairs)), len(pairs))
-    lengths = [max(map(len, both)) for both in zip(*columns.values(), strict=True)]
-    return datasets.Dataset.from_dict({**columns, "length": lengths})
-
-
-def train(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    train: datasets.Dataset,
-    validation: datasets.Dataset,
-    settings: ScratchSettings,
-    output: Path,
-    progress: Progress = silent,
-    phase: str = "train",
-) -> list[dict[str, float]]:
-    """Train an encoder-decoder in place on pairs of texts, as `from_scratch.optimize` does.
-
-    Args:
-        model: fresh, dense or factorized.
-        tokenizer: of the model, for padding.
-        train, validation: from `encode`.
-        settings, output, progress, phase: as for `optimize`.
-
-    Returns:
-        The learning curve, as from `optimize`.
-
-    Raises:
-        DataError: texts longer than the model can read.
-        ModelError: not an encoder-decoder, no token to start a translation with, or the loss became NaN or infinite.
-        OutputError: `output` holds checkpoints of a run with other settings.
-    """
-    if not model.config.is_encoder_decoder:
-        raise ModelError(f"{type(model).__name__} is no encoder-decoder: it cannot be trained on pairs of texts")
-    if getattr(model.config, "decoder_start_token_id", None) is None:
-        raise ModelError("the model's configuration has no decoder_start_token_id to start a translation with")
-    check_lengths(model, train, "the training data")
-    check_lengths(model, validation, "the validation data")
-    # With the model, which shifts the labels to the decoder's inputs: the loss is not the model's own.
-    collate = DataCollatorForSeq2Seq(tokenizer, model, label_pad_token_id=IGNORED)
-    return optimize(model, collate, train, validation, settings, output, progress, phase)
+    texts = [text for side in zip(*pairs, strict=True) for text in side]
+    ids = token_ids(tokenizer, texts, progress, phase, truncation=True, max_length=max_length)
+    sides = ids[: len(pairs)], ids[len(pairs) :]
+    lengths = [max(map(len, both)) for both in zip(*sides, strict=True)]
+    return datasets.Dataset.from_dict({"input_ids": sides[0], "labels": sides[1], "length": lengths})
 
 
 def translate(

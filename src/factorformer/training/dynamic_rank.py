@@ -23,6 +23,7 @@ from torch.optim import Optimizer
 from factorformer.errors import CheckpointError, MethodError, ModelError
 from factorformer.files import whole_file
 from factorformer.fitting.statistics import Batch
+from factorformer.layers._compat import IGNORED
 from factorformer.layers.nn import new_factors
 from factorformer.layers.surgery import dense_weight, factorize
 from factorformer.planning import Entry, Plan
@@ -34,9 +35,6 @@ from factorformer.training.units import DenseUnits, FactorUnits, Importance, Uni
 
 STATE = "dynamic_rank.safetensors"
 """The file in a checkpoint that holds what the model and the optimizer do not: importance, groups, history."""
-
-IGNORED = "_ddp_params_and_buffers_to_ignore"
-"""Where `DistributedDataParallel` looks for names that it is to leave alone."""
 
 
 @dataclasses.dataclass(frozen=True)

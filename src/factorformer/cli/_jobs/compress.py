@@ -10,7 +10,7 @@ from pathlib import Path
 
 import datasets
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from factorformer import compression, recipes
 from factorformer.bench.layers import slower_than_dense
@@ -39,7 +39,7 @@ from factorformer.layers.quantization import quantize
 from factorformer.planning import Plan, Share, Unit, left_dense
 from factorformer.progress import Progress, bars
 from factorformer.report import Result, inventory
-from factorformer.tasks.classification import Head, find_head, labels_for, load_classifier
+from factorformer.tasks.classification import Head, check_head, find_head, labels_for, load_classifier
 from factorformer.tasks.data import Columns, Labels, check_lengths, sample
 from factorformer.tasks.finetuning import TrainingSettings, train
 from factorformer.tasks.trainer import in_full_precision
@@ -251,20 +251,20 @@ def read_inputs(job: CompressJob) -> Inputs:
     for name in sources.keys() - columns.keys():
         columns[name] = plain_columns(sources[name], job.columns)
         tables[name] = read_table(sources[name], columns[name])
-    labels, head = _task(job, path, {name: tables[name] for name in labelled if name in tables})
+    labels, head = _task(job, path, config, {name: tables[name] for name in labelled if name in tables})
     if head is not None and not head.trained and job.needs == "labelled text":
         raise DataError(
             f"method '{job.chosen}' measures the model on labels, but '{job.model}' has no head trained for them: "
             "run `factorformer finetune` first and compress its output"
         )
     if job.distill is not None:
-        check_teacher(job.distill, path, head)
+        check_teacher(job.distill, config, head)
     tokenizer = load_tokenizer(path) if tables else None
     data: dict[str, datasets.Dataset] = {}
     for name, rows in tables.items():
         assert tokenizer is not None
         known = labels if columns[name].label is not None else None
-        data[name] = encode_table(sources[name], rows, columns[name], tokenizer, known, job.max_length, path)
+        data[name] = encode_table(sources[name], rows, columns[name], tokenizer, known, job.max_length, config)
     seed = job.settings.seed
     if label is None and job.train is not None and job.evaluation is None:
         data["train"], data["evaluation"] = hold_out(data["train"], seed)
@@ -277,7 +277,9 @@ def read_inputs(job: CompressJob) -> Inputs:
     return Inputs(path, tokenizer, labels, head, *(data.get(name) for name in names))
 
 
-def _task(job: CompressJob, path: Path, tables: Mapping[str, datasets.Dataset]) -> tuple[Labels | None, Head | None]:
+def _task(
+    job: CompressJob, path: Path, config: PretrainedConfig, tables: Mapping[str, datasets.Dataset]
+) -> tuple[Labels | None, Head | None]:
     """What labels mean, and the head that is trained on them, if one is."""
     label = job.columns.label
     if label is None or not tables:
@@ -285,8 +287,8 @@ def _task(job: CompressJob, path: Path, tables: Mapping[str, datasets.Dataset]) 
     name = next(name for name in ("train", "evaluation", "calibration") if name in tables)
     with about(getattr(job, name)):
         if name != "train":
-            return labels_for(path, tables[name], label), None
-        head = find_head(path, Labels.of(tables[name], label, job.regression, job.columns.words))
+            return labels_for(check_head(path, config), tables[name], label), None
+        head = find_head(path, Labels.of(tables[name], label, job.regression, job.columns.words), config)
     note_new_head(head)
     return head.labels, head
 

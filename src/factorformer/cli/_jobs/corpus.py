@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import importlib.util
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import datasets
-from transformers import DataCollatorForSeq2Seq, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from factorformer.cli._inputs import columns_of, hold_out, plain_columns, read_table
+from factorformer.cli._options import note
 from factorformer.cli._text_files import TextFiles
 from factorformer.errors import DataError
 from factorformer.progress import Progress
 from factorformer.tasks import language_modelling, translation
 from factorformer.tasks.architectures import Task
-from factorformer.tasks.from_scratch import IGNORED, ScratchSettings, token_loss
 from factorformer.tasks.tokenization import train_tokenizer
 
 Item = TypeVar("Item")
@@ -41,10 +40,8 @@ class Corpus:
 
     def new_tokenizer(self, vocabulary: int, progress: Progress) -> PreTrainedTokenizerFast:
         """A tokenizer of so many tokens, trained on the training text."""
-        if self.task == "translation":
-            return train_tokenizer([text for pair in self.train for text in pair], vocabulary, progress)
-        tokenizer = train_tokenizer(self.train, vocabulary - (self.task == "masked"), progress)
-        return language_modelling.adapt_tokenizer(tokenizer, self.task)
+        texts = [text for pair in self.train for text in pair] if self.task == "translation" else self.train
+        return train_tokenizer(texts, vocabulary, progress, task=self.task)
 
     def encode(self, tokenizer: PreTrainedTokenizerFast, progress: Progress) -> list[datasets.Dataset]:
         """Token ids of the training and of the held-out text."""
@@ -56,33 +53,17 @@ class Corpus:
             for phase, texts in phases
         ]
 
-    def fit(
-        self,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerFast,
-        data: Sequence[datasets.Dataset],
-        settings: ScratchSettings,
-        checkpoints: Path,
-        progress: Progress,
-    ) -> list[dict[str, float]]:
-        """Train a model in place; the learning curve."""
-        train, held = data
-        if self.task == "translation":
-            return translation.train(model, tokenizer, train, held, settings, checkpoints, progress)
-        return language_modelling.train(model, tokenizer, train, held, self.task, settings, checkpoints, progress)
-
     def measure(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, held: datasets.Dataset, progress: Progress
     ) -> dict[str, float]:
         """Metrics on the held-out text."""
+        metrics, _ = language_modelling.predict(model, tokenizer, held, self.task, progress=progress)
         if self.task != "translation":
-            return language_modelling.evaluate(model, tokenizer, held, self.task, progress=progress)
-        loss = token_loss(model, DataCollatorForSeq2Seq(tokenizer, model, label_pad_token_id=IGNORED), held)
+            return metrics
         sources, references = zip(*self.held, strict=True)
         texts = translation.translate(model, tokenizer, sources, max_length=self.max_length, progress=progress)
         scores = translation.bleu(texts, references)
-        numbers = {name: score for name, score in scores.items() if not isinstance(score, str)}
-        return {"loss": loss, "perplexity": math.exp(min(loss, 700)), **numbers}
+        return metrics | {name: score for name, score in scores.items() if not isinstance(score, str)}
 
 
 def read_corpus(files: TextFiles, task: Task, config: str, max_length: int, seed: int) -> Corpus:
@@ -124,7 +105,7 @@ def _split(train: list[Item], held: list[Item], seed: int, options: str) -> tupl
 def _pairs(source: str | None, target: str | None) -> list[tuple[str, str]]:
     if source is None or target is None:
         return []
-    return translation.read_parallel(Path(source), Path(target))
+    return translation.read_parallel(Path(source), Path(target), note)
 
 
 def _texts(files: TextFiles, name: str | None) -> list[str]:

@@ -16,7 +16,7 @@ from factorformer.cli._inputs import (
     saved,
     update,
 )
-from factorformer.hf.source import find, load_tokenizer
+from factorformer.hf.source import find, load_tokenizer, read_config
 from factorformer.layers.quantization import hold_floats, quantize
 from factorformer.progress import bars
 from factorformer.report import Result, inventory
@@ -27,62 +27,57 @@ from factorformer.tasks.finetuning import TrainingSettings, train
 from factorformer.tasks.trainer import in_full_precision
 
 
-@dataclasses.dataclass(frozen=True)
-class FinetuneJob:
-    """The options of `finetune`; their help texts say what they are."""
-
-    model: str
-    output: str
-    train: str
-    evaluation: str | None
-    columns: Columns
-    regression: bool
-    max_length: int
-    settings: TrainingSettings
-    distill: str | None
-    device: str
-    overwrite: bool
-
-
-def run(job: FinetuneJob) -> Result:
-    """Check, train, save, measure; no weight is read before everything is checked."""
+def run(
+    model_name: str,
+    output: str,
+    train_file: str,
+    eval_file: str | None,
+    columns: Columns,
+    settings: TrainingSettings,
+    *,
+    regression: bool,
+    max_length: int,
+    distill: str | None,
+    device: str,
+    overwrite: bool,
+) -> Result:
+    """Check, train, save, measure; no weight is read before everything is checked. Options as its help has them."""
     started = time.perf_counter()
-    path, label = find(job.model), job.columns.label
+    path, label = find(model_name), columns.label
     assert label is not None
-    rows = read_table(job.train, job.columns)
-    eval_rows = None if job.evaluation is None else read_table(job.evaluation, job.columns)
-    with about(job.train):
-        head = find_head(path, Labels.of(rows, label, job.regression, job.columns.words))
+    config = read_config(path)
+    rows = read_table(train_file, columns)
+    eval_rows = None if eval_file is None else read_table(eval_file, columns)
+    with about(train_file):
+        head = find_head(path, Labels.of(rows, label, regression, columns.words), config)
     note_new_head(head)
-    if job.distill is not None:
-        check_teacher(job.distill, path, head)
+    if distill is not None:
+        check_teacher(distill, config, head)
     tokenizer = load_tokenizer(path)
-    options = (job.columns, tokenizer, head.labels, job.max_length, path)
-    data = encode_table(job.train, rows, *options)
-    eval_data = (
-        None if job.evaluation is None or eval_rows is None else encode_table(job.evaluation, eval_rows, *options)
-    )
-    model = load_classifier(path, head.labels, job.settings.seed, None, job.device).model
+    options = (columns, tokenizer, head.labels, max_length, config)
+    data = encode_table(train_file, rows, *options)
+    eval_data = None if eval_file is None or eval_rows is None else encode_table(eval_file, eval_rows, *options)
+    model = load_classifier(path, head.labels, settings.seed, None, device).model
     for encoded in (data, eval_data):
         if encoded is not None:
             check_lengths(model, encoded)
     restore = in_full_precision(model)
     hold_floats(model)
     with bars() as progress:
-        teacher = load_teacher(job.distill, model)
-        seconds = {"train": train(model, tokenizer, data, job.settings, teacher=teacher, progress=progress)}
+        teacher = load_teacher(distill, model)
+        seconds = {"train": train(model, tokenizer, data, settings, teacher=teacher, progress=progress)}
     quantize(model)
     restore()
     result = Result.of(
         inventory(model),
         seconds=seconds | {"total": time.perf_counter() - started},
-        seed=job.settings.seed,
-        output=job.output,
+        seed=settings.seed,
+        output=output,
     )
-    save(result, model, overwrite=job.overwrite, tokenizer=tokenizer)
+    save(result, model, overwrite=overwrite, tokenizer=tokenizer)
     if eval_data is None:
         return result
-    with saved(job.output, "trained"):
+    with saved(output, "trained"):
         with bars() as progress:
             metrics = evaluate(model, tokenizer, eval_data, head.labels, progress)
         seconds |= {"total": time.perf_counter() - started}

@@ -23,7 +23,7 @@ from factorformer.planning import Plan, left_dense
 from factorformer.progress import Progress, bars
 from factorformer.report import Result, inventory
 from factorformer.tasks.architectures import Architecture, new_model
-from factorformer.tasks.from_scratch import ScratchSettings
+from factorformer.tasks.from_scratch import ScratchSettings, train
 from factorformer.tasks.trainer import seeded
 
 DENSE = "dense"
@@ -103,11 +103,11 @@ def run(job: TrainJob, *, resume: bool, overwrite: bool) -> Result:
                     note(f"left dense: {line}")
                 with seeded((job.settings.seed + 1) % 2**32):  # other numbers than the model's own
                     compression.initialize(model, ready.plan)
-            data = corpus.encode(tokenizer, progress)
+            data, held = corpus.encode(tokenizer, progress)
             prepared = time.perf_counter()
-            curve = corpus.fit(model, tokenizer, data, job.settings, unfinished.checkpoints, progress)
+            curve = train(model, tokenizer, data, held, corpus.task, job.settings, unfinished.checkpoints, progress)
             trained = time.perf_counter()
-            metrics = corpus.measure(model, tokenizer, data[1], progress)
+            metrics = corpus.measure(model, tokenizer, held, progress)
         if job.files.pairs and model.generation_config is not None:
             model.generation_config.max_length = job.max_length  # the default cuts translations at 20 tokens
         now = time.perf_counter()

@@ -7,7 +7,6 @@ import json
 import shutil
 import uuid
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,6 @@ from factorformer.errors import DivergedError, OutputError
 from factorformer.tasks.checkpoints import differences, last_checkpoint, locked, step_of
 
 
-@dataclass(frozen=True)
 class Unfinished:
     """The files of a run that has not ended: options, tokenizer, checkpoints, in a hidden neighbour of the output.
 
@@ -24,26 +22,10 @@ class Unfinished:
         output: the directory that the run is to make.
     """
 
-    output: Path
-
-    @property
-    def folder(self) -> Path:
-        """Where everything of the run is."""
-        return self.output.parent / f".{self.output.name}.training"
-
-    @property
-    def checkpoints(self) -> Path:
-        """Where its checkpoints are."""
-        return self.folder / "checkpoints"
-
-    @property
-    def tokenizer(self) -> Path:
-        """Where its tokenizer is."""
-        return self.folder / "tokenizer"
-
-    @property
-    def _options(self) -> Path:
-        return self.folder / "options.json"
+    def __init__(self, output: Path) -> None:
+        self.output, self.folder = output, output.parent / f".{output.name}.training"
+        self.checkpoints, self.tokenizer = self.folder / "checkpoints", self.folder / "tokenizer"
+        self._options = self.folder / "options.json"
 
     @contextlib.contextmanager
     def open(self, options: Mapping[str, Any], *, resume: bool, overwrite: bool) -> Iterator[None]:
@@ -61,7 +43,7 @@ class Unfinished:
             OutputError: there is a checkpoint and neither option, or none to resume, or one of a run with other
                 options; or another process has the run open.
         """
-        with locked(self.output.parent / f".{self.output.name}.training.lock"):
+        with locked(self.folder.with_name(f"{self.folder.name}.lock")):
             begun, earlier = last_checkpoint(self.checkpoints), None
             if resume:
                 if begun is None:
@@ -93,11 +75,13 @@ class Unfinished:
                     if begun is not None:
                         note(f"the interrupted run for '{self.output}' is as it was: --resume goes on with it")
                 else:
-                    _delete(earlier)
+                    if earlier is not None:
+                        shutil.rmtree(earlier, ignore_errors=True)
                     self._say_what_is_kept(error)
                 raise
             shutil.rmtree(self.folder, ignore_errors=True)
-            _delete(earlier)
+            if earlier is not None:
+                shutil.rmtree(earlier, ignore_errors=True)
 
     def _set_aside(self) -> Path | None:
         """Give the files of an earlier run another name, if there are any."""
@@ -123,8 +107,3 @@ class Unfinished:
             note(f"checkpoints are kept in '{self.checkpoints}': start anew with other options and --overwrite")
         else:
             note(f"checkpoints are kept in '{self.folder}': repeat the command with --resume to go on from there")
-
-
-def _delete(folder: Path | None) -> None:
-    if folder is not None:
-        shutil.rmtree(folder, ignore_errors=True)

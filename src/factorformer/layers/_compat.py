@@ -1,0 +1,56 @@
+"""Everything that layers and trainings use of torch's modules and tensors and that torch does not document.
+
+What kernels use of it is in `factorformer.kernels._compat`, what is transformers' in `factorformer.hf.compat`.
+`tests/hf/test_compat.py` asserts that all of it is there.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
+from torch.utils._pytree import tree_leaves as tree_leaves
+
+IGNORED = "_ddp_params_and_buffers_to_ignore"
+"""Where `DistributedDataParallel` looks, in a model, for names that it is to leave alone."""
+
+
+def place_of(tensor: Tensor) -> int:
+    """Which memory a tensor is a view of, or stands for: the same number for the same.
+
+    Relies on `UntypedStorage._cdata`, which storages without memory have as well.
+    """
+    return tensor.untyped_storage()._cdata
+
+
+def is_grouped_product(operator: Any) -> bool:
+    """Whether an operator multiplies by the matrices of several experts in one call: `aten::_grouped_mm`."""
+    return operator is torch.ops.aten._grouped_mm.default
+
+
+def is_hooked(module: nn.Module) -> bool:
+    """Whether hooks have a part in the calls of a module.
+
+    Relies on `_forward_hooks` and `_forward_pre_hooks`: torch/nn/modules/module.py.
+    """
+    return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
+def drop_hooks(module: nn.Module) -> None:
+    """Let nothing but the module itself have a part in its calls; see `is_hooked`."""
+    module._forward_hooks.clear()
+    module._forward_pre_hooks.clear()
+
+
+def with_parameters(module: nn.Module, parameters: Mapping[str, nn.Parameter | None]) -> nn.Module:
+    """A shallow copy of a module with other parameters.
+
+    Relies on `_parameters`, where a module holds its own: torch/nn/modules/module.py.
+    """
+    twin = copy.copy(module)
+    vars(twin)["_parameters"] = dict(parameters)
+    return twin
