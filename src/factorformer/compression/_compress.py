@@ -16,6 +16,7 @@ from factorformer.compression._replacement import check_fits, replace_matrices
 from factorformer.compression._report import Report
 from factorformer.errors import DataError, ModelError
 from factorformer.fitting import statistics as calibrate
+from factorformer.fitting.batches import Calibration, as_batches
 from factorformer.fitting.matrices import Factors, fit_group, fit_matrix, measure
 from factorformer.fitting.statistics import LayerStatistics
 from factorformer.layers.matrix import Matrix
@@ -30,7 +31,7 @@ from factorformer.structures import Structure
 def compress(
     model: nn.Module,
     plan: Plan,
-    calibration: calibrate.Calibration | None = None,
+    calibration: Calibration | None = None,
     progress: Progress = silent,
     *,
     keep_statistics: bool = False,
@@ -72,7 +73,7 @@ def compress(
             raise DataError(
                 f"method '{method}' needs calibration data ({recipe.needs}): pass calibration batches, or use 'svd'"
             )
-        trial, calibration = _first(calibrate.as_batches(model, calibration))
+        trial, calibration = _first(as_batches(model, calibration))
         statistics = measure(model, names, recipe.metric, calibration, progress)
         plan, notes = _without_unreached(plan, statistics)
     calibrated = time.perf_counter()

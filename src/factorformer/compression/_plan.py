@@ -13,6 +13,7 @@ from factorformer import planning, recipes
 from factorformer.errors import BudgetError, MethodError, one_of
 from factorformer.fitting import QUICK
 from factorformer.fitting import statistics as calibrate
+from factorformer.fitting.batches import Calibration, as_batches
 from factorformer.fitting.matrices import fit_matrix, fit_stack, measure
 from factorformer.layers.matrix import Matrix, Member, Scope
 from factorformer.layers.surgery import dense_weight, find_matrices
@@ -36,7 +37,7 @@ def plan(
     share: Share | None = None,
     budget: Unit = "bytes",
     int8: bool = False,
-    calibration: calibrate.Calibration | None = None,
+    calibration: Calibration | None = None,
     progress: Progress = silent,
 ) -> Plan:
     """Decide what every weight matrix becomes, without changing anything.
@@ -83,7 +84,7 @@ def plan(
     check_options(name, ratio, share, budget)
     recipe = recipes.get(name)
     scope = scope or recipe.scope
-    data = None if calibration is None else list(calibrate.as_batches(model, calibration))
+    data = None if calibration is None else list(as_batches(model, calibration))
     matrices, rest = find_matrices(model, scope, include, exclude, int8=int8, batch=data[0] if data else None)
     if data is not None and recipe.metric != "plain":
         able = [matrix.name for matrix in matrices if matrix.dense is None]

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from factorformer.errors import FactorformerError
 from factorformer.fitting import Metric, MetricName, fit
 from factorformer.fitting import statistics as calibrate
+from factorformer.fitting.batches import Batch
 from factorformer.fitting.statistics import LayerStatistics
 from factorformer.layers.matrix import Matrix, Member
 from factorformer.layers.surgery import dense_weight
@@ -24,7 +25,7 @@ def measure(
     model: nn.Module,
     names: Sequence[str],
     metric: MetricName,
-    calibration: Iterable[calibrate.Batch],
+    calibration: Iterable[Batch],
     progress: Progress,
 ) -> dict[str, LayerStatistics]:
     """The statistics that a metric needs of these layers; none if it is plain."""

@@ -22,7 +22,7 @@ from torch.optim import Optimizer
 
 from factorformer.errors import CheckpointError, MethodError, ModelError
 from factorformer.files import whole_file
-from factorformer.fitting.statistics import Batch
+from factorformer.fitting.batches import Batch
 from factorformer.layers.nn import new_factors
 from factorformer.layers.surgery import dense_weight, factorize
 from factorformer.planning import Entry, Plan

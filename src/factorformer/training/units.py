@@ -12,9 +12,10 @@ from torch.optim import Optimizer
 
 from factorformer.errors import DataError, FactorformerError, ModelError
 from factorformer.fitting import Metric
+from factorformer.fitting.batches import Batch
 from factorformer.fitting.linalg import WITHOUT_FLOAT64, leading_eigenvectors
 from factorformer.fitting.matrices import fit_matrix, measure
-from factorformer.fitting.statistics import Batch, LayerStatistics
+from factorformer.fitting.statistics import LayerStatistics
 from factorformer.layers.matrix import Matrix
 from factorformer.layers.nn import FactorizedMatrix
 from factorformer.layers.surgery import dense_weight, factorize, is_transposed

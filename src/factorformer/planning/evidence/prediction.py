@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from factorformer.fitting import MetricName
+from factorformer.fitting.batches import Batch
 from factorformer.fitting.matrices import fit_matrix, measure
-from factorformer.fitting.statistics import Batch, LayerStatistics
+from factorformer.fitting.statistics import LayerStatistics
 from factorformer.layers.matrix import Matrix
 from factorformer.layers.surgery import dense_weight
 from factorformer.planning import Entry, Option, Plan, Unit

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from factorformer.errors import DataError
-from factorformer.fitting.statistics import Batch
+from factorformer.fitting.batches import Batch
 from factorformer.layers.modes import evaluating
 from factorformer.layers.surgery import is_transposed
 
