@@ -20,7 +20,7 @@ from transformers.quantizers.base import HfQuantizer
 from factorformer.errors import CheckpointError
 from factorformer.hf import compat
 from factorformer.kernels import _compat, sparse
-from factorformer.training import dynamic_rank
+from factorformer.training import data_parallel
 
 MODEL = tf.PreTrainedModel
 
@@ -48,7 +48,7 @@ READ: dict[str, list[Any]] = {
     "_original_forward": [Accelerator.prepare_model],
     "_get_train_sampler": [tf.Trainer],
     "_load_from_checkpoint": [tf.Trainer],
-    dynamic_rank.IGNORED: [DistributedDataParallel.__init__],
+    data_parallel.IGNORED: [DistributedDataParallel.__init__],
 }
 
 ARGUMENTS: dict[Callable[..., Any], set[str]] = {

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import itertools
 import logging
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -175,17 +176,14 @@ def _without_memory(model: nn.Module) -> nn.Module:
     return twin
 
 
-class _quiet:  # a context manager, used as a function is
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
     """No gradients, no random numbers taken, no word from anyone."""
-
-    def __enter__(self) -> None:
-        self.contexts = [torch.no_grad(), torch.random.fork_rng(devices=[]), warnings.catch_warnings()]
-        for context in self.contexts:
-            context.__enter__()
+    silenced = logging.root.manager.disable
+    with torch.no_grad(), torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        logging.disable(logging.ERROR)
-
-    def __exit__(self, *error: Any) -> None:
-        logging.disable(logging.NOTSET)
-        for context in reversed(self.contexts):
-            context.__exit__(None, None, None)
+        logging.disable(max(silenced, logging.ERROR))
+        try:
+            yield
+        finally:
+            logging.disable(silenced)
