@@ -88,7 +88,7 @@ def plan(
     matrices, rest = find_matrices(model, scope, include, exclude, int8=int8, batch=data[0] if data else None)
     if data is not None and recipe.metric != "plain":
         able = [matrix.name for matrix in matrices if matrix.dense is None]
-        unreached = calibrate.unreached(model, able, data)
+        unreached = calibrate.unreached(model, able, data, fisher=recipe.metric == "fisher_rows")
         matrices = [dataclasses.replace(m, dense=unreached.get(m.name, m.dense)) for m in matrices]
     _check_any(matrices, include is not None)
     allocate, candidates = planning.ALLOCATIONS[recipe.allocation], planning.candidates_of(recipe.structure)

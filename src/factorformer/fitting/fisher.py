@@ -25,11 +25,16 @@ def fisher_rows(
     """
     gradients = torch.autograd.grad(loss * examples, [y for _, _, y in calls], allow_unused=True)
     joined: dict[str, list[tuple[Tensor, Tensor]]] = {}
-    for (name, x, _), gradient in zip(calls, gradients, strict=True):
-        # Positions that the whole batch shares have no gradient of one example: their rows all count the same.
-        if gradient is not None and (len(x) == examples or not isinstance(layers[name], nn.Embedding)):
-            joined.setdefault(name, []).append((x, gradient))
     rows: dict[str, Tensor] = {}
+    for (name, x, _), gradient in zip(calls, gradients, strict=True):
+        layer = layers[name]
+        if gradient is None:
+            continue
+        if isinstance(layer, nn.Embedding) and len(x) != examples:
+            # Positions that the whole batch shares have no gradient of one example: their rows all count the same.
+            rows[name] = torch.ones(layer.num_embeddings, dtype=torch.float64, device=x.device)
+        else:
+            joined.setdefault(name, []).append((x, gradient))
     for name, pairs in joined.items():
         # All positions and calls of one example add up to its gradient, before the square is taken.
         delta = torch.cat([g.reshape(examples, -1, g.shape[-1]) for _, g in pairs], dim=1).float()

@@ -107,7 +107,7 @@ def collect(
         progress: called with the number of batches done.
 
     Returns:
-        Statistics by layer name, without the layers that no batch reached.
+        Statistics by layer name, without the layers that no batch reached, or for `fisher` no loss.
 
     Raises:
         DataError: no batches, none that reaches any of the layers, a missing loss, or values that are not finite.
@@ -124,17 +124,21 @@ def collect(
     return recorder.statistics()
 
 
-def unreached(model: nn.Module, layers: Sequence[str], batches: Calibration) -> dict[str, str]:
+def unreached(model: nn.Module, layers: Sequence[str], batches: Calibration, *, fisher: bool = False) -> dict[str, str]:
     """Those of the layers that calibration data does not reach, and what to say of them.
 
     Batches are run until all layers are reached.
 
+    Args:
+        model, layers, batches: as for `collect`.
+        fisher: whether the loss has to depend on them.
+
     Raises:
         DataError: no batches, or none that reaches any of the layers.
     """
-    recorder = _Recorder(model, layers, moments=False, fisher=False)
+    recorder = _Recorder(model, layers, moments=False, fisher=fisher)
     done = 0
-    with recorder.attached(), torch.no_grad():
+    with recorder.attached(), torch.set_grad_enabled(fisher):
         for batch in as_batches(model, batches):
             recorder.run(batch)
             done += 1
@@ -247,7 +251,8 @@ class _Recorder:
 
     def _see(self, name: str, path: str, x: Tensor, output: Tensor) -> Tensor:
         layer = self.layers[name]
-        self.reached.add(name)
+        if not self.want_fisher:
+            self.reached.add(name)
         if isinstance(layer, nn.Embedding) and x.dim() == 2 and len(x) == 1 < self._size:
             # Positions are looked up once for the whole batch; repeated, they have a gradient for every example.
             x, output = x.expand(self._size, -1), output.expand(self._size, -1, -1)
@@ -296,8 +301,9 @@ class _Recorder:
             )
         self.examples += self._size
         calls = [(name, x, y) for name, seen in self._calls.items() for x, y in seen]
-        if calls:
+        if calls and loss.requires_grad:
             for name, rows in fisher_rows(loss, calls, self.layers, self._size).items():
+                self.reached.add(name)
                 self._add_rows(name, rows)
         self._calls = {}
 

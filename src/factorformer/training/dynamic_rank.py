@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from factorformer.errors import MethodError, ModelError
+from factorformer.errors import FactorformerWarning, MethodError, ModelError
 from factorformer.fitting.batches import Batch
 from factorformer.planning import Plan
 from factorformer.progress import Progress, silent
@@ -79,7 +80,8 @@ class DynamicRank:
     and `ranks.finish()` at the end. Matrices become low-rank as soon as that makes them smaller, and each removal makes
     new, smaller parameters, which the optimizer holds from then on: look them up again rather than to keep them. Every
     matrix keeps at least one unit (atoms: two), so none ever ends at rank 0. Matrices that the loss does not reach do
-    not compete: nothing is known of them, and they end at their size in the plan.
+    not compete: nothing is known of them, and they end at their size in the plan, with a `FactorformerWarning`. Those
+    that it reaches in some steps alone, such as experts, compete by their mean over all steps.
 
     In data-parallel training, gradients of these matrices are averaged over all processes as soon as they are there,
     without help of `DistributedDataParallel`, which cannot follow parameters that change; build this object before the
@@ -151,8 +153,7 @@ class DynamicRank:
         self.align()
         if not self.finished and done % self.settings.importance_interval == 0:
             for units in self.units:
-                if units.ready:
-                    units.importance.update(units.changes())
+                units.importance.update(units.changes() if units.ready else None)
 
     def after_step(self, done: int, total: int, optimizer: Optimizer | None) -> None:
         """Remove units if it is time, after `optimizer.step()`.
@@ -222,16 +223,19 @@ class DynamicRank:
             self.history.add(step, counts, [float(score.mean()) for score in scores])
             self._follow()
             self.tell()
+        if self.finished:
+            self._warn_of_unreached()
 
     def _kept(self, scores: Sequence[Tensor], left: float) -> list[Tensor]:
         """The units that each matrix keeps: those that compete by importance, the others the leading ones."""
         kept = [torch.arange(units.count, device=score.device) for units, score in zip(self.units, scores, strict=True)]
         known = [place for place, score in enumerate(scores) if score.any()]
         budget = self.budget
-        for place in set(range(len(scores))) - set(known):
-            share = min(self._shares[place], self.units[place].count)
-            budget -= self.units[place].bytes(share)
-            kept[place] = kept[place][:share] if left == 0 else kept[place]
+        for place, units in enumerate(self.units):
+            if place not in known:
+                share = min(self._shares[place], units.count)
+                budget -= units.bytes(share)
+                kept[place] = kept[place][:share] if left == 0 else kept[place]
         competing = compete([self.units[p] for p in known], [scores[p] for p in known], budget, left)
         for place, chosen in zip(known, competing, strict=True):
             kept[place] = chosen
@@ -239,20 +243,32 @@ class DynamicRank:
 
     def _scores(self) -> list[Tensor]:
         """Importance of all units, the same in all processes; zeros where nothing is known."""
-        if not any(units.importance.known for units in self.units):
+        values = [units.importance.values for units in self.units]
+        if all(value is None for value in values):
             raise ModelError(
-                "units cannot be compared: no finite gradients were seen. Either the loss is not finite, or "
-                "before_step was not called between backward() and optimizer.step()"
+                "units cannot be compared: no finite gradients were seen, or none but zeros. Either the loss is not "
+                "finite, or it depends on no matrix of the plan, or before_step was not called between backward() and "
+                "optimizer.step()"
             )
-        averages = [units.importance.average for units in self.units]
         device = next(iter(self.units[0].parameters.values())).device
         scores = [
-            torch.zeros(units.count, device=device) if average is None else average.to(device)
-            for units, average in zip(self.units, averages, strict=True)
+            torch.zeros(units.count, device=device) if value is None else value.to(device)
+            for units, value in zip(self.units, values, strict=True)
         ]
         joined = torch.cat(scores)
         copy_from_first([joined])  # all have the same gradients, but a last bit must not make them differ
         return list(joined.split([len(score) for score in scores]))
+
+    def _warn_of_unreached(self) -> None:
+        """Say what became of matrices that are not known."""
+        names = [units.matrix.name for units in self.units if units.importance.values is None]
+        if names:
+            warnings.warn(
+                f"no gradient reached {len(names)} of {len(self.units)} matrices, such as '{names[0]}': they take the "
+                "size that they have in the plan, not knowing what they do; exclude them to keep them whole",
+                FactorformerWarning,
+                stacklevel=4,
+            )
 
     def tell(self) -> None:
         """Call `changed`, if any matrix is factorized by now."""
@@ -289,7 +305,7 @@ def compete(units: Sequence[Units], scores: Sequence[Tensor], budget: int, left:
     least = [_fewest(matrix.full) for matrix in units]
     first = 0
     for score, count in zip(scores, least, strict=True):
-        best = score.cpu().topk(count).indices
+        best = score.cpu().argsort(descending=True, stable=True)[:count]
         density[first + best] = float("inf")
         first += len(score)
     order = density.argsort(descending=True, stable=True)

@@ -68,6 +68,8 @@ class RankCheckpoint:
             "history": self.history.to_dict(),
             "full": [units.full.to_dict() for units in self.units],
             "count": [units.count for units in self.units],
+            "reached": [units.importance.reached for units in self.units],
+            "steps": [units.importance.steps for units in self.units],
         }
         content = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         with whole_file(Path(directory) / STATE, "the state of dynamic ranks") as partial:
@@ -97,11 +99,12 @@ class RankCheckpoint:
             finished, done = bool(description["finished"]), int(description["done"])
             full = [from_dict(spec) for spec in description["full"]]
             smaller = [spec.with_units(count) for spec, count in zip(full, description["count"], strict=True)]
+            seen = [(int(r), int(s)) for r, s in zip(description["reached"], description["steps"], strict=True)]
             saved_settings, saved_budget = description["settings"], description["budget"]
         except (OSError, ValueError, KeyError, TypeError, ModelError, safetensors.SafetensorError) as error:
             raise CheckpointError(f"cannot resume dynamic ranks from '{directory}': {error}") from error
         names = [entry.matrix.name for entry in plan.factorized]
-        if history.layers != names or len(full) != len(names):
+        if history.layers != names or not len(full) == len(seen) == len(names):
             raise CheckpointError(f"'{path}' is of a training of other matrices than those of the plan")
         if saved_settings != settings or saved_budget != budget:
             raise CheckpointError(
@@ -109,10 +112,11 @@ class RankCheckpoint:
                 f"with {settings} and {budget:,}: give the same plan and settings"
             )
         result: list[Units] = []
-        for entry, spec, cut in zip(plan.factorized, full, smaller, strict=True):
+        for entry, spec, cut, (reached, steps) in zip(plan.factorized, full, smaller, seen, strict=True):
             prefix = f"{entry.matrix.name}:"
             own = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
-            result.append(_units(model, entry, spec, cut, own, Importance(settings["ema_decay"]), path))
+            importance = Importance(settings["ema_decay"], own.get("importance"), reached, steps)
+            result.append(_units(model, entry, spec, cut, own, importance, path))
         for units, cut in zip(result, smaller, strict=True):  # only when all are right
             if isinstance(units, FactorUnits):
                 weight = dense_weight(model.get_submodule(units.matrix.name))
@@ -135,10 +139,9 @@ def _units(
     """Those of one matrix; the model is left as it is."""
     weight = dense_weight(model.get_submodule(entry.matrix.name))
     basis, dual = own.get("basis"), own.get("dual")
-    if "importance" in own:
-        importance.average = own["importance"].to(weight.device)
-    short = min(entry.matrix.shape)
-    right = importance.average is None or importance.average.shape == (smaller.units,)
+    short, average = min(entry.matrix.shape), importance.average
+    right = 0 <= importance.reached <= importance.steps and (average is None) == (importance.reached == 0)
+    right = right and (average is None or average.shape == (smaller.units,))
     if basis is not None and dual is not None:
         right = right and smaller.units == short and basis.shape == dual.shape == (short, short)
     else:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
+import warnings
 from collections.abc import Iterable
 
 from torch import Tensor, nn
 
-from factorformer.errors import DataError, FactorformerError, ModelError
+from factorformer.errors import DataError, FactorformerError, FactorformerWarning, ModelError
 from factorformer.fitting import Metric
 from factorformer.fitting.batches import Batch
 from factorformer.fitting.matrices import fit_matrix, measure
-from factorformer.fitting.statistics import LayerStatistics
+from factorformer.fitting.statistics import LayerStatistics, unreached_parts
 from factorformer.layers.nn import FactorizedMatrix
 from factorformer.layers.surgery import dense_weight, factorize
 from factorformer.planning import Entry, Plan
@@ -71,6 +73,15 @@ def all_units(
         if calibration is None:
             raise DataError(f"method '{method}' needs calibration data ({recipe.needs}): pass calibration batches")
         statistics = measure(model, names, recipe.metric, calibration, progress)
+        missing = unreached_parts([name for name in names if name not in statistics], statistics)
+        for reason, alike in itertools.groupby(missing, key=missing.__getitem__):
+            first, *others = alike
+            warnings.warn(
+                f"layer '{first}'{f' and {len(others)} more' if others else ''}: {reason}. Its components are those of "
+                "the weight alone",
+                FactorformerWarning,
+                stacklevel=3,
+            )
     result: list[Units] = []
     fitted: list[tuple[Entry, Structure, dict[str, Tensor]]] = []
     for done, entry in enumerate(plan.factorized):
@@ -95,7 +106,7 @@ def all_units(
 def _largest(entry: Entry) -> Structure:
     """The largest of the sizes that planners try that leaves room below the dense matrix."""
     assert entry.spec is not None
-    matrix, dtype = entry.matrix, entry.matrix.values
-    most = max(matrix.cost(None).bytes / ROOM, entry.compressed.bytes)
-    fitting = [s for s in entry.spec.candidates(matrix.shape, dtype) if s.bytes(matrix.shape, dtype) <= most]
-    return fitting[-1] if fitting else entry.spec
+    matrix = entry.matrix
+    most = max(matrix.bytes(None) / ROOM, entry.compressed.bytes)
+    fitting = [spec for spec in entry.spec.candidates(matrix.shape, matrix.values) if matrix.bytes(spec) <= most]
+    return max(fitting, key=matrix.bytes, default=entry.spec)

@@ -27,24 +27,41 @@ class Importance:
     gradients, `p . g = s_i dL/ds_i`, whichever factor it is: the first-order estimate of the change of the loss when
     the unit is removed. Averaged is `|p . g|`.
 
+    A step without gradients, or with none but zeros, is one in which nothing depended on the matrix, such as an expert
+    that got no token. It leaves the average alone, for a moving average would forget a rare expert between two of its
+    tokens, and counts in `values` instead.
+
     Args:
         decay: what each step leaves of the average before it.
+        average: of the steps that reached the matrix, `(units,)`; None before the first.
+        reached: number of these steps.
+        steps: number of all steps.
     """
 
-    def __init__(self, decay: float) -> None:
-        self.decay = decay
-        self.average: Float[Tensor, " units"] | None = None
+    def __init__(
+        self, decay: float, average: Float[Tensor, " units"] | None = None, reached: int = 0, steps: int = 0
+    ) -> None:
+        self.decay, self.average, self.reached, self.steps = decay, average, reached, steps
 
     @property
-    def known(self) -> bool:
-        """Whether any gradient has come: not so where the loss never reaches the matrix."""
-        return self.average is not None and bool(self.average.any())
+    def values(self) -> Float[Tensor, " units"] | None:
+        """The mean over all steps, those without gradients included; None where the loss never reached the matrix."""
+        return None if self.average is None else self.average * (self.reached / self.steps)
 
-    def update(self, changes: Float[Tensor, " units"]) -> None:
-        """Take in the first-order changes of the loss of one step; steps that are not finite do not count."""
-        now = changes.abs().float()
-        if not torch.isfinite(now.sum()):
+    def update(self, changes: Float[Tensor, " units"] | None) -> None:
+        """Take in one step.
+
+        Args:
+            changes: of the loss, to first order; None without gradients. If they are not finite, the step does not
+                count.
+        """
+        now = None if changes is None else changes.abs().float()
+        if now is not None and not torch.isfinite(now.sum()):
             return
+        self.steps += 1
+        if now is None or not now.any():
+            return
+        self.reached += 1
         if self.average is None:
             self.average = now
         else:  # the model may have moved since
@@ -68,7 +85,6 @@ class Units(ABC):
 
     def __init__(self, model: nn.Module, matrix: Matrix, full: Structure, importance: Importance) -> None:
         self.model, self.matrix, self.full, self.importance = model, matrix, full, importance
-        self.dtype = matrix.values
 
     @property
     @abstractmethod
@@ -99,7 +115,7 @@ class Units(ABC):
 
     def unit_bytes(self) -> float:
         """Bytes of one unit, on average."""
-        return self.full.bytes(self.matrix.shape, self.dtype) / self.full.units
+        return self.matrix.bytes(self.full) / self.full.units
 
 
 class FactorUnits(Units):
@@ -117,7 +133,7 @@ class FactorUnits(Units):
         return self.module.spec.units
 
     def bytes(self, count: int) -> int:
-        return self.full.with_units(count).bytes(self.matrix.shape, self.dtype)
+        return self.matrix.bytes(self.full.with_units(count))
 
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
@@ -233,8 +249,7 @@ class DenseUnits(Units):
         return self.weight.grad is not None
 
     def bytes(self, count: int) -> int:
-        spec = None if count > largest_rank(self.matrix.shape) else LowRank(count)
-        return self.matrix.cost(spec).bytes
+        return self.matrix.bytes(None if count > largest_rank(self.matrix.shape) else LowRank(count))
 
     def _turn(self, tensor: Tensor) -> Float[Tensor, "short long"]:
         return tensor.T if self.turned else tensor

@@ -190,7 +190,7 @@ def _bare_curve(
 
 
 def _candidates(structure: type[Structure], matrix: Matrix) -> list[Structure]:
-    return list(structure.candidates(matrix.shape, matrix.values))
+    return sorted(structure.candidates(matrix.shape, matrix.values), key=matrix.bytes)
 
 
 def _samples(members: Sequence[Matrix]) -> list[Matrix]:
@@ -201,7 +201,7 @@ def _samples(members: Sequence[Matrix]) -> list[Matrix]:
 
 def _part(matrix: Matrix, spec: Structure) -> float:
     """Bytes of a spec as a part of the dense ones."""
-    return spec.bytes(matrix.shape, matrix.values) / matrix.cost(None).bytes
+    return matrix.bytes(spec) / matrix.bytes(None)
 
 
 def _anchors(

@@ -193,7 +193,7 @@ def _prices(
 ) -> tuple[Callable[[Matrix, Structure | None], float], Timer | None]:
     """What a matrix costs under a spec, in a unit; milliseconds are measured on the device of the model."""
     if unit == "bytes":
-        return lambda matrix, spec: matrix.cost(spec).bytes, None
+        return Matrix.bytes, None
     if unit == "flops":
         return lambda matrix, spec: matrix.cost(spec).flops, None
     device = next(model.parameters()).device

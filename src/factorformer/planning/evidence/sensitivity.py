@@ -26,6 +26,9 @@ STATES = "states"
 LARGEST = 1e30
 """Output values beyond this, such as logits of minus infinity, stand for "never", and are not compared."""
 
+NOISE = 1e-12
+"""Squared relative deviations of the output up to this are those of rounding in float32: the effect of nothing."""
+
 
 def measure_sensitivities(
     model: nn.Module,
@@ -76,7 +79,7 @@ def measure_sensitivities(
                 for key, output in _outputs(model, batch, LOGITS // len(few), instead).items():
                     moved = float((output - outputs[key]).double().square().sum())
                     deviation += _part(key, spreads) * moved / spreads[key]
-            found[name] = deviation / squared if squared > 0 else 0.0
+            found[name] = deviation / squared if deviation > NOISE and squared > 0 else 0.0
             if progress is not None:
                 progress(done)
     return found
