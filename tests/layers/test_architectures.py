@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,13 @@ def reasons(model: nn.Module, **options: Any) -> dict[str, str]:
 def again(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
     model.save_pretrained(folder)
     return type(model).from_pretrained(folder).eval()
+
+
+def test_trials_leave_logging_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logging.root.manager, "disable", logging.root.manager.disable)
+    logging.disable(logging.CRITICAL)
+    reasons(MODELS["bert"].build())
+    assert logging.root.manager.disable == logging.CRITICAL
 
 
 def test_a_weight_that_mamba_multiplies_by_itself_stays_dense(tmp_path: Path) -> None:

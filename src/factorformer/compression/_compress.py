@@ -67,16 +67,32 @@ def compress(
     statistics: dict[str, LayerStatistics] = {}
     notes: tuple[str, ...] = ()
     trial: dict[str, Any] | None = None
-    names = [entry.matrix.name for entry in plan.factorized]
     if recipe.metric != "plain":
         if calibration is None:
             raise DataError(
                 f"method '{method}' needs calibration data ({recipe.needs}): pass calibration batches, or use 'svd'"
             )
         trial, calibration = _first(as_batches(model, calibration))
+        names = [entry.matrix.name for entry in plan.factorized]
         statistics = measure(model, names, recipe.metric, calibration, progress)
         plan, notes = _without_unreached(plan, statistics)
     calibrated = time.perf_counter()
+    fitted, errors = _fit(model, plan, statistics, progress)
+    with unchanged_on_error(model):
+        replace_matrices(model, plan, fitted)
+        if not hold_floats:
+            quantize(model)
+        if trial is not None:
+            _check_runs(model, trial)
+    seconds = {"calibrate": calibrated - started, "fit": time.perf_counter() - calibrated}
+    kept = statistics if keep_statistics else {}
+    return Report(method, plan.scope, plan.original, plan.compressed, errors, seconds, plan, notes, kept)
+
+
+def _fit(
+    model: nn.Module, plan: Plan, statistics: Mapping[str, LayerStatistics], progress: Progress
+) -> tuple[dict[str, Factors], dict[str, float]]:
+    """Factors and error of every matrix that a plan factorizes; those that share some are fitted together."""
     fitted: dict[str, Factors] = {}
     errors: dict[str, float] = {}
     sharing = plan.sharing
@@ -90,17 +106,8 @@ def compress(
             fitted[name], errors[name] = fit_matrix(model, name, entry.spec, statistics)
         else:
             continue
-        progress("fit", len(fitted), len(names))
-    errors = {entry.matrix.name: errors[entry.matrix.name] for entry in plan.factorized}
-    with unchanged_on_error(model):
-        replace_matrices(model, plan, fitted)
-        if not hold_floats:
-            quantize(model)
-        if trial is not None:
-            _check_runs(model, trial)
-    seconds = {"calibrate": calibrated - started, "fit": time.perf_counter() - calibrated}
-    kept = statistics if keep_statistics else {}
-    return Report(method, plan.scope, plan.original, plan.compressed, errors, seconds, plan, notes, kept)
+        progress("fit", len(fitted), len(plan.factorized))
+    return fitted, {entry.matrix.name: errors[entry.matrix.name] for entry in plan.factorized}
 
 
 def _first(batches: Iterator[dict[str, Any]]) -> tuple[dict[str, Any] | None, Iterator[dict[str, Any]]]:

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import get_args
 
 from torch import nn
 
 from factorformer import planning, recipes
 from factorformer.errors import BudgetError, MethodError, one_of
-from factorformer.fitting import QUICK
+from factorformer.fitting import QUICK, MetricName
 from factorformer.fitting import statistics as calibrate
-from factorformer.fitting.batches import Calibration, as_batches
+from factorformer.fitting.batches import Batch, Calibration, as_batches
 from factorformer.fitting.matrices import fit_matrix, fit_stack, measure
 from factorformer.layers.matrix import Matrix, Member, Scope
 from factorformer.layers.surgery import dense_weight, find_matrices
@@ -99,24 +100,14 @@ def plan(
     stacks = planning.stacked(matrices, groups)
     entries = allocate(stacks, candidates, ratio, rest)
     if recipe.training != "from scratch" and _can_choose(model, entries):
-        names = [member.name for entry in entries if entry.spec for member in _members(entry.matrix, groups)]
-        statistics = {} if data is None else measure(model, names, recipe.metric, data, progress)
+        choices = _choose(model, entries, groups, recipe.metric, data, progress)
 
-        def error(matrix: Matrix, spec: Structure) -> float:
-            members = groups.get(matrix.name)
-            if members is None:
-                return fit_matrix(model, matrix.name, spec, statistics, QUICK)[1]
-            return fit_stack(model, members, spec, statistics, QUICK)[1]
+        def sizes(matrix: Matrix) -> Iterable[Structure]:
+            return choices[matrix.name].ladder if matrix.name in choices else candidates(matrix)
 
-        choices = planning.choose_families(entries, error, lambda done: progress("choose", done, None))
-        try:
-            entries = allocate(
-                stacks, lambda m: choices[m.name].ladder if m.name in choices else candidates(m), ratio, rest
-            )
-        except BudgetError:
-            # Few and small matrices: with a given number of atoms, no combination of nonzeros meets the budget.
-            choices = {}
-        entries = [_explained(entry, choices) for entry in entries]
+        # Few and small matrices: with a given number of atoms, perhaps no combination of nonzeros meets the budget.
+        with contextlib.suppress(BudgetError):
+            entries = [_explained(entry, choices) for entry in allocate(stacks, sizes, ratio, rest)]
     return Plan(method, scope, ratio, planning.expand(matrices, groups, entries), rest)
 
 
@@ -185,8 +176,27 @@ def _can_choose(model: nn.Module, entries: Sequence[Entry]) -> bool:
     )
 
 
-def _members(matrix: Matrix, groups: Mapping[str, Sequence[Member]]) -> list[Matrix]:
-    return [member.matrix for member in groups[matrix.name]] if matrix.name in groups else [matrix]
+def _choose(
+    model: nn.Module,
+    entries: Sequence[Entry],
+    groups: Mapping[str, Sequence[Member]],
+    metric: MetricName,
+    data: Sequence[Batch] | None,
+    progress: Progress,
+) -> dict[str, planning.Choice]:
+    """How each matrix, or stack of those that share factors, should divide its bytes: what a few cheap fits say."""
+    stacks = [entry.matrix for entry in entries if entry.spec is not None]
+    members = [member.matrix for stack in stacks for member in groups.get(stack.name, ())]
+    names = [matrix.name for matrix in (*members, *(stack for stack in stacks if stack.name not in groups))]
+    statistics = {} if data is None else measure(model, names, metric, data, progress)
+
+    def error(matrix: Matrix, spec: Structure) -> float:
+        members = groups.get(matrix.name)
+        if members is None:
+            return fit_matrix(model, matrix.name, spec, statistics, QUICK)[1]
+        return fit_stack(model, members, spec, statistics, QUICK)[1]
+
+    return planning.choose_families(entries, error, lambda done: progress("choose", done, None))
 
 
 def _explained(entry: Entry, choices: Mapping[str, planning.Choice]) -> Entry:

@@ -96,7 +96,8 @@ def find_matrices(
             rest += Cost(parameter.numel(), parameter.numel() * parameter.element_size(), 0)
             continue
         holding = holders[id(parameter)]
-        matrix = _describe(model, path, parameter, holding, block, calls.get(block or "", 1), include, exclude)
+        held = _Held(path, parameter, holding, [model.get_submodule(name) for name in holding], block)
+        matrix = _describe(model, held, calls.get(block or "", 1), include, exclude)
         if matrix.dense is None:
             reason = next((reasons[name] for name in holding if name in reasons), None)
             matrix = dataclasses.replace(matrix, int8=int8 and reason is None, dense=reason)
@@ -141,59 +142,80 @@ def _check_patterns(patterns: Sequence[str], names: Sequence[str]) -> None:
             raise ModelError(f"the pattern '{pattern}' matches no weight matrix; names look like {', '.join(near)}")
 
 
+@dataclasses.dataclass(frozen=True)
+class _Held:
+    """A parameter of two or more dimensions.
+
+    Args:
+        path: its name.
+        parameter: itself.
+        names, modules: what holds it; several where weights are tied.
+        block: the Transformer block that it is in, if any.
+    """
+
+    path: str
+    parameter: nn.Parameter
+    names: Sequence[str]
+    modules: Sequence[nn.Module]
+    block: str | None
+
+    @property
+    def embeddings(self) -> int:
+        """How many of the modules look up rows of it."""
+        return sum(isinstance(module, nn.Embedding) for module in self.modules)
+
+
 def _describe(
-    model: nn.Module,
-    path: str,
-    parameter: nn.Parameter,
-    names: list[str],
-    block: str | None,
-    calls: int,
-    include: Sequence[str] | None,
-    exclude: Sequence[str] | None,
+    model: nn.Module, held: _Held, calls: int, include: Sequence[str] | None, exclude: Sequence[str] | None
 ) -> Matrix:
-    dtype = str(parameter.dtype).removeprefix("torch.")
-    modules = [model.get_submodule(name) for name in names]
-    if all(dense_shape(module) is None for module in modules):
-        shape = (parameter.numel() // parameter.shape[-1], parameter.shape[-1])
-        kind, products = _other_kind(model, modules[0], path, parameter)
-        return Matrix(path, shape, dtype, products=calls * products, dense=f"{kind}, left dense")
-    embeddings = sum(isinstance(module, nn.Embedding) for module in modules)
-    others = [type(module).__name__ for module in modules if dense_shape(module) is None]
-    shape = next(shape for shape in map(dense_shape, modules) if shape is not None)
+    """A matrix, and why it stays dense if it does; `calls` of its block in one forward pass."""
+    dtype = str(held.parameter.dtype).removeprefix("torch.")
+    shape = next((shape for shape in map(dense_shape, held.modules) if shape is not None), None)
+    if shape is None:
+        width = held.parameter.shape[-1]
+        kind, products = _other_kind(model, held.modules[0], held.path, held.parameter)
+        whole = held.parameter.numel() // width, width
+        return Matrix(held.path, whole, dtype, products=calls * products, dense=f"{kind}, left dense")
+    first, *others = held.names
+    return Matrix(
+        first,
+        shape,
+        dtype,
+        products=(len(held.names) - held.embeddings) * calls,
+        lookups=min(held.embeddings, 1),  # a token is looked up once, in the encoder's or in the decoder's embeddings
+        aliases=tuple(others),
+        dense=_why_dense(model, held, shape) or _left_out(held.names, include, exclude),
+        role=_role(model, first, held.modules[0]),
+    )
+
+
+def _why_dense(model: nn.Module, held: _Held, shape: Shape) -> str | None:
+    """Why a linear layer or an embedding cannot be factorized, or not with gain; None if it can."""
+    others = [type(module).__name__ for module in held.modules if dense_shape(module) is None]
+    if others:
+        return f"tied to a {others[0]}, left dense"
+    if len({isinstance(module, Conv1D) for module in held.modules}) > 1:
+        return "tied between layouts, left dense"
+    if min(shape) < SMALLEST_SIDE:
+        return f"a side below {SMALLEST_SIDE}, too small to gain"
+    if held.embeddings and held.block is not None:
+        return "a table inside a block (T5's position biases), left dense"
+    own = held.modules[0] is embeddings_of(model, "input_embeddings")
+    if held.embeddings == len(held.modules) and not held.parameter.requires_grad and not own:
+        # Whisper's sinusoids: the architecture writes such a table itself whenever it initializes a model.
+        return "a fixed table, left dense"
+    return None
+
+
+def _left_out(names: Sequence[str], include: Sequence[str] | None, exclude: Sequence[str] | None) -> str | None:
+    """Whether patterns of names leave a matrix out, whichever of its names they match."""
 
     def named(patterns: Sequence[str]) -> bool:
         return any(fnmatch.fnmatch(name, pattern) for name in names for pattern in patterns)
 
-    dense = None
-    if others:
-        dense = f"tied to a {others[0]}, left dense"
-    elif len({isinstance(module, Conv1D) for module in modules}) > 1:
-        dense = "tied between layouts, left dense"
-    elif min(shape) < SMALLEST_SIDE:
-        dense = f"a side below {SMALLEST_SIDE}, too small to gain"
-    elif embeddings and block is not None:
-        dense = "a table inside a block (T5's position biases), left dense"
-    elif (
-        embeddings == len(names)
-        and not parameter.requires_grad
-        and modules[0] is not embeddings_of(model, "input_embeddings")
-    ):
-        # Whisper's sinusoids: the architecture writes such a table itself whenever it initializes a model.
-        dense = "a fixed table, left dense"
-    elif include is not None and not named(include):
-        dense = LeftOut.NOT_INCLUDED.value
-    elif exclude is not None and named(exclude):
-        dense = LeftOut.EXCLUDED.value
-    return Matrix(
-        names[0],
-        shape,
-        dtype,
-        products=(len(names) - embeddings) * calls,
-        lookups=min(embeddings, 1),  # a token is looked up once, in the encoder's or in the decoder's embeddings
-        aliases=tuple(names[1:]),
-        dense=dense,
-        role=_role(model, names[0], modules[0]),
-    )
+    if include is not None and not named(include):
+        return LeftOut.NOT_INCLUDED.value
+    return LeftOut.EXCLUDED.value if exclude is not None and named(exclude) else None
 
 
 def _role(model: nn.Module, name: str, module: nn.Module) -> Role:

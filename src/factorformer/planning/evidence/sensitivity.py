@@ -69,16 +69,20 @@ def measure_sensitivities(
     with evaluating(model), torch.no_grad():
         expected = [_outputs(model, batch, LOGITS // len(few)) for batch in few]
         spreads = {name: _spread(torch.cat([outputs[name] for outputs in expected])) for name in expected[0]}
+
+        def moved(instead: Mapping[str, Tensor]) -> float:
+            total = 0.0
+            for batch, outputs in zip(few, expected, strict=True):
+                for key, output in _outputs(model, batch, LOGITS // len(few), instead).items():
+                    squared = float((output - outputs[key]).double().square().sum())
+                    total += _part(key, spreads) * squared / spreads[key]
+            return total
+
         for done, name in enumerate(names, 1):
             weight, squared = replacement(name)
             layer = model.get_submodule(name)
             weight = weight.T if is_transposed(layer) else weight
-            instead = {f"{name}.weight": weight.to(layer.get_parameter("weight").dtype)}
-            deviation = 0.0
-            for batch, outputs in zip(few, expected, strict=True):
-                for key, output in _outputs(model, batch, LOGITS // len(few), instead).items():
-                    moved = float((output - outputs[key]).double().square().sum())
-                    deviation += _part(key, spreads) * moved / spreads[key]
+            deviation = moved({f"{name}.weight": weight.to(layer.get_parameter("weight").dtype)})
             found[name] = deviation / squared if deviation > NOISE and squared > 0 else 0.0
             if progress is not None:
                 progress(done)
