@@ -19,8 +19,9 @@ import factorformer
 from factorformer import registration
 from factorformer.errors import BudgetError, CheckpointError, ModelError
 from factorformer.layers.bypass import bypassed
+from factorformer.layers.dense import dense_shape
 from factorformer.layers.nn import FactorizedEmbedding, FactorizedMatrix
-from factorformer.layers.surgery import dense_shape, find_matrices, replace_module, unchanged_on_error
+from factorformer.layers.surgery import find_matrices, replace_module, unchanged_on_error
 
 WIDE = {"hidden_size": 64, "num_hidden_layers": 2, "vocab_size": 51}
 CLIP = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}

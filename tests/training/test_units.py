@@ -11,9 +11,9 @@ from transformers.pytorch_utils import Conv1D
 
 from factorformer.fitting import Metric, fit
 from factorformer.fitting.statistics import InputMoment, LayerStatistics
+from factorformer.layers.dense import dense_weight
 from factorformer.layers.matrix import Matrix
 from factorformer.layers.nn import FactorizedLinear
-from factorformer.layers.surgery import dense_weight
 from factorformer.structures import DenseSparse, KroneckerSum, LowRank, Structure
 from factorformer.training.optimizer_state import SQUARED
 from factorformer.training.units import DenseUnits, FactorUnits, Importance

@@ -12,8 +12,9 @@ from factorformer.compression._replacement import check_fits, replace_matrices
 from factorformer.compression._report import Report
 from factorformer.errors import ModelError
 from factorformer.fitting.matrices import Factors
+from factorformer.layers.dense import dense_weight
 from factorformer.layers.nn import new_factors
-from factorformer.layers.surgery import dense_weight, unchanged_on_error
+from factorformer.layers.surgery import unchanged_on_error
 from factorformer.planning import Plan
 
 

@@ -16,8 +16,9 @@ from factorformer.fitting import QUICK, MetricName
 from factorformer.fitting import statistics as calibrate
 from factorformer.fitting.batches import Batch, Calibration, as_batches
 from factorformer.fitting.matrices import fit_matrix, fit_stack, measure
+from factorformer.layers.dense import dense_weight
 from factorformer.layers.matrix import Matrix, Member, Scope
-from factorformer.layers.surgery import dense_weight, find_matrices
+from factorformer.layers.surgery import find_matrices
 from factorformer.planning import Entry, Plan, Share, Unit
 from factorformer.planning.evidence.prediction import plan_by_loss
 from factorformer.progress import Progress, silent

@@ -13,8 +13,8 @@ from factorformer.fitting import Metric, MetricName, fit
 from factorformer.fitting import statistics as calibrate
 from factorformer.fitting.batches import Batch
 from factorformer.fitting.statistics import LayerStatistics
+from factorformer.layers.dense import dense_weight
 from factorformer.layers.matrix import Matrix, Member
-from factorformer.layers.surgery import dense_weight
 from factorformer.progress import Progress
 from factorformer.structures import Structure
 

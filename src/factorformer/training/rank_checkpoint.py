@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from factorformer.errors import CheckpointError, ModelError
 from factorformer.files import whole_file
+from factorformer.layers.dense import dense_weight
 from factorformer.layers.nn import new_factors
-from factorformer.layers.surgery import dense_weight, factorize
+from factorformer.layers.surgery import factorize
 from factorformer.planning import Entry, Plan
 from factorformer.structures import Structure, from_dict
 from factorformer.training.rank_history import RankHistory

@@ -13,8 +13,9 @@ from factorformer.fitting import Metric
 from factorformer.fitting.batches import Batch
 from factorformer.fitting.matrices import fit_matrix, measure
 from factorformer.fitting.statistics import LayerStatistics, unreached_parts
+from factorformer.layers.dense import dense_weight
 from factorformer.layers.nn import FactorizedMatrix
-from factorformer.layers.surgery import dense_weight, factorize
+from factorformer.layers.surgery import factorize
 from factorformer.planning import Entry, Plan
 from factorformer.progress import Progress
 from factorformer.recipes import default_method, get

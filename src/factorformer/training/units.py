@@ -13,9 +13,10 @@ from torch.optim import Optimizer
 from factorformer.errors import ModelError
 from factorformer.fitting import Metric
 from factorformer.fitting.linalg import WITHOUT_FLOAT64, leading_eigenvectors
+from factorformer.layers.dense import is_transposed
 from factorformer.layers.matrix import Matrix
 from factorformer.layers.nn import FactorizedMatrix
-from factorformer.layers.surgery import factorize, is_transposed
+from factorformer.layers.surgery import factorize
 from factorformer.structures import LowRank, Structure, largest_rank
 from factorformer.training.optimizer_state import LINEAR, SQUARED, State, converted, substitute
 

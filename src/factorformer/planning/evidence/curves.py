@@ -15,8 +15,8 @@ from factorformer.fitting import QUICK, Metric
 from factorformer.fitting.linalg import truncation_errors
 from factorformer.fitting.matrices import fit_matrix
 from factorformer.fitting.statistics import LayerStatistics
+from factorformer.layers.dense import dense_weight
 from factorformer.layers.matrix import Matrix
-from factorformer.layers.surgery import dense_weight
 from factorformer.planning import Entry, choose_families
 from factorformer.structures import Structure
 

@@ -13,8 +13,8 @@ from factorformer.fitting import MetricName
 from factorformer.fitting.batches import Batch
 from factorformer.fitting.matrices import fit_matrix, measure
 from factorformer.fitting.statistics import LayerStatistics
+from factorformer.layers.dense import dense_weight
 from factorformer.layers.matrix import Matrix
-from factorformer.layers.surgery import dense_weight
 from factorformer.planning import Entry, Option, Plan, Unit
 from factorformer.planning.evidence.curves import Curve, measure_curves
 from factorformer.planning.evidence.sensitivity import measure_sensitivities

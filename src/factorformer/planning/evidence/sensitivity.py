@@ -11,8 +11,8 @@ from transformers import PreTrainedModel
 
 from factorformer.errors import DataError
 from factorformer.fitting.batches import Batch
+from factorformer.layers.dense import is_transposed
 from factorformer.layers.modes import evaluating
-from factorformer.layers.surgery import is_transposed
 
 ROWS = 48
 """Rows of calibration data that every matrix is measured on. On MiniLM 32 put matrices in nearly the order of 128: rank
