@@ -26,9 +26,6 @@ STATES = "states"
 LARGEST = 1e30
 """Output values beyond this, such as logits of minus infinity, stand for "never", and are not compared."""
 
-NOISE = 1e-12
-"""Squared relative deviations of the output up to this are those of rounding in float32: the effect of nothing."""
-
 
 def measure_sensitivities(
     model: nn.Module,
@@ -83,7 +80,7 @@ def measure_sensitivities(
             layer = model.get_submodule(name)
             weight = weight.T if is_transposed(layer) else weight
             deviation = moved({f"{name}.weight": weight.to(layer.get_parameter("weight").dtype)})
-            found[name] = deviation / squared if deviation > NOISE and squared > 0 else 0.0
+            found[name] = deviation / squared if squared > 0 else 0.0
             if progress is not None:
                 progress(done)
     return found
