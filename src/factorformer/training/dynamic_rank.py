@@ -264,8 +264,8 @@ class DynamicRank:
         names = [units.matrix.name for units in self.units if units.importance.values is None]
         if names:
             warnings.warn(
-                f"no gradient reached {len(names)} of {len(self.units)} matrices, such as '{names[0]}': they take the "
-                "size that they have in the plan, not knowing what they do; exclude them to keep them whole",
+                f"no finite gradient reached {len(names)} of {len(self.units)} matrices, such as '{names[0]}': they "
+                "take the size that they have in the plan, not knowing what they do; exclude them to keep them whole",
                 FactorformerWarning,
                 stacklevel=4,
             )

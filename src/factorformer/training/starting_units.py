@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 
 from torch import Tensor, nn
 
@@ -74,15 +74,7 @@ def all_units(
         if calibration is None:
             raise DataError(f"method '{method}' needs calibration data ({recipe.needs}): pass calibration batches")
         statistics = measure(model, names, recipe.metric, calibration, progress)
-        missing = unreached_parts([name for name in names if name not in statistics], statistics)
-        for reason, alike in itertools.groupby(missing, key=missing.__getitem__):
-            first, *others = alike
-            warnings.warn(
-                f"layer '{first}'{f' and {len(others)} more' if others else ''}: {reason}. Its components are those of "
-                "the weight alone",
-                FactorformerWarning,
-                stacklevel=3,
-            )
+        _warn_of_unreached(names, statistics)
     result: list[Units] = []
     fitted: list[tuple[Entry, Structure, dict[str, Tensor]]] = []
     for done, entry in enumerate(plan.factorized):
@@ -102,6 +94,18 @@ def all_units(
     for entry, full, factors in fitted:  # only when all are fitted: an error leaves the model as it was
         factorize(model, entry.matrix, full, factors)
     return result
+
+
+def _warn_of_unreached(names: Sequence[str], statistics: Mapping[str, LayerStatistics]) -> None:
+    """Name the layers of which calibration says nothing, a part of the model at a time."""
+    missing = unreached_parts([name for name in names if name not in statistics], statistics)
+    for reason, alike in itertools.groupby(missing, key=missing.__getitem__):
+        first, *others = alike
+        warnings.warn(
+            f"layer '{first}'{f' and {len(others)} more' if others else ''}: {reason}. It starts from the weight alone",
+            FactorformerWarning,
+            stacklevel=4,
+        )
 
 
 def _largest(entry: Entry) -> Structure:
