@@ -45,6 +45,8 @@ def orthonormal_dictionary(
         rounds: of both steps.
     """
     vectors, _ = leading_eigenvectors(target.T @ target, atoms)
+    # Of the two signs of an eigenvector a library returns either, and rotations of both are two starts.
+    vectors = vectors * vectors.gather(0, vectors.abs().argmax(0, keepdim=True)).sign()
     random = torch.randn(atoms, atoms, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     dictionary = torch.linalg.qr(random)[0].to(target) @ vectors.T
     for _ in range(rounds):

@@ -20,16 +20,9 @@ Route = Literal["gram32", "gram64", "svd"]
 
 
 def leading_eigenvectors(gram: Float[Tensor, "n n"], rank: int) -> tuple[Float[Tensor, "n rank"], Float[Tensor, " n"]]:
-    """The `rank` leading eigenvectors of a symmetric matrix, and all its eigenvalues, both in descending order.
-
-    The largest entry of each vector is positive: which of the two signs a library returns depends on the machine.
-    """
+    """The `rank` leading eigenvectors of a symmetric matrix, and all its eigenvalues, both in descending order."""
     values, vectors = torch.linalg.eigh(gram)
-    return _with_sign(vectors[:, -rank:].flip(1)), values.flip(0).clamp_min(0)
-
-
-def _with_sign(vectors: Float[Tensor, "n rank"]) -> Float[Tensor, "n rank"]:
-    return vectors * vectors.gather(0, vectors.abs().argmax(0, keepdim=True)).sign()
+    return vectors[:, -rank:].flip(1), values.flip(0).clamp_min(0)
 
 
 def leading_singular_vectors(
@@ -65,7 +58,7 @@ def leading_singular_vectors(
         if tail >= 1e3 * torch.finfo(dtype).eps * len(values) ** 0.5 * values[0]:
             return side, vectors, tail.double() * scale.double() ** 2, route
     left, values, _ = torch.linalg.svd(work.double(), full_matrices=False)
-    return side, _with_sign(left[:, :rank]), values[rank:].square().sum() * scale.double() ** 2, "svd"
+    return side, left[:, :rank], values[rank:].square().sum() * scale.double() ** 2, "svd"
 
 
 def truncation_errors(matrix: Float[Tensor, "m n"]) -> Float[Tensor, " ranks"]:
