@@ -31,7 +31,7 @@ from factorformer.fitting import statistics as calibration
 from factorformer.fitting.dictionary import fit_dense_sparse
 from factorformer.fitting.statistics import LayerStatistics
 from factorformer.hf import minilm
-from factorformer.layers.surgery import dense_weight
+from factorformer.layers.dense import dense_weight
 from factorformer.structures import DenseSparse, LowRank
 from factorformer.tasks import data
 

@@ -21,7 +21,7 @@ import factorformer
 from factorformer.fitting import Metric, fit
 from factorformer.fitting.statistics import InputMoment, LayerStatistics
 from factorformer.hf import minilm
-from factorformer.layers.surgery import dense_weight
+from factorformer.layers.dense import dense_weight
 
 
 def weights() -> list[tuple[torch.Tensor, factorformer.LowRank]]:

@@ -32,7 +32,8 @@ from factorformer.fitting import Metric
 from factorformer.fitting import statistics as calibration
 from factorformer.fitting.matrices import fit_matrix
 from factorformer.hf import minilm
-from factorformer.layers.surgery import dense_weight, factorize, find_matrices
+from factorformer.layers.dense import dense_weight
+from factorformer.layers.surgery import factorize, find_matrices
 from factorformer.planning import Entry, Plan
 from factorformer.planning.evidence.curves import measure_curves
 from factorformer.planning.evidence.prediction import Prediction, relative_sensitivities

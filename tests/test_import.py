@@ -93,6 +93,20 @@ def test_loading_needs_neither_training_nor_what_only_extras_bring(compressed: P
     assert "error: this needs the package 'typer': pip install 'factorformer[cli]'\n2\n" in done.stderr
 
 
+FIRST = """
+import sys, factorformer, factorformer.hf.{}
+from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+assert "factorformer" in AUTO_QUANTIZER_MAPPING
+"""
+
+
+@pytest.mark.parametrize("module", ["attachment", "dense"])
+def test_any_module_of_the_plug_in_may_be_imported_first(module: str) -> None:
+    command = [sys.executable, "-W", "error::factorformer.errors.FactorformerWarning", "-c", FIRST.format(module)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 BROKEN = """
 import sys, warnings
 sys.modules["factorformer.structures"] = None

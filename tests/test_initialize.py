@@ -17,8 +17,8 @@ from transformers import PreTrainedModel
 import factorformer
 from factorformer import Plan
 from factorformer.errors import ModelError
+from factorformer.layers.dense import dense_weight
 from factorformer.layers.nn import FactorizedMatrix
-from factorformer.layers.surgery import dense_weight
 from factorformer.planning import Entry
 from factorformer.structures import KroneckerSum, LowRank
 

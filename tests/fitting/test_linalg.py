@@ -20,7 +20,7 @@ from factorformer.fitting.linalg import (
     square_root,
     truncation_errors,
 )
-from factorformer.structures import LowRank, arrange_back, rearrange
+from factorformer.structures import DenseSparse, LowRank, Structure, arrange_back, rearrange
 
 SHAPES = {"wide": (40, 64), "tall": (64, 40), "square": (48, 48)}
 RANK = 8
@@ -128,6 +128,22 @@ def test_leading_eigenvectors_are_ordered() -> None:
     vectors, values = leading_eigenvectors(gram, 4)
     assert torch.equal(values, values.sort(descending=True).values)
     torch.testing.assert_close(gram @ vectors, vectors * values[:4])
+
+
+@pytest.mark.parametrize("spec", [DenseSparse(12, 4), DenseSparse(12, 4, side="columns")], ids=str)
+def test_fits_do_not_depend_on_signs_of_eigenvectors(spec: Structure, monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = torch.randn(48, 40, generator=torch.Generator().manual_seed(0))
+    expected, _ = fit(weight, spec)
+    eigh = torch.linalg.eigh
+
+    def other(matrix: Tensor) -> tuple[Tensor, Tensor]:
+        values, vectors = eigh(matrix)
+        return values, vectors * torch.randn(len(values)).sign()
+
+    monkeypatch.setattr(torch.linalg, "eigh", other)
+    found, _ = fit(weight, spec)
+    for name, factor in expected.items():
+        assert torch.equal(found[name], factor)
 
 
 @given(width=st.integers(1, 12), seed=st.integers(0, 5))

@@ -361,11 +361,13 @@ def test_no_labels() -> None:
 class Two(nn.Module):
     """A used and an unused layer."""
 
-    def __init__(self) -> None:
+    def __init__(self, called: bool = False) -> None:
         super().__init__()
-        self.used, self.unused = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.used, self.unused, self.called = nn.Linear(4, 4), nn.Linear(4, 4), called
 
     def forward(self, x: Tensor) -> tf.utils.ModelOutput:
+        if self.called:
+            self.unused(x)
         return tf.modeling_outputs.SequenceClassifierOutput(loss=self.used(x).square().mean())
 
 
@@ -376,6 +378,16 @@ def test_a_layer_that_is_never_reached(kind: str) -> None:
     with pytest.raises(DataError, match="'unused'"):
         collect(Two(), ["unused"], [batch], **{kind: True})
     assert "exclude 'unused'" in unreached(Two(), ["used", "unused"], iter([batch]))["unused"]
+
+
+def test_fisher_rows_are_of_layers_that_the_loss_depends_on() -> None:
+    model, layers, batch = Two(called=True), ["used", "unused"], {"x": torch.ones(2, 4)}
+    assert set(collect(model, layers, [batch], moments=True)) == {"used", "unused"}
+    assert set(collect(model, layers, [batch], fisher=True)) == {"used"}
+    assert not unreached(model, layers, [batch])
+    assert "exclude 'unused'" in unreached(model, layers, [batch], fisher=True)["unused"]
+    with pytest.raises(DataError, match="'unused'"):
+        collect(model, ["unused"], [batch], fisher=True)
 
 
 @pytest.mark.parametrize("kind", ["moments", "fisher"])

@@ -18,8 +18,8 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 import factorformer
+from factorformer.layers.dense import dense_weight
 from factorformer.layers.nn import FactorizedMatrix
-from factorformer.layers.surgery import dense_weight
 
 
 def check(folder: Path, tiny: Tiny) -> Findings:

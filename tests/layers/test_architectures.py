@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,9 @@ import factorformer
 from factorformer import registration
 from factorformer.errors import BudgetError, CheckpointError, ModelError
 from factorformer.layers.bypass import bypassed
+from factorformer.layers.dense import dense_shape
 from factorformer.layers.nn import FactorizedEmbedding, FactorizedMatrix
-from factorformer.layers.surgery import dense_shape, find_matrices, replace_module, unchanged_on_error
+from factorformer.layers.surgery import find_matrices, replace_module, unchanged_on_error
 
 WIDE = {"hidden_size": 64, "num_hidden_layers": 2, "vocab_size": 51}
 CLIP = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
@@ -55,6 +57,13 @@ def reasons(model: nn.Module, **options: Any) -> dict[str, str]:
 def again(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
     model.save_pretrained(folder)
     return type(model).from_pretrained(folder).eval()
+
+
+def test_trials_leave_logging_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logging.root.manager, "disable", logging.root.manager.disable)
+    logging.disable(logging.CRITICAL)
+    reasons(MODELS["bert"].build())
+    assert logging.root.manager.disable == logging.CRITICAL
 
 
 def test_a_weight_that_mamba_multiplies_by_itself_stays_dense(tmp_path: Path) -> None:

@@ -49,9 +49,10 @@ def test_a_sum_of_kronecker_products() -> None:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_int8_costs_a_byte_for_each_value_and_a_scale_for_each_row(dtype: str) -> None:
     matrix, spec = Matrix("m", (64, 32), dtype, int8=True), DenseSparse(16, 4)
+    scale = getattr(torch, dtype).itemsize
     assert matrix.values == torch.int8
-    assert matrix.cost(LowRank(4)) == Cost(4 * 96, 4 * 96 + 4 * (64 + 4), 2 * 4 * 96)
-    assert matrix.cost(spec).bytes == (64 * 4 + 16 * 32) + 4 * (64 + 16) + 64 * support.row_bytes(16, 4)
-    assert matrix.cost(spec, without=["dictionary"]).bytes == matrix.cost(spec).bytes - 16 * 32 - 4 * 16
+    assert matrix.cost(LowRank(4)) == Cost(4 * 96, 4 * 96 + scale * (64 + 4), 2 * 4 * 96)
+    assert matrix.cost(spec).bytes == (64 * 4 + 16 * 32) + scale * (64 + 16) + 64 * support.row_bytes(16, 4)
+    assert matrix.cost(spec, without=["dictionary"]).bytes == matrix.cost(spec).bytes - 16 * 32 - scale * 16
     # A matrix that stays dense keeps its type.
     assert matrix.cost(None) == Matrix("m", (64, 32), dtype).cost(None)

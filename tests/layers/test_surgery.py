@@ -13,10 +13,10 @@ from transformers.pytorch_utils import Conv1D
 
 import factorformer
 from factorformer.errors import DataError, ModelError
+from factorformer.layers.dense import dense_weight
 from factorformer.layers.matrix import Cost, Matrix
 from factorformer.layers.nn import FactorizedEmbedding, FactorizedLinear, FactorizedMatrix
 from factorformer.layers.surgery import (
-    dense_weight,
     factorize,
     factorized_like,
     find_blocks,

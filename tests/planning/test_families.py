@@ -45,6 +45,16 @@ def test_the_family_of_least_error_is_found(best: int) -> None:
         assert f"atoms={nearest[0].atoms}" in choice.reason
 
 
+def test_what_rounding_adds_to_equal_errors_does_not_choose() -> None:
+    entries = [Entry(Matrix("0", SHAPE), DenseSparse(24, 5), "")]
+    ladders = set()
+    for seed in range(5):
+        random = torch.Generator().manual_seed(seed)
+        choices = choose_families(entries, lambda *_: 0.5 + 1e-6 * float(torch.rand((), generator=random)))  # noqa: B023
+        ladders.add(choices["0"].ladder)
+    assert len(ladders) == 1
+
+
 def test_groups_are_of_one_shape_role_type_and_size() -> None:
     asked = set()
     entries = [

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import pytest
+import safetensors.torch
 import torch
 from tests.tiny import MODELS
 
@@ -19,6 +20,7 @@ from factorformer.errors import BudgetError, MethodError, ModelError
 from factorformer.layers.matrix import Cost, Matrix, Scope
 from factorformer.planning import Cause, Entry, left_dense
 from factorformer.recipes import RECIPES
+from factorformer.report import inventory
 from factorformer.structures import KroneckerSum, LowRank
 
 
@@ -427,6 +429,24 @@ def test_a_budget_is_met_in_int8(method: str, scope: Scope) -> None:
         assert entry.spec is not None
         assert entry.compressed.bytes == entry.spec.bytes(entry.matrix.shape, torch.int8)
         assert entry.original.bytes == 4 * entry.matrix.shape[0] * entry.matrix.shape[1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_bytes_in_int8_are_those_of_the_file(dtype: torch.dtype, tmp_path: Path) -> None:
+    """Scales have the type of the model."""
+    kinds: set[str] = set()
+    for method, ratio in (("svd", 8), ("kronecker", 8), ("dense_sparse_plain", 8), ("svd", 3)):
+        model = MODELS["bert"].build().to(dtype)
+        ratio *= dtype.itemsize / 4
+        plan = factorformer.plan(model, method, ratio, "all", int8=True)
+        assert plan.ratio > 0.98 * ratio
+        kinds |= {entry.spec.kind for entry in plan.factorized if entry.spec is not None}
+        report = factorformer.compress(model, plan)
+        model.save_pretrained(tmp_path)
+        stored = safetensors.torch.load_file(tmp_path / "model.safetensors")
+        assert plan.compressed.bytes == sum(t.numel() * t.element_size() for t in stored.values())
+        assert inventory(model, "all").compressed.bytes == report.compressed.bytes == plan.compressed.bytes
+    assert kinds == {"low_rank", "kronecker_sum", "dense_sparse", "dense"}
 
 
 def test_plans_with_int8_survive_json() -> None:

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 import factorformer
 from factorformer import Plan
 from factorformer.errors import MethodError
+from factorformer.layers.dense import dense_weight
 from factorformer.layers.matrix import Cost, Matrix
-from factorformer.layers.surgery import dense_weight, find_matrices
+from factorformer.layers.surgery import find_matrices
 from factorformer.planning import Entry, Share, expand, find_groups, stacked
 from factorformer.structures import DenseSparse
 

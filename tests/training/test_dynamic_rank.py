@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import itertools
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from factorformer.errors import (
     CheckpointError,
     DataError,
     FactorformerError,
+    FactorformerWarning,
     MethodError,
     ModelError,
     OutputError,
@@ -205,6 +207,12 @@ def test_a_training_that_is_too_short_still_meets_the_budget() -> None:
     assert inventory(model).ratio == pytest.approx(plan.ratio, rel=0.02)
 
 
+def finals_and_shares(plan: Plan, ranks: DynamicRank) -> tuple[dict[str, int], dict[str, int]]:
+    """Units that matrices end with, and those they have in the plan."""
+    finals = dict(zip(ranks.history.layers, ranks.history.final, strict=True))
+    return finals, {entry.matrix.name: entry.spec.units for entry in plan.factorized if entry.spec is not None}
+
+
 @pytest.mark.parametrize("method", ["rankdyna_plain", "dynamic_kronecker"])
 @pytest.mark.parametrize("zeros", [False, True], ids=["none", "zeros"])
 def test_matrices_that_the_loss_does_not_reach_keep_their_share(method: str, zeros: bool) -> None:
@@ -212,21 +220,114 @@ def test_matrices_that_the_loss_does_not_reach_keep_their_share(method: str, zer
     model, plan, ranks = started("bert", method)
     idle = "bert.encoder.layer.1"
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
-    for done in range(STEPS):
-        loss_of(model, tiny.text()).backward()
-        for parameter in model.get_submodule(idle).parameters():
-            parameter.grad = torch.zeros_like(parameter) if zeros else None
-        ranks.before_step(done, STEPS)
-        optimizer.step()
-        optimizer.zero_grad()
-        ranks.after_step(done + 1, STEPS, optimizer)
-    shares = {entry.matrix.name: entry.spec.units for entry in plan.factorized if entry.spec is not None}
-    finals = dict(zip(ranks.history.layers, ranks.history.final, strict=True))
+
+    def steps() -> None:
+        for done in range(STEPS):
+            loss_of(model, tiny.text()).backward()
+            for parameter in model.get_submodule(idle).parameters():
+                parameter.grad = torch.zeros_like(parameter) if zeros else None
+            ranks.before_step(done, STEPS)
+            optimizer.step()
+            optimizer.zero_grad()
+            ranks.after_step(done + 1, STEPS, optimizer)
+
+    with pytest.warns(FactorformerWarning, match=f"6 of 12.*{idle}"):
+        steps()
+    finals, shares = finals_and_shares(plan, ranks)
     assert {name: rank for name, rank in finals.items() if name.startswith(idle)} == {
         name: units for name, units in shares.items() if name.startswith(idle)
     }
     assert any(finals[name] != shares[name] for name in finals), "nothing has competed"
     assert inventory(model).ratio == pytest.approx(plan.ratio, rel=0.03)
+
+
+def encoder_alone(model: PreTrainedModel) -> Tensor:
+    return (model.get_encoder()(input_ids=tiny.text()["input_ids"]).last_hidden_state - 1).square().mean()
+
+
+def states_alone(model: PreTrainedModel) -> Tensor:
+    return (model(**tiny.text()).last_hidden_state - 1).square().mean()
+
+
+@pytest.mark.parametrize(
+    ("model", "scope", "loss", "idle"),
+    [
+        (tiny.MODELS["t5"].build, "blocks", encoder_alone, "decoder."),
+        (lambda: tf.BertModel(tiny.MODELS["bert"].build().config), "all", states_alone, "pooler."),
+    ],
+    ids=["encoder of T5", "unused pooler"],
+)
+def test_parts_that_a_training_does_not_use(
+    model: Callable[[], PreTrainedModel], scope: Any, loss: Callable[[PreTrainedModel], Tensor], idle: str
+) -> None:
+    trained = model()
+    plan = factorformer.plan(trained, "rankdyna_plain", 2, scope)
+    ranks = DynamicRank(trained, plan, None, QUICK, changed=attach_all)
+    optimizer = torch.optim.AdamW(trained.parameters(), lr=1e-3)
+    for done in range(3):
+        loss(trained).backward()
+        ranks.before_step(done, 3)
+        optimizer.step()
+        optimizer.zero_grad()
+    with pytest.warns(FactorformerWarning, match=idle):
+        ranks.finish(optimizer)
+    finals, shares = finals_and_shares(plan, ranks)
+    unused = {name for name in shares if name.startswith(idle)}
+    assert unused
+    assert {name: finals[name] for name in unused} == {name: shares[name] for name in unused}
+    assert any(finals[name] != shares[name] for name in finals)
+    assert inventory(trained, scope).ratio == pytest.approx(plan.ratio, rel=0.03)
+    assert all(parameter.isfinite().all() for parameter in trained.parameters())
+
+
+def test_a_rare_expert_keeps_what_its_tokens_are_worth() -> None:
+    """One that a step in ten reaches loses as much as a tenth of its importance, not all of it between two tokens."""
+
+    class Experts(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.often, self.rare = torch.nn.Linear(32, 32, bias=False), torch.nn.Linear(32, 32, bias=False)
+
+        def forward(self, x: Tensor, rare: bool) -> Tensor:
+            return (self.rare if rare else self.often)(x)
+
+    for zeros in (False, True):
+        model = Experts()
+        with torch.no_grad():
+            model.often.weight.copy_(torch.diag(torch.linspace(1, 2, 32)))
+            model.rare.weight.copy_(10 * model.often.weight)
+        plan = factorformer.plan(model, "rankdyna_plain", 4, "all")
+        ranks = DynamicRank(model, plan, None, DynamicRankSettings(warmup=0.9, final=0, importance_interval=1))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0)
+        for done in range(60):
+            model(torch.eye(32), rare=done % 10 == 0).square().sum().backward()
+            for parameter in model.parameters() if zeros else ():
+                parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            ranks.before_step(done, 60)
+            optimizer.zero_grad()
+        often, rare = (units.importance.values for units in ranks.units)
+        assert often is not None
+        assert rare is not None
+        torch.testing.assert_close(rare, often * 100 * 6 / 54, rtol=1e-3, atol=1e-3)
+        ranks.finish(optimizer)
+        assert ranks.units[1].count >= ranks.units[0].count
+
+
+def test_matrices_that_calibration_does_not_reach_are_named() -> None:
+    model = tiny.MODELS["t5"].build()
+    plan = factorformer.plan(model, "rankdyna", 2)
+    encoder = model.get_encoder()
+
+    class Encoder(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model, self.encoder, self.decoder = model, encoder, model.get_decoder()
+
+        def forward(self, input_ids: Tensor) -> Any:
+            return self.encoder(input_ids)
+
+    with pytest.warns(FactorformerWarning, match="decoder.*not reached.*the weight alone"):
+        DynamicRank(Encoder(), plan, [{"input_ids": tiny.text()["input_ids"]}], QUICK)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -11,9 +11,9 @@ from transformers.pytorch_utils import Conv1D
 
 from factorformer.fitting import Metric, fit
 from factorformer.fitting.statistics import InputMoment, LayerStatistics
+from factorformer.layers.dense import dense_weight
 from factorformer.layers.matrix import Matrix
 from factorformer.layers.nn import FactorizedLinear
-from factorformer.layers.surgery import dense_weight
 from factorformer.structures import DenseSparse, KroneckerSum, LowRank, Structure
 from factorformer.training.optimizer_state import SQUARED
 from factorformer.training.units import DenseUnits, FactorUnits, Importance
@@ -256,18 +256,27 @@ def test_states_of_other_sizes_begin_anew() -> None:
 
 def test_importance_averages_over_steps_and_forgets_what_is_gone() -> None:
     importance = Importance(0.75)
-    assert not importance.known
+    assert importance.values is None
     importance.update(torch.tensor([-2.0, 4.0]))
     importance.update(torch.tensor([torch.nan, 0.0]))  # does not count
     importance.update(torch.tensor([6.0, 0.0]))
-    assert importance.average is not None
-    assert importance.average.tolist() == [0.75 * 2 + 0.25 * 6, 0.75 * 4]
+    assert importance.values is not None
+    assert importance.values.tolist() == [0.75 * 2 + 0.25 * 6, 0.75 * 4]
     importance.keep(torch.tensor([1]))
-    assert importance.average.tolist() == [3.0]
-    assert importance.known
-    nothing = Importance(0.75)
-    nothing.update(torch.zeros(3))
-    assert not nothing.known
+    assert importance.values.tolist() == [3.0]
+
+
+def test_a_matrix_that_few_steps_reach_has_its_mean_over_all_of_them() -> None:
+    rare = Importance(0.75)
+    for step in range(100):
+        nothing = None if step % 2 else torch.zeros(2)
+        rare.update(torch.tensor([2.0, 4.0]) if step % 20 == 10 else nothing)
+    assert rare.values is not None
+    torch.testing.assert_close(rare.values, torch.tensor([2.0, 4.0]) / 20)
+    never = Importance(0.75)
+    never.update(torch.zeros(3))
+    never.update(None)
+    assert never.values is None
 
 
 @pytest.mark.parametrize(

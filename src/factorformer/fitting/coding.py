@@ -10,6 +10,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from factorformer.fitting.linalg import leading_eigenvectors
+
 RIDGE = 1e-6
 """Added to Gram matrices, relative to the mean of their diagonal, so that atoms that nobody uses stay solvable."""
 
@@ -42,9 +44,11 @@ def orthonormal_dictionary(
         nonzeros: in each row of `S`.
         rounds: of both steps.
     """
-    _, vectors = torch.linalg.eigh(target.T @ target)
+    vectors, _ = leading_eigenvectors(target.T @ target, atoms)
+    # Of the two signs of an eigenvector a library returns either, and rotations of both are two starts.
+    vectors = vectors * vectors.gather(0, vectors.abs().argmax(0, keepdim=True)).sign()
     random = torch.randn(atoms, atoms, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    dictionary = torch.linalg.qr(random)[0].to(target) @ vectors[:, -atoms:].T
+    dictionary = torch.linalg.qr(random)[0].to(target) @ vectors.T
     for _ in range(rounds):
         codes = hard_threshold(target @ dictionary.T, nonzeros)
         left, _, right = torch.linalg.svd(codes.T @ target, full_matrices=False)

@@ -174,7 +174,7 @@ class _Problem:
         count = int(unused.sum())
         if count:
             errors = (self.target - codes @ dictionary).square().sum(1)
-            dictionary[unused] = self.target[errors.topk(count).indices]
+            dictionary[unused] = self.target[errors.sort(descending=True, stable=True).indices[:count]]
         return dictionary
 
     def recode(

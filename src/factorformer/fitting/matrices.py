@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from factorformer.errors import FactorformerError
 from factorformer.fitting import Metric, MetricName, fit
 from factorformer.fitting import statistics as calibrate
+from factorformer.fitting.batches import Batch
 from factorformer.fitting.statistics import LayerStatistics
+from factorformer.layers.dense import dense_weight
 from factorformer.layers.matrix import Matrix, Member
-from factorformer.layers.surgery import dense_weight
 from factorformer.progress import Progress
 from factorformer.structures import Structure
 
@@ -24,7 +25,7 @@ def measure(
     model: nn.Module,
     names: Sequence[str],
     metric: MetricName,
-    calibration: Iterable[calibrate.Batch],
+    calibration: Iterable[Batch],
     progress: Progress,
 ) -> dict[str, LayerStatistics]:
     """The statistics that a metric needs of these layers; none if it is plain."""

@@ -9,34 +9,24 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import inspect
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
-import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from factorformer.errors import DataError
+from factorformer.fitting.batches import Batch, Calibration, as_batches
+from factorformer.fitting.fisher import fisher_rows
 from factorformer.fitting.linalg import square_root
 from factorformer.layers.modes import evaluating
-
-Batch = Mapping[str, Any]
-"""Keyword arguments of a model: tensors with one row for each example, and plain settings."""
-
-Calibration = Iterable[Any]
-"""Batches, or what `as_batches` makes some of."""
-
-DATASET_ROWS = 8
-"""Rows of a data set that make a batch."""
 
 _CROSSING = re.compile(
     r"(EncDecAttention|encoder_attn|cross_?attn|cross_?attention)\b.*\b(k|v|key|value|k_proj|v_proj)$"
 )
 """Layers of a decoder that read what the encoder wrote."""
-
 
 UNSEEN = 0.1
 """Look-ups granted to every row of an embedding, relative to the mean of those counted.
@@ -95,81 +85,6 @@ class LayerStatistics:
     rows: Float[Tensor, " out"] | None = None
 
 
-def as_batches(model: nn.Module, data: Calibration) -> Iterator[dict[str, Any]]:
-    """Calibration data as keyword arguments of a model.
-
-    Args:
-        model: what the batches are for.
-        data: batches, each a mapping of names to tensors, arrays or lists of numbers; or one such batch alone; or a
-            tokenized `datasets.Dataset`, of which the columns are taken that the model's forward pass knows. Values
-            that are None are left out; a single row without a dimension for the batch gets one.
-
-    Raises:
-        DataError: anything else; the message says what was found where.
-    """
-    if isinstance(data, Mapping):
-        data = [data]
-    elif hasattr(data, "column_names") and hasattr(data, "with_format"):
-        data = _rows(model, data)
-    elif isinstance(data, (str, bytes, Tensor, np.ndarray)) or not hasattr(data, "__iter__"):
-        raise DataError(f"calibration data cannot be {_kind(data)}: give a list of batches, {_WANTED}")
-    for place, batch in enumerate(data):
-        if not isinstance(batch, Mapping):
-            raise DataError(f"calibration batch {place} is {_kind(batch)}: a batch is {_WANTED}")
-        values = {str(key): _value(place, str(key), value) for key, value in batch.items() if value is not None}
-        tensors = [value for value in values.values() if isinstance(value, Tensor)]
-        if not tensors:
-            raise DataError(f"calibration batch {place} holds no tensors: a batch is {_WANTED}")
-        ids = values.get("input_ids")
-        if isinstance(ids, Tensor) and ids.dim() == 1:
-            values = {key: value[None] if isinstance(value, Tensor) else value for key, value in values.items()}
-        yield values
-
-
-_WANTED = "a mapping of the model's arguments to tensors, such as tokenizer(texts, padding=True, return_tensors='pt')"
-
-
-def _rows(model: nn.Module, data: Any) -> Iterator[dict[str, Any]]:
-    """Batches of a data set; row by row where rows differ in length."""
-    taken = inspect.signature(model.forward).parameters
-    columns = [name for name in data.column_names if name in taken]
-    if not columns:
-        raise DataError(
-            f"the calibration data set has the columns {', '.join(data.column_names)}, and {type(model).__name__} "
-            "takes none of them: tokenize it first, so that it has input_ids"
-        )
-    data = data.with_format("numpy", columns=columns)
-    for first in range(0, len(data), DATASET_ROWS):
-        rows = [data[place] for place in range(first, min(first + DATASET_ROWS, len(data)))]
-        shapes = [{name: np.shape(value) for name, value in row.items()} for row in rows]
-        if all(shape == shapes[0] for shape in shapes):
-            yield {name: np.stack([row[name] for row in rows]) for name in rows[0]}
-        else:
-            yield from ({name: np.asarray(value)[None] for name, value in row.items()} for row in rows)
-
-
-def _value(place: int, name: str, value: Any) -> Any:
-    """A tensor, or a plain setting such as `use_cache`."""
-    if isinstance(value, (Tensor, bool, int, float)):
-        return value
-    if isinstance(value, (np.ndarray, list, tuple)):
-        try:
-            if any(isinstance(part, Tensor) for part in value):
-                return torch.stack(list(value))
-            return torch.as_tensor(np.asarray(value))
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise DataError(
-                f"calibration batch {place} holds '{name}' as {_kind(value)}, which is no tensor ({error}): leave it "
-                "out, or pad rows of different lengths"
-            ) from error
-    raise DataError(f"calibration batch {place} holds '{name}' as {_kind(value)}: a batch is {_WANTED}")
-
-
-def _kind(value: Any) -> str:
-    of = f" of {type(value[0]).__name__}" if isinstance(value, (list, tuple)) and value else ""
-    return f"a {type(value).__name__}{of}"
-
-
 def collect(
     model: nn.Module,
     layers: Sequence[str],
@@ -192,7 +107,7 @@ def collect(
         progress: called with the number of batches done.
 
     Returns:
-        Statistics by layer name, without the layers that no batch reached.
+        Statistics by layer name, without the layers that no batch reached, or for `fisher` no loss.
 
     Raises:
         DataError: no batches, none that reaches any of the layers, a missing loss, or values that are not finite.
@@ -209,17 +124,21 @@ def collect(
     return recorder.statistics()
 
 
-def unreached(model: nn.Module, layers: Sequence[str], batches: Calibration) -> dict[str, str]:
+def unreached(model: nn.Module, layers: Sequence[str], batches: Calibration, *, fisher: bool = False) -> dict[str, str]:
     """Those of the layers that calibration data does not reach, and what to say of them.
 
     Batches are run until all layers are reached.
 
+    Args:
+        model, layers, batches: as for `collect`.
+        fisher: whether the loss has to depend on them.
+
     Raises:
         DataError: no batches, or none that reaches any of the layers.
     """
-    recorder = _Recorder(model, layers, moments=False, fisher=False)
+    recorder = _Recorder(model, layers, moments=False, fisher=fisher)
     done = 0
-    with recorder.attached(), torch.no_grad():
+    with recorder.attached(), torch.set_grad_enabled(fisher):
         for batch in as_batches(model, batches):
             recorder.run(batch)
             done += 1
@@ -332,7 +251,8 @@ class _Recorder:
 
     def _see(self, name: str, path: str, x: Tensor, output: Tensor) -> Tensor:
         layer = self.layers[name]
-        self.reached.add(name)
+        if not self.want_fisher:
+            self.reached.add(name)
         if isinstance(layer, nn.Embedding) and x.dim() == 2 and len(x) == 1 < self._size:
             # Positions are looked up once for the whole batch; repeated, they have a gradient for every example.
             x, output = x.expand(self._size, -1), output.expand(self._size, -1, -1)
@@ -379,27 +299,12 @@ class _Recorder:
                 f"Fisher rows need a loss, but {type(self.model).__name__} returned none: "
                 "give calibration batches with labels, to a model with a task head"
             )
-        size = self._size
-        self.examples += size
+        self.examples += self._size
         calls = [(name, x, y) for name, seen in self._calls.items() for x, y in seen]
-        if not calls:
-            return
-        gradients = torch.autograd.grad(loss * size, [y for _, _, y in calls], allow_unused=True)
-        joined: dict[str, list[tuple[Tensor, Tensor]]] = {}
-        for (name, x, _), gradient in zip(calls, gradients, strict=True):
-            # Positions that the whole batch shares have no gradient of one example: their rows all count the same.
-            if gradient is not None and (len(x) == size or not isinstance(self.layers[name], nn.Embedding)):
-                joined.setdefault(name, []).append((x, gradient))
-        for name, pairs in joined.items():
-            # All positions and calls of one example add up to its gradient, before the square is taken.
-            delta = torch.cat([g.reshape(size, -1, g.shape[-1]) for _, g in pairs], dim=1).float()
-            layer = self.layers[name]
-            if isinstance(layer, nn.Embedding):
-                index = torch.cat([x.reshape(size, -1) for x, _ in pairs], dim=1)
-                self._add_rows(name, _embedding_rows(index, delta, layer.num_embeddings))
-            else:
-                x = torch.cat([x.reshape(size, -1, x.shape[-1]) for x, _ in pairs], dim=1).float()
-                self._add_rows(name, _linear_rows(x, delta))
+        if calls and loss.requires_grad:
+            for name, rows in fisher_rows(loss, calls, self.layers, self._size).items():
+                self.reached.add(name)
+                self._add_rows(name, rows)
         self._calls = {}
 
     def statistics(self) -> dict[str, LayerStatistics]:
@@ -416,22 +321,3 @@ class _Recorder:
                 rows = rows + UNSEEN * rows.mean()
             result[name] = LayerStatistics(moment, rows)
         return result
-
-
-def _linear_rows(x: Float[Tensor, "batch t inner"], delta: Float[Tensor, "batch t out"]) -> Float[Tensor, " out"]:
-    """Sum over examples and columns of squared gradients of a weight, by rows, without an (out, inner) matrix each.
-
-    With `G = sum_t delta_t x_t^T`: `sum_j G_ij^2 = sum_ts delta_ti (x_t . x_s) delta_si`.
-    """
-    return (torch.bmm(torch.bmm(x, x.transpose(1, 2)), delta) * delta).sum((0, 1)).double()
-
-
-def _embedding_rows(
-    index: Int[Tensor, "batch t"], delta: Float[Tensor, "batch t width"], rows: int
-) -> Float[Tensor, " out"]:
-    """Sum over examples of the squared gradient norm of every embedding row."""
-    example = torch.arange(len(index), device=index.device)[:, None]
-    keys, inverse = torch.unique(example * rows + index, return_inverse=True)
-    gradient = delta.new_zeros(len(keys), delta.shape[-1]).index_add_(0, inverse.flatten(), delta.flatten(0, 1))
-    squares = gradient.square().sum(1).double()
-    return squares.new_zeros(rows).index_add_(0, keys % rows, squares)

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import transformers
 from torch import nn
-from transformers.quantizers.auto import AutoHfQuantizer
 
 from factorformer.errors import ModelError
 from factorformer.hf import card, compat, ties
@@ -26,6 +25,9 @@ def attach(model: PreTrainedModel, quantizer: Quantizer | None = None) -> None:
 
     Its configuration becomes its own, for it describes this model alone.
     """
+    # Importing it imports the plug-in, which needs this module.
+    from transformers.quantizers.auto import AutoHfQuantizer
+
     ties.join(model)
     description = describe(model)
     held = _quantizer(model)

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from factorformer.errors import CheckpointError
 from factorformer.hf.config import Quantizer
-from factorformer.layers.bypass import embeddings_of
+from factorformer.layers.embeddings import embeddings_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, Trainer

@@ -32,8 +32,9 @@ from factorformer.hf.dense import to_dense
 from factorformer.hf.description import named_module, names_of
 from factorformer.hf.tensors import check_tensors, drop_absent_pooler, holds_dense_weights
 from factorformer.layers.bypass import CAST, bypassed
+from factorformer.layers.dense import dense_shape
 from factorformer.layers.nn import TEMPORARY, FactorizedMatrix
-from factorformer.layers.surgery import dense_shape, factorized_like, replace_module
+from factorformer.layers.surgery import factorized_like, replace_module
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -32,8 +32,9 @@ from factorformer.errors import CheckpointError, FactorformerWarning, ModelError
 from factorformer.hf import compat
 from factorformer.hf.config import FactorformerConfig
 from factorformer.hf.description import factorized, named_module
+from factorformer.layers.dense import dense_shape
 from factorformer.layers.nn import FactorizedMatrix
-from factorformer.layers.surgery import dense_shape, factorized_like, replace_module
+from factorformer.layers.surgery import factorized_like, replace_module
 from factorformer.structures import int8
 
 if TYPE_CHECKING:

@@ -78,18 +78,31 @@ class Matrix:
     @property
     def values(self) -> torch.dtype:
         """The type in which factors store their values."""
-        return torch.int8 if self.int8 else getattr(torch, self.dtype)
+        return torch.int8 if self.int8 else self.floating
+
+    @property
+    def floating(self) -> torch.dtype:
+        """The type of dense values, and of the scales of those in int8."""
+        return getattr(torch, self.dtype)
+
+    def bytes(self, spec: Structure | None, without: Collection[str] = ()) -> int:
+        """Stored bytes under a structure, or dense for None, without factors stored elsewhere."""
+        if spec is None:
+            return math.prod(self.shape) * self.floating.itemsize
+        elsewhere = [tensor for name, tensor in spec.tensors(self.shape).items() if name in without] if without else ()
+        whole = spec.bytes(self.shape, self.values, self.floating)
+        return whole - sum(tensor.bytes(self.values, self.floating) for tensor in elsewhere)
 
     def cost(self, spec: Structure | None, without: Collection[str] = ()) -> Cost:
         """Cost under a structure, or dense for None; factors stored elsewhere are not counted, but multiplied by."""
         if spec is None:
-            values = self.shape[0] * self.shape[1]
-            return Cost(values, values * getattr(torch, self.dtype).itemsize, round(2 * values * self.products))
+            values = math.prod(self.shape)
+            return Cost(values, self.bytes(None), round(2 * values * self.products))
         flops = self.products * spec.flops(self.shape) + self.lookups * spec.row_flops(self.shape)
         elsewhere = [tensor for name, tensor in spec.tensors(self.shape).items() if name in without]
         return Cost(
             spec.parameters(self.shape) - sum(math.prod(t.size) for t in elsewhere if t.dtype is None),
-            spec.bytes(self.shape, self.values) - sum(t.bytes(self.values) for t in elsewhere),
+            self.bytes(spec, without),
             round(flops),
         )
 

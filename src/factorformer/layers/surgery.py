@@ -6,19 +6,17 @@ import contextlib
 import dataclasses
 import difflib
 import fnmatch
-import itertools
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from factorformer.errors import MethodError, ModelError, one_of
-from factorformer.layers._compat import is_hooked, with_parameters
-from factorformer.layers.bypass import bypassed, embeddings_of
+from factorformer.layers.bypass import bypassed
+from factorformer.layers.dense import dense_shape, is_transposed
+from factorformer.layers.embeddings import embeddings_of
 from factorformer.layers.matrix import Cost, LeftOut, Matrix, Role, Scope
 from factorformer.layers.nn import FactorizedEmbedding, FactorizedLinear, FactorizedMatrix
 from factorformer.structures import Factors, Shape, Structure
@@ -95,7 +93,8 @@ def find_matrices(
             rest += Cost(parameter.numel(), parameter.numel() * parameter.element_size(), 0)
             continue
         holding = holders[id(parameter)]
-        matrix = _describe(model, path, parameter, holding, block, calls.get(block or "", 1), include, exclude)
+        held = _Held(path, parameter, holding, [model.get_submodule(name) for name in holding], block)
+        matrix = _describe(model, held, calls.get(block or "", 1), include, exclude)
         if matrix.dense is None:
             reason = next((reasons[name] for name in holding if name in reasons), None)
             matrix = dataclasses.replace(matrix, int8=int8 and reason is None, dense=reason)
@@ -140,59 +139,80 @@ def _check_patterns(patterns: Sequence[str], names: Sequence[str]) -> None:
             raise ModelError(f"the pattern '{pattern}' matches no weight matrix; names look like {', '.join(near)}")
 
 
+@dataclasses.dataclass(frozen=True)
+class _Held:
+    """A parameter of two or more dimensions.
+
+    Args:
+        path: its name.
+        parameter: itself.
+        names, modules: what holds it; several where weights are tied.
+        block: the Transformer block that it is in, if any.
+    """
+
+    path: str
+    parameter: nn.Parameter
+    names: Sequence[str]
+    modules: Sequence[nn.Module]
+    block: str | None
+
+    @property
+    def embeddings(self) -> int:
+        """How many of the modules look up rows of it."""
+        return sum(isinstance(module, nn.Embedding) for module in self.modules)
+
+
 def _describe(
-    model: nn.Module,
-    path: str,
-    parameter: nn.Parameter,
-    names: list[str],
-    block: str | None,
-    calls: int,
-    include: Sequence[str] | None,
-    exclude: Sequence[str] | None,
+    model: nn.Module, held: _Held, calls: int, include: Sequence[str] | None, exclude: Sequence[str] | None
 ) -> Matrix:
-    dtype = str(parameter.dtype).removeprefix("torch.")
-    modules = [model.get_submodule(name) for name in names]
-    if all(dense_shape(module) is None for module in modules):
-        shape = (parameter.numel() // parameter.shape[-1], parameter.shape[-1])
-        kind, products = _other_kind(model, modules[0], path, parameter)
-        return Matrix(path, shape, dtype, products=calls * products, dense=f"{kind}, left dense")
-    embeddings = sum(isinstance(module, nn.Embedding) for module in modules)
-    others = [type(module).__name__ for module in modules if dense_shape(module) is None]
-    shape = next(shape for shape in map(dense_shape, modules) if shape is not None)
+    """A matrix, and why it stays dense if it does; `calls` of its block in one forward pass."""
+    dtype = str(held.parameter.dtype).removeprefix("torch.")
+    shape = next((shape for shape in map(dense_shape, held.modules) if shape is not None), None)
+    if shape is None:
+        width = held.parameter.shape[-1]
+        kind, products = _other_kind(model, held.modules[0], held.path, held.parameter)
+        whole = held.parameter.numel() // width, width
+        return Matrix(held.path, whole, dtype, products=calls * products, dense=f"{kind}, left dense")
+    first, *others = held.names
+    return Matrix(
+        first,
+        shape,
+        dtype,
+        products=(len(held.names) - held.embeddings) * calls,
+        lookups=min(held.embeddings, 1),  # a token is looked up once, in the encoder's or in the decoder's embeddings
+        aliases=tuple(others),
+        dense=_why_dense(model, held, shape) or _left_out(held.names, include, exclude),
+        role=_role(model, first, held.modules[0]),
+    )
+
+
+def _why_dense(model: nn.Module, held: _Held, shape: Shape) -> str | None:
+    """Why a linear layer or an embedding cannot be factorized, or not with gain; None if it can."""
+    others = [type(module).__name__ for module in held.modules if dense_shape(module) is None]
+    if others:
+        return f"tied to a {others[0]}, left dense"
+    if len({is_transposed(module) for module in held.modules}) > 1:
+        return "tied between layouts, left dense"
+    if min(shape) < SMALLEST_SIDE:
+        return f"a side below {SMALLEST_SIDE}, too small to gain"
+    if held.embeddings and held.block is not None:
+        return "a table inside a block (T5's position biases), left dense"
+    own = held.modules[0] is embeddings_of(model, "input_embeddings")
+    if held.embeddings == len(held.modules) and not held.parameter.requires_grad and not own:
+        # Whisper's sinusoids: the architecture writes such a table itself whenever it initializes a model.
+        return "a fixed table, left dense"
+    return None
+
+
+def _left_out(names: Sequence[str], include: Sequence[str] | None, exclude: Sequence[str] | None) -> str | None:
+    """Whether patterns of names leave a matrix out, whichever of its names they match."""
 
     def named(patterns: Sequence[str]) -> bool:
         return any(fnmatch.fnmatch(name, pattern) for name in names for pattern in patterns)
 
-    dense = None
-    if others:
-        dense = f"tied to a {others[0]}, left dense"
-    elif len({isinstance(module, Conv1D) for module in modules}) > 1:
-        dense = "tied between layouts, left dense"
-    elif min(shape) < SMALLEST_SIDE:
-        dense = f"a side below {SMALLEST_SIDE}, too small to gain"
-    elif embeddings and block is not None:
-        dense = "a table inside a block (T5's position biases), left dense"
-    elif (
-        embeddings == len(names)
-        and not parameter.requires_grad
-        and modules[0] is not embeddings_of(model, "input_embeddings")
-    ):
-        # Whisper's sinusoids: the architecture writes such a table itself whenever it initializes a model.
-        dense = "a fixed table, left dense"
-    elif include is not None and not named(include):
-        dense = LeftOut.NOT_INCLUDED.value
-    elif exclude is not None and named(exclude):
-        dense = LeftOut.EXCLUDED.value
-    return Matrix(
-        names[0],
-        shape,
-        dtype,
-        products=(len(names) - embeddings) * calls,
-        lookups=min(embeddings, 1),  # a token is looked up once, in the encoder's or in the decoder's embeddings
-        aliases=tuple(names[1:]),
-        dense=dense,
-        role=_role(model, names[0], modules[0]),
-    )
+    if include is not None and not named(include):
+        return LeftOut.NOT_INCLUDED.value
+    return LeftOut.EXCLUDED.value if exclude is not None and named(exclude) else None
 
 
 def _role(model: nn.Module, name: str, module: nn.Module) -> Role:
@@ -210,71 +230,6 @@ def _other_kind(model: nn.Module, owner: nn.Module, path: str, parameter: nn.Par
     if isinstance(owner, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
         return "a convolution", 1
     return "not a linear layer or embedding", int(parameter.dim() == 2 and not isinstance(owner, nn.Embedding))
-
-
-def dense_shape(module: nn.Module) -> Shape | None:
-    """`(out, in)` of a layer that can be factorized; None for any other module."""
-    if not isinstance(module, (nn.Linear, nn.Embedding, Conv1D)) or not _is_plain(module):
-        return None
-    rows, columns = module.get_parameter("weight").shape
-    return (columns, rows) if isinstance(module, Conv1D) else (rows, columns)
-
-
-def _is_plain(module: nn.Linear | nn.Embedding | Conv1D) -> bool:
-    """Whether a layer computes `x @ W.T + b`, or looks up rows of `W`, and nothing else."""
-    if isinstance(module, nn.Embedding) and module.max_norm is not None:  # it rescales the rows that are looked up
-        return False
-    if type(module) in (nn.Linear, nn.Embedding, Conv1D):
-        return "weight" in dict(module.named_parameters(recurse=False))  # or else a parametrization computes it
-    parts = dict(module.named_parameters(recurse=False)).keys()
-    if isinstance(module, Conv1D) or "weight" not in parts or parts - {"weight", "bias"}:
-        return False
-    if any(True for _ in module.buffers(recurse=False)) or any(True for _ in module.children()) or is_hooked(module):
-        return False
-    return all(_computes_product(module, dtype) for dtype in (torch.float64, torch.bfloat16))
-
-
-def _computes_product(module: nn.Linear | nn.Embedding, dtype: torch.dtype) -> bool:
-    """A trial on a small layer of the same class and with the same settings, in training and in evaluation."""
-    random = torch.Generator().manual_seed(0)
-
-    def draw(*size: int) -> Tensor:
-        return torch.randn(*size, generator=random, device="cpu", dtype=torch.float64).to(dtype)
-
-    weight = draw(7, 5)
-    bias = draw(7) if "bias" in dict(module.named_parameters(recurse=False)) else None
-    tensors = {"weight": nn.Parameter(weight), "bias": None if bias is None else nn.Parameter(bias)}
-    twin = with_parameters(module, tensors)
-    sizes = {"out_features": 7, "in_features": 5, "num_embeddings": 7, "embedding_dim": 5}
-    vars(twin).update({name: size for name, size in sizes.items() if name in vars(twin)})
-    for training, scale in itertools.product((False, True), (1.0, 1e4)):
-        vars(twin)["training"] = training
-        x = draw(3, 4, 5) * scale
-        if isinstance(module, nn.Embedding):
-            x = torch.arange(12, device="cpu").view(3, 4) % 7
-        try:
-            with torch.no_grad(), torch.random.fork_rng(devices=[]):
-                found = twin(x)
-        except Exception:  # it takes something else
-            return False
-        expected = F.embedding(x, weight) if isinstance(module, nn.Embedding) else F.linear(x, weight, bias)
-        if not isinstance(found, Tensor) or found.dtype != dtype or found.shape != expected.shape:
-            return False
-        rounding = 4 * torch.finfo(dtype).eps * float(expected.abs().max())
-        if not float((found - expected).abs().max()) <= rounding:
-            return False
-    return True
-
-
-def is_transposed(module: nn.Module) -> bool:
-    """Whether a layer stores its weight as `(in, out)`, as GPT-2's `Conv1D` does."""
-    return isinstance(module, Conv1D)
-
-
-def dense_weight(module: nn.Module) -> Tensor:
-    """The weight of a linear layer, `Conv1D` or embedding as `(out, in)`, detached; a view where that is possible."""
-    weight = module.get_parameter("weight").detach()
-    return weight.T if is_transposed(module) else weight
 
 
 def factorized_like(

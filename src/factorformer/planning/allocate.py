@@ -178,8 +178,8 @@ class _Ladder:
         whole = Entry.whole(matrix)
         self.role: Role = matrix.role
         self.dense = whole.original.bytes
-        self.specs = [spec for spec in sizes(matrix) if matrix.cost(spec).bytes < whole.compressed.bytes]
-        self.bytes = [*(matrix.cost(spec).bytes for spec in self.specs), whole.compressed.bytes]
+        self.specs = sorted((s for s in sizes(matrix) if matrix.bytes(s) < whole.compressed.bytes), key=matrix.bytes)
+        self.bytes = [*map(matrix.bytes, self.specs), whole.compressed.bytes]
 
     def below(self, fraction: float) -> int:
         """The largest step whose bytes stay within a fraction of the dense bytes; step 0 if none does."""

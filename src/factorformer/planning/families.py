@@ -21,6 +21,10 @@ LIKE = 1.05
 """Bytes within a group, as a multiple of the smallest: what allocations give differs by a step even among equals."""
 
 
+WORTH = 1e-3
+"""Part by which squared errors differ at least for one to be smaller: less than that is the rounding of a machine."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Choice:
     """The sizes that a matrix should choose among, and why.
@@ -71,7 +75,7 @@ def choose_families(
         budget = max(entry.compressed.bytes for entry in group)
         ladders, specs = [], []
         for family in first.spec.families(shape, dtype):
-            sizes = [spec.bytes(shape, dtype) for spec in family]
+            sizes = [first.matrix.bytes(spec) for spec in family]
             place = bisect.bisect_right(sizes, budget)
             if place:
                 ladders.append(tuple(family))
@@ -125,14 +129,14 @@ def _nearest(specs: Sequence[Structure], spec: Structure, matrix: Matrix) -> int
 
 
 def _descend(value: Callable[[int], float], start: int, count: int) -> int:
-    """The place of the smallest value among `count`, if values fall towards it from both sides.
+    """The place of the smallest value among `count`, if values fall towards it from both sides; of equals the nearest.
 
     >>> _descend(lambda i: abs(i - 9), 2, 12)
     9
     """
     best = start
     for direction in (-1, 1):
-        while 0 <= best + direction < count and value(best + direction) < value(best):
+        while 0 <= best + direction < count and value(best + direction) < (1 - WORTH) * value(best):
             best += direction
         if best != start:
             break

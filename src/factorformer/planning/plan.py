@@ -8,14 +8,14 @@ import os
 from collections.abc import Iterable, Mapping
 from enum import Enum
 from pathlib import Path
-from types import UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal
 
 import torch
 
 from factorformer.errors import FactorformerError, MethodError, one_of
 from factorformer.files import whole_file
 from factorformer.layers.matrix import Cost, LeftOut, Matrix, Scope, total
+from factorformer.planning.json_fields import read_fields
 from factorformer.structures import Dense, Structure, from_dict
 
 Unit = Literal["bytes", "flops", "milliseconds"]
@@ -186,8 +186,8 @@ class Plan:
         """
         if content.get("format") != FORMAT:
             raise MethodError(f"not a plan of format {FORMAT}: 'format' is {content.get('format')!r}")
-        fields = _read(cls, content, "the plan", entries=list, rest=dict)
-        fields["rest"] = Cost(**_read(Cost, fields["rest"], "the plan"))
+        fields = read_fields(cls, content, "the plan", entries=list, rest=dict)
+        fields["rest"] = Cost(**read_fields(Cost, fields["rest"], "the plan"))
         fields["entries"] = tuple(_entry(item) for item in fields["entries"])
         return cls(**fields)
 
@@ -265,10 +265,10 @@ def _entry(item: object) -> Entry:
     if not isinstance(item, dict):
         raise MethodError(f"the plan is malformed: an entry is {item!r}")
     where = f"plan entry '{item.get('name')}'"
-    matrix = Matrix(**_read(Matrix, item, where))
+    matrix = Matrix(**read_fields(Matrix, item, where))
     if min(matrix.shape) < 1 or not isinstance(getattr(torch, matrix.dtype, None), torch.dtype):
         raise MethodError(f"{where} is malformed: 'shape' is {matrix.shape}, 'dtype' '{matrix.dtype}'")
-    fields = _read(Entry, item, where, matrix=None, spec=dict | None, cause=str)
+    fields = read_fields(Entry, item, where, matrix=None, spec=dict | None, cause=str)
     if fields["cause"] not in list(Cause):
         raise MethodError(f"{where}: unknown cause {one_of(fields['cause'], [cause.value for cause in Cause])}")
     fields["cause"] = Cause(fields["cause"])
@@ -328,47 +328,3 @@ def _cannot_share(entry: Entry, owner: Entry | None) -> str | None:
 
 def _shared(entry: Entry) -> str:
     return "" if entry.spec is None else " and ".join(entry.spec.shareable)
-
-
-def _read(kind: type, content: Mapping[str, Any], where: str, **other_types: Any) -> dict[str, Any]:
-    """Arguments of a dataclass from JSON.
-
-    Args:
-        kind: the dataclass, whose annotations say what is allowed.
-        content: by name of the field.
-        where: begins messages.
-        other_types: of fields that look different in JSON; None for those that are not there.
-
-    Raises:
-        MethodError: a field is missing, or of another type.
-    """
-    found: dict[str, Any] = {}
-    for name, hint in {**get_type_hints(kind), **other_types}.items():
-        if hint is None:
-            continue
-        if name not in content:
-            raise MethodError(f"{where} is malformed: it has no '{name}'")
-        value = content[name]
-        if not _is(value, hint):
-            allowed = [choice for choice in get_args(hint) if isinstance(choice, str)]
-            unknown = f"unknown {name} {one_of(str(value), allowed)}" if allowed else f"'{name}' cannot be {value!r}"
-            raise MethodError(f"{where} is malformed: {unknown}")
-        found[name] = tuple(value) if isinstance(value, list) else value
-    return found
-
-
-def _is(value: object, hint: Any) -> bool:
-    """Whether a value of JSON is of an annotated type; lists stand for tuples, and whole numbers are numbers too."""
-    origin, parts = get_origin(hint), get_args(hint)
-    if origin is Literal:
-        return value in parts
-    if origin in (Union, UnionType):
-        return any(_is(value, part) for part in parts)
-    if origin is tuple:
-        if not isinstance(value, (list, tuple)):
-            return False
-        kinds = [parts[0]] * len(value) if Ellipsis in parts else parts
-        return len(value) == len(kinds) and all(map(_is, value, kinds))
-    if hint is list:
-        return isinstance(value, (list, tuple))
-    return type(value) in ((int, float) if hint is float else (hint,))

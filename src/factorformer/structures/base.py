@@ -37,9 +37,9 @@ class TensorSpec:
     size: tuple[int, ...]
     dtype: torch.dtype | None = None
 
-    def bytes(self, dtype: torch.dtype) -> int:
-        """Stored bytes when values are of type `dtype`; with int8 values goes a float32 scale for each row."""
-        scales = 4 * self.size[0] if self.dtype is None and dtype == torch.int8 else 0
+    def bytes(self, dtype: torch.dtype, scale: torch.dtype = torch.float32) -> int:
+        """Stored bytes when values are of type `dtype`; with int8 values goes a scale of type `scale` for each row."""
+        scales = self.size[0] * scale.itemsize if self.dtype is None and dtype == torch.int8 else 0
         return math.prod(self.size) * (self.dtype or dtype).itemsize + scales
 
 
@@ -181,7 +181,10 @@ class Structure(ABC):
     @classmethod
     @abstractmethod
     def candidates(cls, shape: Shape, dtype: torch.dtype) -> Iterator[Structure]:
-        """Specs of this kind that are smaller than the dense matrix, in order of growing bytes: what planners try."""
+        """Specs of this kind that are smaller than the dense matrix, in order of growing bytes: what planners try.
+
+        Scales of int8 count as float32: in the order of bytes with scales of 16 bits, neighbours may change places.
+        """
 
     @classmethod
     @abstractmethod
@@ -195,9 +198,12 @@ class Structure(ABC):
         """Count of stored values (integers that index or encode are not parameters)."""
         return sum(math.prod(t.size) for t in self.tensors(shape).values() if t.dtype is None)
 
-    def bytes(self, shape: Shape, dtype: torch.dtype = torch.float32) -> int:
-        """Stored bytes of all factors, indices included, when values are of type `dtype`."""
-        return sum(t.bytes(dtype) for t in self.tensors(shape).values())
+    def bytes(self, shape: Shape, dtype: torch.dtype = torch.float32, scale: torch.dtype = torch.float32) -> int:
+        """Stored bytes of all factors, indices included, when values are of type `dtype`, and scales of int8 `scale`.
+
+        Scales have the floating type of the model.
+        """
+        return sum(t.bytes(dtype, scale) for t in self.tensors(shape).values())
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready description; `structures.from_dict` reads it back."""

@@ -9,32 +9,25 @@ ours, found by the trials in `docs/log.md`. The same controller removes Kronecke
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
+import warnings
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
 
-import safetensors
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from factorformer.errors import CheckpointError, MethodError, ModelError
-from factorformer.files import whole_file
-from factorformer.fitting.statistics import Batch
-from factorformer.layers._compat import IGNORED
-from factorformer.layers.nn import new_factors
-from factorformer.layers.surgery import dense_weight, factorize
-from factorformer.planning import Entry, Plan
+from factorformer.errors import FactorformerWarning, MethodError, ModelError
+from factorformer.fitting.batches import Batch
+from factorformer.planning import Plan
 from factorformer.progress import Progress, silent
-from factorformer.structures import Structure, from_dict
+from factorformer.structures import Structure
+from factorformer.training.data_parallel import GradientAveraging, copy_from_first
 from factorformer.training.optimizer_state import bare, check_holds
+from factorformer.training.rank_checkpoint import RankCheckpoint
 from factorformer.training.rank_history import RankHistory
-from factorformer.training.units import DenseUnits, FactorUnits, Importance, Units, all_units, check_can_shrink
-
-STATE = "dynamic_rank.safetensors"
-"""The file in a checkpoint that holds what the model and the optimizer do not: importance, groups, history."""
+from factorformer.training.starting_units import all_units, check_can_shrink
+from factorformer.training.units import DenseUnits, FactorUnits, Units
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,7 +80,8 @@ class DynamicRank:
     and `ranks.finish()` at the end. Matrices become low-rank as soon as that makes them smaller, and each removal makes
     new, smaller parameters, which the optimizer holds from then on: look them up again rather than to keep them. Every
     matrix keeps at least one unit (atoms: two), so none ever ends at rank 0. Matrices that the loss does not reach do
-    not compete: nothing is known of them, and they end at their size in the plan.
+    not compete: nothing is known of them, and they end at their size in the plan, with a `FactorformerWarning`. Those
+    that it reaches in some steps alone, such as experts, compete by their mean over all steps.
 
     In data-parallel training, gradients of these matrices are averaged over all processes as soon as they are there,
     without help of `DistributedDataParallel`, which cannot follow parameters that change; build this object before the
@@ -126,23 +120,22 @@ class DynamicRank:
         self.model, self.settings, self.changed = model, settings or DynamicRankSettings(), changed
         self.budget = sum(entry.compressed.bytes for entry in plan.factorized)
         self.finished, self.done, self._aligned = False, 0, False
-        self._ignored = vars(model).get(IGNORED)
-        self._hooks: list[torch.utils.hooks.RemovableHandle] = []
+        self._averaging = GradientAveraging(model)
         self._shares: list[int] = []
         for entry in plan.factorized:
             check_can_shrink(model, entry)
             self._shares.append(entry.spec.units if entry.spec is not None else 0)
-        if resume_from is None:
-            self.units = all_units(model, plan, calibration, self.settings.ema_decay, progress)
+        if resume_from is not None:
+            saved = RankCheckpoint.load(resume_from, model, plan, dataclasses.asdict(self.settings), self.budget)
+            self.units, self.history, self.done, self.finished = saved.units, saved.history, saved.done, saved.finished
         else:
-            self.units = self._restored(plan, Path(resume_from))
-        if resume_from is None:
+            self.units = all_units(model, plan, calibration, self.settings.ema_decay, progress)
             self.history = RankHistory(
                 [units.matrix.name for units in self.units],
                 [units.full.kind for units in self.units],
                 [units.full.units for units in self.units],
             )
-        self._synchronize()
+        self._follow()
         self.tell()
 
     def holds(self, module: nn.Module) -> bool:
@@ -160,8 +153,7 @@ class DynamicRank:
         self.align()
         if not self.finished and done % self.settings.importance_interval == 0:
             for units in self.units:
-                if units.ready:
-                    units.importance.update(units.changes())
+                units.importance.update(units.changes() if units.ready else None)
 
     def after_step(self, done: int, total: int, optimizer: Optimizer | None) -> None:
         """Remove units if it is time, after `optimizer.step()`.
@@ -193,21 +185,14 @@ class DynamicRank:
 
     def detach(self) -> None:
         """Let go of the model as it is, whether the budget is met or not."""
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks = []
-        vars(self.model).pop(IGNORED, None)
-        if self._ignored is not None:
-            vars(self.model)[IGNORED] = self._ignored
+        self._averaging.detach()
 
     def align(self) -> None:
         """Once, give all processes the weights and components of the first one, as data-parallel wrappers do."""
-        if not self._aligned and _processes() > 1:
+        if not self._aligned:
             for units in self.units:
-                tensors = [parameter.data for parameter in units.parameters.values()]
-                tensors += units.groups() if isinstance(units, DenseUnits) else ()
-                for tensor in tensors:
-                    torch.distributed.broadcast(tensor, 0)
+                copy_from_first(parameter.data for parameter in units.parameters.values())
+                copy_from_first(units.groups() if isinstance(units, DenseUnits) else ())
         self._aligned = True
 
     def save(self, directory: str | os.PathLike[str]) -> None:
@@ -216,86 +201,8 @@ class DynamicRank:
         Raises:
             OutputError: it cannot be written there.
         """
-        tensors: dict[str, Tensor] = {}
-        for units in self.units:
-            name = units.matrix.name
-            if units.importance.average is not None:
-                tensors[f"{name}:importance"] = units.importance.average
-            if isinstance(units, DenseUnits):
-                tensors |= {f"{name}:basis": units.basis, f"{name}:dual": units.dual}
-        description = {
-            "settings": dataclasses.asdict(self.settings),
-            "budget": self.budget,
-            "done": self.done,
-            "finished": self.finished,
-            "history": self.history.to_dict(),
-            "full": [units.full.to_dict() for units in self.units],
-            "count": [units.count for units in self.units],
-        }
-        content = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        with whole_file(Path(directory) / STATE, "the state of dynamic ranks") as partial:
-            save_file(content, partial, {"ranks": json.dumps(description)})
-        self.history.save(directory)
-
-    def _restored(self, plan: Plan, directory: Path) -> list[Units]:
-        path = directory / STATE
-        try:
-            with safetensors.safe_open(path, "pt") as file:
-                description = json.loads((file.metadata() or {})["ranks"])
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            self.history = RankHistory.from_dict(description["history"], f"'{path}'")
-            self.finished, self.done = bool(description["finished"]), int(description["done"])
-            full = [from_dict(spec) for spec in description["full"]]
-            smaller = [spec.with_units(count) for spec, count in zip(full, description["count"], strict=True)]
-            settings, budget = description["settings"], description["budget"]
-        except (OSError, ValueError, KeyError, TypeError, ModelError, safetensors.SafetensorError) as error:
-            raise CheckpointError(f"cannot resume dynamic ranks from '{directory}': {error}") from error
-        names = [entry.matrix.name for entry in plan.factorized]
-        if self.history.layers != names or len(full) != len(names):
-            raise CheckpointError(f"'{path}' is of a training of other matrices than those of the plan")
-        if settings != dataclasses.asdict(self.settings) or budget != self.budget:
-            raise CheckpointError(
-                f"'{path}' is of a training with {settings} and {budget:,} bytes for all matrices, not with "
-                f"{dataclasses.asdict(self.settings)} and {self.budget:,}: give the same plan and settings"
-            )
-        result: list[Units] = []
-        for entry, spec, cut in zip(plan.factorized, full, smaller, strict=True):
-            prefix = f"{entry.matrix.name}:"
-            own = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
-            result.append(self._resumed(entry, spec, cut, own, path))
-        for units, cut in zip(result, smaller, strict=True):  # only when all are right
-            if isinstance(units, FactorUnits):
-                weight = dense_weight(self.model.get_submodule(units.matrix.name))
-                factors = new_factors(cut, units.matrix.shape, weight.device, weight.dtype)
-                with torch.no_grad():
-                    cut.initialize(factors, 1.0)
-                factorize(self.model, units.matrix, cut, factors)
-        return result
-
-    def _resumed(self, entry: Entry, full: Structure, smaller: Structure, own: dict[str, Tensor], path: Path) -> Units:
-        """One matrix of a checkpoint; the model is left as it is."""
-        weight = dense_weight(self.model.get_submodule(entry.matrix.name))
-        basis, dual = own.get("basis"), own.get("dual")
-        importance = Importance(self.settings.ema_decay)
-        if "importance" in own:
-            importance.average = own["importance"].to(weight.device)
-        short = min(entry.matrix.shape)
-        right = importance.average is None or importance.average.shape == (smaller.units,)
-        if basis is not None and dual is not None:
-            right = right and smaller.units == short and basis.shape == dual.shape == (short, short)
-        else:
-            try:
-                smaller.check(entry.matrix.shape)
-            except ModelError:
-                right = False
-        if not right:
-            raise CheckpointError(
-                f"'{path}' is damaged, or of another model: its tensors do not fit layer '{entry.matrix.name}' of "
-                f"shape {entry.matrix.shape} as {smaller}"
-            )
-        if basis is not None and dual is not None:
-            return DenseUnits(self.model, entry.matrix, importance, basis.to(weight), dual.to(weight))
-        return FactorUnits(self.model, entry.matrix, full, importance)
+        settings = dataclasses.asdict(self.settings)
+        RankCheckpoint(settings, self.budget, self.done, self.finished, self.history, self.units).save(directory)
 
     def _shrink(self, left: float, step: int, optimizer: Optimizer | None) -> None:
         """Remove what does not fit the current budget; `left` is the part of the way that is still to go."""
@@ -314,18 +221,21 @@ class DynamicRank:
         counts = [units.count for units in self.units]
         if counts != before:
             self.history.add(step, counts, [float(score.mean()) for score in scores])
-            self._synchronize()
+            self._follow()
             self.tell()
+        if self.finished:
+            self._warn_of_unreached()
 
     def _kept(self, scores: Sequence[Tensor], left: float) -> list[Tensor]:
         """The units that each matrix keeps: those that compete by importance, the others the leading ones."""
         kept = [torch.arange(units.count, device=score.device) for units, score in zip(self.units, scores, strict=True)]
         known = [place for place, score in enumerate(scores) if score.any()]
         budget = self.budget
-        for place in set(range(len(scores))) - set(known):
-            share = min(self._shares[place], self.units[place].count)
-            budget -= self.units[place].bytes(share)
-            kept[place] = kept[place][:share] if left == 0 else kept[place]
+        for place, units in enumerate(self.units):
+            if place not in known:
+                share = min(self._shares[place], units.count)
+                budget -= units.bytes(share)
+                kept[place] = kept[place][:share] if left == 0 else kept[place]
         competing = compete([self.units[p] for p in known], [scores[p] for p in known], budget, left)
         for place, chosen in zip(known, competing, strict=True):
             kept[place] = chosen
@@ -333,51 +243,45 @@ class DynamicRank:
 
     def _scores(self) -> list[Tensor]:
         """Importance of all units, the same in all processes; zeros where nothing is known."""
-        if not any(units.importance.known for units in self.units):
+        values = [units.importance.values for units in self.units]
+        if all(value is None for value in values):
             raise ModelError(
-                "units cannot be compared: no finite gradients were seen. Either the loss is not finite, or "
-                "before_step was not called between backward() and optimizer.step()"
+                "units cannot be compared: no finite gradients were seen, or none but zeros. Either the loss is not "
+                "finite, or it depends on no matrix of the plan, or before_step was not called between backward() and "
+                "optimizer.step()"
             )
-        averages = [units.importance.average for units in self.units]
         device = next(iter(self.units[0].parameters.values())).device
         scores = [
-            torch.zeros(units.count, device=device) if average is None else average.to(device)
-            for units, average in zip(self.units, averages, strict=True)
+            torch.zeros(units.count, device=device) if value is None else value.to(device)
+            for units, value in zip(self.units, values, strict=True)
         ]
-        if _processes() > 1:  # all have the same gradients, but a last bit must not make them differ
-            joined = torch.cat(scores)
-            torch.distributed.broadcast(joined, 0)
-            scores = list(joined.split([len(score) for score in scores]))
-        return scores
+        joined = torch.cat(scores)
+        copy_from_first([joined])  # all have the same gradients, but a last bit must not make them differ
+        return list(joined.split([len(score) for score in scores]))
+
+    def _warn_of_unreached(self) -> None:
+        """Say what became of matrices that are not known."""
+        names = [units.matrix.name for units in self.units if units.importance.values is None]
+        if names:
+            warnings.warn(
+                f"no finite gradient reached {len(names)} of {len(self.units)} matrices, such as '{names[0]}': they "
+                "take the size that they have in the plan, not knowing what they do; exclude them to keep them whole",
+                FactorformerWarning,
+                stacklevel=4,
+            )
 
     def tell(self) -> None:
         """Call `changed`, if any matrix is factorized by now."""
         if self.changed is not None and any(isinstance(units, FactorUnits) for units in self.units):
             self.changed(self.model)
 
-    def _synchronize(self) -> None:
-        """Average gradients over processes, and keep `DistributedDataParallel` from it."""
-        ignored: list[str] = []
+    def _follow(self) -> None:
+        """Average the gradients of the present parameters over processes."""
+        names: list[str] = []
         for units in self.units:
             for name in (units.matrix.name, *units.matrix.aliases):
-                ignored += [f"{name}.{key}" for key in self.model.get_submodule(name).state_dict() if key != "bias"]
-        vars(self.model)[IGNORED] = [*(self._ignored or ()), *ignored]
-        for hook in self._hooks:
-            hook.remove()
-        parameters = [parameter for units in self.units for parameter in units.parameters.values()]
-        self._hooks = [parameter.register_post_accumulate_grad_hook(_average) for parameter in parameters]
-
-
-def _average(parameter: Tensor) -> None:
-    """The mean over processes; of a mean of earlier batches, which accumulate, it is that mean again."""
-    if _processes() > 1 and parameter.grad is not None:
-        torch.distributed.all_reduce(parameter.grad)
-        parameter.grad /= _processes()
-
-
-def _processes() -> int:
-    distributed = torch.distributed
-    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
+                names += [f"{name}.{key}" for key in self.model.get_submodule(name).state_dict() if key != "bias"]
+        self._averaging.follow([p for units in self.units for p in units.parameters.values()], names)
 
 
 def compete(units: Sequence[Units], scores: Sequence[Tensor], budget: int, left: float = 0.0) -> list[Tensor]:
@@ -401,7 +305,7 @@ def compete(units: Sequence[Units], scores: Sequence[Tensor], budget: int, left:
     least = [_fewest(matrix.full) for matrix in units]
     first = 0
     for score, count in zip(scores, least, strict=True):
-        best = score.cpu().topk(count).indices
+        best = score.cpu().argsort(descending=True, stable=True)[:count]
         density[first + best] = float("inf")
         first += len(score)
     order = density.argsort(descending=True, stable=True)

@@ -69,15 +69,13 @@ def substitute(
         new: parameters of that module by name.
         states: one for each of them; empty ones are left for the optimizer to begin.
     """
-    for group in optimizer.param_groups:
-        for place, parameter in enumerate(group["params"]):
-            if parameter is old:
-                group["params"][place : place + 1] = new.values()
-                if "param_names" in group:  # of an optimizer that was given `named_parameters()`
-                    owner = group["param_names"][place].rpartition(".")[0]
-                    group["param_names"][place : place + 1] = [f"{owner}.{name}" if owner else name for name in new]
-                optimizer.state.pop(old, None)
-                for added, state in zip(new.values(), states, strict=True):
-                    if state:
-                        optimizer.state[added] = state
-                return
+    group = next(g for g in optimizer.param_groups if any(parameter is old for parameter in g["params"]))
+    place = next(place for place, parameter in enumerate(group["params"]) if parameter is old)
+    group["params"][place : place + 1] = new.values()
+    if "param_names" in group:  # of an optimizer that was given `named_parameters()`
+        owner = group["param_names"][place].rpartition(".")[0]
+        group["param_names"][place : place + 1] = [f"{owner}.{name}" if owner else name for name in new]
+    optimizer.state.pop(old, None)
+    for added, state in zip(new.values(), states, strict=True):
+        if state:
+            optimizer.state[added] = state

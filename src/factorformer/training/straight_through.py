@@ -24,8 +24,8 @@ from factorformer.fitting import Metric
 from factorformer.fitting.linalg import WITHOUT_FLOAT64
 from factorformer.fitting.statistics import LayerStatistics
 from factorformer.kernels.support import unpack
+from factorformer.layers.dense import dense_shape, dense_weight
 from factorformer.layers.nn import TEMPORARY, FactorizedLinear, FactorizedMatrix
-from factorformer.layers.surgery import dense_shape, dense_weight
 from factorformer.structures import DenseSparse
 
 SHADOW, PROJECTION, FROZEN, MOMENT = TEMPORARY

@@ -3,29 +3,22 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from factorformer.errors import DataError, FactorformerError, ModelError
+from factorformer.errors import ModelError
 from factorformer.fitting import Metric
 from factorformer.fitting.linalg import WITHOUT_FLOAT64, leading_eigenvectors
-from factorformer.fitting.matrices import fit_matrix, measure
-from factorformer.fitting.statistics import Batch, LayerStatistics
+from factorformer.layers.dense import is_transposed
 from factorformer.layers.matrix import Matrix
 from factorformer.layers.nn import FactorizedMatrix
-from factorformer.layers.surgery import dense_weight, factorize, is_transposed
-from factorformer.planning import Entry, Plan
-from factorformer.progress import Progress
-from factorformer.recipes import default_method, get
+from factorformer.layers.surgery import factorize
 from factorformer.structures import LowRank, Structure, largest_rank
 from factorformer.training.optimizer_state import LINEAR, SQUARED, State, converted, substitute
-
-ROOM = 1.25
-"""Structures that start from factors begin as the largest that takes the bytes of the dense matrix over this."""
 
 
 class Importance:
@@ -35,24 +28,41 @@ class Importance:
     gradients, `p . g = s_i dL/ds_i`, whichever factor it is: the first-order estimate of the change of the loss when
     the unit is removed. Averaged is `|p . g|`.
 
+    A step without gradients, or with none but zeros, is one in which nothing depended on the matrix, such as an expert
+    that got no token. It leaves the average alone, for a moving average would forget a rare expert between two of its
+    tokens, and counts in `values` instead.
+
     Args:
         decay: what each step leaves of the average before it.
+        average: of the steps that reached the matrix, `(units,)`; None before the first.
+        reached: number of these steps.
+        steps: number of all steps.
     """
 
-    def __init__(self, decay: float) -> None:
-        self.decay = decay
-        self.average: Float[Tensor, " units"] | None = None
+    def __init__(
+        self, decay: float, average: Float[Tensor, " units"] | None = None, reached: int = 0, steps: int = 0
+    ) -> None:
+        self.decay, self.average, self.reached, self.steps = decay, average, reached, steps
 
     @property
-    def known(self) -> bool:
-        """Whether any gradient has come: not so where the loss never reaches the matrix."""
-        return self.average is not None and bool(self.average.any())
+    def values(self) -> Float[Tensor, " units"] | None:
+        """The mean over all steps, those without gradients included; None where the loss never reached the matrix."""
+        return None if self.average is None else self.average * (self.reached / self.steps)
 
-    def update(self, changes: Float[Tensor, " units"]) -> None:
-        """Take in the first-order changes of the loss of one step; steps that are not finite do not count."""
-        now = changes.abs().float()
-        if not torch.isfinite(now.sum()):
+    def update(self, changes: Float[Tensor, " units"] | None) -> None:
+        """Take in one step.
+
+        Args:
+            changes: of the loss, to first order; None without gradients. If they are not finite, the step does not
+                count.
+        """
+        now = None if changes is None else changes.abs().float()
+        if now is not None and not torch.isfinite(now.sum()):
             return
+        self.steps += 1
+        if now is None or not now.any():
+            return
+        self.reached += 1
         if self.average is None:
             self.average = now
         else:  # the model may have moved since
@@ -76,7 +86,6 @@ class Units(ABC):
 
     def __init__(self, model: nn.Module, matrix: Matrix, full: Structure, importance: Importance) -> None:
         self.model, self.matrix, self.full, self.importance = model, matrix, full, importance
-        self.dtype = matrix.values
 
     @property
     @abstractmethod
@@ -107,7 +116,7 @@ class Units(ABC):
 
     def unit_bytes(self) -> float:
         """Bytes of one unit, on average."""
-        return self.full.bytes(self.matrix.shape, self.dtype) / self.full.units
+        return self.matrix.bytes(self.full) / self.full.units
 
 
 class FactorUnits(Units):
@@ -125,7 +134,7 @@ class FactorUnits(Units):
         return self.module.spec.units
 
     def bytes(self, count: int) -> int:
-        return self.full.with_units(count).bytes(self.matrix.shape, self.dtype)
+        return self.matrix.bytes(self.full.with_units(count))
 
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
@@ -241,8 +250,7 @@ class DenseUnits(Units):
         return self.weight.grad is not None
 
     def bytes(self, count: int) -> int:
-        spec = None if count > largest_rank(self.matrix.shape) else LowRank(count)
-        return self.matrix.cost(spec).bytes
+        return self.matrix.bytes(None if count > largest_rank(self.matrix.shape) else LowRank(count))
 
     def _turn(self, tensor: Tensor) -> Float[Tensor, "short long"]:
         return tensor.T if self.turned else tensor
@@ -295,81 +303,3 @@ class DenseUnits(Units):
             converted(state, weight, lambda name, tensor: carried(name, second, lambda t, f: t @ f.T, tensor)),
             converted(state, weight, lambda name, tensor: carried(name, first, lambda t, f: f.T @ t, tensor)),
         ]
-
-
-def check_can_shrink(model: nn.Module, entry: Entry) -> None:
-    """That a matrix of a plan can be one of those whose units compete.
-
-    Raises:
-        ModelError: it is not in the model, frozen, factorized already, or to share factors.
-    """
-    name = entry.matrix.name
-    try:
-        module = model.get_submodule(name)
-    except AttributeError:
-        raise ModelError(
-            f"the plan does not fit the model: it has no matrix '{name}'; make the plan of this very model"
-        ) from None
-    if isinstance(module, FactorizedMatrix):
-        raise ModelError(f"layer '{name}' is factorized already: dynamic ranks start from the dense model")
-    if not module.get_parameter("weight").requires_grad:
-        raise ModelError(f"layer '{name}' is frozen, so nothing can be known of its importance: exclude or unfreeze it")
-    if entry.shares is not None:
-        raise ModelError(f"layer '{name}' is to share factors, which dynamic ranks cannot: plan without sharing")
-
-
-def all_units(
-    model: nn.Module,
-    plan: Plan,
-    calibration: Iterable[Batch] | None,
-    decay: float,
-    progress: Progress,
-) -> list[Units]:
-    """The matrices of a plan at full rank, or factorized at the largest size of their structure.
-
-    Args:
-        model: dense; an error leaves it as it was.
-        plan: which matrices; its method decides about the structure and the metric of the fits.
-        calibration: batches of keyword arguments for the model, if the method needs them.
-        decay: of the moving averages of importance.
-        progress: progress callback, for calibration and fits.
-
-    Raises:
-        DataError: the method needs calibration data that was not given.
-        ModelError: a matrix is not finite; the message names its layer.
-    """
-    method = plan.method or default_method(calibrated=calibration is not None)
-    recipe, names = get(method), [entry.matrix.name for entry in plan.factorized]
-    statistics: dict[str, LayerStatistics] = {}
-    if recipe.metric != "plain":
-        if calibration is None:
-            raise DataError(f"method '{method}' needs calibration data ({recipe.needs}): pass calibration batches")
-        statistics = measure(model, names, recipe.metric, calibration, progress)
-    result: list[Units] = []
-    fitted: list[tuple[Entry, Structure, dict[str, Tensor]]] = []
-    for done, entry in enumerate(plan.factorized):
-        name, matrix = entry.matrix.name, entry.matrix
-        assert entry.spec is not None
-        if entry.spec.starts_dense:
-            try:
-                weight = dense_weight(model.get_submodule(name))
-                result.append(DenseUnits.of(model, matrix, Importance(decay), weight, Metric.of(statistics.get(name))))
-            except FactorformerError as error:
-                raise type(error)(f"layer '{name}': {error}") from error
-        else:
-            full = _largest(entry)
-            fitted.append((entry, full, fit_matrix(model, name, full, statistics)[0]))
-            result.append(FactorUnits(model, matrix, full, Importance(decay)))
-        progress("fit", done + 1, len(names))
-    for entry, full, factors in fitted:  # only when all are fitted: an error leaves the model as it was
-        factorize(model, entry.matrix, full, factors)
-    return result
-
-
-def _largest(entry: Entry) -> Structure:
-    """The largest of the sizes that planners try that leaves room below the dense matrix."""
-    assert entry.spec is not None
-    matrix, dtype = entry.matrix, entry.matrix.values
-    most = max(matrix.cost(None).bytes / ROOM, entry.compressed.bytes)
-    fitting = [s for s in entry.spec.candidates(matrix.shape, dtype) if s.bytes(matrix.shape, dtype) <= most]
-    return fitting[-1] if fitting else entry.spec

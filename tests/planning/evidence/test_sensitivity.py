@@ -9,7 +9,8 @@ from tests.tiny import MODELS, Tiny, text
 from torch import Tensor, nn
 
 from factorformer.errors import DataError
-from factorformer.layers.surgery import dense_weight, find_matrices
+from factorformer.layers.dense import dense_weight
+from factorformer.layers.surgery import find_matrices
 from factorformer.planning.evidence.sensitivity import measure_sensitivities
 
 

@@ -15,8 +15,8 @@ from factorformer.fitting import QUICK, Metric
 from factorformer.fitting.linalg import truncation_errors
 from factorformer.fitting.matrices import fit_matrix
 from factorformer.fitting.statistics import LayerStatistics
+from factorformer.layers.dense import dense_weight
 from factorformer.layers.matrix import Matrix
-from factorformer.layers.surgery import dense_weight
 from factorformer.planning import Entry, choose_families
 from factorformer.structures import Structure
 
@@ -137,26 +137,37 @@ def measure_curves(
         alike.setdefault((matrix.shape, matrix.dtype, matrix.role), []).append(matrix)
     curves: dict[str, Curve] = {}
     for members in alike.values():
-        relative: dict[str, tuple[tuple[float, float], ...]] = {}
-        sizes: dict[str, tuple[Structure, ...]] = {}
-        for structure in structures:
-            kind, candidates = structure.kind, _candidates(structure, members[0])
-            on_meta = dense_weight(model.get_submodule(members[0].name)).is_meta
-            anchors: list[tuple[Structure, float]] = []
-            if kind not in bare[members[0].name].exact and not on_meta:
-                samples = [bare[matrix.name] for matrix in _samples(members)]
-                anchors = _anchors(structure, samples, candidates, ratio, error)
-                if not anchors:
-                    continue
-            relative[kind] = (
-                structure.relative_errors
-                if not anchors
-                else tuple((_part(members[0], spec), factor) for spec, factor in anchors)
-            )
-            sizes[kind] = _ladder(members[0], candidates, [spec for spec, _ in anchors])
+        relative, sizes = _of_kind(model, members, structures, bare, ratio, error)
         for matrix in members:
             curves[matrix.name] = dataclasses.replace(bare[matrix.name], relative=relative, sizes=sizes)
     return {matrix.name: curves[matrix.name] for matrix in matrices}
+
+
+def _of_kind(
+    model: nn.Module,
+    members: Sequence[Matrix],
+    structures: Sequence[type[Structure]],
+    bare: Mapping[str, Curve],
+    ratio: float,
+    error: Callable[[Matrix, Structure, int], float],
+) -> tuple[dict[str, tuple[tuple[float, float], ...]], dict[str, tuple[Structure, ...]]]:
+    """What matrices of one shape and role have in common: `relative` and `sizes` of their curves."""
+    relative: dict[str, tuple[tuple[float, float], ...]] = {}
+    sizes: dict[str, tuple[Structure, ...]] = {}
+    first = members[0]
+    on_meta = dense_weight(model.get_submodule(first.name)).is_meta
+    for structure in structures:
+        kind, candidates = structure.kind, _candidates(structure, first)
+        anchors: list[tuple[Structure, float]] = []
+        if kind not in bare[first.name].exact and not on_meta:
+            samples = [bare[matrix.name] for matrix in _samples(members)]
+            anchors = _anchors(structure, samples, candidates, ratio, error)
+            if not anchors:
+                continue
+        measured = tuple((_part(first, spec), factor) for spec, factor in anchors)
+        relative[kind] = measured or structure.relative_errors
+        sizes[kind] = _ladder(first, candidates, [spec for spec, _ in anchors])
+    return relative, sizes
 
 
 def _bare_curve(
@@ -190,7 +201,7 @@ def _bare_curve(
 
 
 def _candidates(structure: type[Structure], matrix: Matrix) -> list[Structure]:
-    return list(structure.candidates(matrix.shape, matrix.values))
+    return sorted(structure.candidates(matrix.shape, matrix.values), key=matrix.bytes)
 
 
 def _samples(members: Sequence[Matrix]) -> list[Matrix]:
@@ -201,7 +212,7 @@ def _samples(members: Sequence[Matrix]) -> list[Matrix]:
 
 def _part(matrix: Matrix, spec: Structure) -> float:
     """Bytes of a spec as a part of the dense ones."""
-    return spec.bytes(matrix.shape, matrix.values) / matrix.cost(None).bytes
+    return matrix.bytes(spec) / matrix.bytes(None)
 
 
 def _anchors(

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from factorformer.fitting import MetricName
+from factorformer.fitting.batches import Batch
 from factorformer.fitting.matrices import fit_matrix, measure
-from factorformer.fitting.statistics import Batch, LayerStatistics
+from factorformer.fitting.statistics import LayerStatistics
+from factorformer.layers.dense import dense_weight
 from factorformer.layers.matrix import Matrix
-from factorformer.layers.surgery import dense_weight
 from factorformer.planning import Entry, Option, Plan, Unit
 from factorformer.planning.evidence.curves import Curve, measure_curves
 from factorformer.planning.evidence.sensitivity import measure_sensitivities
@@ -192,7 +193,7 @@ def _prices(
 ) -> tuple[Callable[[Matrix, Structure | None], float], Timer | None]:
     """What a matrix costs under a spec, in a unit; milliseconds are measured on the device of the model."""
     if unit == "bytes":
-        return lambda matrix, spec: matrix.cost(spec).bytes, None
+        return Matrix.bytes, None
     if unit == "flops":
         return lambda matrix, spec: matrix.cost(spec).flops, None
     device = next(model.parameters()).device

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from factorformer.errors import DataError
-from factorformer.fitting.statistics import Batch
+from factorformer.fitting.batches import Batch
+from factorformer.layers.dense import is_transposed
 from factorformer.layers.modes import evaluating
-from factorformer.layers.surgery import is_transposed
 
 ROWS = 48
 """Rows of calibration data that every matrix is measured on. On MiniLM 32 put matrices in nearly the order of 128: rank
@@ -66,16 +66,20 @@ def measure_sensitivities(
     with evaluating(model), torch.no_grad():
         expected = [_outputs(model, batch, LOGITS // len(few)) for batch in few]
         spreads = {name: _spread(torch.cat([outputs[name] for outputs in expected])) for name in expected[0]}
+
+        def moved(instead: Mapping[str, Tensor]) -> float:
+            total = 0.0
+            for batch, outputs in zip(few, expected, strict=True):
+                for key, output in _outputs(model, batch, LOGITS // len(few), instead).items():
+                    squared = float((output - outputs[key]).double().square().sum())
+                    total += _part(key, spreads) * squared / spreads[key]
+            return total
+
         for done, name in enumerate(names, 1):
             weight, squared = replacement(name)
             layer = model.get_submodule(name)
             weight = weight.T if is_transposed(layer) else weight
-            instead = {f"{name}.weight": weight.to(layer.get_parameter("weight").dtype)}
-            deviation = 0.0
-            for batch, outputs in zip(few, expected, strict=True):
-                for key, output in _outputs(model, batch, LOGITS // len(few), instead).items():
-                    moved = float((output - outputs[key]).double().square().sum())
-                    deviation += _part(key, spreads) * moved / spreads[key]
+            deviation = moved({f"{name}.weight": weight.to(layer.get_parameter("weight").dtype)})
             found[name] = deviation / squared if squared > 0 else 0.0
             if progress is not None:
                 progress(done)

@@ -13,7 +13,7 @@ import torch
 
 from factorformer.layers.matrix import Matrix
 from factorformer.layers.nn import new_factors
-from factorformer.structures import Shape, Structure, int8
+from factorformer.structures import Structure, int8
 
 ROWS = 512
 """Rows of input, such as 4 texts of 128 tokens, for which products are measured."""
@@ -46,7 +46,7 @@ class Timer:
             product, lookup = self.dense[place]
         else:
             points = self.measured[(spec.kind, *place)]
-            size = spec.bytes(matrix.shape, matrix.values)
+            size = matrix.bytes(spec)
             known = [point[0] for point in points]
             product, lookup = (float(numpy.interp(size, known, [point[i] for point in points])) for i in (1, 2))
         return matrix.products * product + (lookup if matrix.lookups else 0.0)
@@ -83,13 +83,12 @@ def measure_times(
         # Some of them may have to stay dense, and have no sizes.
         known = max((sizes[other.name] for other in same), key=len)
         for kind in dict.fromkeys(spec.kind for spec in known):
-            chosen += _spaced([spec for spec in known if spec.kind == kind], matrix.shape, matrix.values)
+            chosen += _spaced([spec for spec in known if spec.kind == kind], matrix)
         wanted = any(other.products for other in same), any(other.lookups for other in same)
         times = _timed(matrix, chosen, device, rows, wanted)
         dense[place] = times[0]
         for spec, (product, lookup) in zip(chosen, times[1:], strict=True):
-            size = spec.bytes(matrix.shape, matrix.values)
-            measured.setdefault((spec.kind, *place), []).append((size, product, lookup))
+            measured.setdefault((spec.kind, *place), []).append((matrix.bytes(spec), product, lookup))
         if progress is not None:
             progress(len(dense))
     return Timer(rows, dense, {key: sorted(points) for key, points in measured.items()})
@@ -100,10 +99,10 @@ def _place(matrix: Matrix) -> tuple[object, ...]:
     return matrix.shape, matrix.dtype, matrix.int8
 
 
-def _spaced(specs: Sequence[Structure], shape: Shape, dtype: torch.dtype) -> list[Structure]:
+def _spaced(specs: Sequence[Structure], matrix: Matrix) -> list[Structure]:
     """A few of them, in equal steps of bytes."""
-    ordered = sorted(specs, key=lambda spec: spec.bytes(shape, dtype))
-    sizes = [spec.bytes(shape, dtype) for spec in ordered]
+    ordered = sorted(specs, key=matrix.bytes)
+    sizes = [matrix.bytes(spec) for spec in ordered]
     wanted = numpy.linspace(sizes[0], sizes[-1], SIZES)
     places = {min(bisect.bisect_left(sizes, math.floor(size)), len(sizes) - 1) for size in wanted}
     return [ordered[place] for place in sorted(places)]

@@ -1,0 +1,116 @@
+"""What `compress` reads and checks before it loads a model."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+
+import datasets
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+from factorformer.cli._inputs import (
+    about,
+    check_teacher,
+    encode_table,
+    hold_out,
+    note_new_head,
+    plain_columns,
+    read_table,
+)
+from factorformer.cli._jobs.compress_options import CompressJob
+from factorformer.cli._measure import check_measurable
+from factorformer.errors import DataError
+from factorformer.hf.source import find, load_tokenizer, read_config
+from factorformer.tasks.classification import Head, check_head, find_head, labels_for
+from factorformer.tasks.data import Columns, Labels, sample
+
+COMPARED = 1000
+"""Embeddings are compared on at most so many rows: the similarities are those of all pairs."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """What is read and checked before the weights of a model are.
+
+    Args:
+        path: the model's directory.
+        tokenizer: None where there is no text at all.
+        labels: of the task, in the order of the model's head; None without one.
+        head: where the head to train comes from; None if none is trained.
+        train, evaluation, calibration: encoded rows.
+    """
+
+    path: Path
+    tokenizer: PreTrainedTokenizerBase | None
+    labels: Labels | None
+    head: Head | None
+    train: datasets.Dataset | None
+    evaluation: datasets.Dataset | None
+    calibration: datasets.Dataset | None
+
+    @property
+    def fresh(self) -> bool:
+        """The head is new: its predictions mean nothing yet."""
+        return self.head is not None and not self.head.trained
+
+
+def read_inputs(job: CompressJob) -> Inputs:
+    """Read all data, and check that it fits the model, of which nothing but the configuration is looked at.
+
+    Raises:
+        DataError: data that is missing, malformed, too little, or does not fit the model.
+        ModelError: no such model, a head for another task, or a teacher that does not fit.
+    """
+    path, label = find(job.model), job.columns.label
+    config = read_config(path)
+    labelled = {"train": job.train, "evaluation": job.evaluation} if label is not None else {}
+    if job.needs == "labelled text":
+        labelled["calibration"] = job.calibration
+    sources = {"train": job.train, "evaluation": job.evaluation, "calibration": job.calibration}
+    sources = {name: source for name, source in sources.items() if source is not None}
+    columns: dict[str, Columns] = {name: job.columns for name in sources if labelled.get(name) is not None}
+    tables = {name: read_table(sources[name], job.columns) for name in columns}
+    for name in sources.keys() - columns.keys():
+        columns[name] = plain_columns(sources[name], job.columns)
+        tables[name] = read_table(sources[name], columns[name])
+    labels, head = _task(job, path, config, {name: tables[name] for name in labelled if name in tables})
+    if head is not None and not head.trained and job.needs == "labelled text":
+        raise DataError(
+            f"method '{job.chosen}' measures the model on labels, but '{job.model}' has no head trained for them: "
+            "run `factorformer finetune` first and compress its output"
+        )
+    if job.distill is not None:
+        check_teacher(job.distill, config, head)
+    tokenizer = load_tokenizer(path) if tables else None
+    data: dict[str, datasets.Dataset] = {}
+    for name, rows in tables.items():
+        assert tokenizer is not None
+        known = labels if columns[name].label is not None else None
+        data[name] = encode_table(sources[name], rows, columns[name], tokenizer, known, job.max_length, config)
+    seed = job.settings.seed
+    if label is None and job.train is not None and job.evaluation is None:
+        data["train"], data["evaluation"] = hold_out(data["train"], seed)
+        if job.calibration == job.train:  # what is measured on is not calibrated on
+            data["calibration"] = data["train"]
+    if labels is None and "evaluation" in data:
+        check_measurable(config, data["evaluation"], job.evaluation or job.train or "")
+        data["evaluation"] = sample(data["evaluation"], COMPARED, seed)
+    names = ("train", "evaluation", "calibration")
+    return Inputs(path, tokenizer, labels, head, *(data.get(name) for name in names))
+
+
+def _task(
+    job: CompressJob, path: Path, config: PretrainedConfig, tables: Mapping[str, datasets.Dataset]
+) -> tuple[Labels | None, Head | None]:
+    """What labels mean, and the head that is trained on them, if one is."""
+    label = job.columns.label
+    if label is None or not tables:
+        return None, None
+    name = next(name for name in ("train", "evaluation", "calibration") if name in tables)
+    with about(getattr(job, name)):
+        if name != "train":
+            return labels_for(check_head(path, config), tables[name], label), None
+        head = find_head(path, Labels.of(tables[name], label, job.regression, job.columns.words), config)
+    note_new_head(head)
+    return head.labels, head

@@ -1,0 +1,122 @@
+"""The options of `compress`, and which of them go together."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from factorformer import compression, recipes
+from factorformer.cli._options import note
+from factorformer.errors import DataError, MethodError
+from factorformer.layers.matrix import Scope
+from factorformer.planning import Plan, Share, Unit
+from factorformer.tasks.data import Columns
+from factorformer.tasks.finetuning import TrainingSettings
+
+
+@dataclasses.dataclass(frozen=True)
+class CompressJob:
+    """The options of `compress`; their help texts say what they are."""
+
+    model: str
+    output: str
+    method: str | None
+    ratio: float | None
+    budget: Unit | None
+    int8: bool
+    scope: Scope | None
+    include: list[str] | None
+    exclude: list[str] | None
+    share: Share | None
+    plan: Plan | None
+    columns: Columns
+    regression: bool
+    train: str | None
+    evaluation: str | None
+    calibration: str | None
+    calibration_rows: int
+    max_length: int
+    settings: TrainingSettings
+    distill: str | None
+    device: str
+    overwrite: bool
+
+    @property
+    def chosen(self) -> str:
+        """The method, by default the data-aware one where there is text."""
+        method = self.method if self.plan is None else self.plan.method
+        return method or recipes.default_method(calibrated=self.calibration is not None or self.train is not None)
+
+    @property
+    def needs(self) -> str:
+        """What data the fit of the method needs."""
+        return recipes.get(self.chosen).needs
+
+
+def check(job: CompressJob) -> CompressJob:
+    """Refuse options that do not go together, and drop, with a note, what nothing reads.
+
+    Raises:
+        MethodError: an unknown method, or options of methods that do not go together.
+        DataError: data, or the name of a column, that is missing.
+        BudgetError: a ratio that no model can meet.
+    """
+    _check_method(job)
+    _check_data(job)
+    recipe, label, untrained = recipes.get(job.chosen), job.columns.label, job.train is None
+    unread = job.needs == "nothing" and untrained and job.evaluation is None and job.calibration is not None
+    for happens, text in (
+        (unread, "measures nothing: --calibration is not used"),
+        (recipe.training == "none" and not untrained, "is a fit without training, which --train adds to it"),
+        (
+            recipe.training == "straight-through" and untrained,
+            "learns in training: without --train, this is its start alone",
+        ),
+        (
+            recipe.allocation == "dynamic" and untrained,
+            "finds its ranks in training: without --train, all matrices shrink alike",
+        ),
+    ):
+        if happens:
+            note(f"method '{job.chosen}' {text}")
+    measured = job.calibration is not None or job.train is not None
+    given = job.method if job.plan is None else job.plan.method
+    note(
+        f"method: {job.chosen}"
+        + ("" if given else f" (the default {'with' if measured else 'without'} calibration data)")
+    )
+    if label is not None and untrained and job.evaluation is None and job.needs != "labelled text":
+        note(f"method '{job.chosen}' reads no labels: --label is not used without --train or --eval")
+        job = dataclasses.replace(job, columns=dataclasses.replace(job.columns, label=None))
+    return dataclasses.replace(job, calibration=(job.calibration or job.train) if job.needs != "nothing" else None)
+
+
+def _check_method(job: CompressJob) -> None:
+    options = (job.method, job.ratio, job.budget, job.scope, job.include, job.exclude, job.share)
+    if job.plan is not None and (job.int8 or any(option is not None for option in options)):
+        raise MethodError(
+            "--plan holds method, budget, scope, patterns, sharing and int8 already: leave these options out"
+        )
+    if recipes.get(job.chosen).training == "from scratch":
+        raise MethodError(
+            f"method '{job.chosen}' trains a new model from scratch, not the weights of one: use `factorformer train`, "
+            "or method 'kronecker' to fit these"
+        )
+    compression.check_options(job.chosen, job.ratio, job.share, job.budget or "bytes")
+
+
+def _check_data(job: CompressJob) -> None:
+    label = job.columns.label
+    if job.distill is not None and job.train is None:
+        raise DataError("--distill needs text to learn on: give --train")
+    if job.train is not None and label is None and job.distill is None:
+        raise DataError("training needs labels or a teacher: give --label, or --distill with the original model")
+    if label is not None and job.train is None and job.evaluation is None and job.calibration is None:
+        raise DataError("--label is the name of a column: give --train, --eval or --calibration")
+    if job.regression and label is None:
+        raise DataError("--regression is about labels: name their column with --label")
+    if job.needs != "nothing" and job.calibration is None and job.train is None:
+        raise DataError(
+            f"method '{job.chosen}' needs {job.needs} to measure on: give --calibration or --train, or use 'svd'"
+        )
+    if job.needs == "labelled text" and label is None:
+        raise DataError(f"method '{job.chosen}' needs labelled text: name the column of the labels with --label")

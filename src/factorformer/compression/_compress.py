@@ -1,0 +1,155 @@
+"""The verb `compress`: factors fitted to the weights of a trained model."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from factorformer import planning, recipes
+from factorformer.compression._replacement import check_fits, replace_matrices
+from factorformer.compression._report import Report
+from factorformer.errors import DataError, ModelError
+from factorformer.fitting import statistics as calibrate
+from factorformer.fitting.batches import Calibration, as_batches
+from factorformer.fitting.matrices import Factors, fit_group, fit_matrix, measure
+from factorformer.fitting.statistics import LayerStatistics
+from factorformer.layers.matrix import Matrix
+from factorformer.layers.modes import evaluating
+from factorformer.layers.quantization import quantize
+from factorformer.layers.surgery import unchanged_on_error
+from factorformer.planning import Entry, Plan, left_dense
+from factorformer.progress import Progress, silent
+from factorformer.structures import Structure
+
+
+def compress(
+    model: nn.Module,
+    plan: Plan,
+    calibration: Calibration | None = None,
+    progress: Progress = silent,
+    *,
+    keep_statistics: bool = False,
+    hold_floats: bool = False,
+) -> Report:
+    """Replace the planned matrices by fitted factors, in place. A Hugging Face model then saves as a compressed one.
+
+    A model around one, such as a `SentenceTransformer`, saves as one too. Pass the model that is going to be saved: one
+    that is compressed from inside, through its `base_model`, does not know of it.
+
+    All factors are fitted before the first layer is replaced: an error leaves the model as it was. Matrices that the
+    calibration data does not reach stay dense, and the report says so.
+
+    Args:
+        model: the dense model that the plan was made for.
+        plan: from `plan` or `Plan.load`.
+        calibration: batches of keyword arguments for the model, with labels if the method needs them; one batch alone
+            or a tokenized `datasets.Dataset` serves too.
+        progress: progress callback.
+        hold_floats: leave factors that the plan wants in int8 as floats that products round, to train on; `quantize`
+            ends that.
+        keep_statistics: leave what calibration measured in the report; a moment takes as much memory as a square matrix
+            of float64 as wide as the layer's input.
+
+    Raises:
+        DataError: the method needs calibration data (or labels) that was not given.
+        ModelError: the plan does not fit the model, or a weight is not finite; the message names the layer.
+    """
+    method = plan.method or recipes.default_method(calibrated=calibration is not None)
+    recipe = recipes.get(method)
+    check_fits(plan, model)
+    started = time.perf_counter()
+    statistics: dict[str, LayerStatistics] = {}
+    notes: tuple[str, ...] = ()
+    trial: dict[str, Any] | None = None
+    if recipe.metric != "plain":
+        if calibration is None:
+            raise DataError(
+                f"method '{method}' needs calibration data ({recipe.needs}): pass calibration batches, or use 'svd'"
+            )
+        trial, calibration = _first(as_batches(model, calibration))
+        names = [entry.matrix.name for entry in plan.factorized]
+        statistics = measure(model, names, recipe.metric, calibration, progress)
+        plan, notes = _without_unreached(plan, statistics)
+    calibrated = time.perf_counter()
+    fitted, errors = _fit(model, plan, statistics, progress)
+    with unchanged_on_error(model):
+        replace_matrices(model, plan, fitted)
+        if not hold_floats:
+            quantize(model)
+        if trial is not None:
+            _check_runs(model, trial)
+    seconds = {"calibrate": calibrated - started, "fit": time.perf_counter() - calibrated}
+    kept = statistics if keep_statistics else {}
+    return Report(method, plan.scope, plan.original, plan.compressed, errors, seconds, plan, notes, kept)
+
+
+def _fit(
+    model: nn.Module, plan: Plan, statistics: Mapping[str, LayerStatistics], progress: Progress
+) -> tuple[dict[str, Factors], dict[str, float]]:
+    """Factors and error of every matrix that a plan factorizes; those that share some are fitted together."""
+    fitted: dict[str, Factors] = {}
+    errors: dict[str, float] = {}
+    sharing = plan.sharing
+    for entry in plan.factorized:
+        name = entry.matrix.name
+        if name in sharing:
+            for member, (factors, error) in fit_group(model, _planned(sharing[name]), statistics).items():
+                fitted[member], errors[member] = factors, error
+        elif entry.shares is None:
+            assert entry.spec is not None
+            fitted[name], errors[name] = fit_matrix(model, name, entry.spec, statistics)
+        else:
+            continue
+        progress("fit", len(fitted), len(plan.factorized))
+    return fitted, {entry.matrix.name: errors[entry.matrix.name] for entry in plan.factorized}
+
+
+def _first(batches: Iterator[dict[str, Any]]) -> tuple[dict[str, Any] | None, Iterator[dict[str, Any]]]:
+    """The first batch, and all of them."""
+    first = next(batches, None)
+    return first, batches if first is None else itertools.chain([first], batches)
+
+
+def _check_runs(model: nn.Module, batch: Mapping[str, Any]) -> None:
+    """Raise `ModelError` if a compressed model does not run on what its dense self has run on."""
+    device = next(model.parameters()).device
+    try:
+        with evaluating(model), torch.no_grad():
+            model(**{key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()})
+    except Exception as error:
+        raise ModelError(
+            f"{type(model).__name__} does not run with factors in the place of its matrices, and was left as it was: "
+            f"{type(error).__name__}: {error}. Exclude the layers of that part"
+        ) from error
+
+
+def _without_unreached(plan: Plan, statistics: Mapping[str, LayerStatistics]) -> tuple[Plan, tuple[str, ...]]:
+    """The plan with what calibration did not measure left dense, groups that share factors as a whole, and notes."""
+    missing = {entry.matrix.name for entry in plan.factorized} - statistics.keys()
+    for entries in plan.sharing.values():
+        members = {entry.matrix.name for entry in entries}
+        missing |= members if members & missing else set()
+    if not missing:
+        return plan, ()
+    measured = [name for name in statistics if name not in missing]
+    reasons = calibrate.unreached_parts([e.matrix.name for e in plan.factorized if e.matrix.name in missing], measured)
+    entries = tuple(
+        dataclasses.replace(
+            entry, spec=None, shares=None, reason=reasons[entry.matrix.name], cause=planning.Cause.UNMEASURED
+        )
+        if entry.matrix.name in missing
+        else entry
+        for entry in plan.entries
+    )
+    left = [entry for entry in entries if entry.matrix.name in missing]
+    return dataclasses.replace(plan, entries=entries), tuple(left_dense(left, plan.original.bytes, least=0))
+
+
+def _planned(entries: Sequence[Entry]) -> list[tuple[Matrix, Structure]]:
+    return [(entry.matrix, entry.spec) for entry in entries if entry.spec is not None]

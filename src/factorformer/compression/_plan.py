@@ -1,0 +1,206 @@
+"""The verb `plan`: what every weight matrix becomes."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import get_args
+
+from torch import nn
+
+from factorformer import planning, recipes
+from factorformer.errors import BudgetError, MethodError, one_of
+from factorformer.fitting import QUICK, MetricName
+from factorformer.fitting import statistics as calibrate
+from factorformer.fitting.batches import Batch, Calibration, as_batches
+from factorformer.fitting.matrices import fit_matrix, fit_stack, measure
+from factorformer.layers.dense import dense_weight
+from factorformer.layers.matrix import Matrix, Member, Scope
+from factorformer.layers.surgery import find_matrices
+from factorformer.planning import Entry, Plan, Share, Unit
+from factorformer.planning.evidence.prediction import plan_by_loss
+from factorformer.progress import Progress, silent
+from factorformer.structures import Structure
+
+DEFAULT_RATIO, DEFAULT_RATIO_INT8 = 3.0, 10.0
+"""Compression ratio if none is given."""
+
+
+def plan(
+    model: nn.Module,
+    method: str | None = None,
+    ratio: float | None = None,
+    scope: Scope | None = None,
+    include: Sequence[str] | str | None = None,
+    exclude: Sequence[str] | str | None = None,
+    *,
+    share: Share | None = None,
+    budget: Unit = "bytes",
+    int8: bool = False,
+    calibration: Calibration | None = None,
+    progress: Progress = silent,
+) -> Plan:
+    """Decide what every weight matrix becomes, without changing anything.
+
+    Where the bytes of a matrix can be spent in more than one way (on atoms or on nonzeros), a few cheap fits decide. A
+    model without weights, on the meta device, gets sizes that are good on average. Methods that allocate by loss, such
+    as `auto`, weigh the error curves of all matrices against each other, and predict the error of the whole.
+
+    Args:
+        model: a Transformer.
+        method: a name that `factorformer methods` lists; None leaves the choice to `compress`: data-aware with
+            calibration data, plain without.
+        ratio: bytes of the original tensors in scope over the bytes of what replaces them, or another cost if `budget`
+            says so; by default 3, and 10 in int8, which by itself gives 4.
+        scope: `blocks` for the linear layers of the Transformer blocks, `all` for the whole model with embeddings; None
+            for what the method is made for, which is `all` for `shapeshifter` and `blocks` for the others.
+        include, exclude: shell patterns of module names, e.g. `*.attention.*`; one alone may be given as it is.
+        share: which matrices share one dictionary: with `inputs` those of a block that read the same tensor (query, key
+            and value; gate and up) and the output of attention, with `layers` the same matrix of all blocks; None for
+            none.
+        budget: what the ratio counts: bytes, FLOPs of the products for a token, or milliseconds that those of 512 rows
+            take on this machine, measured now. Others than bytes are for methods that allocate by loss.
+        int8: store all matrices that `include` and `exclude` leave, factorized or dense, in int8 with a scale for each
+            row, and count them so. Dense ones take a quarter of the bytes of float32: smaller ratios are exceeded.
+        calibration: batches as for `compress`; with them the cheap fits minimize the error that the method minimizes,
+            and without them the plain error of the weights. With them allocation by loss measures how sensitive the
+            model is to each matrix, and what they do not reach stays dense.
+        progress: progress callback.
+
+    Raises:
+        MethodError: an unknown method or budget, a budget that the method does not count, or a method whose matrices
+            have nothing to share.
+        BudgetError: a ratio that cannot be met within 1 %; the message names the nearest that can.
+        ModelError: a pattern that matches nothing, or a weight that is not finite.
+        DataError: calibration data that the model cannot run on, or that lacks labels if the method needs them.
+
+    >>> from transformers import BertConfig, BertModel
+    >>> model = BertModel(BertConfig(hidden_size=64, num_attention_heads=4, intermediate_size=128, vocab_size=50))
+    >>> f"{plan(model, 'svd', ratio=2.5).ratio:.2f}"
+    '2.50'
+    """
+    name = method or recipes.default_method(calibrated=True)
+    ratio = (DEFAULT_RATIO_INT8 if int8 else DEFAULT_RATIO) if ratio is None else ratio
+    check_options(name, ratio, share, budget)
+    recipe = recipes.get(name)
+    scope = scope or recipe.scope
+    data = None if calibration is None else list(as_batches(model, calibration))
+    matrices, rest = find_matrices(model, scope, include, exclude, int8=int8, batch=data[0] if data else None)
+    if data is not None and recipe.metric != "plain":
+        able = [matrix.name for matrix in matrices if matrix.dense is None]
+        unreached = calibrate.unreached(model, able, data, fisher=recipe.metric == "fisher_rows")
+        matrices = [dataclasses.replace(m, dense=unreached.get(m.name, m.dense)) for m in matrices]
+    _check_any(matrices, include is not None)
+    allocate, candidates = planning.ALLOCATIONS[recipe.allocation], planning.candidates_of(recipe.structure)
+    if allocate is None:
+        draft = Plan(method, scope, ratio, (), rest, budget)
+        return plan_by_loss(model, recipe.structures, recipe.metric, draft, matrices, data, progress)
+    groups = planning.find_groups(matrices, share)
+    stacks = planning.stacked(matrices, groups)
+    entries = allocate(stacks, candidates, ratio, rest)
+    if recipe.training != "from scratch" and _can_choose(model, entries):
+        choices = _choose(model, entries, groups, recipe.metric, data, progress)
+
+        def sizes(matrix: Matrix) -> Iterable[Structure]:
+            return choices[matrix.name].ladder if matrix.name in choices else candidates(matrix)
+
+        # Few and small matrices: with a given number of atoms, perhaps no combination of nonzeros meets the budget.
+        with contextlib.suppress(BudgetError):
+            entries = [_explained(entry, choices) for entry in allocate(stacks, sizes, ratio, rest)]
+    return Plan(method, scope, ratio, planning.expand(matrices, groups, entries), rest)
+
+
+def _check_any(matrices: Sequence[Matrix], included: bool) -> None:
+    """Raise `BudgetError` if every matrix has to stay dense, with the reasons."""
+    if any(matrix.dense is None for matrix in matrices):
+        return
+    kept: dict[str, list[str]] = {}
+    for matrix in matrices:
+        kept.setdefault((matrix.dense or "").removesuffix(", left dense"), []).append(matrix.name)
+    reasons = "; ".join(f"{reason}: {len(names)}, such as '{names[0]}'" for reason, names in kept.items())
+    raise BudgetError(
+        f"no matrix in scope can be factorized ({reasons or 'there is none'}); widen "
+        + ("include and scope" if included else "the scope")
+    )
+
+
+def check_options(method: str, ratio: float | None, share: Share | None, budget: Unit) -> None:
+    """Refuse what `plan` refuses of any model, before there is one.
+
+    Raises:
+        MethodError: an unknown method or budget, a budget that the method does not count, or a method whose matrices
+            have nothing to share.
+        BudgetError: a ratio that no model can meet.
+    """
+    _check_share(share, method, recipes.get(method).structure)
+    _check_budget(budget, method)
+    if ratio is not None and not 1 <= ratio < math.inf:
+        raise BudgetError(f"ratio must be at least 1 (original bytes / compressed bytes), and finite; got {ratio}")
+
+
+def _check_budget(budget: Unit, method: str) -> None:
+    if budget not in get_args(Unit):
+        raise MethodError(f"unknown budget {one_of(str(budget), get_args(Unit))}")
+    if budget != "bytes" and planning.ALLOCATIONS[recipes.get(method).allocation] is not None:
+        able = [name for name, recipe in recipes.RECIPES.items() if planning.ALLOCATIONS[recipe.allocation] is None]
+        raise MethodError(
+            f"a budget in {budget} needs a method that weighs sizes by what they cost and lose, and '{method}' gives "
+            f"every matrix its part of the bytes; methods that do: {', '.join(able)}"
+        )
+
+
+def _check_share(share: Share | None, method: str, structure: type[Structure]) -> None:
+    if share is None:
+        return
+    if share not in get_args(Share):
+        raise MethodError(f"unknown share {one_of(str(share), get_args(Share))}")
+    if not structure.shareable:
+        able = [name for name, recipe in recipes.RECIPES.items() if recipe.structure.shareable]
+        makes = (
+            "matrices of any structure, most of which"
+            if structure is Structure
+            else f"{structure.kind} matrices, which"
+        )
+        raise MethodError(
+            f"share='{share}' needs factors that matrices can share, and '{method}' makes {makes} "
+            f"have none; methods that do: {', '.join(able) or 'none'}"
+        )
+
+
+def _can_choose(model: nn.Module, entries: Sequence[Entry]) -> bool:
+    """Whether any matrix could be stored in more than one way, and the weights to tell which are there."""
+    planned = [entry for entry in entries if entry.spec is not None]
+    return not any(dense_weight(model.get_submodule(entry.matrix.name)).is_meta for entry in planned) and any(
+        len(entry.spec.families(entry.matrix.shape, entry.matrix.values)) > 1 for entry in planned if entry.spec
+    )
+
+
+def _choose(
+    model: nn.Module,
+    entries: Sequence[Entry],
+    groups: Mapping[str, Sequence[Member]],
+    metric: MetricName,
+    data: Sequence[Batch] | None,
+    progress: Progress,
+) -> dict[str, planning.Choice]:
+    """How each matrix, or stack of those that share factors, should divide its bytes: what a few cheap fits say."""
+    stacks = [entry.matrix for entry in entries if entry.spec is not None]
+    members = [member.matrix for stack in stacks for member in groups.get(stack.name, ())]
+    names = [matrix.name for matrix in (*members, *(stack for stack in stacks if stack.name not in groups))]
+    statistics = {} if data is None else measure(model, names, metric, data, progress)
+
+    def error(matrix: Matrix, spec: Structure) -> float:
+        members = groups.get(matrix.name)
+        if members is None:
+            return fit_matrix(model, matrix.name, spec, statistics, QUICK)[1]
+        return fit_stack(model, members, spec, statistics, QUICK)[1]
+
+    return planning.choose_families(entries, error, lambda done: progress("choose", done, None))
+
+
+def _explained(entry: Entry, choices: Mapping[str, planning.Choice]) -> Entry:
+    if entry.spec is None or entry.matrix.name not in choices:
+        return entry
+    return dataclasses.replace(entry, reason=f"{entry.reason}; {choices[entry.matrix.name].reason}")

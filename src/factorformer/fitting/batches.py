@@ -1,0 +1,97 @@
+"""Calibration data of any kind as batches: the keyword arguments of a model."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from factorformer.errors import DataError
+
+Batch = Mapping[str, Any]
+"""Keyword arguments of a model: tensors with one row for each example, and plain settings."""
+
+Calibration = Iterable[Any]
+"""Batches, or what `as_batches` makes some of."""
+
+DATASET_ROWS = 8
+"""Rows of a data set that make a batch."""
+
+
+def as_batches(model: nn.Module, data: Calibration) -> Iterator[dict[str, Any]]:
+    """Calibration data as keyword arguments of a model.
+
+    Args:
+        model: what the batches are for.
+        data: batches, each a mapping of names to tensors, arrays or lists of numbers; or one such batch alone; or a
+            tokenized `datasets.Dataset`, of which the columns are taken that the model's forward pass knows. Values
+            that are None are left out; a single row without a dimension for the batch gets one.
+
+    Raises:
+        DataError: anything else; the message says what was found where.
+    """
+    if isinstance(data, Mapping):
+        data = [data]
+    elif hasattr(data, "column_names") and hasattr(data, "with_format"):
+        data = _rows(model, data)
+    elif isinstance(data, (str, bytes, Tensor, np.ndarray)) or not hasattr(data, "__iter__"):
+        raise DataError(f"calibration data cannot be {_kind(data)}: give a list of batches, {_WANTED}")
+    for place, batch in enumerate(data):
+        if not isinstance(batch, Mapping):
+            raise DataError(f"calibration batch {place} is {_kind(batch)}: a batch is {_WANTED}")
+        values = {str(key): _value(place, str(key), value) for key, value in batch.items() if value is not None}
+        tensors = [value for value in values.values() if isinstance(value, Tensor)]
+        if not tensors:
+            raise DataError(f"calibration batch {place} holds no tensors: a batch is {_WANTED}")
+        ids = values.get("input_ids")
+        if isinstance(ids, Tensor) and ids.dim() == 1:
+            values = {key: value[None] if isinstance(value, Tensor) else value for key, value in values.items()}
+        yield values
+
+
+_WANTED = "a mapping of the model's arguments to tensors, such as tokenizer(texts, padding=True, return_tensors='pt')"
+
+
+def _rows(model: nn.Module, data: Any) -> Iterator[dict[str, Any]]:
+    """Batches of a data set; row by row where rows differ in length."""
+    taken = inspect.signature(model.forward).parameters
+    columns = [name for name in data.column_names if name in taken]
+    if not columns:
+        raise DataError(
+            f"the calibration data set has the columns {', '.join(data.column_names)}, and {type(model).__name__} "
+            "takes none of them: tokenize it first, so that it has input_ids"
+        )
+    data = data.with_format("numpy", columns=columns)
+    for first in range(0, len(data), DATASET_ROWS):
+        rows = [data[place] for place in range(first, min(first + DATASET_ROWS, len(data)))]
+        shapes = [{name: np.shape(value) for name, value in row.items()} for row in rows]
+        if all(shape == shapes[0] for shape in shapes):
+            yield {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+        else:
+            yield from ({name: np.asarray(value)[None] for name, value in row.items()} for row in rows)
+
+
+def _value(place: int, name: str, value: Any) -> Any:
+    """A tensor, or a plain setting such as `use_cache`."""
+    if isinstance(value, (Tensor, bool, int, float)):
+        return value
+    if isinstance(value, (np.ndarray, list, tuple)):
+        try:
+            if any(isinstance(part, Tensor) for part in value):
+                return torch.stack(list(value))
+            return torch.as_tensor(np.asarray(value))
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise DataError(
+                f"calibration batch {place} holds '{name}' as {_kind(value)}, which is no tensor ({error}): leave it "
+                "out, or pad rows of different lengths"
+            ) from error
+    raise DataError(f"calibration batch {place} holds '{name}' as {_kind(value)}: a batch is {_WANTED}")
+
+
+def _kind(value: Any) -> str:
+    of = f" of {type(value[0]).__name__}" if isinstance(value, (list, tuple)) and value else ""
+    return f"a {type(value).__name__}{of}"
