@@ -1,18 +1,21 @@
 """Layers whose weight an architecture uses without calling them: factors under the same name would mislead it.
 
 Mamba multiplies by `dt_proj.weight` itself; Mamba 2 casts what goes into the head to `lm_head.weight.dtype`, which is
-int8 once the head is stored so. Two rules find such layers, whatever their names:
+int8 once the head is stored so. Three rules find such layers, whatever their names:
 
 - *A trial*: one forward pass of a copy whose weights take no memory and whose layers multiply nothing. A weight that
   any operation sees has been used from outside, for its own layer did not.
 - *The source*: `self.<layer>.weight` in the methods of the modules above a layer, for what the trial does not reach,
   such as a branch for another device. What is done in training alone does not count: Mamba's kernels for training on
   a GPU read `out_proj.weight`, and refuse factors by their shape.
+- *Initialization*, through which every model goes that is loaded: Whisper asks its table of positions for its shape,
+  to make sinusoids of it.
 """
 
 from __future__ import annotations
 
 import ast
+import contextlib
 import copy
 import functools
 import inspect
@@ -30,6 +33,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from factorformer.layers.dummies import dummy_inputs
+from factorformer.layers.modes import evaluating
 
 USED = "the architecture reads its weight itself, left dense"
 CAST = "the architecture casts activations to the type of its weight, which must not be int8, left dense"
@@ -58,11 +62,24 @@ def bypassed(
     places = {id(module): name for name, module in layers.items()}
     used, cast = _in_source(model, places)
     found = _in_trials(model, layers, int8=False, batch=batch)
-    used |= found
+    used |= found | _in_initialization(model, layers)
     if int8:
         cast = _in_trials(model, layers, int8=True, batch=batch, known=used, unreached=cast)
     used, cast = _alike(model, layers, used), _alike(model, layers, cast if int8 else set())
     return dict.fromkeys(cast, CAST) | dict.fromkeys(used, USED)
+
+
+def accepted(model: nn.Module) -> dict[str, Any] | None:
+    """A random batch that a model runs on; None where none is found, or weights have no values."""
+    if any(tensor.is_meta for tensor in model.parameters()):
+        return None
+    like = next(model.parameters(), torch.empty(0))
+    for batch in dummy_inputs(model):
+        batch = {k: v.to(like if v.is_floating_point() else like.device) for k, v in batch.items()}
+        with _quiet(), evaluating(model), contextlib.suppress(Exception):  # an input of another kind than it takes
+            model(**batch)
+            return dict(batch)
+    return None
 
 
 def _alike(model: nn.Module, layers: Mapping[str, nn.Module], names: set[str]) -> set[str]:
@@ -186,6 +203,38 @@ def _watched_run(
     return watch
 
 
+def _in_initialization(model: nn.Module, layers: Mapping[str, nn.Module]) -> set[str]:
+    """Layers whose weight, if it has another shape, makes the initialization of the module that holds them fail."""
+    try:
+        twin = _without_memory(model).to("meta")
+    except Exception:  # as in a trial
+        return set()
+    watch, copies = _Watch(), {name: twin.get_submodule(name) for name in layers}
+    parts = [part for part in twin.modules() if isinstance(part, transformers.PreTrainedModel)]
+    found: set[str] = set()
+
+    def works(part: transformers.PreTrainedModel, module: nn.Module) -> bool:
+        watch.last = None
+        try:
+            part._init_weights(module)
+        except Exception:
+            return False
+        return True
+
+    with _quiet():
+        own = {id(layer) for layer in copies.values()}
+        able = [(part, m) for part in parts for m in part.modules() if id(m) not in own and works(part, m)]
+        whole = {name: layer.get_parameter("weight") for name, layer in copies.items()}
+        for name, layer in copies.items():
+            _observe(layer, layers[name], name, watch, False)
+            layer._parameters["weight"] = nn.Parameter(whole[name][:, :1], requires_grad=False)
+        for part, module in able:
+            while not works(part, module) and (name := watch.last) is not None and name not in found:
+                found.add(name)
+                copies[name]._parameters["weight"] = whole[name]
+    return found
+
+
 def _observe(layer: nn.Module, original: nn.Module, name: str, watch: _Watch, as_codes: bool) -> None:
     weight = layer.get_parameter("weight")
     turned = weight.shape[0] if isinstance(original, nn.Linear) else weight.shape[-1]
@@ -302,14 +351,19 @@ def _methods(cls: type) -> tuple[ast.FunctionDef, ...]:
 
 
 class _Reader(ast.NodeVisitor):
-    """Reads of `self.<path>.weight` in a method, without branches that a module's own settings rule out."""
+    """Reads of `self.<path>.weight` in a method, without branches that a module's own settings rule out.
+
+    Local names for a module, or for one after the other in a loop, are followed.
+    """
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
         self.found: list[tuple[tuple[str, ...], str]] = []
+        self.names: dict[str, tuple[str, ...]] = {}
 
     def read(self, method: ast.FunctionDef) -> list[tuple[tuple[str, ...], str]]:
         self.guarded = "int8" in ast.unparse(method)  # it knows that a weight may be codes
+        self.names = {method.args.args[0].arg: ()} if method.args.args else {}
         self.visit(method)
         return self.found
 
@@ -319,13 +373,39 @@ class _Reader(ast.NodeVisitor):
         for part in ([] if answer is False else node.body) + ([] if answer is True else node.orelse):
             self.visit(part)
 
+    def visit_Assign(self, node: ast.Assign) -> None:
+        self._name(node.targets[0], _chain(node.value, self.names))
+        self.generic_visit(node)
+
+    def visit_For(self, node: ast.For) -> None:
+        target, over = node.target, node.iter
+        if isinstance(target, ast.Tuple) and isinstance(over, ast.Call) and ast.unparse(over.func) == "enumerate":
+            target, over = target.elts[-1], over.args[0]
+        chain = _chain(over, self.names)
+        each = [None if chain is None else chain if chain[-1:] == ("*",) else (*chain, "*")]
+        if isinstance(over, (ast.Tuple, ast.List)):
+            each = [_chain(element, self.names) for element in over.elts]
+        self.visit(node.iter)
+        for chain in each:
+            self._name(target, chain)
+            for part in [*node.body, *node.orelse]:
+                self.visit(part)
+
+    def _name(self, target: ast.expr, chain: tuple[str, ...] | None) -> None:
+        if isinstance(target, ast.Name) and chain:
+            self.names[target.id] = chain
+        elif isinstance(target, ast.Name):
+            self.names.pop(target.id, None)
+
     def visit_Attribute(self, node: ast.Attribute) -> None:
-        chain = _chain(node.value) if node.attr == "weight" else None
+        chain = _chain(node.value, self.names) if node.attr == "weight" else None
         if chain:
             self.found.append((chain, ""))
             return
         inner = node.value
-        chain = _chain(inner.value) if isinstance(inner, ast.Attribute) and inner.attr == "weight" else None
+        chain = None
+        if isinstance(inner, ast.Attribute) and inner.attr == "weight":
+            chain = _chain(inner.value, self.names)
         if chain:
             if not (node.attr == "dtype" and self.guarded):
                 self.found.append((chain, node.attr if node.attr in (*HARMLESS, "dtype") else ""))
@@ -347,18 +427,23 @@ class _Reader(ast.NodeVisitor):
             self.generic_visit(node)
 
 
-def _chain(node: ast.expr) -> tuple[str, ...] | None:
-    """The path of `self.a[i].b`, with `*` for what is chosen by an index; None for anything else."""
+def _chain(node: ast.expr, names: Mapping[str, tuple[str, ...]]) -> tuple[str, ...] | None:
+    """The path of `self.a[i].b`, with `*` for what is chosen by an index; None for anything else.
+
+    Args:
+        node: an expression.
+        names: of `self`, and of local variables that stand for a path.
+    """
     if isinstance(node, ast.Name):
-        return () if node.id == "self" else None
+        return names.get(node.id)
     if isinstance(node, ast.Attribute):
-        before = _chain(node.value)
+        before = _chain(node.value, names)
         return None if before is None else (*before, node.attr)
     if isinstance(node, ast.Subscript):
-        before = _chain(node.value)
+        before = _chain(node.value, names)
         return None if before is None else (*before, "*")
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and not node.args:
-        before = _chain(node.func.value)
+        before = _chain(node.func.value, names)
         return None if before is None else (*before, f"{node.func.attr}()")
     return None
 

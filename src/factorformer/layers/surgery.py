@@ -7,13 +7,15 @@ import copy
 import dataclasses
 import difflib
 import fnmatch
+import inspect
 import itertools
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+import transformers
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -84,7 +86,7 @@ def find_matrices(
     layers = {name: module for name, module in model.named_modules() if dense_shape(module) is not None}
     include, exclude = _patterns(include), _patterns(exclude)
     _check_patterns([*(include or []), *(exclude or [])], list(layers))
-    reasons = bypassed(model, layers, int8=int8, batch=batch)
+    reasons = _saved_by_others(model, layers) | bypassed(model, layers, int8=int8, batch=batch)
     matrices: list[Matrix] = []
     rest = Cost()
     for path, parameter in model.named_parameters():
@@ -101,6 +103,15 @@ def find_matrices(
             matrix = dataclasses.replace(matrix, int8=int8 and reason is None, dense=reason)
         matrices.append(matrix)
     return matrices, rest
+
+
+def _saved_by_others(model: nn.Module, layers: Iterable[str]) -> dict[str, str]:
+    """Layers that what wraps a model of transformers saves itself: the `Dense` module of a `SentenceTransformer`."""
+    if isinstance(model, transformers.PreTrainedModel) or not hasattr(model, "save_pretrained"):
+        return {}
+    inner = [name for name, module in model.named_modules() if isinstance(module, transformers.PreTrainedModel)]
+    outside = [name for name in layers if not any(name.startswith(f"{part}.") for part in inner)]
+    return dict.fromkeys(outside, "outside of the model of transformers, left dense")
 
 
 def _patterns(given: Sequence[str] | str | None) -> list[str] | None:
@@ -207,6 +218,8 @@ def _other_kind(model: nn.Module, owner: nn.Module, path: str, parameter: nn.Par
     if parameter.dim() == 3 and "expert" in path:
         chosen = getattr(getattr(model, "config", None), "num_experts_per_tok", None) or len(parameter)
         return "expert weights fused in a 3-D parameter", chosen / len(parameter)
+    if isinstance(owner, (nn.Linear, nn.Embedding, Conv1D)) and _is_altered(owner):
+        return "a layer with hooks", int(not isinstance(owner, nn.Embedding))
     if isinstance(owner, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
         return "a convolution", 1
     return "not a linear layer or embedding", int(parameter.dim() == 2 and not isinstance(owner, nn.Embedding))
@@ -222,6 +235,8 @@ def dense_shape(module: nn.Module) -> Shape | None:
 
 def _is_plain(module: nn.Linear | nn.Embedding | Conv1D) -> bool:
     """Whether a layer computes `x @ W.T + b`, or looks up rows of `W`, and nothing else."""
+    if _is_altered(module):
+        return False
     if isinstance(module, nn.Embedding) and module.max_norm is not None:  # it rescales the rows that are looked up
         return False
     if type(module) in (nn.Linear, nn.Embedding, Conv1D):
@@ -229,9 +244,14 @@ def _is_plain(module: nn.Linear | nn.Embedding | Conv1D) -> bool:
     parts = {name for name, parameter in module._parameters.items() if parameter is not None}
     if isinstance(module, Conv1D) or "weight" not in parts or parts - {"weight", "bias"}:
         return False
-    if module._buffers or module._modules or module._forward_hooks or module._forward_pre_hooks:
-        return False
+    if module._buffers or module._modules or len(inspect.signature(type(module).forward).parameters) != 2:
+        return False  # a caller may pass a second argument
     return all(_computes_product(module, dtype) for dtype in (torch.float64, torch.bfloat16))
+
+
+def _is_altered(module: nn.Module) -> bool:
+    """Whether hooks, or a `forward` of its own, may change what a module computes and would be lost with it."""
+    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
 
 
 def _computes_product(module: nn.Linear | nn.Embedding, dtype: torch.dtype) -> bool:
