@@ -70,7 +70,7 @@ def find_matrices(
 
     Raises:
         MethodError: an unknown scope.
-        ModelError: no blocks, a pattern that matches nothing, or layers factorized already.
+        ModelError: no blocks, a pattern that matches nothing, layers factorized already, or an adapter on top.
     """
     if scope not in ("blocks", "all"):
         raise MethodError(f"unknown scope {one_of(str(scope), ['blocks', 'all'])}")
@@ -79,6 +79,11 @@ def find_matrices(
         raise ModelError(f"the model is compressed already ('{done[0]}' is factorized): start from the dense model")
     if getattr(model, "is_quantized", False) is True:
         raise ModelError("the model is quantized: its weights are codes, so start from the model in full precision")
+    if any("peft" in {cls.__module__.partition(".")[0] for cls in type(m).__mro__} for m in model.modules()):
+        raise ModelError(
+            "the model has an adapter of PEFT, and would be saved as that alone: merge it first (`merge_and_unload`), "
+            "or compress the model that it belongs to"
+        )
     calls = _calls_of_blocks(model)
     if scope == "blocks" and not calls:
         raise ModelError(f"no Transformer blocks found in {type(model).__name__}: use scope='all'")
