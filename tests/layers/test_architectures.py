@@ -389,6 +389,15 @@ def test_a_compressed_model_that_does_not_run_is_given_back_dense() -> None:
     assert type(model.one) is nn.Linear
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+def test_weights_in_8_bits_are_refused(dtype: torch.dtype) -> None:
+    model = MODELS["bert"].build()
+    layer = model.bert.encoder.layer[1].output.dense
+    layer.weight = nn.Parameter(layer.weight.data.to(dtype), requires_grad=False)
+    with pytest.raises(ModelError, match=rf"layer\.1\.output\.dense' is {dtype}"):
+        factorformer.plan(model, "svd", ratio=2)
+
+
 def test_a_matrix_without_values_is_named() -> None:
     model = MODELS["bert"].build()
     model.bert.encoder.layer[1].output.dense.to("meta")

@@ -25,6 +25,9 @@ from factorformer.layers.matrix import Cost, LeftOut, Matrix, Role, Scope
 from factorformer.layers.nn import FactorizedEmbedding, FactorizedLinear, FactorizedMatrix
 from factorformer.structures import Factors, Shape, Structure
 
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+"""Types of weights that can be factorized."""
+
 SMALLEST_SIDE = 16
 """Matrices with a shorter side than this (classifier heads, token types) stay dense: there is nothing to gain."""
 
@@ -70,7 +73,8 @@ def find_matrices(
 
     Raises:
         MethodError: an unknown scope.
-        ModelError: no blocks, a pattern that matches nothing, layers factorized already, or an adapter on top.
+        ModelError: no blocks, a pattern that matches nothing, layers factorized already, an adapter on top, or weights
+            in integers or in 8 bits.
     """
     if scope not in ("blocks", "all"):
         raise MethodError(f"unknown scope {one_of(str(scope), ['blocks', 'all'])}")
@@ -89,6 +93,10 @@ def find_matrices(
         raise ModelError(f"no Transformer blocks found in {type(model).__name__}: use scope='all'")
     holders = _holders(model)
     layers = {name: module for name, module in model.named_modules() if dense_shape(module) is not None}
+    for name, layer in layers.items():
+        dtype = layer.get_parameter("weight").dtype
+        if dtype not in FLOATS:
+            raise ModelError(f"the weight of '{name}' is {dtype}: start from the model in full precision")
     include, exclude = _patterns(include), _patterns(exclude)
     _check_patterns([*(include or []), *(exclude or [])], list(layers))
     reasons = _saved_by_others(model, layers) | bypassed(model, layers, int8=int8, batch=batch)
