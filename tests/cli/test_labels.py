@@ -143,10 +143,13 @@ def test_what_stays_dense_is_told(run: Any, tmp_path: Path) -> None:
     assert " bytes in scope" in done.stderr
 
 
-def test_roberta_counts_positions_from_behind_the_padding() -> None:
+def test_texts_have_to_fit_positions_and_vocabulary() -> None:
     sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 64}
     model = RobertaModel(RobertaConfig(**sizes, vocab_size=18, max_position_embeddings=24, pad_token_id=1))
-    check_lengths(model, datasets.Dataset.from_dict({"length": [3, 22]}))
+    # RoBERTa counts positions from behind the padding.
+    check_lengths(model, datasets.Dataset.from_dict({"length": [3, 22], "input_ids": [[1], [17]]}))
     model(torch.full((1, 22), 5))
     with pytest.raises(DataError, match=r"23 tokens.*22 positions"):
-        check_lengths(model, datasets.Dataset.from_dict({"length": [3, 23]}))
+        check_lengths(model, datasets.Dataset.from_dict({"length": [3, 23], "input_ids": [[1], [17]]}))
+    with pytest.raises(DataError, match=r"token 18.* 18"):
+        check_lengths(model, datasets.Dataset.from_dict({"length": [3, 1], "input_ids": [[1, 2, 18], [17]]}))

@@ -201,7 +201,7 @@ def test_as_sentence_transformers(name: str, side: str | None, modes: Any, after
         "chain": [st.Dense(width, 48, bias=False, activation_function=nn.Identity()), st.Normalize(), st.Dense(48, 8)],
         "plain normalize": [st.Dense(width, 24, bias=False, activation_function=nn.Identity()), st.Normalize()],
         "residual": [st.Dense(width, width, activation_function=nn.GELU(), use_residual=True), st.Dense(width, 8)],
-        "normalize": [st.Normalize()],
+        "normalize": [st.Dropout(0.5), st.Normalize()],
         "": [],
     }[after]
     model = SentenceTransformer(modules=[encoder, pooling, *follow], device="cpu")
@@ -209,6 +209,7 @@ def test_as_sentence_transformers(name: str, side: str | None, modes: Any, after
     check(tmp_path / "model", tmp_path / "out", model.encode(TEXTS))
 
 
+@pytest.mark.filterwarnings("ignore::factorformer.errors.FactorformerWarning")
 def test_a_transformer_in_a_folder_and_old_weights(tmp_path: Path) -> None:
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.sentence_transformer import modules as st
@@ -225,4 +226,29 @@ def test_a_transformer_in_a_folder_and_old_weights(tmp_path: Path) -> None:
     for file in (tmp_path / "model").iterdir():
         if file.is_file() and file.name not in ("modules.json", "config_sentence_transformers.json"):
             shutil.move(file, folder / file.name)
+    body = tf.BertModel.from_pretrained(folder)
+    whole = tf.BertForMaskedLM(body.config)  # it has a head as well, which a sentence encoder does not use
+    whole.bert.load_state_dict(body.state_dict(), strict=False)
+    whole.save_pretrained(folder)
     check(tmp_path / "model", tmp_path / "out", model.encode(TEXTS))
+
+
+def test_a_cross_encoder_gives_its_scores(tmp_path: Path) -> None:
+    from sentence_transformers import CrossEncoder
+
+    transformer(tmp_path / "e", "bert")
+    config = tf.BertConfig.from_pretrained(tmp_path / "e", num_labels=1)
+    tf.BertForSequenceClassification(config).eval().save_pretrained(tmp_path / "e")
+    model = CrossEncoder(str(tmp_path / "e"), device="cpu", max_length=12)
+    model.save_pretrained(str(tmp_path / "model"))
+    done = export(tmp_path / "model", tmp_path / "out")
+    assert done.output == "logits"
+    inputs = tf.AutoTokenizer.from_pretrained(tmp_path / "out")(
+        TEXTS, padding=True, truncation=True, return_tensors="np"
+    )
+    session = onnxruntime.InferenceSession(tmp_path / "out" / "model.onnx", providers=["CPUExecutionProvider"])
+    (found,) = session.run(None, {name: inputs[name] for name in done.inputs})
+    wanted = tf.BertForSequenceClassification.from_pretrained(tmp_path / "model")(
+        **{name: torch.from_numpy(value) for name, value in inputs.items()}
+    )
+    assert np.abs(found - wanted.logits.detach().numpy()).max() < 1e-4

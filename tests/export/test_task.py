@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from tests.tiny import MODELS
-from transformers import BertConfig, BertForQuestionAnswering
+from transformers import BertConfig, BertForQuestionAnswering, CLIPConfig, CLIPModel
 
 from factorformer.errors import ExportError
 from factorformer.export.task import Task, input_names
@@ -20,3 +20,10 @@ def test_an_unknown_head() -> None:
     config = BertConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=64, vocab_size=99)
     with pytest.raises(ExportError, match=r"BertForQuestionAnswering.*allowed"):
         Task(BertForQuestionAnswering(config), ["input_ids"])
+
+
+def test_a_model_of_more_than_text() -> None:
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 64}
+    config = CLIPConfig(text_config={**sizes, "vocab_size": 99}, vision_config={**sizes, "image_size": 32})
+    with pytest.raises(ExportError, match="CLIPModel reads more than text"):
+        input_names(CLIPModel(config), None)

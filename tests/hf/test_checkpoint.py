@@ -67,6 +67,16 @@ def test_an_intact_checkpoint_loads(folder: Path, loader: str) -> None:
     LOADERS[loader](folder)
 
 
+def test_a_pooler_may_be_left_out(tmp_path: Path) -> None:
+    model = tf.BertModel(MODELS["bert"].build().config).eval()
+    factorformer.compress(model, factorformer.plan(model, "svd", ratio=2, scope="all"))
+    model.save_pretrained(tmp_path)
+    loaded = tf.AutoModel.from_pretrained(tmp_path, add_pooling_layer=False)
+    assert loaded.pooler is None
+    inputs = MODELS["bert"].inputs()
+    assert torch.equal(loaded(**inputs).last_hidden_state, model(**inputs).last_hidden_state)
+
+
 @pytest.mark.parametrize("loader", LOADERS)
 @pytest.mark.parametrize(
     "name", [f"{QUERY}.weight", f"{QUERY}.right", f"{QUERY}.bias", "bert.embeddings.LayerNorm.weight"]
@@ -217,7 +227,7 @@ def test_a_config_that_cannot_be_read(folder: Path, content: str | None) -> None
 
 
 def test_a_directory_that_does_not_exist(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="not a model directory"):
+    with pytest.raises(CheckpointError, match="no such model directory"):
         factorformer.load(tmp_path / "nowhere")
 
 

@@ -70,6 +70,7 @@ FOREIGN = (nn.Module(), MODEL, tf.Trainer)
 
 ARGUMENTS: dict[Callable[..., Any], set[str]] = {
     nn.Module._apply: {"fn", "recurse"},
+    MODEL._init_weights: {"module"},
     MODEL.get_expanded_tied_weights_keys: {"all_submodels"},
     MODEL.mark_tied_weights_as_initialized: {"loading_info"},
     MODEL.save_pretrained: {"save_directory", "is_main_process", "state_dict"},

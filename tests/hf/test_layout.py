@@ -99,6 +99,15 @@ def test_a_missing_body_stays_an_error(named: str, tmp_path: Path) -> None:
         factorformer.load(tmp_path / "m")
 
 
+def test_of_a_missing_body_and_head_the_body_is_named(tmp_path: Path) -> None:
+    model = tf.RobertaModel(tf.RobertaConfig(**ENCODER)).eval()
+    model.save_pretrained(tmp_path / "m")
+    edit_config(tmp_path / "m", architectures=["RobertaForSequenceClassification"])
+    edit_tensors(tmp_path / "m", lambda tensors: tensors.pop("encoder.layer.1.output.dense.weight"))
+    with pytest.raises(CheckpointError, match=r"lacks 1 .*: roberta\.encoder\.layer\.1\.output\.dense\.weight$"):
+        factorformer.load(tmp_path / "m")
+
+
 def test_a_misshapen_weight_is_named(tmp_path: Path) -> None:
     encoder(tmp_path / "m")
     edit_config(tmp_path / "m", vocab_size=98)
@@ -130,6 +139,44 @@ def test_an_unknown_kind_of_model(model_type: str | None, said: str, tmp_path: P
     encoder(tmp_path / "m", model_type=model_type)
     with pytest.raises(CheckpointError, match=said):
         factorformer.load(tmp_path / "m")
+
+
+@pytest.mark.parametrize(
+    ("description", "said"),
+    [
+        ({"quant_method": "gptq", "bits": 4}, "gptq"),
+        ({"quant_method": "made-up"}, "made-up"),
+        ({"load_in_8bit": True}, "bitsandbytes"),
+        ({"bits": 4}, "unnamed"),
+    ],
+)
+def test_weights_that_others_quantized_are_refused_by_name(description: Any, said: str, tmp_path: Path) -> None:
+    encoder(tmp_path / "m", quantization_config=description)
+    (tmp_path / "m" / "model.safetensors").unlink()  # before any is read
+    with pytest.raises(CheckpointError, match=rf"quantized by .*{said}.*full precision"):
+        factorformer.load(tmp_path / "m")
+
+
+def test_no_quantization_is_none(tmp_path: Path) -> None:
+    model = encoder(tmp_path / "m")
+    config = json.loads((tmp_path / "m" / "config.json").read_text())
+    write(tmp_path / "m" / "config.json", {**config, "quantization_config": None})
+    assert same(factorformer.load(tmp_path / "m"), model)
+
+
+def test_weights_left_on_a_server_for_large_files_are_named(tmp_path: Path) -> None:
+    encoder(tmp_path / "m")
+    (tmp_path / "m" / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
+    for load in (factorformer.load, lambda path: find(str(path))):
+        with pytest.raises(CheckpointError, match=r"model\.safetensors' is a pointer of Git LFS"):
+            load(tmp_path / "m")
+
+
+def test_a_folder_inside_of_a_directory(tmp_path: Path) -> None:
+    model = encoder(tmp_path / "m" / "sub")
+    assert same(factorformer.load(tmp_path / "m", subfolder="sub"), model)
+    with pytest.raises(CheckpointError, match=r"no such model directory.*nothing"):
+        factorformer.load(tmp_path / "m", subfolder="nothing")
 
 
 # Directories of sentence-transformers

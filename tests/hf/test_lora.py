@@ -68,3 +68,12 @@ def test_dense_models_are_as_ever() -> None:
     adapted = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
     assert torch.equal(logits(adapted, inputs), expected)
     assert torch.equal(logits(adapted.merge_and_unload(), inputs), expected)
+
+
+def test_a_model_with_an_adapter_is_not_compressed() -> None:
+    adapted = peft.get_peft_model(LLAMA.build(), peft.LoraConfig(r=4, target_modules=["q_proj"]))
+    for model in (adapted, adapted.get_base_model()):
+        with pytest.raises(ModelError, match=r"adapter of PEFT.*merge_and_unload"):
+            factorformer.plan(model, "svd", 2)
+    merged = adapted.merge_and_unload()
+    factorformer.compress(merged, factorformer.plan(merged, "svd", 2))

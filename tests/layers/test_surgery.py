@@ -432,10 +432,10 @@ def test_calls_of_albert_layers_when_groups_do_not_divide_them() -> None:
         vocab_size=99, embedding_size=16,
     )  # fmt: skip
     model = tf.AlbertModel(config)
+    matrices, _ = find_matrices(model, "blocks")
     calls: dict[str, int] = {}
     for name, module in model.named_modules():
         if type(module) is torch.nn.Linear:
             module.register_forward_hook(lambda *_, name=name: calls.update({name: calls.get(name, 0) + 1}))
     model(torch.zeros(1, 3, dtype=torch.long))
-    matrices, _ = find_matrices(model, "blocks")
     assert {m.name: m.products for m in matrices} == {m.name: calls[m.name] for m in matrices}

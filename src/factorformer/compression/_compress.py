@@ -19,6 +19,7 @@ from factorformer.fitting import statistics as calibrate
 from factorformer.fitting.batches import Calibration, as_batches
 from factorformer.fitting.matrices import Factors, fit_group, fit_matrix, measure
 from factorformer.fitting.statistics import LayerStatistics
+from factorformer.layers.dummies import accepted
 from factorformer.layers.matrix import Matrix
 from factorformer.layers.modes import evaluating
 from factorformer.layers.quantization import quantize
@@ -42,8 +43,9 @@ def compress(
     A model around one, such as a `SentenceTransformer`, saves as one too. Pass the model that is going to be saved: one
     that is compressed from inside, through its `base_model`, does not know of it.
 
-    All factors are fitted before the first layer is replaced: an error leaves the model as it was. Matrices that the
-    calibration data does not reach stay dense, and the report says so.
+    All factors are fitted before the first layer is replaced, and the result has to run on what the dense model has run
+    on: an error leaves the model as it was. Matrices that the calibration data does not reach stay dense, and the
+    report says so.
 
     Args:
         model: the dense model that the plan was made for.
@@ -58,7 +60,8 @@ def compress(
 
     Raises:
         DataError: the method needs calibration data (or labels) that was not given.
-        ModelError: the plan does not fit the model, or a weight is not finite; the message names the layer.
+        ModelError: the plan does not fit the model, the model does not run with factors, or a weight is not finite; the
+            message names the layer.
     """
     method = plan.method or recipes.default_method(calibrated=calibration is not None)
     recipe = recipes.get(method)
@@ -66,7 +69,7 @@ def compress(
     started = time.perf_counter()
     statistics: dict[str, LayerStatistics] = {}
     notes: tuple[str, ...] = ()
-    trial: dict[str, Any] | None = None
+    trial: Mapping[str, Any] | None = accepted(model) if recipe.metric == "plain" else None
     if recipe.metric != "plain":
         if calibration is None:
             raise DataError(

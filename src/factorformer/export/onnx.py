@@ -126,7 +126,7 @@ def export(
             with_tokenizer = (layout.source / "tokenizer_config.json").is_file()
             tokenizer = load_tokenizer(layout.source if with_tokenizer else layout.transformer)
             tokenizer.model_max_length = read_longest(layout.transformer) or tokenizer.model_max_length
-        whole = load_model(layout.transformer)
+        whole = load_model(layout.source)
         if pooling is None and not type(whole).__name__.endswith(HEADS):
             pooling = layout.pooling
     dtype = whole.dtype

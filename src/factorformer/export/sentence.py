@@ -157,12 +157,15 @@ def read_layout(directory: Path) -> Layout:
         return Layout(directory, directory)
     modules = [(kind, directory / folder) for kind, folder in layout.modules(directory)]
     names = [name for name, _ in modules]
-    if names[:2] != ["Transformer", "Pooling"] or not {"Dense", "Normalize"}.issuperset(names[2:]):
+    if names == ["Transformer"]:  # a cross-encoder, whose head is in the Transformer
+        return Layout(directory, modules[0][1])
+    if names[:2] != ["Transformer", "Pooling"] or not {"Dense", "Dropout", "Normalize"}.issuperset(names[2:]):
         raise ExportError(
-            f"'{file}' lists {', '.join(names)}; what can be exported is Transformer, Pooling, and then any of Dense "
-            "and Normalize"
+            f"'{file}' lists {', '.join(names)}; what can be exported is Transformer, Pooling, and then any of "
+            "Dense, Dropout and Normalize"
         )
-    after = tuple(Normalize() if name == "Normalize" else _projection(folder) for name, folder in modules[2:])
+    active = [(name, folder) for name, folder in modules[2:] if name != "Dropout"]  # which acts in training alone
+    after = tuple(Normalize() if name == "Normalize" else _projection(folder) for name, folder in active)
     pooling = dataclasses.replace(_pooling(modules[1][1] / "config.json"), after=after)
     return Layout(directory, modules[0][1], pooling)
 

@@ -24,6 +24,8 @@ def input_names(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | Non
     kind = type(model).__name__
     if model.main_input_name != "input_ids":
         raise ExportError(f"{kind} reads {model.main_input_name}; only models that read text can be exported")
+    if model.config.get_text_config() is not model.config:
+        raise ExportError(f"{kind} reads more than text; only models of text alone can be exported")
     # T5's encoder alone keeps the configuration of both.
     both = model.config.is_encoder_decoder and not kind.endswith("EncoderModel")
     if both or getattr(model.config, "is_decoder", False):

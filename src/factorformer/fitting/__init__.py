@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
+from factorformer.errors import ModelError
 from factorformer.fitting.dictionary import fit_dense_sparse
 from factorformer.fitting.linalg import WITHOUT_FLOAT64
 from factorformer.fitting.metric import Metric, MetricName
@@ -37,8 +38,10 @@ def fit(
         rounds: the effort of a fitter that goes in rounds; None for what it does by itself.
 
     Raises:
-        ModelError: the weight is not finite, or its shape does not admit the structure.
+        ModelError: the weight is not finite or has no values, or its shape does not admit the structure.
     """
+    if weight.is_meta:
+        raise ModelError("the matrix has no values, only a shape (device 'meta'): load the weights first")
     spec.check((weight.shape[0], weight.shape[1]))
     effort = {} if rounds is None else {"rounds": rounds}
     device, metric = weight.device, metric or Metric()

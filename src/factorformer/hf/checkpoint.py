@@ -14,11 +14,15 @@ import transformers
 
 from factorformer.errors import CheckpointError, FactorformerError, FactorformerWarning, one_line
 from factorformer.hf import compat, layout
+from factorformer.hf.config import METHOD
 from factorformer.hf.tensors import drop_pooler, takes_no_pooler
 from factorformer.hf.trust import trusted
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+MULTIPLIED_OUT = ("fp8", "mxfp4")
+"""Methods of quantization that transformers undoes while it loads, where the hardware has no products for them."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,12 +55,12 @@ def load(
         directory: what `save_pretrained`, sentence-transformers or `factorformer compress` wrote.
         trust_remote_code: execute Python code that the directory brings; by default, as the command line was told.
         whole: take a missing head for an error.
-        kwargs: passed on to `from_pretrained` (`dtype`, `device_map`, ...).
+        kwargs: passed on to `from_pretrained` (`dtype`, `device_map`, ...); a `subfolder` is one of the directory.
 
     Raises:
         CheckpointError: not a model directory, an unknown class, or tensors that do not fit; the message names them.
     """
-    path = Path(directory)
+    path = Path(directory) / kwargs.pop("subfolder", "")
     place = layout.place(path)
     trust = trusted() if trust_remote_code is None else trust_remote_code
     choice = choose(path, trust=trust)
@@ -77,12 +81,17 @@ def choose(path: Path, *, trust: bool | None = None) -> Choice:
     """Which class a directory is to be loaded as, by its descriptions alone.
 
     Raises:
-        CheckpointError: descriptions that cannot be read, a class or type of model that transformers does not have, or
-            code in the directory that is not trusted.
+        CheckpointError: descriptions that cannot be read, a class or type of model that transformers does not have,
+            code in the directory that is not trusted, or weights that another method has quantized.
     """
     trust = trusted() if trust is None else trust
     place = layout.place(path)
     described = layout.read_config(place.folder)
+    method = _quantized_by(described)
+    if method not in (None, METHOD, *MULTIPLIED_OUT):
+        raise CheckpointError(
+            f"the weights in '{path}' are quantized by {method}: start from the model in full precision"
+        )
     named, brought = _named(described), described.get("auto_map") or {}
     encodes = place.task == layout.ENCODES
     native = getattr(transformers, named, None) if named else None
@@ -149,7 +158,7 @@ def some(names: Iterable[object], most: int = 5) -> str:
 
 def _read(path: Path, folder: Path, choice: Choice, whole: bool, **options: Any) -> tuple[PreTrainedModel, bool]:
     """A model of the class that was chosen, and whether its head is missing."""
-    compressed = "quantization_config" in layout.read_config(folder)
+    compressed = _quantized_by(layout.read_config(folder)) == METHOD
     if not compressed:
         options.setdefault("ignore_mismatched_sizes", True)  # they are refused below, by name
     model, info = read_model(choice.loader, folder, **options)
@@ -162,7 +171,7 @@ def _read(path: Path, folder: Path, choice: Choice, whole: bool, **options: Any)
     body = {name for name in missing if name.startswith(inside) and not name.startswith(f"{inside}pooler.")}
     if missing and not body and not misshapen and choice.base is not None and not compressed and not whole:
         return model, True
-    wrong = {"lacks": missing, "has other shapes for": misshapen}
+    wrong = {"lacks": body or missing, "has other shapes for": misshapen}
     if compressed and choice.note is None:
         wrong["has too many tensors for"] = set(info["unexpected_keys"])
     for what, names in wrong.items():
@@ -177,6 +186,15 @@ def _read(path: Path, folder: Path, choice: Choice, whole: bool, **options: Any)
 def _misshapen(keys: Iterable[Any]) -> set[str]:
     """Names of tensors, where transformers gives their sizes too."""
     return {str(key) if isinstance(key, str) else f"{key[0]} {list(key[1])}" for key in keys}
+
+
+def _quantized_by(described: dict[str, Any]) -> str | None:
+    """The method that quantized the weights of a model, as config.json tells; None if none did."""
+    found = described.get("quantization_config")
+    if not isinstance(found, dict):
+        return None
+    old = any(str(key).startswith("load_in_") for key in found)  # of the time when there was but one method
+    return str(found.get("quant_method") or ("bitsandbytes" if old else "an unnamed method"))
 
 
 def _named(described: dict[str, Any]) -> str | None:

@@ -15,6 +15,9 @@ MODULES, ROUTER, ADAPTER = "modules.json", "router_config.json", "adapter_config
 TRANSFORMERS = {"Transformer": None, "MLMTransformer": "fill-mask", "CLIPModel": "clip"}
 """Kinds of sentence-transformers modules that hold a model of transformers, and the task of those that have but one."""
 
+POINTER, LONGEST_POINTER = b"version https://git-lfs", 1024
+"""How a file begins that stands for a large one that was not downloaded, and how many bytes it can have."""
+
 ENCODES = "feature-extraction"
 """The task of a sentence-transformers module that uses no head."""
 
@@ -37,8 +40,10 @@ def place(path: Path) -> Place:
 
     Raises:
         CheckpointError: there is none, or several; an adapter without the model that it belongs to; descriptions that
-            cannot be read. The message says what to do.
+            cannot be read; files that were not downloaded. The message says what to do.
     """
+    if not path.is_dir():
+        raise CheckpointError(f"no such model directory: '{path}'")
     if (path / ADAPTER).is_file():
         base = _mapping(path / ADAPTER).get("base_model_name_or_path")
         raise CheckpointError(
@@ -48,6 +53,7 @@ def place(path: Path) -> Place:
     if not (path / MODULES).is_file():
         if not (path / "config.json").is_file():
             raise CheckpointError(f"'{path}' is not a model directory: it has no config.json")
+        _check_files(path)
         return Place(path)
     listed = list(modules(path))
     found = {folder: kind for kind, folder in listed if kind in TRANSFORMERS}
@@ -63,7 +69,17 @@ def place(path: Path) -> Place:
     folder = path / relative
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"'{path}/{MODULES}' lists the Transformer '{relative or '.'}', which has no config.json")
+    _check_files(folder)
     return Place(folder, TRANSFORMERS[kind] or _task(folder))
+
+
+def _check_files(folder: Path) -> None:
+    """Raise `CheckpointError` if a file was left behind on a server for large files."""
+    for file in folder.iterdir():
+        if file.is_file() and file.stat().st_size < LONGEST_POINTER:
+            with file.open("rb") as opened:
+                if opened.read(len(POINTER)) == POINTER:
+                    raise CheckpointError(f"'{file}' is a pointer of Git LFS, not the file: run `git lfs pull` there")
 
 
 def read_config(folder: Path) -> dict[str, Any]:

@@ -81,7 +81,10 @@ def check_tensors(model: PreTrainedModel, config: FactorformerConfig, files: Seq
         held = [set(_base_part(model, dict.fromkeys(group, ()))) for group in held]
     loaded = stored.keys() | {name for group in held if group & stored.keys() for name in group}
     missing = [n for n in expected.keys() - loaded if not _matches(n, compat.may_be_missing(model))]
-    extra = [n for n in stored.keys() - expected.keys() if not _matches(n, compat.may_be_unexpected(model))]
+    unplaced = compat.may_be_unexpected(model)
+    if _may_lack_pooler(model) and getattr(model, "pooler", None) is None:  # the caller wants none
+        unplaced = [*unplaced, r"^pooler\."]
+    extra = [n for n in stored.keys() - expected.keys() if not _matches(n, unplaced)]
     _report(missing, extra, wrong)
 
 
@@ -115,7 +118,11 @@ def drop_absent_pooler(model: PreTrainedModel, files: Sequence[str]) -> None:
 
 def takes_no_pooler(model: PreTrainedModel) -> bool:
     """Whether a model has a pooler that its architecture can do without."""
-    return getattr(model, "pooler", None) is not None and "add_pooling_layer" in signature(type(model)).parameters
+    return getattr(model, "pooler", None) is not None and _may_lack_pooler(model)
+
+
+def _may_lack_pooler(model: PreTrainedModel) -> bool:
+    return "add_pooling_layer" in signature(type(model)).parameters
 
 
 def drop_pooler(model: PreTrainedModel) -> None:

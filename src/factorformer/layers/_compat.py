@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
 from torch.utils._pytree import tree_leaves as tree_leaves
@@ -44,6 +45,14 @@ def drop_hooks(module: nn.Module) -> None:
     """Let nothing but the module itself have a part in its calls; see `is_hooked`."""
     module._forward_hooks.clear()
     module._forward_pre_hooks.clear()
+
+
+def initialize(model: transformers.PreTrainedModel, module: nn.Module) -> None:
+    """Give a module of a model random weights, as its architecture does.
+
+    Relies on `PreTrainedModel._init_weights`, through which every module goes that is loaded.
+    """
+    model._init_weights(module)
 
 
 def with_parameters(module: nn.Module, parameters: Mapping[str, nn.Parameter | None]) -> nn.Module:

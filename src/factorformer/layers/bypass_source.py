@@ -70,14 +70,19 @@ def _methods(cls: type) -> tuple[ast.FunctionDef, ...]:
 
 
 class _Reader(ast.NodeVisitor):
-    """Reads of `self.<path>.weight` in a method, without branches that a module's own settings rule out."""
+    """Reads of `self.<path>.weight` in a method, without branches that a module's own settings rule out.
+
+    Local names for a module, or for one after the other in a loop, are followed.
+    """
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
         self.found: list[tuple[tuple[str, ...], str]] = []
+        self.names: dict[str, tuple[str, ...]] = {}
 
     def read(self, method: ast.FunctionDef) -> list[tuple[tuple[str, ...], str]]:
         self.guarded = "int8" in ast.unparse(method)  # it knows that a weight may be codes
+        self.names = {method.args.args[0].arg: ()} if method.args.args else {}
         self.visit(method)
         return self.found
 
@@ -87,13 +92,39 @@ class _Reader(ast.NodeVisitor):
         for part in ([] if answer is False else node.body) + ([] if answer is True else node.orelse):
             self.visit(part)
 
+    def visit_Assign(self, node: ast.Assign) -> None:
+        self._name(node.targets[0], _chain(node.value, self.names))
+        self.generic_visit(node)
+
+    def visit_For(self, node: ast.For) -> None:
+        target, over = node.target, node.iter
+        if isinstance(target, ast.Tuple) and isinstance(over, ast.Call) and ast.unparse(over.func) == "enumerate":
+            target, over = target.elts[-1], over.args[0]
+        chain = _chain(over, self.names)
+        each = [None if chain is None else chain if chain[-1:] == ("*",) else (*chain, "*")]
+        if isinstance(over, (ast.Tuple, ast.List)):
+            each = [_chain(element, self.names) for element in over.elts]
+        self.visit(node.iter)
+        for chain in each:
+            self._name(target, chain)
+            for part in [*node.body, *node.orelse]:
+                self.visit(part)
+
+    def _name(self, target: ast.expr, chain: tuple[str, ...] | None) -> None:
+        if isinstance(target, ast.Name) and chain:
+            self.names[target.id] = chain
+        elif isinstance(target, ast.Name):
+            self.names.pop(target.id, None)
+
     def visit_Attribute(self, node: ast.Attribute) -> None:
-        chain = _chain(node.value) if node.attr == "weight" else None
+        chain = _chain(node.value, self.names) if node.attr == "weight" else None
         if chain:
             self.found.append((chain, ""))
             return
         inner = node.value
-        chain = _chain(inner.value) if isinstance(inner, ast.Attribute) and inner.attr == "weight" else None
+        chain = None
+        if isinstance(inner, ast.Attribute) and inner.attr == "weight":
+            chain = _chain(inner.value, self.names)
         if chain:
             if not (node.attr == "dtype" and self.guarded):
                 self.found.append((chain, node.attr if node.attr in (*HARMLESS, "dtype") else ""))
@@ -115,18 +146,23 @@ class _Reader(ast.NodeVisitor):
             self.generic_visit(node)
 
 
-def _chain(node: ast.expr) -> tuple[str, ...] | None:
-    """The path of `self.a[i].b`, with `*` for what is chosen by an index; None for anything else."""
+def _chain(node: ast.expr, names: Mapping[str, tuple[str, ...]]) -> tuple[str, ...] | None:
+    """The path of `self.a[i].b`, with `*` for what is chosen by an index; None for anything else.
+
+    Args:
+        node: an expression.
+        names: of `self`, and of local variables that stand for a path.
+    """
     if isinstance(node, ast.Name):
-        return () if node.id == "self" else None
+        return names.get(node.id)
     if isinstance(node, ast.Attribute):
-        before = _chain(node.value)
+        before = _chain(node.value, names)
         return None if before is None else (*before, node.attr)
     if isinstance(node, ast.Subscript):
-        before = _chain(node.value)
+        before = _chain(node.value, names)
         return None if before is None else (*before, "*")
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and not node.args:
-        before = _chain(node.func.value)
+        before = _chain(node.func.value, names)
         return None if before is None else (*before, f"{node.func.attr}()")
     return None
 

@@ -1,22 +1,27 @@
-"""Weights that a forward pass of a weightless copy of a model reads outside of their own layers."""
+"""Weights that a forward pass, or the initialization, of a weightless copy of a model reads outside of their layers."""
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import functools
 import itertools
-import logging
-import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 import transformers
 from torch import Tensor, nn
 
-from factorformer.layers._compat import TorchDispatchMode, drop_hooks, is_grouped_product, place_of, tree_leaves
+from factorformer.layers._compat import (
+    TorchDispatchMode,
+    drop_hooks,
+    initialize,
+    is_grouped_product,
+    place_of,
+    tree_leaves,
+)
 from factorformer.layers.dummies import dummy_inputs
+from factorformer.layers.modes import quiet
 
 ROUNDS = 8
 """Trials with weights in int8, each without the layers that the ones before found."""
@@ -120,12 +125,44 @@ def _watched_run(
         copied = twin.get_submodule(name)
         _observe(copied, layer, name, watch, name in codes)
     inner = [(n, m) for n, m in twin.named_modules() if n and isinstance(m, transformers.PreTrainedModel)]
-    with _quiet(), watch:
+    with quiet(), watch:
         _run(twin, watch, itertools.chain([batch] if batch else [], dummy_inputs(model)), bool(codes))
         for name, part in inner:
             if not any(path.startswith(f"{name}.") for path in watch.reached):
                 _run(part, watch, dummy_inputs(part), bool(codes))
     return watch
+
+
+def found_in_initialization(model: nn.Module, layers: Mapping[str, nn.Module]) -> set[str]:
+    """Layers whose weight, if it has another shape, makes the initialization of the module that holds them fail."""
+    try:
+        twin = _without_memory(model).to("meta")
+    except Exception:  # as in a trial
+        return set()
+    watch, copies = _Watch(), {name: twin.get_submodule(name) for name in layers}
+    parts = [part for part in twin.modules() if isinstance(part, transformers.PreTrainedModel)]
+    found: set[str] = set()
+
+    def works(part: transformers.PreTrainedModel, module: nn.Module) -> bool:
+        watch.last = None
+        try:
+            initialize(part, module)
+        except Exception:
+            return False
+        return True
+
+    with quiet():
+        own = {id(layer) for layer in copies.values()}
+        able = [(part, m) for part in parts for m in part.modules() if id(m) not in own and works(part, m)]
+        whole = {name: layer.get_parameter("weight") for name, layer in copies.items()}
+        for name, layer in copies.items():
+            _observe(layer, layers[name], name, watch, False)
+            layer.weight = nn.Parameter(whole[name][:, :1], requires_grad=False)
+        for part, module in able:
+            while not works(part, module) and (name := watch.last) is not None and name not in found:
+                found.add(name)
+                copies[name].weight = whole[name]
+    return found
 
 
 def _observe(layer: nn.Module, original: nn.Module, name: str, watch: _Watch, as_codes: bool) -> None:
@@ -172,16 +209,3 @@ def _without_memory(model: nn.Module) -> nn.Module:
     for module in twin.modules():  # hooks are for the model itself
         drop_hooks(module)
     return twin
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """No gradients, no random numbers taken, no word from anyone."""
-    silenced = logging.root.manager.disable
-    with torch.no_grad(), torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        logging.disable(max(silenced, logging.ERROR))
-        try:
-            yield
-        finally:
-            logging.disable(silenced)

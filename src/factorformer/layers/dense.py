@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 
 import torch
@@ -23,6 +24,8 @@ def dense_shape(module: nn.Module) -> Shape | None:
 
 def _is_plain(module: nn.Linear | nn.Embedding | Conv1D) -> bool:
     """Whether a layer computes `x @ W.T + b`, or looks up rows of `W`, and nothing else."""
+    if is_altered(module):
+        return False
     if isinstance(module, nn.Embedding) and module.max_norm is not None:  # it rescales the rows that are looked up
         return False
     if type(module) in (nn.Linear, nn.Embedding, Conv1D):
@@ -30,9 +33,16 @@ def _is_plain(module: nn.Linear | nn.Embedding | Conv1D) -> bool:
     parts = dict(module.named_parameters(recurse=False)).keys()
     if isinstance(module, Conv1D) or "weight" not in parts or parts - {"weight", "bias"}:
         return False
-    if any(True for _ in module.buffers(recurse=False)) or any(True for _ in module.children()) or is_hooked(module):
+    if any(True for _ in module.buffers(recurse=False)) or any(True for _ in module.children()):
+        return False
+    if len(inspect.signature(type(module).forward).parameters) != 2:  # a caller may pass a second argument
         return False
     return all(_computes_product(module, dtype) for dtype in (torch.float64, torch.bfloat16))
+
+
+def is_altered(module: nn.Module) -> bool:
+    """Whether hooks, or a `forward` of its own, may change what a module computes and would be lost with it."""
+    return is_hooked(module) or "forward" in vars(module)
 
 
 def _computes_product(module: nn.Linear | nn.Embedding, dtype: torch.dtype) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import itertools
 from collections.abc import Iterator
@@ -10,6 +11,8 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
+
+from factorformer.layers.modes import evaluating, quiet
 
 Inputs = dict[str, Tensor]
 
@@ -33,6 +36,19 @@ def dummy_inputs(model: nn.Module, rows: int = 2, length: int = 8) -> Iterator[I
         return
     for count in dict.fromkeys((rows, 1)):
         yield from _batches(model, config, count, length)
+
+
+def accepted(model: nn.Module) -> Inputs | None:
+    """A random batch that a model runs on; None where none is found, or weights have no values."""
+    if any(tensor.is_meta for tensor in model.parameters()):
+        return None
+    like = next(model.parameters(), torch.empty(0))
+    for batch in dummy_inputs(model):
+        batch = {k: v.to(like if v.is_floating_point() else like.device) for k, v in batch.items()}
+        with quiet(), evaluating(model), contextlib.suppress(Exception):  # an input of another kind than it takes
+            model(**batch)
+            return batch
+    return None
 
 
 def _batches(model: transformers.PreTrainedModel, config: Any, rows: int, length: int) -> Iterator[Inputs]:

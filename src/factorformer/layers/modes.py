@@ -1,10 +1,13 @@
-"""Training and evaluation mode of models."""
+"""In which mode a model runs, and what it leaves behind."""
 
 from __future__ import annotations
 
 import contextlib
+import logging
+import warnings
 from collections.abc import Iterator
 
+import torch
 from torch import nn
 
 
@@ -26,3 +29,16 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """No gradients, no random numbers taken, no word from anyone."""
+    silenced = logging.root.manager.disable
+    with torch.no_grad(), torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        logging.disable(max(silenced, logging.ERROR))
+        try:
+            yield
+        finally:
+            logging.disable(silenced)

@@ -7,19 +7,24 @@ import dataclasses
 import difflib
 import fnmatch
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from factorformer.errors import MethodError, ModelError, one_of
 from factorformer.layers.bypass import bypassed
-from factorformer.layers.dense import dense_shape, is_transposed
+from factorformer.layers.dense import dense_shape, is_altered, is_transposed
 from factorformer.layers.embeddings import embeddings_of
 from factorformer.layers.matrix import Cost, LeftOut, Matrix, Role, Scope
 from factorformer.layers.nn import FactorizedEmbedding, FactorizedLinear, FactorizedMatrix
 from factorformer.structures import Factors, Shape, Structure
+
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+"""Types of weights that can be factorized."""
 
 SMALLEST_SIDE = 16
 """Matrices with a shorter side than this (classifier heads, token types) stay dense: there is nothing to gain."""
@@ -66,7 +71,8 @@ def find_matrices(
 
     Raises:
         MethodError: an unknown scope.
-        ModelError: no blocks, a pattern that matches nothing, or layers factorized already.
+        ModelError: no blocks, a pattern that matches nothing, layers factorized already, an adapter on top, or weights
+            in integers or in 8 bits.
     """
     if scope not in ("blocks", "all"):
         raise MethodError(f"unknown scope {one_of(str(scope), ['blocks', 'all'])}")
@@ -75,14 +81,23 @@ def find_matrices(
         raise ModelError(f"the model is compressed already ('{done[0]}' is factorized): start from the dense model")
     if getattr(model, "is_quantized", False) is True:
         raise ModelError("the model is quantized: its weights are codes, so start from the model in full precision")
+    if any("peft" in {cls.__module__.partition(".")[0] for cls in type(m).__mro__} for m in model.modules()):
+        raise ModelError(
+            "the model has an adapter of PEFT, and would be saved as that alone: merge it first (`merge_and_unload`), "
+            "or compress the model that it belongs to"
+        )
     calls = _calls_of_blocks(model)
     if scope == "blocks" and not calls:
         raise ModelError(f"no Transformer blocks found in {type(model).__name__}: use scope='all'")
     holders = _holders(model)
     layers = {name: module for name, module in model.named_modules() if dense_shape(module) is not None}
+    for name, layer in layers.items():
+        dtype = layer.get_parameter("weight").dtype
+        if dtype not in FLOATS:
+            raise ModelError(f"the weight of '{name}' is {dtype}: start from the model in full precision")
     include, exclude = _patterns(include), _patterns(exclude)
     _check_patterns([*(include or []), *(exclude or [])], list(layers))
-    reasons = bypassed(model, layers, int8=int8, batch=batch)
+    reasons = _saved_by_others(model, layers) | bypassed(model, layers, int8=int8, batch=batch)
     matrices: list[Matrix] = []
     rest = Cost()
     for path, parameter in model.named_parameters():
@@ -100,6 +115,15 @@ def find_matrices(
             matrix = dataclasses.replace(matrix, int8=int8 and reason is None, dense=reason)
         matrices.append(matrix)
     return matrices, rest
+
+
+def _saved_by_others(model: nn.Module, layers: Iterable[str]) -> dict[str, str]:
+    """Layers that what wraps a model of transformers saves itself: the `Dense` module of a `SentenceTransformer`."""
+    if isinstance(model, transformers.PreTrainedModel) or not hasattr(model, "save_pretrained"):
+        return {}
+    inner = [name for name, module in model.named_modules() if isinstance(module, transformers.PreTrainedModel)]
+    outside = [name for name in layers if not any(name.startswith(f"{part}.") for part in inner)]
+    return dict.fromkeys(outside, "outside of the model of transformers, left dense")
 
 
 def _patterns(given: Sequence[str] | str | None) -> list[str] | None:
@@ -227,6 +251,8 @@ def _other_kind(model: nn.Module, owner: nn.Module, path: str, parameter: nn.Par
     if parameter.dim() == 3 and "expert" in path:
         chosen = getattr(getattr(model, "config", None), "num_experts_per_tok", None) or len(parameter)
         return "expert weights fused in a 3-D parameter", chosen / len(parameter)
+    if isinstance(owner, (nn.Linear, nn.Embedding, Conv1D)) and is_altered(owner):
+        return "a layer with hooks", int(not isinstance(owner, nn.Embedding))
     if isinstance(owner, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
         return "a convolution", 1
     return "not a linear layer or embedding", int(parameter.dim() == 2 and not isinstance(owner, nn.Embedding))

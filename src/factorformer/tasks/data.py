@@ -18,6 +18,7 @@ from transformers import (
 
 from factorformer.errors import DataError, ModelError
 from factorformer.hf.source import most_tokens
+from factorformer.layers.embeddings import embeddings_of
 from factorformer.tasks.cells import row_name
 from factorformer.tasks.labels import TASKS, Labels
 from factorformer.tasks.tables import Columns, read
@@ -134,7 +135,7 @@ def sample(data: datasets.Dataset, rows: int, seed: int = 0) -> datasets.Dataset
 
 
 def check_lengths(model: PreTrainedModel, data: datasets.Dataset, source: str = "the data") -> None:
-    """Raise `DataError` if a row is longer than a model with a table of positions can read.
+    """Raise `DataError` if a row is longer than a model with a table of positions can read, or has unknown tokens.
 
     Args:
         model: dense or compressed; models with rotary or relative positions read anything.
@@ -147,6 +148,14 @@ def check_lengths(model: PreTrainedModel, data: datasets.Dataset, source: str = 
         raise DataError(
             f"{source} holds a text of {longest} tokens, and the model has {positions} positions: "
             f"cut texts with a --max-length of at most {positions}"
+        )
+    table = embeddings_of(model, "input_embeddings")
+    rows = getattr(table, "num_embeddings", None)
+    largest = max((max(ids, default=0) for ids in data["input_ids"]), default=0)
+    if rows is not None and largest >= rows:
+        raise DataError(
+            f"{source} holds the token {largest}, and the model has {rows} of them: the tokenizer is not its own, or "
+            "was enlarged without the model (resize_token_embeddings)"
         )
 
 

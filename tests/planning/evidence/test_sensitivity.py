@@ -158,3 +158,11 @@ class Silent(Product):
 def test_a_model_must_return_something() -> None:
     with pytest.raises(DataError, match="Silent returned no tensor"):
         measure_sensitivities(Silent(), ["first"], shrunk(Product()), [{"x": torch.randn(2, 3, 6)}])
+
+
+def test_a_logit_for_each_token_is_told_from_those_for_each_row() -> None:
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 64}
+    model = tf.ElectraForPreTraining(tf.ElectraConfig(**sizes, vocab_size=99, embedding_size=32))
+    batches = [text(2, length) for length in (7, 5)]
+    names = ["discriminator_predictions.dense"]
+    assert measure_sensitivities(model, names, shrunk(model), batches)[names[0]] > 0

@@ -123,6 +123,8 @@ def _outputs(
     for name, values in named.items():
         if (name.startswith("logits") or name.endswith("_logits")) and _comparable(values):
             rows = name == "logits" and values.dim() == 2  # one vector for each row, however many tokens it has
+            if rows and mask is not None and values.shape == mask.shape:  # or one number for each token, as ELECTRA's
+                rows = values.shape[1] == getattr(getattr(model, "config", None), "num_labels", None)
             flat = _real(values if rows or values.dim() > 2 else values[:, :, None], None if rows else mask)
             found[name] = flat[:: max(math.ceil(flat.numel() / most), 1)]
     if not found:
