@@ -151,5 +151,5 @@ def test_texts_have_to_fit_positions_and_vocabulary() -> None:
     model(torch.full((1, 22), 5))
     with pytest.raises(DataError, match=r"23 tokens.*22 positions"):
         check_lengths(model, datasets.Dataset.from_dict({"length": [3, 23], "input_ids": [[1], [17]]}))
-    with pytest.raises(DataError, match=r"token 18.* 18"):
+    with pytest.raises(DataError, match=r"token 18.* 18 "):
         check_lengths(model, datasets.Dataset.from_dict({"length": [3, 1], "input_ids": [[1, 2, 18], [17]]}))
