@@ -99,8 +99,10 @@ def test_reads_pairs_as_they_stand(tmp_path: Path) -> None:
         (b"x\ny\n", b"x\n", "'.*a' has 2 lines and '.*b' has 1: line by line"),
         (b"x\n\n", b"x\ny\n", "line 2 of '.*a' is empty, and that of '.*b' is not"),
         (b"x\ny\n", b"x\n \n", "line 2 of '.*b' is empty, and that of '.*a' is not"),
-        (b"\xff\xfe\n", b"x\n", "cannot read '.*a' as UTF-8 text"),
-        (b"", b"", "'.*a' and '.*b' hold no text"),
+        (b"\xff\xfe\n", b"x\n", "'.*a' is not valid UTF-16"),
+        (b"a\nb\xff\n", b"x\ny\n", "a', line 2, column 2: byte 0xff"),
+        (b"a\n\x00\n", b"x\ny\n", "a', line 2, column 1: a zero byte"),
+        (b"", b"x\n", "'.*a' is empty"),
         (b"\n", b"\n", "'.*a' and '.*b' hold no text"),
     ],
 )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,6 +21,7 @@ from factorformer.layers.modes import evaluating
 from factorformer.progress import Progress, silent
 from factorformer.tasks.data import check_lengths
 from factorformer.tasks.from_scratch import IGNORED, ScratchSettings, optimize
+from factorformer.tasks.reading import check_file, read_lines
 
 Pairs = Sequence[tuple[str, str]]
 """Texts and their translations."""
@@ -27,13 +29,19 @@ Pairs = Sequence[tuple[str, str]]
 _CHUNK = 1000
 
 
-def read_parallel(source: Path, target: Path) -> list[tuple[str, str]]:
-    """Pairs of lines from two UTF-8 files; lines that are empty in both are passed over.
+def read_parallel(source: Path, target: Path, note: Callable[[str], None] = warnings.warn) -> list[tuple[str, str]]:
+    """Pairs of lines from two files; lines that are empty in both are passed over.
+
+    Args:
+        source, target: texts and their translations, on the same lines.
+        note: told if the encoding of a file had to be guessed.
 
     Raises:
-        DataError: a file that is missing, not UTF-8 or empty, files of different length, or a line with no translation.
+        DataError: a file that is missing, no text or empty, files of different length, or a line with no translation.
     """
-    lines = [_lines(path) for path in (source, target)]
+    for path in (source, target):
+        check_file(path)
+    lines = [read_lines(path, note) for path in (source, target)]
     if len(lines[0]) != len(lines[1]):
         raise DataError(
             f"'{source}' has {len(lines[0])} lines and '{target}' has {len(lines[1])}: line by line one has to be the "
@@ -49,17 +57,6 @@ def read_parallel(source: Path, target: Path) -> list[tuple[str, str]]:
     if not pairs:
         raise DataError(f"'{source}' and '{target}' hold no text")
     return pairs
-
-
-def _lines(path: Path) -> list[str]:
-    """Lines of a file as newlines separate them; other separators of Unicode may stand inside a sentence."""
-    if not path.is_file():
-        raise DataError(f"no such data file: '{path}'")
-    try:
-        with path.open(encoding="utf-8-sig", newline="\n") as file:
-            return [line.rstrip("\r\n") for line in file]
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"cannot read '{path}' as UTF-8 text: {error}") from error
 
 
 def encode(

@@ -13,6 +13,7 @@ import datasets
 from transformers import DataCollatorForSeq2Seq, PreTrainedModel, PreTrainedTokenizerFast
 
 from factorformer.cli._inputs import columns_of, hold_out, plain_columns, read_table
+from factorformer.cli._options import note
 from factorformer.cli._text_files import TextFiles
 from factorformer.errors import DataError
 from factorformer.progress import Progress
@@ -124,7 +125,7 @@ def _split(train: list[Item], held: list[Item], seed: int, options: str) -> tupl
 def _pairs(source: str | None, target: str | None) -> list[tuple[str, str]]:
     if source is None or target is None:
         return []
-    return translation.read_parallel(Path(source), Path(target))
+    return translation.read_parallel(Path(source), Path(target), note)
 
 
 def _texts(files: TextFiles, name: str | None) -> list[str]:
