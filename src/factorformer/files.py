@@ -237,7 +237,7 @@ def whole_file(path: Name, what: str) -> Iterator[Path]:
         finally:
             partial.unlink(missing_ok=True)
     except Exception as error:
-        if not _is_writing(error, partial):
+        if not failed_to_write(error, partial):
             raise
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error
         raise OutputError(f"cannot write {what} to '{path}': {reason}") from error
@@ -276,7 +276,7 @@ def output_directory(
         with contextlib.suppress(OSError):  # not empty any more
             for parent in made:
                 parent.rmdir()
-        if isinstance(error, Exception) and _is_writing(error, partial):
+        if isinstance(error, Exception) and failed_to_write(error, partial):
             raise OutputError(f"could not write '{path}': {error}; nothing was left behind") from error
         raise
     try:
@@ -315,8 +315,8 @@ def _flush(file: Path) -> None:
         os.fsync(opened.fileno())
 
 
-def _is_writing(error: Exception, partial: Path) -> bool:
-    """Whether an error is about what is being written, and not about something that is read meanwhile."""
+def failed_to_write(error: Exception, partial: Path) -> bool:
+    """Whether an error is about what is being written to a place, and not about something that is read meanwhile."""
     if isinstance(error, SafetensorError):  # of the writer of weights, which has a class of its own for a full disk
         return "serializ" in str(error) and "deserializ" not in str(error)
     if type(error) is Exception:  # of the writer of tokenizers, which has none

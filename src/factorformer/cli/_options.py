@@ -62,6 +62,9 @@ def finite(value: float | None) -> float | None:
     return value
 
 
+LARGEST = 2**31 - 1
+"""Upper bound of options that count something; libraries below take no larger numbers."""
+
 MODELS = "A directory, a name on the Hugging Face Hub, or 'minilm' for the all-MiniLM-L6-v2 that comes with pip."
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", show_default=False, help=MODELS)]
@@ -199,7 +202,10 @@ CalibrationFile = Annotated[
     ),
 ]
 CalibrationRows = Annotated[
-    int, typer.Option("--calibration-rows", min=1, rich_help_panel=_DATA, help="How many of its rows are used.")
+    int,
+    typer.Option(
+        "--calibration-rows", min=1, max=LARGEST, rich_help_panel=_DATA, help="How many of its rows are used."
+    ),
 ]
 TrainFile = Annotated[
     str | None,
@@ -210,14 +216,15 @@ EvalFile = Annotated[
     typer.Option("--eval", metavar="FILE", rich_help_panel=_DATA, help="What the result is measured on."),
 ]
 MaxLength = Annotated[
-    int, typer.Option("--max-length", min=2, rich_help_panel=_DATA, help="Tokens after which a text is cut.")
+    int,
+    typer.Option("--max-length", min=2, max=LARGEST, rich_help_panel=_DATA, help="Tokens after which a text is cut."),
 ]
 
 _TRAINING = "Training"
 Epochs = Annotated[
     float,
     typer.Option(
-        "--epochs", min=1e-3, callback=finite, rich_help_panel=_TRAINING, help="Passes over the training data."
+        "--epochs", min=1e-3, max=1e6, callback=finite, rich_help_panel=_TRAINING, help="Passes over the training data."
     ),
 ]
 LearningRate = Annotated[
@@ -225,7 +232,10 @@ LearningRate = Annotated[
     typer.Option("--lr", min=0.0, callback=finite, rich_help_panel=_TRAINING, help="Peak of the learning rate."),
 ]
 BatchSize = Annotated[
-    int, typer.Option("--batch-size", min=1, rich_help_panel=_TRAINING, help="Rows in a step: texts, pairs or blocks.")
+    int,
+    typer.Option(
+        "--batch-size", min=1, max=LARGEST, rich_help_panel=_TRAINING, help="Rows in a step: texts, pairs or blocks."
+    ),
 ]
 Seed = Annotated[
     int,

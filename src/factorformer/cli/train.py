@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from factorformer.cli._options import (
+    LARGEST,
     AsJson,
     BatchSize,
     Device,
@@ -109,12 +110,16 @@ MaxLength = Annotated[
     typer.Option(
         "--max-length",
         min=2,
+        max=LARGEST,
         rich_help_panel=_MODEL,
         help="Tokens after which a text of a translation is cut, and in a block of text of a language model.",
     ),
 ]
 Vocabulary = Annotated[
-    int, typer.Option("--vocabulary", min=1, rich_help_panel=_MODEL, help="Tokens of the tokenizer that is trained.")
+    int,
+    typer.Option(
+        "--vocabulary", min=1, max=2**20, rich_help_panel=_MODEL, help="Tokens of the tokenizer that is trained."
+    ),
 ]
 
 _BUDGET = "What becomes of the weights"
@@ -152,7 +157,13 @@ Scope = Annotated[
 _TRAINING = "Training"
 Steps = Annotated[
     int | None,
-    typer.Option("--steps", min=1, rich_help_panel=_TRAINING, help="Train for so many steps, whatever --epochs says."),
+    typer.Option(
+        "--steps",
+        min=1,
+        max=LARGEST,
+        rich_help_panel=_TRAINING,
+        help="Train for so many steps, whatever --epochs says.",
+    ),
 ]
 LearningRate = Annotated[
     float | None,
@@ -285,7 +296,7 @@ def train(
 
 def _check_method(method: str, ratio: float | None, include: list[str] | None, exclude: list[str] | None) -> None:
     """`MethodError` for a method that begins with trained weights, or options that the dense model has no use for."""
-    from factorformer import recipes
+    from factorformer import compression, recipes
     from factorformer.cli._jobs.train import DENSE
 
     usable = [n for n, recipe in recipes.RECIPES.items() if recipe.metric == "plain" and recipe.allocation != "dynamic"]
@@ -295,5 +306,7 @@ def _check_method(method: str, ratio: float | None, include: list[str] | None, e
             f"method '{method}' begins with a trained model's weights, and a new model has none: "
             f"choose one of {', '.join([*usable, DENSE])}"
         )
+    if method != DENSE:
+        compression.check_options(method, ratio, None, "bytes")
     if method == DENSE and (ratio is not None or include is not None or exclude is not None):
         raise MethodError("--method dense changes no weights: leave --ratio, --include and --exclude out")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 import re
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -11,7 +12,6 @@ import datasets
 
 from factorformer.errors import DataError
 from factorformer.tasks.reading import described, kind_of
-
 
 NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 """A number that is written as text."""
@@ -88,10 +88,10 @@ def _check_numbers(values: Iterable[Any], source: str, column: str, where: Calla
     """Raise `DataError` if all labels are numbers written as text, but for some that say that there is none."""
     texts = [value.strip() if isinstance(value, str) else "" for value in values]
     missing = [text.lstrip("+-").lower() in NO_NUMBER for text in texts]
-    if any(missing) and not all(missing):
-        if all(missed or NUMBER.fullmatch(text) for text, missed in zip(texts, missing, strict=True)):
-            row = missing.index(True)
-            raise DataError(f"{source}, {where(row)}, column '{column}': no label ({texts[row]!r} among numbers)")
+    numbers = [bool(NUMBER.fullmatch(text)) for text in texts]
+    if any(missing) and any(numbers) and all(map(operator.or_, missing, numbers)):
+        row = missing.index(True)
+        raise DataError(f"{source}, {where(row)}, column '{column}': no label ({texts[row]!r} among numbers)")
 
 
 def check_kind(values: Iterable[Any], source: str, column: str, where: Callable[[int], str]) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 from factorformer.cli._options import note
 from factorformer.errors import DivergedError, OutputError
+from factorformer.files import failed_to_write
 from factorformer.tasks.checkpoints import differences, last_checkpoint, locked, step_of
 
 
@@ -95,6 +96,8 @@ class Unfinished:
                 else:
                     _delete(earlier)
                     self._say_what_is_kept(error)
+                if isinstance(error, Exception) and failed_to_write(error, self.folder):
+                    raise OutputError(f"cannot write to '{self.folder}': {error}") from error
                 raise
             shutil.rmtree(self.folder, ignore_errors=True)
             _delete(earlier)
