@@ -56,7 +56,7 @@ class Unfinished:
         Args:
             options: JSON-ready; with `resume` they have to be those of the interrupted run.
             resume: go on from the last checkpoint.
-            overwrite: start anew although there is one.
+            overwrite: start over although there is one.
 
         Raises:
             OutputError: there is a checkpoint and neither option, or none to resume, or one of a run with other
@@ -71,7 +71,7 @@ class Unfinished:
                     )
                 if other := differences(self._options, options):
                     raise OutputError(
-                        f"the interrupted run had other options: {'; '.join(other)}; repeat its command, or start anew "
+                        f"the interrupted run had other options: {'; '.join(other)}; repeat its command, or start over "
                         "with --overwrite"
                     )
                 note(f"resumed from step {step_of(begun)}")
@@ -123,7 +123,7 @@ class Unfinished:
         if isinstance(error, KeyboardInterrupt):
             note("interrupted; to go on from the last checkpoint, add --resume to the same command")
         elif isinstance(error, DivergedError):
-            note(f"checkpoints are kept in '{self.checkpoints}': start anew with other options and --overwrite")
+            note(f"checkpoints are kept in '{self.checkpoints}': start over with other options and --overwrite")
         else:
             note(f"checkpoints are kept in '{self.folder}': repeat the command with --resume to go on from there")
 
