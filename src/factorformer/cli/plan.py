@@ -90,6 +90,7 @@ def plan(
     from factorformer.bench.layers import slower_than_dense
     from factorformer.cli._inputs import (
         calibration_batches,
+        check_dense,
         columns_of,
         encode_table,
         plain_columns,
@@ -108,6 +109,7 @@ def plan(
     compression.check_options(chosen, ratio, None if share is None else share.value, unit)
     started = time.perf_counter()
     path = find(model)
+    check_dense(path)
     tokenizer, rows, data = None, None, None
     if calibration is not None:
         tokenizer, columns = load_tokenizer(path), plain_columns(calibration, columns_of(text, None, words))

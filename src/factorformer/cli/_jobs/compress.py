@@ -17,6 +17,7 @@ from factorformer.bench.layers import slower_than_dense
 from factorformer.cli._inputs import (
     about,
     calibration_batches,
+    check_dense,
     check_teacher,
     encode_table,
     fit_plan,
@@ -241,6 +242,7 @@ def read_inputs(job: CompressJob) -> Inputs:
     """
     path, label = find(job.model), job.columns.label
     config = read_config(path)
+    check_dense(path)
     labelled = {"train": job.train, "evaluation": job.evaluation} if label is not None else {}
     if job.needs == "labelled text":
         labelled["calibration"] = job.calibration
