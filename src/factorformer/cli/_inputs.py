@@ -151,9 +151,8 @@ def hold_out(data: datasets.Dataset, seed: int, options: str = "--eval") -> tupl
     """
     rows = min(len(data) // 10, HELD_OUT)
     if rows < 3:
-        raise DataError(
-            f"{len(data)} {'row is' if len(data) == 1 else 'rows are'} too few to hold some out and measure on them: give {options}"
-        )
+        found = "1 row is" if len(data) == 1 else f"{len(data)} rows are"
+        raise DataError(f"{found} too few to hold some out and measure on them: give {options}")
     order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed)).tolist()
     return data.select(order[rows:]), data.select(order[:rows])
 

@@ -79,7 +79,9 @@ def _given(context: Any) -> dict[str, str]:
     names = {parameter.name: parameter for parameter in context.command.params}
     sources = {name: context.get_parameter_source(name) for name in names}
     return {
-        name: parameter.opts[0] if parameter.opts[0].startswith("-") else parameter.metavar or name
+        name: "/".join([parameter.opts[0], *parameter.secondary_opts])
+        if parameter.opts[0].startswith("-")
+        else parameter.metavar or name
         for name, parameter in names.items()
         if sources[name] is not None and sources[name].name == "COMMANDLINE"
     }
