@@ -166,7 +166,7 @@ def test_evaluate_refuses(run: Any, base: Path, trained: Path, tables: Path) -> 
 
 def test_a_plan_file_is_not_replaced(run: Any, base: Path, tmp_path: Path) -> None:
     file = tmp_path / "plan.json"
-    file.write_text("{}")
+    file.touch()
     check(run("plan", base, "--ratio", 2, "--output", file), "exists already")
     missing = tmp_path / "no" / "plan.json"
     check(run("plan", base, "--ratio", 2, "--output", missing), f"there is no directory '{missing.parent}'")

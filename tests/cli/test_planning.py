@@ -42,7 +42,7 @@ def test_a_plan_by_loss_needs_no_text(run: Any, base: Path) -> None:
     assert "predicted error" in table.stdout
     assert content_of(run("plan", base, "--ratio", 2, "--json"))["metrics"] == {}  # a uniform plan predicts nothing
     done = run("plan", base, "--ratio", 2, "--text", "text")
-    assert "--text is not used" in done.stderr
+    assert "not used without --calibration: --text" in done.stderr
 
 
 def test_labelled_tables_are_read_as_text(run: Any, trained: Path, tables: Path, tmp_path: Path) -> None:
