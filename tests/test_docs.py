@@ -18,6 +18,12 @@ from tests.conftest import ROOT
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 FENCED = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 PLACEHOLDERS = ("DIR", "COMMAND", "FILE")
+WORDS = re.compile(
+    r"\b(at once|by turns|in turns|spread out|multiplied out|dearer|of ours|contestants?|starved?|healed|starts? anew|"
+    r"at the begin of|earlier form|is told|for people)\b",
+    re.IGNORECASE,
+)
+"""Words for which the field has a standard term: before fine-tuning, jointly, interleaved, materialized, ..."""
 
 
 @functools.cache
@@ -42,6 +48,10 @@ def test_an_edited_figure_is_stale_and_is_written_again() -> None:
     edited = page.replace("| 41.33 |", "| 51.33 |")
     assert edited != page
     assert render.render(edited) == (page, ["translation"])
+
+
+def test_terms_of_the_field() -> None:
+    assert not {page.name: found for page in PAGES if (found := WORDS.findall(page.read_text()))}
 
 
 def anchors(text: str) -> set[str]:

@@ -121,6 +121,35 @@ def test_a_file_that_would_fail_or_cost_an_input_is_refused(tmp_path: Path) -> N
     check_file(tmp_path / "plan.json", overwrite=False, inputs=[base])
 
 
+def test_places_that_only_an_attempt_finds_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    monkeypatch.chdir(tmp_path)
+    for check in (check_file, check_output):
+        for name, message in {
+            "x" * 256: "long",
+            "~/plan.json": "'~'",
+            "/proc/plan.json": "/proc",
+            "/dev/null": "is a (device|file)",
+            "pipe": "is a (device|file)",
+        }.items():
+            with pytest.raises(OutputError, match=message):
+                check(name, overwrite=True)
+        check("x" * 255, overwrite=False)
+    with output_directory("ü" * 127) as partial:
+        (partial / "file").write_text("content")
+    assert names(tmp_path) == ["pipe", "ü" * 127]
+
+
+def test_the_writer_of_tokenizers_has_no_class_of_errors(tmp_path: Path) -> None:
+    for appears in (output_directory(tmp_path / "m"), whole_file(tmp_path / "m", "the plan")):
+        with pytest.raises(OutputError, match="File too large"), appears:
+            raise Exception("File too large (os error 27)")
+        with pytest.raises(Exception, match="a bug") as raised, output_directory(tmp_path / "m"):
+            raise Exception("a bug")
+        assert type(raised.value) is Exception
+    assert names(tmp_path) == []
+
+
 # Directories
 
 

@@ -61,6 +61,9 @@ MODULE_FOLDERS = "[0-9]*_[A-Z]*"
 _WRITING = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}
 """Errors that mean a failed write, whatever file they name."""
 
+_LONGEST_NAME = 255
+"""Bytes that the name of a file can have on usual file systems."""
+
 
 def check_output(path: Name, *, overwrite: bool, inputs: Iterable[Name | None] = (), known: Iterable[str] = ()) -> None:
     """Refuse a place for a directory where it would fail after the work, or cost somebody else's files.
@@ -77,9 +80,9 @@ def check_output(path: Name, *, overwrite: bool, inputs: Iterable[Name | None] =
         OutputError: something is there and `overwrite` is off; it is not a model directory; the place equals, holds or
             lies inside an input, or holds the current directory or the home directory; or it cannot be written to.
     """
-    target = Path(path).resolve()
+    target = _resolved(path)
     _check_inputs(path, target, inputs)
-    _check_parent(path, next(parent for parent in target.parents if os.path.lexists(parent)))
+    _check_parent(path, target, next(parent for parent in target.parents if os.path.lexists(parent)))
     if not target.exists():
         return
     if not target.is_dir():
@@ -111,15 +114,28 @@ def check_file(path: Name, *, overwrite: bool, inputs: Iterable[Name | None] = (
         OutputError: something is there and `overwrite` is off, it is a directory, an input or a file of one, its
             directory is missing, or it cannot be written to.
     """
-    target = Path(path).resolve()
+    target = _resolved(path)
     if target.is_dir():
         raise OutputError(f"'{path}' is a directory: give the name of a file")
+    folder = os.path.realpath(os.path.dirname(os.path.abspath(path)))
+    if folder == "/dev" or folder.startswith("/proc") or (target.exists() and not target.is_file()):
+        raise OutputError(f"'{path}' is a device or a pipe, which cannot be replaced: give the name of a file")
     if target.exists() and not overwrite:
         raise OutputError(f"'{path}' exists already: choose another name or allow --overwrite")
     _check_inputs(path, target, inputs)
     if not target.parent.exists():
         raise OutputError(f"cannot write '{path}': there is no directory '{Path(path).parent}'")
-    _check_parent(path, target.parent)
+    _check_parent(path, target, target.parent)
+
+
+def _resolved(path: Name) -> Path:
+    """A place without links; `OutputError` for what is no name of one."""
+    if str(path).startswith("~"):
+        raise OutputError(f"'{path}' begins with '~', which the shell did not replace: write the directory out")
+    target = Path(path).resolve()
+    if any(len(os.fsencode(part)) > _LONGEST_NAME for part in target.parts):
+        raise OutputError(f"'{path}' is too long a name")
+    return target
 
 
 def _check_inputs(path: Name, target: Path, inputs: Iterable[Name | None]) -> None:
@@ -152,11 +168,16 @@ def _within(path: Path, folder: Path) -> bool:
     return any(os.path.exists(place) and place.samefile(folder) for place in (path, *path.parents))
 
 
-def _check_parent(path: Name, parent: Path) -> None:
+def _check_parent(path: Name, target: Path, parent: Path) -> None:
+    """`OutputError` if a place cannot be made in a folder, which only an attempt can tell: nothing stays of it."""
     if not parent.is_dir():
         raise OutputError(f"cannot write '{path}': '{parent}' is not a directory")
-    if not os.access(parent, os.W_OK | os.X_OK):
-        raise OutputError(f"cannot write '{path}': no permission to write in '{parent}'")
+    attempt = _neighbour(parent / target.relative_to(parent).parts[0], "check")
+    try:
+        attempt.mkdir()
+        attempt.rmdir()
+    except OSError as error:
+        raise OutputError(f"cannot write '{path}': '{parent}': {error.strerror}") from error
 
 
 def _is_model(directory: Path) -> bool:
@@ -215,8 +236,8 @@ def whole_file(path: Name, what: str) -> Iterator[Path]:
             partial.replace(target)
         finally:
             partial.unlink(missing_ok=True)
-    except (OSError, SafetensorError) as error:
-        if not _is_writing(error, partial):
+    except Exception as error:
+        if not failed_to_write(error, partial):
             raise
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error
         raise OutputError(f"cannot write {what} to '{path}': {reason}") from error
@@ -255,7 +276,7 @@ def output_directory(
         with contextlib.suppress(OSError):  # not empty any more
             for parent in made:
                 parent.rmdir()
-        if isinstance(error, (OSError, SafetensorError)) and _is_writing(error, partial):
+        if isinstance(error, Exception) and failed_to_write(error, partial):
             raise OutputError(f"could not write '{path}': {error}; nothing was left behind") from error
         raise
     try:
@@ -284,8 +305,8 @@ def _swap(new: Path, target: Path) -> None:
 
 
 def _neighbour(target: Path, what: str) -> Path:
-    """A hidden name beside a file or directory that no other process uses."""
-    return target.with_name(f".{target.name}.{what}-{uuid.uuid4().hex[:8]}")
+    """A hidden name beside a file or directory that no other process uses, and as short as a name has to be."""
+    return target.with_name(f".{target.name[:50]}.{what}-{uuid.uuid4().hex[:8]}")
 
 
 def _flush(file: Path) -> None:
@@ -294,10 +315,12 @@ def _flush(file: Path) -> None:
         os.fsync(opened.fileno())
 
 
-def _is_writing(error: Exception, partial: Path) -> bool:
-    """Whether an error is about what is being written, and not about something that is read meanwhile."""
+def failed_to_write(error: Exception, partial: Path) -> bool:
+    """Whether an error is about what is being written to a place, and not about something that is read meanwhile."""
     if isinstance(error, SafetensorError):  # of the writer of weights, which has a class of its own for a full disk
         return "serializ" in str(error) and "deserializ" not in str(error)
+    if type(error) is Exception:  # of the writer of tokenizers, which has none
+        return "(os error " in str(error)
     if not isinstance(error, OSError):
         return False
     names = [Path(os.fsdecode(name)) for name in (error.filename, error.filename2) if isinstance(name, (str, bytes))]

@@ -143,9 +143,13 @@ def test_a_broken_list_of_modules(run: Any, base_copy: Path, tmp_path: Path) -> 
     assert not (tmp_path / "small").exists()
 
 
-def test_compressing_twice(run: Any, base: Path, tmp_path: Path) -> None:
+def test_compressing_twice(run: Any, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Found out from the configuration: no weight is read."""
     assert run("compress", base, tmp_path / "small", "--ratio", 2).exit_code == 0
+    monkeypatch.setattr("factorformer.hf.checkpoint.load", lambda *_, **__: pytest.fail("weights were read"))
+    monkeypatch.setattr("factorformer.hf.source.load", lambda *_, **__: pytest.fail("weights were read"))
     check(run("compress", tmp_path / "small", tmp_path / "smaller"), "compressed already")
+    check(run("plan", tmp_path / "small"), "compressed already")
 
 
 def test_teachers_that_do_not_fit(run: Any, base: Path, trained: Path, tables: Path, tmp_path: Path) -> None:
@@ -163,7 +167,7 @@ def test_evaluate_refuses(run: Any, base: Path, trained: Path, tables: Path) -> 
 
 def test_a_plan_file_is_not_replaced(run: Any, base: Path, tmp_path: Path) -> None:
     file = tmp_path / "plan.json"
-    file.write_text("{}")
+    file.touch()
     check(run("plan", base, "--ratio", 2, "--output", file), "exists already")
     missing = tmp_path / "no" / "plan.json"
     check(run("plan", base, "--ratio", 2, "--output", missing), f"directory '{missing.parent}'")

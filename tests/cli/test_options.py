@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import json
+import os
+import signal
 import subprocess
 import sys
+import types
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from factorformer.cli import main
 from factorformer.cli._options import DeviceChoice, place_of
 from factorformer.errors import MethodError
 
@@ -65,3 +70,41 @@ def test_numbers_have_to_be_finite(run: Any, base: Path, tables: Path, tmp_path:
                 assert option in done.stderr
                 assert "Traceback" not in done.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_options_that_nothing_can_use_are_refused_or_named(run: Any, base: Path, tables: Path, tmp_path: Path) -> None:
+    out = tmp_path / "small"
+    for arguments, name in (
+        (("compress", base, out, "--method", ""), "--method"),
+        (("compress", "", out), "MODEL"),
+        (("compress", base, out, "--exclude", ""), "--exclude"),
+        (("evaluate", base, "--data", tables / "train.jsonl", "--label", ""), "--label"),
+        (("compress", base, out, "--batch-size", 10**30), "--batch-size"),
+        (("compress", base, out, "--max-length", 10**30), "--max-length"),
+        (("train", out, "--train", tables / "texts.txt", "--vocabulary", 10**12), "--vocabulary"),
+        (("train", out, "--train", tables / "texts.txt", "--ratio", 0.5), "ratio"),
+        (("bench", base, "--threads", 10**6), "--threads"),
+        (("plan", base, "--ratio", 0.5), "ratio"),
+    ):
+        done = run(*arguments)
+        assert done.exit_code == 2, arguments
+        assert done.stdout == ""
+        assert name in done.stderr
+    assert list(tmp_path.iterdir()) == []
+    done = run("compress", base, out, "--lr", 1e-3, "--epochs", 3.0, "--text", "body", "--json")
+    assert done.exit_code == 0
+    assert {"not used without --train: --epochs, --lr", "not used without data: --text"} <= {*done.stderr.splitlines()}
+    json.loads(done.stdout)
+    done = run("plan", base, "--text", "body", "--max-length", 9)
+    assert "not used without --calibration: --text, --max-length" in done.stderr.splitlines()
+
+
+def test_a_signal_to_terminate_ends_a_command_as_ctrl_c_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    ended = types.SimpleNamespace(app=lambda: os.kill(os.getpid(), signal.SIGTERM))
+    monkeypatch.setitem(sys.modules, "factorformer.cli.app", ended)
+    try:
+        with pytest.raises(SystemExit, match="130"):
+            main()
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.cli.test_errors import check
 
 import factorformer
 
@@ -42,7 +43,7 @@ def test_a_plan_by_loss_needs_no_text(run: Any, base: Path) -> None:
     assert "predicted error" in table.stdout
     assert content_of(run("plan", base, "--ratio", 2, "--json"))["metrics"] == {}  # a uniform plan predicts nothing
     done = run("plan", base, "--ratio", 2, "--text", "text")
-    assert "--text is not used" in done.stderr
+    assert "not used without --calibration: --text" in done.stderr
 
 
 def test_labelled_tables_are_read_as_text(run: Any, trained: Path, tables: Path, tmp_path: Path) -> None:
@@ -87,3 +88,16 @@ def test_mistakes_are_one_line(
     assert done.exit_code == 2
     assert re.search(message, done.stderr.replace("\n", " "))
     assert not (tmp_path / "small").exists()
+
+
+def test_a_plan_takes_the_place_of_plans_alone(run: Any, base: Path, tables: Path, tmp_path: Path) -> None:
+    thesis, empty, plan = tmp_path / "thesis.txt", tmp_path / "empty.json", tmp_path / "plan.json"
+    thesis.write_text("not a plan")
+    empty.touch()
+    check(run("plan", base, "--output", thesis, "--overwrite"), "thesis.txt")
+    assert thesis.read_text() == "not a plan"
+    for _ in range(2):
+        for place in (empty, plan):
+            assert run("plan", base, "--output", place, "--overwrite").exit_code == 0
+    plan.write_text(plan.read_text().replace('"predicted": null', '"predicted": NaN'))
+    check(run("compress", base, tmp_path / "small", "--plan", plan), "NaN")

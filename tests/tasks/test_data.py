@@ -7,6 +7,7 @@ import functools
 import gzip
 import json
 import lzma
+import os
 import re
 from pathlib import Path
 
@@ -124,9 +125,13 @@ def test_a_missing_file(tmp_path: Path) -> None:
 
 
 def test_a_directory_in_place_of_a_file(tmp_path: Path) -> None:
-    (tmp_path / "data.tsv").mkdir()
-    with pytest.raises(DataError, match="no such data file"):
-        read(tmp_path / "data.tsv")
+    for name in ("data.tsv", "data"):
+        (tmp_path / name).mkdir()
+        with pytest.raises(DataError, match="is a directory"):
+            read(tmp_path / name)
+    os.mkfifo(tmp_path / "pipe.tsv")
+    with pytest.raises(DataError, match="is a pipe"):
+        read(tmp_path / "pipe.tsv")
 
 
 MALFORMED: dict[str, list[tuple[bytes, str]]] = {
@@ -137,7 +142,9 @@ MALFORMED: dict[str, list[tuple[bytes, str]]] = {
         (b'{"text": "a"}\n["b"]\n', r"line 2: an object of columns.*a list"),
         (b'[{"text": "a"},\n {"text": b}]', r"line 2, column 11: not JSON"),
         (b'{"text": ["a"],\n"label": [1, 2]}', "different lengths: 'text' 1, 'label' 2"),
+        (b'{"text": "a"}\n{"text": ' + b"[" * 99999 + b"]" * 99999 + b"}\n", "line 2: not JSON: nested"),
     ],
+    "data.json": [(b'{"text": ["a"], "label": [1, 2]}', "different lengths: 'text' 1, 'label' 2")],
     "data.tsv": [
         (b"text\tlabel\none\ttwo\none\ttwo\tthree\n", "line 3: 3 fields, .* 2"),
         (b"text\tlabel\n\none\n", "line 3: 1 field.*names 2"),
@@ -241,6 +248,9 @@ CELLS = [
     ("label", "x", "text.*line 1 holds a number"),
     ("label", True, "a truth value.*line 1 holds a number"),
     ("label", [1], "a number.*line 1 holds a number"),
+    ("label", 10**30, "64 bits"),
+    ("text", -(10**30), "64 bits"),
+    ("text", "\ud800", "surrogate"),
 ]
 
 
@@ -255,6 +265,32 @@ def test_a_cell_that_is_not_what_its_column_is_for(tmp_path: Path) -> None:
     for cells in ([{"a": 1}], [["a", "b"]], [None], [True]):
         with pytest.raises(DataError, match="row 1, column 'text'"):
             Columns(("text",)).check(table(text=cells))
+
+
+def test_labels_that_say_that_they_are_none(tmp_path: Path) -> None:
+    columns = Columns(("text",), "label")
+    for numbers in (("0.5", "1"), ("0", "1")):
+        for missing in ("nan", "NaN", "-inf", "N/A", "null"):
+            (tmp_path / "t.csv").write_text(f"text,label\na,{numbers[0]}\nb,{missing}\nc,{numbers[1]}\n")
+            with pytest.raises(DataError, match=f"t.csv', line 3, column 'label': no label .*{missing}"):
+                read(tmp_path / "t.csv", columns)
+    for names in (("yes", "none", "no"), ("1", "none", "x"), ("NA", "nan", "NA")):
+        (tmp_path / "t.csv").write_text("text,label\n" + "".join(f"a,{name}\n" for name in names))
+        assert tuple(read(tmp_path / "t.csv", columns)["label"]) == names
+
+
+def test_a_document_of_columns_may_be_one_line(tmp_path: Path) -> None:
+    (tmp_path / "t.json").write_text('{"text": ["a", "b"], "label": [0, 1]}')
+    assert read(tmp_path / "t.json", Columns(("text",), "label"))[1] == {"text": "b", "label": 1}
+    (tmp_path / "t.json").write_text('{"version": 1, "data": [{"text": "a"}]}')
+    with pytest.raises(DataError, match="no column 'text'; allowed: version, data"):
+        read(tmp_path / "t.json", Columns(("text",)))
+
+
+def test_no_column_is_read_twice() -> None:
+    for columns in (Columns(("text", "text")), Columns(("text",), "text")):
+        with pytest.raises(DataError, match="'text' is named twice"):
+            columns.check(table(text=["a"]))
 
 
 def test_a_missing_label_is_missing_in_every_format(tmp_path: Path) -> None:

@@ -105,8 +105,10 @@ def test_reads_pairs_as_they_stand(tmp_path: Path) -> None:
         (b"x\ny\n", b"x\n", r"/a' has 2 lines .*/b' has 1\b"),
         (b"x\n\n", b"x\ny\n", "line 2 of '.*/a' is empty"),
         (b"x\ny\n", b"x\n \n", "line 2 of '.*/b' is empty"),
+        (b"\xff\xfe\n", b"x\n", "/a' .*UTF-16"),
         (b"x\xff\x01\n", b"x\n", "/a'.*line 1, column 2.*0xff"),
-        (b"", b"", "/a'.*/b'.* no text"),
+        (b"a\n\x00\n", b"x\ny\n", "/a'.*line 2, column 1.*zero"),
+        (b"", b"x\n", "/a' is empty"),
         (b"\n", b"\n", "/a'.*/b'.* no text"),
     ],
 )

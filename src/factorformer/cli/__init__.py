@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import warnings
 
@@ -10,8 +11,9 @@ from factorformer.errors import extra_of, missing
 
 
 def main() -> None:
-    """Run the command line; the exit code is 0, 2 after an error, 130 after Ctrl-C."""
+    """Run the command line; the exit code is 0, 2 after an error, 130 after Ctrl-C or a signal to terminate."""
     try:
+        signal.signal(signal.SIGTERM, _interrupt)
         # Warnings of other packages are for programmers; each command prints ours as notes.
         warnings.simplefilter("ignore")
         os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
@@ -26,3 +28,7 @@ def main() -> None:
             raise
         print(f"error: {missing(error.name)}", file=sys.stderr)
         sys.exit(2)
+
+
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt  # as Ctrl-C does: what is half written is deleted, what can go on is kept

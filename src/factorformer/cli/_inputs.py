@@ -17,6 +17,7 @@ from transformers import AutoModel, PretrainedConfig, PreTrainedModel, PreTraine
 from factorformer.cli._options import note
 from factorformer.errors import DataError, FactorformerError, ModelError, OutputError
 from factorformer.files import RESULT_FILE, output_directory, whole_file
+from factorformer.hf.config import METHOD
 from factorformer.hf.source import copy_companions, find, load_model, place_of_weights, read_config
 from factorformer.layers.surgery import find_matrices
 from factorformer.planning import Entry, Plan
@@ -60,6 +61,14 @@ def plain_columns(source: str, columns: Columns) -> Columns:
     """The text columns alone; a plain text file has its own."""
     plain = text_format(Path(source)) == ".txt"
     return Columns(("text",)) if plain else dataclasses.replace(columns, label=None)
+
+
+def check_dense(path: Path) -> None:
+    """Raise `ModelError` if the configuration says that a model is compressed already."""
+    stored = getattr(read_config(path), "quantization_config", None)
+    method = stored.get("quant_method") if isinstance(stored, dict) else getattr(stored, "quant_method", None)
+    if method == METHOD:
+        raise ModelError(f"'{path}' is compressed already: start from the dense model")
 
 
 def encode_table(
@@ -142,7 +151,8 @@ def hold_out(data: datasets.Dataset, seed: int, options: str = "--eval") -> tupl
     """
     rows = min(len(data) // 10, HELD_OUT)
     if rows < 3:
-        raise DataError(f"{len(data)} rows are too few to hold some out and measure on them: give {options}")
+        found = "1 row is" if len(data) == 1 else f"{len(data)} rows are"
+        raise DataError(f"{found} too few to hold some out and measure on them: give {options}")
     order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed)).tolist()
     return data.select(order[rows:]), data.select(order[:rows])
 

@@ -50,7 +50,8 @@ def check_measurable(config: PretrainedConfig, data: datasets.Dataset, source: s
             raise DataError(f"'{source}' has no text of two tokens: give one at least, to predict the second")
     elif len(data) < LEAST_TEXTS:
         raise DataError(
-            f"'{source}' has {len(data)} texts: give at least {LEAST_TEXTS}, whose similarities can be ranked"
+            f"'{source}' has {len(data)} text{'s' * (len(data) != 1)}: give at least {LEAST_TEXTS}, whose similarities "
+            "can be ranked"
         )
 
 

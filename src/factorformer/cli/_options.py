@@ -63,6 +63,9 @@ def finite(value: float | None) -> float | None:
     return value
 
 
+LARGEST = 2**31 - 1
+"""Upper bound of options that count something; libraries below take no larger numbers."""
+
 MODELS = "A directory, a name on the Hugging Face Hub, or 'minilm' for the all-MiniLM-L6-v2 that comes with pip."
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", show_default=False, help=MODELS)]
@@ -180,15 +183,21 @@ CalibrationFile = Annotated[
         help="Text that a data-aware fit measures the layers on; `compress` takes the training file by default.",
     ),
 ]
-CalibrationRows = Annotated[int, data_option("--calibration-rows", min=1, help="How many of its rows are used.")]
+CalibrationRows = Annotated[
+    int, data_option("--calibration-rows", min=1, max=LARGEST, help="How many of its rows are used.")
+]
 TrainFile = Annotated[str | None, data_option("--train", metavar="FILE", help="What the model is trained on.")]
 EvalFile = Annotated[str | None, data_option("--eval", metavar="FILE", help="What the result is measured on.")]
-MaxLength = Annotated[int, data_option("--max-length", min=2, help="Tokens after which a text is cut.")]
+MaxLength = Annotated[int, data_option("--max-length", min=2, max=LARGEST, help="Tokens after which a text is cut.")]
 
 training_option = partial(typer.Option, rich_help_panel="Training")
-Epochs = Annotated[float, training_option("--epochs", min=1e-3, callback=finite, help="Passes over the training data.")]
+Epochs = Annotated[
+    float, training_option("--epochs", min=1e-3, max=1e6, callback=finite, help="Passes over the training data.")
+]
 LearningRate = Annotated[float, training_option("--lr", min=0.0, callback=finite, help="Peak of the learning rate.")]
-BatchSize = Annotated[int, training_option("--batch-size", min=1, help="Rows in a step: texts, pairs or blocks.")]
+BatchSize = Annotated[
+    int, training_option("--batch-size", min=1, max=LARGEST, help="Rows in a step: texts, pairs or blocks.")
+]
 Seed = Annotated[int, training_option("--seed", min=0, max=2**32 - 1, help="Seed of all randomness.")]
 Distill = Annotated[
     str | None,

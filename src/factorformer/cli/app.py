@@ -11,6 +11,7 @@ import typer
 from safetensors import SafetensorError
 from typer.core import TyperGroup
 
+from factorformer.cli._given import given
 from factorformer.cli._notes import notes
 from factorformer.cli._options import quiet
 from factorformer.cli.bench import bench
@@ -23,7 +24,7 @@ from factorformer.cli.methods import methods
 from factorformer.cli.plan import plan
 from factorformer.cli.quickstart import quickstart
 from factorformer.cli.train import train
-from factorformer.errors import FactorformerError
+from factorformer.errors import FactorformerError, MethodError
 from factorformer.hf.trust import trusting
 
 ERROR, INTERRUPTED = 2, 130
@@ -73,13 +74,27 @@ TrustRemoteCode = Annotated[
 ]
 
 
+def _given(context: Any) -> dict[str, str]:
+    """The parameters that were given on the command line, and how a user writes each."""
+    names = {parameter.name: parameter for parameter in context.command.params}
+    sources = {name: context.get_parameter_source(name) for name in names}
+    return {
+        name: "/".join([parameter.opts[0], *parameter.secondary_opts])
+        if parameter.opts[0].startswith("-")
+        else parameter.metavar or name
+        for name, parameter in names.items()
+        if sources[name] is not None and sources[name].name == "COMMANDLINE"
+    }
+
+
 def _prepared(command: Callable[..., None]) -> Callable[..., None]:
     """The same subcommand without transformers' messages, with warnings of ours as notes, and an option to trust code.
 
     Not around help pages, which do not wait for transformers.
     """
     signature = inspect.signature(command, eval_str=True)
-    parameters = list(signature.parameters.values())
+    context = inspect.Parameter("context", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)
+    parameters = [*signature.parameters.values(), context]
     if "model" in signature.parameters:
         trust = inspect.Parameter(
             "trust_remote_code", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=TrustRemoteCode
@@ -87,9 +102,14 @@ def _prepared(command: Callable[..., None]) -> Callable[..., None]:
         parameters.append(trust)
 
     @functools.wraps(command)
-    def run(*arguments: Any, trust_remote_code: bool = False, **options: Any) -> None:
-        with trusting(trust_remote_code), quiet(), notes():
-            command(*arguments, **options)
+    def run(context: Any, trust_remote_code: bool = False, **options: Any) -> None:
+        written = _given(context)
+        for name, option in written.items():
+            value = options.get(name)
+            if value == "" or (isinstance(value, list) and "" in value):
+                raise MethodError(f"{option} is empty: give a value, or leave it out")
+        with trusting(trust_remote_code), quiet(), notes(), given(written):
+            command(**options)
 
     run.__signature__ = signature.replace(parameters=parameters)  # pyright: ignore[reportAttributeAccessIssue]
     run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from factorformer.cli._options import AsJson, Device, DeviceChoice, console, emit_json, finite, note, place_of
+from factorformer.cli._options import LARGEST, AsJson, Device, DeviceChoice, console, emit_json, finite, note, place_of
 from factorformer.errors import MethodError
 
 if TYPE_CHECKING:
@@ -43,11 +43,15 @@ Shapes = Annotated[
 ]
 Threads = Annotated[
     int | None,
-    typer.Option("--threads", min=1, show_default=False, help="By default as many as torch takes: one for each core."),
+    typer.Option(
+        "--threads", min=1, max=1024, show_default=False, help="By default as many as torch takes: one for each core."
+    ),
 ]
 Rounds = Annotated[
     int | None,
-    typer.Option("--rounds", min=1, show_default=False, help="Passes of each model that count, for each shape."),
+    typer.Option(
+        "--rounds", min=1, max=LARGEST, show_default=False, help="Passes of each model that count, for each shape."
+    ),
 ]
 Seconds = Annotated[
     float | None,
@@ -68,6 +72,7 @@ Tokens = Annotated[
     typer.Option(
         "--tokens",
         min=1,
+        max=LARGEST,
         show_default=False,
         help="With --layers: rows of input. Can be given several times. By default 1, 16, 128 and 1024.",
     ),

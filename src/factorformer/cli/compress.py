@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from factorformer.cli._given import note_unused
 from factorformer.cli._options import (
     AsJson,
     BatchSize,
@@ -114,6 +115,10 @@ def compress(
     from factorformer.files import check_output
 
     check_output(output, overwrite=overwrite, inputs=(model, plan, calibration, train, evaluation, distill))
+    if train is None:
+        note_unused("without --train", "epochs", "lr", "freeze_embeddings")
+    if train is None and evaluation is None and calibration is None:
+        note_unused("without data", "text", "words", "max_length", "batch_size", "calibration_rows", "seed")
     from factorformer.cli._inputs import columns_of
     from factorformer.cli._jobs.compress import CompressJob, run
     from factorformer.planning import Plan

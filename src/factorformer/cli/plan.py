@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from factorformer.cli._given import note_unused
 from factorformer.cli._options import (
     AsJson,
     Budget,
@@ -32,6 +33,7 @@ from factorformer.cli._options import (
     note,
     place_of,
 )
+from factorformer.errors import FactorformerError, OutputError
 from factorformer.files import check_file
 
 PlanFile = Annotated[
@@ -83,10 +85,12 @@ def plan(
     """
     if output is not None:
         check_file(output, overwrite=overwrite, inputs=(model, calibration))
+        _check_is_plan(output)
     from factorformer import compression, recipes
     from factorformer.bench.layers import slower_than_dense
     from factorformer.cli._inputs import (
         calibration_batches,
+        check_dense,
         columns_of,
         encode_table,
         plain_columns,
@@ -98,10 +102,14 @@ def plan(
     from factorformer.report import Result
     from factorformer.tasks.data import check_lengths
 
-    if calibration is None and text is not None:
-        note("nothing is read without --calibration: --text is not used")
+    if calibration is None:
+        note_unused("without --calibration", "text", "words", "max_length", "calibration_rows", "seed")
+    unit = "bytes" if budget is None else budget.value
+    chosen = recipes.default_method(calibrated=calibration is not None) if method is None else method
+    compression.check_options(chosen, ratio, None if share is None else share.value, unit)
     started = time.perf_counter()
     path = find(model)
+    check_dense(path)
     tokenizer, rows, data = None, None, None
     if calibration is not None:
         tokenizer, columns = load_tokenizer(path), plain_columns(calibration, columns_of(text, None, words))
@@ -125,7 +133,7 @@ def plan(
             include,
             exclude,
             share=None if share is None else share.value,
-            budget="bytes" if budget is None else budget.value,
+            budget=unit,
             int8=int8,
             calibration=data,
             progress=progress,
@@ -145,3 +153,15 @@ def plan(
         layers=made.entries,
     )
     emit(result, as_json=as_json)
+
+
+def _check_is_plan(path: Path) -> None:
+    """Raise `OutputError` if a file stands where the plan is to be written, and is none."""
+    from factorformer.planning import Plan
+
+    if not path.exists() or path.stat().st_size == 0:
+        return
+    try:
+        Plan.load(path)
+    except FactorformerError as error:
+        raise OutputError(f"'{path}' is no plan, so --overwrite does not replace it: choose another name") from error

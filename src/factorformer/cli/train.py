@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from factorformer.cli._options import (
+    LARGEST,
     AsJson,
     BatchSize,
     Device,
@@ -78,7 +79,9 @@ Set = Annotated[
         help="A field of the configuration, e.g. d_model=512. Can be given several times.",
     ),
 ]
-Vocabulary = Annotated[int, model_option("--vocabulary", min=1, help="Tokens of the tokenizer that is trained.")]
+Vocabulary = Annotated[
+    int, model_option("--vocabulary", min=1, max=2**20, help="Tokens of the tokenizer that is trained.")
+]
 
 Method = Annotated[
     str,
@@ -97,7 +100,7 @@ Scope = Annotated[
 ]
 
 Steps = Annotated[
-    int | None, training_option("--steps", min=1, help="Train for so many steps, whatever --epochs says.")
+    int | None, training_option("--steps", min=1, max=LARGEST, help="Train for so many steps, whatever --epochs says.")
 ]
 LearningRate = Annotated[
     float | None,
@@ -224,7 +227,7 @@ def train(
 
 def _check_method(method: str, ratio: float | None, include: list[str] | None, exclude: list[str] | None) -> None:
     """`MethodError` for a method that begins with trained weights, or options that the dense model has no use for."""
-    from factorformer import recipes
+    from factorformer import compression, recipes
     from factorformer.cli._jobs.train import DENSE
 
     usable = [n for n, recipe in recipes.RECIPES.items() if recipe.metric == "plain" and recipe.allocation != "dynamic"]
@@ -234,5 +237,7 @@ def _check_method(method: str, ratio: float | None, include: list[str] | None, e
             f"method '{method}' begins with a trained model's weights, and a new model has none: "
             f"choose one of {', '.join([*usable, DENSE])}"
         )
+    if method != DENSE:
+        compression.check_options(method, ratio, None, "bytes")
     if method == DENSE and (ratio is not None or include is not None or exclude is not None):
         raise MethodError("--method dense changes no weights: leave --ratio, --include and --exclude out")

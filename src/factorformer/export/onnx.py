@@ -25,7 +25,7 @@ from factorformer.errors import ExportError, one_line
 from factorformer.export.sentence import Pooling, find_layout, read_longest
 from factorformer.export.task import HEADS, Task, input_names
 from factorformer.files import check_output, output_directory
-from factorformer.hf.source import load_model, load_tokenizer
+from factorformer.hf.source import load_model, load_tokenizer, most_tokens
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -137,7 +137,8 @@ def export(
     with torch.no_grad():
         batches = [_batch(whole, task.names, *shape, seed) for seed, shape in enumerate(SHAPES)]
         expected = [task(*batch) for batch in batches]
-        read = _text_batches(tokenizer, task.names, texts) if int8 and tokenizer is not None else []
+        longest = most_tokens(whole) or LONGEST
+        read = _text_batches(tokenizer, task.names, texts, longest) if int8 and tokenizer is not None else []
         spoken, wanted = (read, [task(*batch) for batch in read]) if read else (batches, expected)
     size = sum(tensor.nbytes for tensor in whole.state_dict().values())
     if size > LARGEST_FILE:
@@ -195,13 +196,13 @@ def _batch(model: PreTrainedModel, names: list[str], rows: int, length: int, see
 
 
 def _text_batches(
-    tokenizer: PreTrainedTokenizerBase, names: list[str], texts: Sequence[str] | None
+    tokenizer: PreTrainedTokenizerBase, names: list[str], texts: Sequence[str] | None, longest: int
 ) -> list[list[Tensor]]:
     """Inputs of two batches of text; none where the vocabulary has too few words to make up some."""
     texts = _made_up(tokenizer) if texts is None else [text for text in texts if text.strip()][:TEXTS]
     if not texts:
         return []
-    longest = min(tokenizer.model_max_length, LONGEST)
+    longest = min(tokenizer.model_max_length, longest, LONGEST)
     halves = [half for half in (texts[::2], texts[1::2]) if half]
     found = [tokenizer(half, padding=True, truncation=True, max_length=longest, return_tensors="pt") for half in halves]
     return [[batch.get(name, torch.zeros_like(batch["input_ids"])) for name in names] for batch in found]

@@ -1,4 +1,4 @@
-"""Factorized layers multiplied out: an ordinary model again."""
+"""Materialization of factorized layers: an ordinary model again."""
 
 from __future__ import annotations
 

@@ -208,7 +208,7 @@ class Plan:
             MethodError: the file is missing, unreadable, or not a plan.
         """
         try:
-            content = json.loads(Path(path).read_text(encoding="utf-8"))
+            content = json.loads(Path(path).read_text(encoding="utf-8"), parse_constant=_no_number)
         except (OSError, ValueError) as error:
             raise MethodError(f"cannot read a plan from '{path}': {error}") from error
         if not isinstance(content, dict):
@@ -259,6 +259,10 @@ def left_dense(entries: Iterable[Entry], total_bytes: int, least: float = 0.01) 
         for reason, sizes in found.items()
         if sum(sizes) > least * total_bytes
     ]
+
+
+def _no_number(name: str) -> None:
+    raise ValueError(f"{name} is no JSON")
 
 
 def _entry(item: object) -> Entry:

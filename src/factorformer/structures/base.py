@@ -78,7 +78,7 @@ class Structure(ABC):
     """How a matrix trains straight through, see `training.straight_through`; None without a support to learn."""
 
     starts_dense: ClassVar[bool] = False
-    """Whether dynamic ranks train a dense matrix as the sum of its singular groups until factors of those that remain
+    """Whether dynamic ranks train a dense matrix as the sum of its rank-1 components until factors of those that remain
     are smaller, as low rank alone can. Others start from the factors of their largest size."""
 
     shareable: ClassVar[tuple[str, ...]] = ()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import operator
+import re
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -10,6 +12,12 @@ import datasets
 
 from factorformer.errors import DataError
 from factorformer.tasks.reading import described, kind_of
+
+NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
+"""A number that is written as text."""
+
+NO_NUMBER = {"nan", "inf", "infinity", "na", "n/a", "null", "none"}
+"""What programs write, in any case and with any sign, where a number is missing."""
 
 
 def row_name(row: int) -> str:
@@ -27,6 +35,14 @@ def _missing(value: object) -> bool:
     return value is None or (isinstance(value, float) and math.isnan(value))
 
 
+def _check_storable(value: object, place: str) -> None:
+    """Raise `DataError` for what JSON can say and no table can hold."""
+    if isinstance(value, str) and not value.isascii() and any("\ud800" <= letter <= "\udfff" for letter in value):
+        raise DataError(f"{place}: half of a surrogate pair, which is no character")
+    if isinstance(value, int) and not -(2**63) <= value < 2**63:
+        raise DataError(f"{place}: a whole number of more than 64 bits")
+
+
 def check_texts(values: Iterable[Any], source: str, column: str, where: Callable[[int], str], words: bool) -> None:
     """Raise `DataError` unless all cells are texts or numbers, or all are lists of words.
 
@@ -41,6 +57,8 @@ def check_texts(values: Iterable[Any], source: str, column: str, where: Callable
         place = f"{source}, {where(row)}, column '{column}'"
         if _missing(value):
             raise DataError(f"{place}: no text")
+        for item in value if isinstance(value, list) else [value]:
+            _check_storable(item, place)
         if words:
             wrong = [word for word in value if not isinstance(word, str)] if isinstance(value, list) else [value]
             if wrong:
@@ -61,7 +79,19 @@ def check_label_cells(values: Iterable[Any], source: str, column: str, where: Ca
                 raise DataError(f"{place}: a name or a number belongs here, not {described(item)}")
             if isinstance(item, float) and math.isinf(item):
                 raise DataError(f"{place}: an infinite number is no label")
+            _check_storable(item, place)
     check_kind(values, source, column, where)
+    _check_numbers(values, source, column, where)
+
+
+def _check_numbers(values: Iterable[Any], source: str, column: str, where: Callable[[int], str]) -> None:
+    """Raise `DataError` if all labels are numbers written as text, but for some that say that there is none."""
+    texts = [value.strip() if isinstance(value, str) else "" for value in values]
+    missing = [text.lstrip("+-").lower() in NO_NUMBER for text in texts]
+    numbers = [bool(NUMBER.fullmatch(text)) for text in texts]
+    if any(missing) and any(numbers) and all(map(operator.or_, missing, numbers)):
+        row = missing.index(True)
+        raise DataError(f"{source}, {where(row)}, column '{column}': no label ({texts[row]!r} among numbers)")
 
 
 def check_kind(values: Iterable[Any], source: str, column: str, where: Callable[[int], str]) -> None:

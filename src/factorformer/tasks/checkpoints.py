@@ -70,7 +70,7 @@ def differences(path: Path, run: Mapping[str, Any]) -> list[str]:
     try:
         begun = dict(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as error:
-        raise OutputError(f"cannot read what the run in '{path.parent}' was: {error}; start anew") from error
+        raise OutputError(f"cannot read what the run in '{path.parent}' was: {error}; start over") from error
     names = dict.fromkeys([*begun, *run])
     return [f"{name} was {begun.get(name)}, not {run.get(name)}" for name in names if begun.get(name) != run.get(name)]
 

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import datasets
 
 from factorformer.errors import DataError
-from factorformer.tasks.cells import check_labels, class_label
+from factorformer.tasks.cells import NUMBER, check_labels, class_label
 from factorformer.tasks.reading import described
 
 Kind = Literal["classification", "regression", "multi_label", "tokens"]
@@ -122,13 +122,10 @@ class Labels:
         return shown or "a score"
 
 
-_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
-
-
 def _fractional(values: Sequence[Any]) -> bool:
     """Whether these are numbers, as such or written as strings, not all of them whole."""
     if all(isinstance(value, str) for value in values):
-        if not all(_NUMBER.fullmatch(value.strip()) for value in values):
+        if not all(NUMBER.fullmatch(value.strip()) for value in values):
             return False
         values = [float(value) for value in values]
     return any(isinstance(value, float) and not value.is_integer() for value in values)

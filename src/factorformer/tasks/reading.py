@@ -62,6 +62,17 @@ def text_format(path: Path) -> str | None:
     return name.suffix.lower() if name.suffix.lower() in TEXT_FORMATS else None
 
 
+def check_file(path: Path) -> None:
+    """Raise `DataError` unless there is a file with something in it."""
+    if path.exists() and not path.is_file():
+        kind = "a directory" if path.is_dir() else "a pipe, a socket or a device, which cannot be read twice"
+        raise DataError(f"'{path}' is {kind}: give the name of a file")
+    if not path.is_file():
+        raise DataError(f"no such data file: '{path}'")
+    if path.stat().st_size == 0:
+        raise DataError(f"'{path}' is empty")
+
+
 def read_rows(path: Path, wanted: Iterable[str] | None, note: Callable[[str], None]) -> Rows:
     """Rows of a text file. Cells of CSV and TSV stay the strings that they are.
 
@@ -89,8 +100,7 @@ def read_lines(path: Path, note: Callable[[str], None]) -> list[str]:
 
     Only a newline ends a line: other separators of Unicode may stand inside a sentence.
     """
-    if not path.is_file():
-        raise DataError(f"no such data file: '{path}'")
+    check_file(path)
     with _decoded(path, note, "\n") as text:
         return [line.rstrip("\r\n") for line in text]
 
@@ -253,12 +263,12 @@ def _read_json(path: Path, stream: io.TextIOWrapper, wanted: frozenset[str] | No
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            row = _parsed(line)
         except ValueError as error:
             if builder.count == 0:  # perhaps one document over many lines
                 return _read_document(path, line + stream.read(), number - 1, wanted)
             raise _malformed(path, error, number - 1) from error
-        if isinstance(row, list) and builder.count == 0:
+        if builder.count == 0 and (isinstance(row, list) or (text_format(path) == ".json" and _is_columns(row))):
             return _read_document(path, line + stream.read(), number - 1, wanted)
         builder.add(row, f"line {number}", number)
     return builder.rows()
@@ -266,10 +276,10 @@ def _read_json(path: Path, stream: io.TextIOWrapper, wanted: frozenset[str] | No
 
 def _read_document(path: Path, text: str, before: int, wanted: frozenset[str] | None) -> Rows:
     try:
-        content = json.loads(text)
+        content = _parsed(text)
     except ValueError as error:
         raise _malformed(path, error, before) from error
-    if isinstance(content, dict) and content and all(isinstance(column, list) for column in content.values()):
+    if _is_columns(content):
         if len({len(column) for column in content.values()}) > 1:
             sizes = ", ".join(f"'{name}' {len(column)}" for name, column in content.items())
             raise DataError(f"'{path}' holds columns of different lengths: {sizes}")
@@ -279,6 +289,18 @@ def _read_document(path: Path, text: str, before: int, wanted: frozenset[str] | 
     for number, row in enumerate(content if isinstance(content, list) else [content], 1):
         builder.add(row, f"row {number}", None)
     return builder.rows()
+
+
+def _is_columns(content: Any) -> bool:
+    return isinstance(content, dict) and bool(content) and all(isinstance(column, list) for column in content.values())
+
+
+def _parsed(text: str) -> Any:
+    """What a JSON text says; `ValueError` if it is none, or nested too deeply."""
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
 
 
 def _malformed(path: Path, error: ValueError, before: int) -> DataError:

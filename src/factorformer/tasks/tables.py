@@ -16,7 +16,7 @@ from datasets.table import InMemoryTable
 
 from factorformer.errors import DataError, one_line, one_of
 from factorformer.tasks.cells import check_kind, check_label_cells, check_labels, check_texts, row_name
-from factorformer.tasks.reading import COMPRESSED, SEPARATORS, TEXT_FORMATS, read_rows, text_format
+from factorformer.tasks.reading import COMPRESSED, SEPARATORS, TEXT_FORMATS, check_file, read_rows, text_format
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +60,9 @@ class Columns:
         if not 1 <= len(self.text) <= (1 if self.words else 2):
             allowed = "of words" if self.words else ", or two for sentence pairs"
             raise DataError(f"give one text column{' ' * self.words}{allowed}; got {len(self.text)}")
+        twice = next((name for name in self.names if self.names.count(name) > 1), None)
+        if twice is not None:
+            raise DataError(f"column '{twice}' is named twice: texts and labels are columns of their own")
         for column in self.names:
             if column not in names:
                 hint = next((text for mark, text in SEPARATORS.items() if mark in names[0]), "") if names else ""
@@ -101,11 +104,12 @@ def read(
         if columns is not None:
             columns.check(rows, f"'{source}'")
         return rows
-    _check_file(path)
+    check_file(path)
     wanted = None if columns is None else columns.names
     found = read_rows(path, wanted, note)
     count = len(next(iter(found.columns.values()), found.lines))
-    if not found.names or count == 0:
+    lacking = columns is not None and not set(columns.names) <= set(found.names)
+    if not found.names or (count == 0 and not lacking):
         raise DataError(f"'{path}' has no rows")
     if columns is not None:
         columns.check_cells(found.columns, found.names, f"'{path}'", found.where)
@@ -121,15 +125,8 @@ def read(
         raise DataError(f"cannot read '{path}': {one_line(error)}") from error
 
 
-def _check_file(path: Path) -> None:
-    if not path.is_file():
-        raise DataError(f"no such data file: '{path}'" + (" (it is a directory)" if path.is_dir() else ""))
-    if path.stat().st_size == 0:
-        raise DataError(f"'{path}' is empty")
-
-
 def _parquet(path: Path) -> datasets.Dataset:
-    _check_file(path)
+    check_file(path)
     try:
         table = pyarrow.parquet.read_table(path)
         for i, field in enumerate(table.schema):
@@ -147,6 +144,8 @@ def _from_hub(source: str) -> datasets.Dataset:
     name, *rest = source.split(":")
     formats = f"{', '.join((*TEXT_FORMATS, '.parquet'))}; compressed {', '.join(COMPRESSED)}"
     if Path(source).exists():
+        if not Path(source).is_file():
+            check_file(Path(source))
         raise DataError(f"'{source}' is not a file of a kind that can be read ({formats}): save it as one of these")
     if len(rest) not in (1, 2):
         raise DataError(f"'{source}' is neither a file ({formats}) nor a data set on the Hub (NAME[:CONFIG]:SPLIT)")

@@ -1,7 +1,7 @@
 """Dynamic ranks: while a model is fine-tuned, the units of all its matrices compete for one budget.
 
 The idea is RankDyna's (Hua et al., Findings of EMNLP 2023): start from the general pre-trained model at full rank,
-lower the budget on the way, and let the singular groups of all matrices compete for it by their importance, so that
+lower the budget on the way, and let the rank-1 components of all matrices compete for it by their importance, so that
 one round of fine-tuning is compression and adaptation. What is known of it names no coefficients; those here are
 ours, found by the trials in `docs/log.md`. The same controller removes Kronecker terms and dictionary atoms.
 """

@@ -94,7 +94,7 @@ def _load(job: CompressJob, inputs: Inputs) -> PreTrainedModel:
 def _plan(
     job: CompressJob, model: PreTrainedModel, calibration: list[dict[str, Tensor]] | None
 ) -> tuple[Plan, list[str]]:
-    """The plan, and warnings about it, which are told as well."""
+    """The plan, and warnings about it, which are printed as well."""
     if job.plan is not None:
         plan = fit_plan(job.plan, model)
     else:

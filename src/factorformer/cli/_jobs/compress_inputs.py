@@ -11,6 +11,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from factorformer.cli._inputs import (
     about,
+    check_dense,
     check_teacher,
     encode_table,
     hold_out,
@@ -64,6 +65,7 @@ def read_inputs(job: CompressJob) -> Inputs:
     """
     path, label = find(job.model), job.columns.label
     config = read_config(path)
+    check_dense(path)
     labelled = {"train": job.train, "evaluation": job.evaluation} if label is not None else {}
     if job.needs == "labelled text":
         labelled["calibration"] = job.calibration

@@ -12,6 +12,7 @@ from typing import Any
 
 from factorformer.cli._options import note
 from factorformer.errors import DivergedError, OutputError
+from factorformer.files import failed_to_write
 from factorformer.tasks.checkpoints import differences, last_checkpoint, locked, step_of
 
 
@@ -37,7 +38,7 @@ class Unfinished:
         Args:
             options: JSON-ready; with `resume` they have to be those of the interrupted run.
             resume: go on from the last checkpoint.
-            overwrite: start anew although there is one.
+            overwrite: start over although there is one.
 
         Raises:
             OutputError: there is a checkpoint and neither option, or none to resume, or one of a run with other
@@ -52,7 +53,7 @@ class Unfinished:
                     )
                 if other := differences(self._options, options):
                     raise OutputError(
-                        f"the interrupted run had other options: {'; '.join(other)}; repeat its command, or start anew "
+                        f"the interrupted run had other options: {'; '.join(other)}; repeat its command, or start over "
                         "with --overwrite"
                     )
                 note(f"resumed from step {step_of(begun)}")
@@ -78,6 +79,8 @@ class Unfinished:
                     if earlier is not None:
                         shutil.rmtree(earlier, ignore_errors=True)
                     self._say_what_is_kept(error)
+                if isinstance(error, Exception) and failed_to_write(error, self.folder):
+                    raise OutputError(f"cannot write to '{self.folder}': {error}") from error
                 raise
             shutil.rmtree(self.folder, ignore_errors=True)
             if earlier is not None:
@@ -104,6 +107,6 @@ class Unfinished:
         if isinstance(error, KeyboardInterrupt):
             note("interrupted; to go on from the last checkpoint, add --resume to the same command")
         elif isinstance(error, DivergedError):
-            note(f"checkpoints are kept in '{self.checkpoints}': start anew with other options and --overwrite")
+            note(f"checkpoints are kept in '{self.checkpoints}': start over with other options and --overwrite")
         else:
             note(f"checkpoints are kept in '{self.folder}': repeat the command with --resume to go on from there")
