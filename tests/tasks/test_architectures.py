@@ -123,3 +123,13 @@ def test_new_models_are_drawn_from_the_seed() -> None:
     first, same, other = (new_model(config, "causal", seed).transformer.wte.weight for seed in (1, 1, 2))
     assert first.equal(same)
     assert not first.equal(other)
+
+
+def test_layers_are_tried_before_any_long_work() -> None:
+    for source, override in (("gpt2", "n_head=7"), ("bert", "num_attention_heads=5")):
+        with pytest.raises(ModelError, match=r"no model can be made"):
+            Architecture.of(source, [override]).check(300)
+    for source in ("gpt2", "bert", "marian", "t5", "llama", "bart"):
+        Architecture.of(source).check(300)
+    with pytest.raises(ModelError, match=r"n_layer=-1.*GPT2Config\.n_layer"):
+        Architecture.of("gpt2", ["n_layer=-1"])

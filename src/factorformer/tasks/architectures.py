@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -57,6 +58,10 @@ SMALL: dict[str, int] = {
 """Sizes of a small model, for architectures given by name alone; no field is made larger than its class has it."""
 
 _FROM_THE_TOKENIZER = {"vocab_size", "decoder_vocab_size", "suppress_tokens", "begin_suppress_tokens"}
+
+
+_SPECIAL = ("pad", "bos", "eos", "unk", "cls", "sep", "mask")
+"""Tokens whose ids a configuration holds."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,17 +132,28 @@ class Architecture:
         Args:
             tokenizer: with tokens for padding and the end of a text.
         """
+        return self._for(len(tokenizer), {kind: getattr(tokenizer, f"{kind}_token_id", None) for kind in _SPECIAL})
+
+    def check(self, vocabulary: int) -> None:
+        """Make a model without weights, so that sizes that its layers refuse are met before any long work.
+
+        Args:
+            vocabulary: tokens of the tokenizer that is going to be trained.
+
+        Raises:
+            ModelError: values that the configuration or the layers refuse.
+        """
+        with torch.device("meta"):
+            new_model(self._for(vocabulary, {kind: token for token, kind in enumerate(_SPECIAL)}), self.task)
+
+    def _for(self, vocabulary: int, ids: Mapping[str, int | None]) -> PreTrainedConfig:
         fields = _fields(self.config_class)
-        ids: dict[str, int | None] = {
-            kind: getattr(tokenizer, f"{kind}_token_id", None)
-            for kind in ("pad", "bos", "eos", "unk", "cls", "sep", "mask")
-        }
         fixed: dict[str, Any] = {
             f"{kind}_token_id": token
             for kind, token in ids.items()
             if f"{kind}_token_id" in fields or kind in ("pad", "bos", "eos")
         }
-        fixed["vocab_size"] = len(tokenizer)
+        fixed["vocab_size"] = vocabulary
         fixed |= dict.fromkeys({"decoder_vocab_size", "suppress_tokens", "begin_suppress_tokens"} & fields.keys())
         if self.task == "translation":
             fixed["decoder_start_token_id"] = ids["pad"]
@@ -253,6 +269,8 @@ def _override(config_class: type[PreTrainedConfig], text: str) -> tuple[str, Any
     kind = fields[name].type
     if isinstance(value, int) and not isinstance(value, bool) and kind in (float, "float", "float | None"):
         value = float(value)
+    if isinstance(value, int) and value < 0 < _number(fields[name].default):
+        raise ModelError(f"--set {text}: {config_class.__name__}.{name} is a number above 0")
     alone: dict[str, Any] = {name: value}
     try:
         config_class(**alone)
@@ -261,6 +279,10 @@ def _override(config_class: type[PreTrainedConfig], text: str) -> tuple[str, Any
         if f"'{name}'" in str(error):
             raise ModelError(f"--set {text}: {_reason(error)}") from error
     return name, value
+
+
+def _number(default: Any) -> float:
+    return default if isinstance(default, (int, float)) else 0
 
 
 def _near(given: str, names: Iterable[str]) -> str:

@@ -124,6 +124,7 @@ def run(job: TrainJob, *, resume: bool, overwrite: bool) -> Result:
 def _prepare(job: TrainJob, progress: Progress, folder: Path | None, *, resume: bool) -> Prepared:
     """Read the text, make or load the tokenizer, and plan the model; the tokenizer is kept in a folder, if given."""
     architecture = Architecture.of(job.config, job.overrides)
+    architecture.check(job.vocabulary)
     corpus = read_corpus(job.files, architecture.task, job.config, job.max_length, job.settings.seed)
     if resume and folder is not None and folder.is_dir():
         tokenizer = load_tokenizer(folder)
