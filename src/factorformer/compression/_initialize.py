@@ -32,6 +32,7 @@ def initialize(model: nn.Module, plan: Plan) -> Report:
         ModelError: the plan does not fit the model, or a weight has no values yet, or none but zeros.
 
     >>> from transformers import BertConfig, BertModel
+    >>> from factorformer import plan
     >>> sizes = {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 2}
     >>> model = BertModel(BertConfig(**sizes))
     >>> round(initialize(model, plan(model, "shapeshifter", ratio=10)).ratio, 1)
