@@ -161,7 +161,9 @@ def test_teachers_that_do_not_fit(run: Any, base: Path, trained: Path, tables: P
 
 def test_evaluate_refuses(run: Any, base: Path, trained: Path, tables: Path) -> None:
     check(run("evaluate", base, "--data", tables / "train.jsonl"), "factorformer finetune")
-    check(run("evaluate", trained, "--data", tables / "unseen.jsonl"), "never")
+    check(run("evaluate", trained, "--data", tables / "unseen.jsonl"), r"unseen\.jsonl.*'never'.* line 5\b")
+    (tables / "blank.tsv").write_text("text\tlabel\na\tplus\n\nb\tnever\n")
+    check(run("evaluate", trained, "--data", tables / "blank.tsv"), r"blank\.tsv.*'never'.* line 4\b")
     check(run("evaluate", trained, "--data", tables / "empty.jsonl"), "empty")
 
 

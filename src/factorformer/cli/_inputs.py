@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -36,7 +37,7 @@ from factorformer.tasks.data import (
     with_decoder_inputs,
 )
 from factorformer.tasks.finetuning import check_can_follow
-from factorformer.tasks.reading import text_format
+from factorformer.tasks.reading import read_rows, text_format
 from factorformer.training.rank_history import RankHistory
 
 HELD_OUT = 500
@@ -97,11 +98,19 @@ def encode_table(
 
 @contextlib.contextmanager
 def about(source: str) -> Iterator[None]:
-    """Begin messages on data with the name of the data."""
+    """Begin messages on data with the name of the data, and let them tell lines of a file where it has some."""
     try:
         yield
     except DataError as error:
-        raise DataError(f"'{source}': {error}") from error
+        raise DataError(f"'{source}': {_with_lines(Path(source), str(error))}") from error
+
+
+def _with_lines(path: Path, message: str) -> str:
+    place = r"\brow (\d+)(?=[;:,])"
+    if not re.search(place, message) or text_format(path) is None or not path.is_file():
+        return message
+    rows = read_rows(path, None, lambda _: None)
+    return re.sub(place, lambda found: rows.where(int(found[1]) - 1), message)
 
 
 def _skeleton(config: PretrainedConfig) -> PreTrainedModel | None:
