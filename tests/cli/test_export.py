@@ -12,11 +12,14 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
+import transformers
 from tests.cli.test_commands import result_of
 from tests.cli.test_errors import check
 from transformers import AutoTokenizer
 
 import factorformer
+from factorformer.export.onnx import check_exportable
+from factorformer.export.sentence import find_layout
 
 
 def test_a_compressed_sentence_encoder(run: Any, base: Path, tmp_path: Path) -> None:
@@ -87,3 +90,20 @@ def test_a_directory_without_a_tokenizer(run: Any, base_copy: Path, tmp_path: Pa
         file.unlink()
     check(run("export", base_copy, "--output", tmp_path / "out"), "has no tokenizer")
     assert not (tmp_path / "out").exists()
+
+
+def test_what_cannot_be_exported_is_refused_before_weights_are_read(
+    run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    translator = transformers.T5Config(vocab_size=30, d_model=16, d_kv=4, d_ff=16, num_layers=1, num_heads=2)
+    transformers.T5ForConditionalGeneration(translator).save_pretrained(tmp_path / "t5")
+    bert = transformers.BertConfig(
+        vocab_size=30, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16
+    )
+    # Trained heads of this class cannot be exported; a file without them holds a model that can.
+    body = transformers.BertModel(bert)
+    body.config.architectures = ["BertForPreTraining"]
+    body.save_pretrained(tmp_path / "bert")
+    check_exportable(find_layout(str(tmp_path / "bert")))
+    monkeypatch.setattr("factorformer.hf.source.load", lambda *_, **__: pytest.fail("weights were read"))
+    check(run("export", tmp_path / "t5"), "T5ForConditionalGeneration.*generates")

@@ -84,6 +84,7 @@ def export(
         named = layout.source.resolve() if Path(model).is_dir() else Path(Path(model).name)
         output = named.with_name(named.name + suffix)
     check_output(output, overwrite=overwrite, inputs=(model, layout.source))
+    onnx.check_exportable(layout)
     costs = inventory(load_model(layout.source, device="cpu"), "all")
     started = time.perf_counter()
     done = onnx.export(layout.source, output, int8=int8, texts=texts, overwrite=overwrite)

@@ -22,9 +22,10 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from factorformer.errors import ExportError, one_line
-from factorformer.export.sentence import Pooling, find_layout, read_longest
+from factorformer.export.sentence import Layout, Pooling, find_layout, read_longest
 from factorformer.export.task import HEADS, Task, input_names
 from factorformer.files import check_output, output_directory
+from factorformer.hf.checkpoint import choose
 from factorformer.hf.source import load_model, load_tokenizer, most_tokens
 
 if TYPE_CHECKING:
@@ -81,6 +82,34 @@ class Exported:
     inputs: tuple[str, ...]
     output: str
     deviation: float
+
+
+def check_exportable(layout: Layout) -> None:
+    """Refuse a directory by its descriptions alone, before weights are read.
+
+    Raises:
+        CheckpointError: descriptions that cannot be read.
+        ExportError: a package is missing, or neither the class of the model nor that without a head can be exported.
+    """
+    _require_packages()
+    choice = choose(layout.source)
+    refused: list[ExportError] = []
+    for kind in (choice.loader, choice.base):
+        if choice.config is None or kind is None:
+            continue
+        try:
+            with torch.device("meta"):
+                skeleton = kind(choice.config)
+            head = kind.__name__.endswith(HEADS)
+            Task(skeleton, input_names(skeleton, None), None if head else layout.pooling)
+        except ExportError as error:
+            refused.append(error)
+            continue
+        except Exception:  # a class that cannot be made without weights is asked when it has some
+            return
+        return
+    if refused:
+        raise refused[0]
 
 
 def export(
