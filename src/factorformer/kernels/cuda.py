@@ -48,7 +48,7 @@ CHUNK = 16
 WRITTEN = 64 << 20
 """Bytes up to which a transposed product writes `S` as a dense matrix first, for however few rows of input.
 
-Its kernel runs through all rows of `S` in each program, and has few programs: on an H200 it took up to 15 times as long
+Its kernel runs through all rows of `S` in each program, and has few programs: on an H200 it took up to 22 times as long
 as a dense product, where writing `S` takes a few microseconds."""
 
 PROGRAMS = 128
