@@ -127,6 +127,17 @@ def test_an_encoder_without_a_pooler_stays_one(tmp_path: Path) -> None:
         assert again.pooler is None
 
 
+def test_a_pooler_without_weights_is_no_absent_one(tmp_path: Path) -> None:
+    config = tf.SwinConfig(image_size=32, patch_size=4, embed_dim=32, depths=[1, 1], num_heads=[2, 2], window_size=2)
+    model = tf.SwinModel(config).eval()
+    factorformer.compress(model, factorformer.plan(model, "svd", 1.5))
+    model.save_pretrained(tmp_path / "small")
+    pixels = torch.randn(2, 3, 32, 32)
+    expected = model(pixels).pooler_output
+    for again in (factorformer.load(tmp_path / "small"), tf.AutoModel.from_pretrained(tmp_path / "small")):
+        assert torch.equal(again(pixels).pooler_output, expected)
+
+
 def test_tensors_without_a_place_are_named(tmp_path: Path) -> None:
     encoder(tmp_path / "m")
     edit_tensors(tmp_path / "m", lambda tensors: tensors.update({f"second.{i}": torch.zeros(2) for i in range(7)}))

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import safetensors
 import torch
+from torch import nn
 
 from factorformer.errors import CheckpointError
 from factorformer.hf import compat, ties
@@ -117,8 +118,9 @@ def drop_absent_pooler(model: PreTrainedModel, files: Sequence[str]) -> None:
 
 
 def takes_no_pooler(model: PreTrainedModel) -> bool:
-    """Whether a model has a pooler that its architecture can do without."""
-    return getattr(model, "pooler", None) is not None and _may_lack_pooler(model)
+    """Whether a model has a pooler with weights that its architecture can do without; Swin's has none."""
+    pooler = getattr(model, "pooler", None)
+    return isinstance(pooler, nn.Module) and bool(pooler.state_dict()) and _may_lack_pooler(model)
 
 
 def _may_lack_pooler(model: PreTrainedModel) -> bool:
