@@ -33,8 +33,8 @@ from factorformer.tasks.docstrings import stdlib_docstrings
 from factorformer.tasks.evaluation import evaluate
 from factorformer.tasks.finetuning import TrainingSettings, train
 
-# Sized so that everything takes some four minutes on two cores, nearly all of it in these training steps:
-# epochs * TRAIN_ROWS / BATCH_SIZE, 225 for either model.
+# Sized for a laptop. Nearly all of the time goes to training steps: epochs * TRAIN_ROWS / BATCH_SIZE, 225 for either
+# model, of half a second to a second each on two cores.
 MODEL = "minilm"
 RATIO = 3.0
 MAX_LENGTH = 64
