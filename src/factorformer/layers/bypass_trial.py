@@ -147,7 +147,7 @@ def found_in_initialization(model: nn.Module, layers: Mapping[str, nn.Module]) -
         watch.last = None
         try:
             initialize(part, module)
-        except Exception:
+        except Exception:  # initialization of many architectures
             return False
         return True
 
