@@ -79,22 +79,23 @@ def refine_codes(
     """
     dims = (1,) if moment is None else (0, 1)
     tiny = torch.finfo(codes.dtype).tiny
-
-    def curve(direction: Tensor) -> Tensor:
-        product = direction @ gram
-        return (product if moment is None else moment @ product).mul_(mask)
-
-    residual = (right * mask).sub_(curve(codes))
+    residual = (right * mask).sub_(_curved(codes, mask, gram, moment))
     direction = residual
     squared = residual.square().sum(dims, keepdim=True)
     for _ in range(steps):
-        curved = curve(direction)
+        curved = _curved(direction, mask, gram, moment)
         length = squared / (direction * curved).sum(dims, keepdim=True).clamp_min(tiny)
         codes = torch.addcmul(codes, length, direction)
         residual = torch.addcmul(residual, length, curved, value=-1)
         previous, squared = squared, residual.square().sum(dims, keepdim=True)
         direction = torch.addcmul(residual, squared / previous.clamp_min(tiny), direction)
     return codes
+
+
+def _curved(codes: Tensor, mask: Tensor, gram: Tensor, moment: Tensor | None) -> Tensor:
+    """`K S G` on the mask."""
+    product = codes @ gram
+    return (product if moment is None else moment @ product).mul_(mask)
 
 
 def best_dictionary(

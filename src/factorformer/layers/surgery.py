@@ -230,13 +230,13 @@ def _why_dense(model: nn.Module, held: _Held, shape: Shape) -> str | None:
 
 def _left_out(names: Sequence[str], include: Sequence[str] | None, exclude: Sequence[str] | None) -> str | None:
     """Whether patterns of names leave a matrix out, whichever of its names they match."""
-
-    def named(patterns: Sequence[str]) -> bool:
-        return any(fnmatch.fnmatch(name, pattern) for name in names for pattern in patterns)
-
-    if include is not None and not named(include):
+    if include is not None and not _named(names, include):
         return LeftOut.NOT_INCLUDED.value
-    return LeftOut.EXCLUDED.value if exclude is not None and named(exclude) else None
+    return LeftOut.EXCLUDED.value if exclude is not None and _named(names, exclude) else None
+
+
+def _named(names: Sequence[str], patterns: Sequence[str]) -> bool:
+    return any(fnmatch.fnmatch(name, pattern) for name in names for pattern in patterns)
 
 
 def _role(model: nn.Module, name: str, module: nn.Module) -> Role:
