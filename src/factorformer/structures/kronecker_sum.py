@@ -220,24 +220,25 @@ def factor_shapes(shape: Shape) -> tuple[Shape, Shape]:
     (((512, 2), (4, 256)), ((1000, 2), (8, 256)))
     """
     out, inner = shape
-
-    def distance(pair: tuple[int, int]) -> float:
-        left, right = _complete(shape, pair)
-        sizes = math.prod(left), math.prod(right)
-        amplification = min(_multiplications(left, right)) / sum(sizes)
-        padding = sizes[0] * sizes[1] / (out * inner)
-        ragged = sum(side % 8 != 0 for side in (left[0], right[1])) / 8
-        return (
-            abs(math.log2(sizes[0] / sizes[1]))
-            + abs(math.log2(amplification / AMPLIFICATION))
-            + ragged
-            + (8 * math.log2(padding))
-        )
-
     powers = [2**power for power in range(11)]
     columns = [n1 for n1 in powers if (n1 - 1) * -(-inner // n1) < inner]  # others would store padding only
     pairs = [pair for pair in itertools.product(columns, powers) if pair[1] <= out]
-    return _complete(shape, min(pairs, key=distance))
+    return _complete(shape, min(pairs, key=lambda pair: _distance(shape, pair)))
+
+
+def _distance(shape: Shape, pair: tuple[int, int]) -> float:
+    """How far the factor shapes with these `n1` and `m2` are from all that is wanted of them."""
+    left, right = _complete(shape, pair)
+    sizes = math.prod(left), math.prod(right)
+    amplification = min(_multiplications(left, right)) / sum(sizes)
+    padding = sizes[0] * sizes[1] / math.prod(shape)
+    ragged = sum(side % 8 != 0 for side in (left[0], right[1])) / 8
+    return (
+        abs(math.log2(sizes[0] / sizes[1]))
+        + abs(math.log2(amplification / AMPLIFICATION))
+        + ragged
+        + (8 * math.log2(padding))
+    )
 
 
 def _complete(shape: Shape, pair: tuple[int, int]) -> tuple[Shape, Shape]:
