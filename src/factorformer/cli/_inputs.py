@@ -18,7 +18,7 @@ from transformers import AutoModel, PretrainedConfig, PreTrainedModel, PreTraine
 from factorformer.cli._options import note
 from factorformer.errors import DataError, FactorformerError, ModelError, OutputError
 from factorformer.files import RESULT_FILE, output_directory, whole_file
-from factorformer.hf.config import METHOD
+from factorformer.hf.attachment import described
 from factorformer.hf.source import copy_companions, find, load_model, place_of_weights, read_config
 from factorformer.layers.surgery import find_matrices
 from factorformer.planning import Entry, Plan
@@ -64,11 +64,9 @@ def plain_columns(source: str, columns: Columns) -> Columns:
     return Columns(("text",)) if plain else dataclasses.replace(columns, label=None)
 
 
-def check_dense(path: Path) -> None:
-    """Raise `ModelError` if the configuration says that a model is compressed already."""
-    stored = getattr(read_config(path), "quantization_config", None)
-    method = stored.get("quant_method") if isinstance(stored, dict) else getattr(stored, "quant_method", None)
-    if method == METHOD:
+def check_dense(path: Path, config: PretrainedConfig) -> None:
+    """Raise `ModelError` if its configuration says that a model is compressed already."""
+    if described(config) is not None:
         raise ModelError(f"'{path}' is compressed already: start from the dense model")
 
 

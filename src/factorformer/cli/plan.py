@@ -109,12 +109,13 @@ def plan(
     compression.check_options(chosen, ratio, None if share is None else share.value, unit)
     started = time.perf_counter()
     path = find(model)
-    check_dense(path)
+    config = read_config(path)
+    check_dense(path, config)
     tokenizer, rows, data = None, None, None
     if calibration is not None:
         tokenizer, columns = load_tokenizer(path), plain_columns(calibration, columns_of(text, None, words))
         table = read_table(calibration, columns)
-        rows = encode_table(calibration, table, columns, tokenizer, None, max_length, read_config(path))
+        rows = encode_table(calibration, table, columns, tokenizer, None, max_length, config)
     loaded = load_model(path, device=place_of(device))
     if tokenizer is not None and rows is not None:
         check_lengths(loaded, rows, "the calibration data")

@@ -31,7 +31,7 @@ def attach(model: PreTrainedModel, quantizer: Quantizer | None = None) -> None:
     ties.join(model)
     description = describe(model)
     held = _quantizer(model)
-    if held is None or held.quantization_config is not _described(model.config):
+    if held is None or held.quantization_config is not described(model.config):
         compat.own_config(model)
     quantizer = quantizer or AutoHfQuantizer.from_config(description, pre_quantized=True)
     quantizer.quantization_config = description
@@ -70,11 +70,11 @@ def detach(model: PreTrainedModel) -> None:
 def _undescribe(model: PreTrainedModel) -> None:
     """Drop descriptions of factorized layers from the configuration, and from those of the models inside."""
     for module in model.modules():
-        if isinstance(module, transformers.PreTrainedModel) and _described(module.config) is not None:
+        if isinstance(module, transformers.PreTrainedModel) and described(module.config) is not None:
             del vars(module.config)["quantization_config"]
 
 
-def _described(config: transformers.PreTrainedConfig) -> Any:
+def described(config: transformers.PreTrainedConfig) -> Any:
     """The description of factorized layers that a configuration holds: read from a file, a dictionary; or None."""
     found = getattr(config, "quantization_config", None)
     if isinstance(found, Mapping):
@@ -98,7 +98,7 @@ def _saving(model: PreTrainedModel, arguments: Mapping[str, Any]) -> Iterator[No
         return
     if has_factors(model):
         attach(model)
-    elif _described(model.config) is not None:
+    elif described(model.config) is not None:
         detach(model)
     quantizer = _quantizer(model)
     if quantizer is None:

@@ -65,7 +65,7 @@ def read_inputs(job: CompressJob) -> Inputs:
     """
     path, label = find(job.model), job.columns.label
     config = read_config(path)
-    check_dense(path)
+    check_dense(path, config)
     labelled = {"train": job.train, "evaluation": job.evaluation} if label is not None else {}
     if job.needs == "labelled text":
         labelled["calibration"] = job.calibration

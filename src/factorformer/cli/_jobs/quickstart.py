@@ -33,8 +33,7 @@ from factorformer.tasks.docstrings import stdlib_docstrings
 from factorformer.tasks.evaluation import evaluate
 from factorformer.tasks.finetuning import TrainingSettings, train
 
-# Sized for a laptop. Nearly all of the time goes to training steps: epochs * TRAIN_ROWS / BATCH_SIZE, 225 for either
-# model, of half a second to a second each on two cores.
+# Nearly all of the time goes to training steps: epochs * TRAIN_ROWS / BATCH_SIZE, 225 for either model.
 MODEL = "minilm"
 RATIO = 3.0
 MAX_LENGTH = 64
