@@ -29,7 +29,7 @@ from transformers.utils import logging
 from factorformer.fitting import Metric, fit
 from factorformer.fitting import statistics as calibration
 from factorformer.fitting.dictionary import fit_dense_sparse
-from factorformer.fitting.statistics import LayerStatistics
+from factorformer.fitting.moments import LayerStatistics
 from factorformer.hf import minilm
 from factorformer.layers.dense import dense_weight
 from factorformer.structures import DenseSparse, LowRank

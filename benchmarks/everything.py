@@ -36,7 +36,7 @@ RUNS = {
         ("accuracy", f"{TASKS} --dense-epochs 3 --epochs 6 --methods rankdyna dynamic_dense_sparse --ratios 3 5"),
         (
             "accuracy",
-            f"{TASKS} --dense-epochs 3 --methods svd fwsvd whitened whitened_by_loss auto --ratios 3 5",
+            f"{TASKS} --dense-epochs 3 --methods svd fwsvd whitened fisher auto --ratios 3 5",
         ),
         ("accuracy", f"{TASKS} --dense-epochs 6 --epochs 6 --methods fwsvd whitened --ratios 3 5"),
         ("dynamic_rank", "--methods rankdyna --steps 120"),

@@ -19,7 +19,7 @@ from transformers import AutoModel, BertConfig, BertModel
 
 import factorformer
 from factorformer.fitting import Metric, fit
-from factorformer.fitting.statistics import InputMoment, LayerStatistics
+from factorformer.fitting.moments import LayerStatistics, SecondMoment
 from factorformer.hf import minilm
 from factorformer.layers.dense import dense_weight
 
@@ -38,13 +38,13 @@ def weights() -> list[tuple[torch.Tensor, factorformer.LowRank]]:
     return result
 
 
-def moment(width: int) -> InputMoment:
+def moment(width: int) -> SecondMoment:
     """A second moment with a falling spectrum and a strong mean direction, as activations have."""
     rows = (
         torch.randn(4 * width, width) * torch.logspace(0, -1.5, width) @ torch.linalg.qr(torch.randn(width, width))[0]
         + 0.2
     )
-    return InputMoment((rows.T @ rows).double(), len(rows))
+    return SecondMoment((rows.T @ rows).double(), len(rows))
 
 
 def main() -> None:

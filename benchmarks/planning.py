@@ -44,7 +44,7 @@ from factorformer.tasks import evaluation
 from factorformer.tasks import finetuning as training
 
 IMAGE = Path(__file__).parent.parent / "docs" / "images" / "planning.svg"
-EVERYWHERE = ("whitened", "whitened_by_loss", "auto")
+EVERYWHERE = ("whitened", "fisher", "auto")
 SOMEWHERE = ("svd", "kronecker_whitened", "random-0", "random-1")
 
 
@@ -96,7 +96,7 @@ class Bench:
 
     def plan(self, method: str, ratio: float) -> Plan:
         name, _, seed = method.partition("-")
-        if name not in ("random", "whitened_by_loss", "auto"):
+        if name not in ("random", "fisher", "auto"):
             return factorformer.plan(self.model, name, ratio)
         known = self.prediction(ratio)
         if name == "random":

@@ -198,7 +198,7 @@ def test_recipes_name_parts_that_exist() -> None:
         assert recipe.needs in ("nothing", "text", "labelled text")
         assert recipe.scope in get_args(Scope)
         assert recipes.get(name) is recipe
-    assert recipes.default_method(calibrated=True) == "whitened"
+    assert recipes.default_method(calibrated=True) == "fisher"
     assert recipes.default_method(calibrated=False) == "svd"
 
 

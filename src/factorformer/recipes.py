@@ -26,6 +26,7 @@ class Recipe:
         summary: one human-readable line.
         paper: where the method comes from.
         scope: what it changes and counts unless told otherwise.
+        sequential: whether each matrix is fitted to what it reads in the model as it is compressed so far.
     """
 
     structure: type[Structure]
@@ -35,6 +36,7 @@ class Recipe:
     summary: str
     paper: str
     scope: Scope = "blocks"
+    sequential: bool = False
 
     @property
     def structures(self) -> tuple[type[Structure], ...]:
@@ -49,7 +51,7 @@ class Recipe:
     @property
     def needs(self) -> str:
         """What data the fit needs: nothing, text, or labelled text."""
-        return {"plain": "nothing", "input_moment": "text", "fisher_rows": "labelled text"}[self.metric]
+        return {"plain": "nothing", "fisher_rows": "labelled text"}.get(self.metric, "text")
 
 
 RECIPES: dict[str, Recipe] = {
@@ -74,24 +76,26 @@ RECIPES: dict[str, Recipe] = {
         metric="input_moment",
         allocation="uniform",
         training="fine-tune",
-        summary="SVD that minimizes the error of each layer's output on calibration text: the default with data",
+        summary="SVD that minimizes the error of each layer's output on calibration text, at the same ratio for all",
         paper="DRONE: Chen et al., NeurIPS 2021; SVD-LLM: Wang et al., ICLR 2025",
     ),
-    "whitened_by_loss": Recipe(
+    "fisher": Recipe(
         structure=LowRank,
-        metric="input_moment",
+        metric="fisher",
         allocation="by_loss",
         training="fine-tune",
-        summary="The same fit, each rank by what it gains: error times measured sensitivity, one problem for all",
-        paper="this project: the fit of DRONE and SVD-LLM, allocated by Lagrange multiplier (Everett, 1963)",
+        summary="SVD that minimizes the predicted rise of the loss, each rank by what it gains: the default with data",
+        paper="this project; the curvature is that of K-FAC: Martens and Grosse, ICML 2015",
+        sequential=True,
     ),
     "auto": Recipe(
         structure=Structure,
-        metric="input_moment",
+        metric="fisher",
         allocation="by_loss",
         training="fine-tune",
-        summary="Structure and size of each matrix, by what they gain for their bytes, FLOPs or milliseconds",
+        summary="Structure and size of each matrix, by the predicted rise of the loss for bytes, FLOPs or milliseconds",
         paper="this project",
+        sequential=True,
     ),
     "kronecker": Recipe(
         structure=KroneckerSum,
@@ -198,4 +202,4 @@ def get(method: str) -> Recipe:
 
 def default_method(*, calibrated: bool) -> str:
     """The data-aware fit where there is calibration data, the plain fit where there is none."""
-    return "whitened" if calibrated else "svd"
+    return "fisher" if calibrated else "svd"

@@ -39,7 +39,7 @@ def test_a_plan_by_loss_predicts_its_error(run: Any, base: Path, tables: Path, t
 def test_a_plan_by_loss_needs_no_text(run: Any, base: Path) -> None:
     planned = content_of(run("plan", base, "--method", "auto", "--ratio", 2, "--json"))
     assert planned["metrics"]["predicted_error"] > 0
-    table = run("plan", base, "--method", "whitened_by_loss", "--ratio", 2)
+    table = run("plan", base, "--method", "fisher", "--ratio", 2)
     assert "predicted error" in table.stdout
     assert content_of(run("plan", base, "--ratio", 2, "--json"))["metrics"] == {}  # a uniform plan predicts nothing
     done = run("plan", base, "--ratio", 2, "--text", "text")
@@ -47,7 +47,7 @@ def test_a_plan_by_loss_needs_no_text(run: Any, base: Path) -> None:
 
 
 def test_labelled_tables_are_read_as_text(run: Any, trained: Path, tables: Path, tmp_path: Path) -> None:
-    options = ("--method", "whitened_by_loss", "--ratio", 2, "--calibration", tables / "train.tsv")
+    options = ("--method", "fisher", "--ratio", 2, "--calibration", tables / "train.tsv")
     assert content_of(run("plan", trained, *options, "--json"))["metrics"]["predicted_error"] > 0
     training = ("--train", tables / "train.tsv", "--label", "label", "--epochs", 1, "--json")
     content = content_of(run("compress", trained, tmp_path / "small", "--method", "auto", "--ratio", 2, *training))

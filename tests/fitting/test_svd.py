@@ -11,7 +11,7 @@ from torch import Tensor
 from factorformer.errors import ModelError
 from factorformer.fitting import Metric, fit
 from factorformer.fitting.linalg import square_root
-from factorformer.fitting.statistics import InputMoment, LayerStatistics
+from factorformer.fitting.moments import LayerStatistics, SecondMoment
 from factorformer.structures import LowRank, largest_rank
 
 SHAPES = {"tall": (20, 11), "wide": (11, 20), "square": (14, 14)}
@@ -239,7 +239,7 @@ def test_no_importance_at_all_is_the_plain_fit() -> None:
 def test_a_measured_moment_gives_the_optimum_on_its_input(shape: tuple[int, int], scale: float) -> None:
     weight = normal(*shape)
     x = inputs(shape[1]).repeat(200, 1) * scale  # so many rows that regularization is negligible
-    statistics = LayerStatistics(InputMoment(x.T @ x, len(x)))
+    statistics = LayerStatistics(SecondMoment(x.T @ x, len(x)))
     factors, _ = fit(weight, LowRank(RANK), Metric.of(statistics))
     ones = torch.ones(shape[0], 1, dtype=torch.float64)
     assert measured(weight, factors, ones, x) <= 1.001 * optimum(weight, RANK, ones, x)
@@ -249,7 +249,7 @@ def test_a_measured_moment_gives_the_optimum_on_its_input(shape: tuple[int, int]
 def test_an_input_that_is_always_zero_gives_the_plain_fit(shape: tuple[int, int]) -> None:
     weight = normal(*shape).float()
     width = shape[1]
-    metric = Metric.of(LayerStatistics(InputMoment(torch.zeros(width, width, dtype=torch.float64), 100)))
+    metric = Metric.of(LayerStatistics(SecondMoment(torch.zeros(width, width, dtype=torch.float64), 100)))
     (plain, error), (factors, other) = fit(weight, LowRank(RANK)), fit(weight, LowRank(RANK), metric)
     assert other == pytest.approx(error, rel=1e-3)
     torch.testing.assert_close(

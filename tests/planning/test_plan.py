@@ -457,7 +457,7 @@ def test_plans_with_int8_survive_json() -> None:
 
 
 @pytest.mark.usefixtures("no_shape_checks")
-@pytest.mark.parametrize("method", ["svd", "dense_sparse_plain", "whitened_by_loss", "auto"])
+@pytest.mark.parametrize("method", ["svd", "dense_sparse_plain", "fisher", "auto"])
 def test_nothing_in_scope_stays_in_floats_beside_int8(method: str) -> None:
     model = MODELS["bert"].build()
     for ratio in (1, 3, 4):

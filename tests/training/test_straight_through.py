@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from factorformer.errors import MethodError, ModelError
 from factorformer.fitting import Metric, fit
-from factorformer.fitting.statistics import InputMoment, LayerStatistics
+from factorformer.fitting.moments import LayerStatistics, SecondMoment
 from factorformer.layers.nn import FactorizedEmbedding, FactorizedLinear
 from factorformer.structures import DenseSparse, KroneckerSum, LowRank
 from factorformer.training.straight_through import StraightThrough, StraightThroughSettings, _largest_eigenvalue
@@ -40,7 +40,7 @@ def layer_of(model: nn.Sequential) -> FactorizedLinear:
 
 def measured(width: int) -> dict[str, LayerStatistics]:
     rows = torch.randn(50, width) * torch.linspace(0.2, 3, width)
-    return {"0": LayerStatistics(InputMoment((rows.T @ rows).double(), len(rows)))}
+    return {"0": LayerStatistics(SecondMoment((rows.T @ rows).double(), len(rows)))}
 
 
 def learn(
@@ -165,7 +165,7 @@ def test_projections_alone_keep_what_the_fit_has_chosen(spec: DenseSparse, shape
     torch.manual_seed(0)
     dense = nn.Sequential(nn.Linear(shape[1], shape[0]))
     rows = torch.randn(400, shape[1]) @ torch.randn(shape[1], shape[1]) * torch.logspace(0, -2, shape[1])
-    moment = InputMoment((rows.T @ rows).double(), len(rows))
+    moment = SecondMoment((rows.T @ rows).double(), len(rows))
     metric = Metric(None, moment.root())
     factors, fitted = fit(dense[0].weight.detach(), spec, metric)
     model = nn.Sequential(FactorizedLinear(spec, shape, factors, dense[0].bias))
@@ -255,7 +255,7 @@ def test_projections_follow_the_metric() -> None:
     model, dense = layers(spec, shape)
     moment = torch.ones(shape[1]).double()
     moment[:8] = 1e-3
-    statistics = {"0": LayerStatistics(InputMoment(torch.diag(moment), 1))}
+    statistics = {"0": LayerStatistics(SecondMoment(torch.diag(moment), 1))}
     errors = []
     for known in (statistics, None):
         chosen = copy.deepcopy(model)

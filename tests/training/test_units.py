@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from factorformer.fitting import Metric, fit
-from factorformer.fitting.statistics import InputMoment, LayerStatistics
+from factorformer.fitting.moments import LayerStatistics, SecondMoment
 from factorformer.layers.dense import dense_weight
 from factorformer.layers.matrix import Matrix
 from factorformer.layers.nn import FactorizedLinear
@@ -40,7 +40,7 @@ def dense_model(shape: tuple[int, int], *, conv: bool = False) -> nn.Sequential:
 def metric_of(shape: tuple[int, int], kind: str) -> Metric:
     torch.manual_seed(1)
     rows = torch.randn(60, shape[1]) * torch.linspace(0.2, 3, shape[1])
-    moment = InputMoment((rows.T @ rows).double(), len(rows))
+    moment = SecondMoment((rows.T @ rows).double(), len(rows))
     return {
         "plain": Metric(),
         "moment": Metric.of(LayerStatistics(moment)),

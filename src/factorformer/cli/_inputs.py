@@ -137,9 +137,17 @@ def calibration_batches(
     return [batch if "labels" in batch else with_decoder_inputs(model, batch) for batch in made]
 
 
+PREDICTED = {
+    "loss": "predicted_loss_rise",
+    "1 - cosine": "predicted_cosine_loss",
+    "error of the weights": "predicted_weight_error",
+}
+"""The metric that a plan predicts, by its objective."""
+
+
 def predictions(plan: Plan) -> dict[str, float]:
     """Predicted values of a plan, as metrics."""
-    found = {} if plan.predicted is None else {"predicted_error": plan.predicted}
+    found = {} if plan.predicted is None else {PREDICTED[plan.objective or ""]: plan.predicted}
     if plan.milliseconds is not None:
         found |= dict(zip((f"{BEFORE}latency_products", "latency_products"), plan.milliseconds, strict=True))
     return found

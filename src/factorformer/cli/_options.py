@@ -101,7 +101,7 @@ Budget = Annotated[
         "--budget",
         help="What the ratio counts: 'bytes' (the default), 'flops' of products for a token, or 'milliseconds' that "
         "they take on this machine (on its GPU, if there is one), measured now. Others than bytes are for 'auto' and "
-        "'whitened_by_loss'.",
+        "'fisher'.",
     ),
 ]
 Int8 = Annotated[

@@ -12,13 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from factorformer import planning, recipes
-from factorformer.compression._replacement import check_fits, replace_matrices
+from factorformer.compression._replacement import check_fits, replace_matrices, replace_weights
 from factorformer.compression._report import Report
 from factorformer.errors import DataError, ModelError
 from factorformer.fitting import statistics as calibrate
 from factorformer.fitting.batches import Calibration, as_batches
-from factorformer.fitting.matrices import Factors, fit_group, fit_matrix, measure
-from factorformer.fitting.statistics import LayerStatistics
+from factorformer.fitting.matrices import Factors, fit_group, fit_matrix, fit_target, measure
+from factorformer.fitting.moments import LayerStatistics
+from factorformer.fitting.sequential import fit_sequentially
 from factorformer.layers.dummies import accepted
 from factorformer.layers.matrix import Matrix
 from factorformer.layers.modes import evaluating
@@ -35,6 +36,7 @@ def compress(
     calibration: Calibration | None = None,
     progress: Progress = silent,
     *,
+    statistics: Mapping[str, LayerStatistics] | None = None,
     keep_statistics: bool = False,
     hold_floats: bool = False,
 ) -> Report:
@@ -53,6 +55,7 @@ def compress(
         calibration: batches of keyword arguments for the model, with labels if the method needs them; one batch alone
             or a tokenized `datasets.Dataset` serves too.
         progress: progress callback.
+        statistics: what `plan` measured with `keep_statistics`, so that it is not measured again.
         hold_floats: leave factors that the plan wants in int8 as floats that products round, to train on; `quantize`
             ends that.
         keep_statistics: leave what calibration measured in the report; a moment takes as much memory as a square matrix
@@ -67,40 +70,81 @@ def compress(
     recipe = recipes.get(method)
     check_fits(plan, model)
     started = time.perf_counter()
-    statistics: dict[str, LayerStatistics] = {}
+    measured: Mapping[str, LayerStatistics] = {}
     notes: tuple[str, ...] = ()
+    batches: list[dict[str, Any]] = []
     trial: Mapping[str, Any] | None = accepted(model) if recipe.metric == "plain" else None
     if recipe.metric != "plain":
         if calibration is None:
             raise DataError(
                 f"method '{method}' needs calibration data ({recipe.needs}): pass calibration batches, or use 'svd'"
             )
-        trial, calibration = _first(as_batches(model, calibration))
+        data = as_batches(model, calibration)
+        batches = list(data) if recipe.sequential else []
+        trial, calibration = _first(iter(batches) if recipe.sequential else data)
         names = [entry.matrix.name for entry in plan.factorized]
-        statistics = measure(model, names, recipe.metric, calibration, progress)
-        plan, notes = _without_unreached(plan, statistics)
+        measured = statistics or measure(model, names, recipe.metric, calibration, progress)
+        plan, notes = _without_unreached(plan, measured)
     calibrated = time.perf_counter()
-    fitted, errors = _fit(model, plan, statistics, progress)
+    fitted, errors, refitted = {}, {}, {}
+    if batches:
+        fitted, errors, refitted = _fit_in_order(model, plan, measured, batches, progress)
+    fitted, errors = _fit(model, plan, measured, progress, fitted, errors)
     with unchanged_on_error(model):
         replace_matrices(model, plan, fitted)
+        replace_weights(model, refitted)
         if not hold_floats:
             quantize(model)
         if trial is not None:
             _check_runs(model, trial)
     seconds = {"calibrate": calibrated - started, "fit": time.perf_counter() - calibrated}
-    kept = statistics if keep_statistics else {}
+    kept = measured if keep_statistics else {}
     return Report(method, plan.scope, plan.original, plan.compressed, errors, seconds, plan, notes, kept)
 
 
-def _fit(
-    model: nn.Module, plan: Plan, statistics: Mapping[str, LayerStatistics], progress: Progress
-) -> tuple[dict[str, Factors], dict[str, float]]:
-    """Factors and error of every matrix that a plan factorizes; those that share some are fitted together."""
+def _fit_in_order(
+    model: nn.Module,
+    plan: Plan,
+    statistics: Mapping[str, LayerStatistics],
+    batches: Sequence[Mapping[str, Any]],
+    progress: Progress,
+) -> tuple[dict[str, Factors], dict[str, float], dict[str, Tensor]]:
+    """Factors and errors of matrices in blocks, each fitted to what the model compressed so far gives it to read.
+
+    Matrices that stay dense make up for the errors before them too: their new weights come third.
+    """
     fitted: dict[str, Factors] = {}
     errors: dict[str, float] = {}
+    refitted: dict[str, Tensor] = {}
+    entries = {entry.matrix.name: entry for entry in plan.entries if entry.matrix.dense is None}
+
+    def fit(name: str, target: Tensor, root: Tensor) -> Tensor:
+        matrix, spec = entries[name].matrix, entries[name].spec
+        if spec is None:
+            refitted[name] = target.to(matrix.floating)
+            return refitted[name]
+        fitted[name], errors[name], dense = fit_target(matrix, target, root, spec, statistics[name])
+        progress("fit", len(fitted), len(plan.factorized))
+        return dense
+
+    fit_sequentially(model, entries, batches, fit)
+    return fitted, errors, refitted
+
+
+def _fit(
+    model: nn.Module,
+    plan: Plan,
+    statistics: Mapping[str, LayerStatistics],
+    progress: Progress,
+    fitted: dict[str, Factors],
+    errors: dict[str, float],
+) -> tuple[dict[str, Factors], dict[str, float]]:
+    """Factors and error of every matrix that a plan factorizes; those that share some are fitted together."""
     sharing = plan.sharing
     for entry in plan.factorized:
         name = entry.matrix.name
+        if name in fitted:
+            continue
         if name in sharing:
             for member, (factors, error) in fit_group(model, _planned(sharing[name]), statistics).items():
                 fitted[member], errors[member] = factors, error

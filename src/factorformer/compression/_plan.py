@@ -41,6 +41,7 @@ def plan(
     int8: bool = False,
     calibration: Calibration | None = None,
     progress: Progress = silent,
+    keep_statistics: bool = False,
 ) -> Plan:
     """Decide what every weight matrix becomes, without changing anything.
 
@@ -68,6 +69,8 @@ def plan(
             and without them the plain error of the weights. With them allocation by loss measures how sensitive the
             model is to each matrix, and what they do not reach stays dense.
         progress: progress callback.
+        keep_statistics: leave what calibration measured in the plan, for `compress`; a moment takes as much memory as
+            a square matrix as wide as the layer's input or output.
 
     Raises:
         MethodError: an unknown method or budget, a budget that the method does not count, or a method whose matrices
@@ -81,7 +84,7 @@ def plan(
     >>> f"{plan(model, 'svd', ratio=2.5).ratio:.2f}"
     '2.50'
     """
-    name = method or recipes.default_method(calibrated=True)
+    name = method or recipes.default_method(calibrated=calibration is not None)
     ratio = (DEFAULT_RATIO_INT8 if int8 else DEFAULT_RATIO) if ratio is None else ratio
     check_options(name, ratio, share, budget)
     recipe = recipes.get(name)
@@ -96,7 +99,8 @@ def plan(
     allocate, candidates = planning.ALLOCATIONS[recipe.allocation], planning.candidates_of(recipe.structure)
     if allocate is None:
         draft = Plan(method, scope, ratio, (), rest, budget)
-        return plan_by_loss(model, recipe.structures, recipe.metric, draft, matrices, data, progress)
+        made = plan_by_loss(model, recipe.structures, recipe.metric, draft, matrices, data, progress)
+        return made if keep_statistics else dataclasses.replace(made, statistics={})
     groups = planning.find_groups(matrices, share)
     stacks = planning.stacked(matrices, groups)
     entries = allocate(stacks, candidates, ratio, rest)

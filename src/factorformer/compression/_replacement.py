@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from torch import nn
+from collections.abc import Mapping
+
+from torch import Tensor, nn
 
 from factorformer import registration
 from factorformer.errors import ModelError
 from factorformer.fitting.matrices import Factors
+from factorformer.layers.dense import is_transposed
 from factorformer.layers.surgery import factorize, find_matrices
 from factorformer.planning import Plan
 
@@ -42,3 +45,12 @@ def replace_matrices(model: nn.Module, plan: Plan, factors: dict[str, Factors]) 
         shared = entry.spec.shareable if entry.shares is not None or name in sharing else ()
         factorize(model, entry.matrix, entry.spec, factors.pop(name), shared)
     registration.attach(model)
+
+
+def replace_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Give layers that stay dense other weights, as new parameters: the old ones are left as they were."""
+    for name, weight in weights.items():
+        layer = model.get_submodule(name)
+        trained = layer.get_parameter("weight").requires_grad
+        weight = weight.T.contiguous() if is_transposed(layer) else weight
+        layer.register_parameter("weight", nn.Parameter(weight, requires_grad=trained))

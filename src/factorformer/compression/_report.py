@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 
-from factorformer.fitting.statistics import LayerStatistics
+from factorformer.fitting.moments import LayerStatistics
 from factorformer.layers.matrix import Cost, Scope
 from factorformer.planning import Plan
 

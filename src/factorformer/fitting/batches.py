@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -18,8 +19,33 @@ Batch = Mapping[str, Any]
 Calibration = Iterable[Any]
 """Batches, or what `as_batches` makes some of."""
 
+_CROSSING = re.compile(
+    r"(EncDecAttention|encoder_attn|cross_?attn|cross_?attention)\b.*\b(k|v|key|value|k_proj|v_proj)$"
+)
+"""Layers of a decoder that read what the encoder wrote."""
+
 DATASET_ROWS = 8
 """Rows of a data set that make a batch."""
+
+
+def real_tokens(model: nn.Module, path: str, batch: Batch, x: Tensor, positions: torch.Size) -> Tensor:
+    """Vectors, or indices, of real tokens, without padding, in one row.
+
+    Args:
+        model: that the batch is of.
+        path: of the layer that reads or writes `x`: an encoder's or a decoder's.
+        batch: with masks, if there are any.
+        x: `(*positions, width)` or `positions`.
+        positions: what a mask may be of.
+    """
+    config = getattr(model, "config", None)
+    decoding = getattr(config, "is_encoder_decoder", False) and "decoder" in path and not _CROSSING.search(path)
+    mask = batch.get("decoder_attention_mask" if decoding else "attention_mask")
+    if mask is not None and mask.shape == positions:
+        return x[mask.to(x.device).bool()]
+    if mask is not None and positions == (mask.numel(),):  # OPT folds batch and positions into one dimension
+        return x[mask.to(x.device).flatten().bool()]
+    return x.flatten(0, len(positions) - 1)
 
 
 def as_batches(model: nn.Module, data: Calibration) -> Iterator[dict[str, Any]]:

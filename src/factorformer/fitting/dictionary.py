@@ -54,8 +54,8 @@ def fit_dense_sparse(
     MiniLM's errors are 3 to 10 % lower for it.
 
     A metric on the dictionary's side is whitened away, and one that weighs the rows of `S` only weighs the update of
-    the dictionary. The input second moment `C` of a matrix whose columns are sparse combinations couples the rows of
-    `S` instead. The fit then first takes each row to matter by what it adds to all others, `1 / (C^-1)_ii`, and
+    the dictionary. A second moment on the longer side, of inputs or of gradients, couples the rows of `S` instead. The
+    fit then first takes each row to matter by what it adds to all others, `1 / (C^-1)_ii`, and
     finishes on the exact error, where blocks of rows choose their supports in turn and make up for the errors that
     the others leave (Gauss-Seidel; the idea of Optimal Brain Surgeon and GPTQ, arXiv 2210.17323).
 
@@ -113,23 +113,23 @@ class _Problem:
         if not torch.isfinite(size):
             raise ModelError("the matrix holds NaN or infinite values")
         wide = wide / size.clamp_min(torch.finfo(wide.dtype).tiny)
+        # Rows of `T` are along the longer side: `||long E short||_F` is the error.
+        long, short = metric.rows, metric.columns
+        if spec.side == "columns":
+            wide = wide.T
+            long, short = (None if root is None else root.t() for root in (metric.columns, metric.rows))
+        scale, moment = torch.ones(1, 1, dtype=wide.dtype, device=wide.device), None
         # Only ratios within a metric matter to the factors.
-        rows = None if metric.rows is None else (metric.rows / metric.rows.square().mean().sqrt())[:, None]
-        columns = metric.columns
-        one = torch.ones(1, 1, dtype=wide.dtype, device=wide.device)
-        if spec.side == "rows":
-            scale = one if rows is None else rows.to(wide.dtype)
-            target = plain = scale * wide
-            if columns is not None:
-                target = plain @ (columns / columns.square().sum(1).mean().sqrt()).to(wide.dtype)
-            return cls(spec, plain, target, size, scale)
-        scale, moment = one, None
-        if columns is not None:
-            spread = columns.norm(dim=1, keepdim=True)
-            scale = (spread / spread.square().mean().sqrt()).to(wide.dtype)
-            moment = ((columns / spread) @ (columns / spread).T).to(wide.dtype)
-        plain = scale * wide.T
-        return cls(spec, plain, plain if rows is None else plain * rows.T.to(wide.dtype), size, scale, moment)
+        if long is not None:
+            spread = long if long.dim() == 1 else long.norm(dim=0)
+            scale = (spread / spread.square().mean().sqrt())[:, None].to(wide.dtype)
+            if long.dim() == 2:
+                moment = ((long / spread).T @ (long / spread)).to(wide.dtype)
+        plain = target = scale * wide
+        if short is not None:
+            root = (short / short.square().sum(-1).mean().sqrt() if short.dim() == 2 else short).to(wide.dtype)
+            target = plain * (root / root.square().mean().sqrt()) if root.dim() == 1 else plain @ root
+        return cls(spec, plain, target, size, scale, moment)
 
     @functools.cached_property
     def pulled(self) -> Float[Tensor, "long short"]:

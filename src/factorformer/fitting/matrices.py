@@ -12,11 +12,11 @@ from factorformer.errors import FactorformerError
 from factorformer.fitting import Metric, MetricName, fit
 from factorformer.fitting import statistics as calibrate
 from factorformer.fitting.batches import Batch
-from factorformer.fitting.statistics import LayerStatistics
+from factorformer.fitting.moments import LayerStatistics
 from factorformer.layers.dense import dense_weight
 from factorformer.layers.matrix import Matrix, Member
 from factorformer.progress import Progress
-from factorformer.structures import Structure
+from factorformer.structures import Structure, int8
 
 Factors = dict[str, Tensor]
 
@@ -37,6 +37,7 @@ def measure(
         calibration,
         moments=metric == "input_moment",
         fisher=metric == "fisher_rows",
+        both_sides=metric == "fisher",
         progress=lambda done: progress("calibrate", done, None),
     )
 
@@ -50,6 +51,27 @@ def fit_matrix(
         return fit(weight, spec, Metric.of(statistics.get(name)), rounds=rounds)
     except FactorformerError as error:
         raise type(error)(f"layer '{name}': {error}") from error
+
+
+def fit_target(
+    matrix: Matrix, target: Tensor, root: Tensor, spec: Structure, statistics: LayerStatistics
+) -> tuple[Factors, float, Tensor]:
+    """Factors of a target under the metric of other inputs than were measured, their error, and their product.
+
+    Args:
+        matrix: which one.
+        target: `(out, in)`.
+        root: of the second moment of the inputs.
+        spec: its structure.
+        statistics: of the gradients at its outputs.
+    """
+    metric = dataclasses.replace(Metric.of(dataclasses.replace(statistics, inputs=None)), columns=root)
+    try:
+        factors, error = fit(target.to(matrix.floating), spec, metric)
+    except FactorformerError as problem:
+        raise type(problem)(f"layer '{matrix.name}': {problem}") from problem
+    stored = int8.quantize(factors) if matrix.int8 else factors
+    return factors, error, spec.to_dense(matrix.shape, stored)
 
 
 def fit_stack(

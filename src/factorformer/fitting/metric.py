@@ -11,38 +11,45 @@ from jaxtyping import Float
 from torch import Tensor
 
 from factorformer.fitting.linalg import square_root
-from factorformer.fitting.statistics import LayerStatistics
+from factorformer.fitting.moments import LayerStatistics
 from factorformer.layers.matrix import Member
 
-MetricName = Literal["plain", "fisher_rows", "input_moment"]
+MetricName = Literal["plain", "fisher_rows", "input_moment", "fisher"]
 
 
 @dataclasses.dataclass(frozen=True)
 class Metric:
-    """`||R (W - W') L||_F`, with a diagonal `R` over output rows and a square root `L` of an input metric.
+    """`||R (W - W') L||_F`, with a square root `R` of an output metric and a square root `L` of an input metric.
 
-    Plain Frobenius (both None), Fisher rows and the input second moment are one problem under different metrics.
+    Plain Frobenius (both None), Fisher rows, the input second moment, and both sides of the Kronecker-factored Fisher
+    information are one problem under different metrics.
 
     Args:
-        rows: the diagonal of `R`, positive, `(out,)`.
-        columns: lower-triangular `L`, float64, `(in, in)`.
+        rows: `R`: its positive diagonal, `(out,)`, or upper-triangular, float64, `(out, out)`, with `R^T R` the metric.
+        columns: lower-triangular `L`, float64, `(in, in)`, with `L L^T` the metric.
+        scale: by how much the loss rises for each unit of the squared norm, where the metric is that of a loss.
     """
 
-    rows: Float[Tensor, " out"] | None = None
+    rows: Float[Tensor, " out"] | Float[Tensor, "out out"] | None = None
     columns: Float[Tensor, "inner inner"] | None = None
+    scale: float = 1.0
 
     @classmethod
     def of(cls, statistics: LayerStatistics | None) -> Metric:
-        """Rows by measured importance, columns by the second moment of the input; plain Frobenius for None."""
+        """What was measured of a layer: outputs or rows, and inputs; plain Frobenius for None."""
         if statistics is None:
             return cls()
-        rows = None
-        if statistics.rows is not None:
+        rows, size = None, 1.0
+        if statistics.outputs is not None:
+            size = statistics.outputs.mean_square()
+            rows = (statistics.outputs.root() / (size or 1) ** 0.5).T.contiguous()
+        elif statistics.rows is not None:
             # Relative to their mean, rows stay in the range of float32, and if all are zero they count alike. A row
             # that calibration never touched still has to be reconstructed, if with little weight.
-            rows = statistics.rows.double()
-            rows = (rows / rows.mean().clamp_min(torch.finfo(torch.float64).tiny) + 1e-3).sqrt()
-        return cls(rows, None if statistics.inputs is None else statistics.inputs.root())
+            rows, size = statistics.rows.double(), float(statistics.rows.mean())
+            rows = (rows / max(size, torch.finfo(torch.float64).tiny) + 1e-3).sqrt()
+        columns = None if statistics.inputs is None else statistics.inputs.root()
+        return cls(rows, columns, statistics.tokens * size / 2)
 
     @classmethod
     def of_stack(cls, members: Sequence[Member], statistics: Mapping[str, LayerStatistics]) -> Metric:
@@ -70,13 +77,15 @@ class Metric:
 
     def to(self, device: torch.device | str) -> Metric:
         """The same on another device."""
-        return Metric(*(part if part is None else part.to(device) for part in (self.rows, self.columns)))
+        rows, columns = (part if part is None else part.to(device) for part in (self.rows, self.columns))
+        return Metric(rows, columns, self.scale)
 
     def apply(self, weight: Float[Tensor, "out inner"]) -> Float[Tensor, "out inner"]:
         """`R W L`, in the weight's precision, but at least float32."""
         result = weight.to(torch.promote_types(weight.dtype, torch.float32))
         if self.rows is not None:
-            result = self.rows[:, None].to(result.dtype) * result
+            rows = self.rows.to(result.dtype)
+            result = rows[:, None] * result if rows.dim() == 1 else rows @ result
         return result if self.columns is None else result @ self.columns.to(result.dtype)
 
     def relative_error(self, weight: Float[Tensor, "out inner"], approximation: Float[Tensor, "out inner"]) -> float:
@@ -86,3 +95,13 @@ class Metric:
         energy = torch.linalg.vector_norm(self.apply(weight.to(dtype)), dtype=torch.float64)
         error = torch.linalg.vector_norm(residual, dtype=torch.float64)
         return float(error / energy.clamp_min(torch.finfo(torch.float64).tiny))
+
+
+def divided(matrix: Float[Tensor, "out width"], rows: Tensor | None) -> Float[Tensor, "out width"]:
+    """`R^-1 M` for the rows `R` of a metric, in the precision of the matrix."""
+    if rows is None:
+        return matrix
+    rows = rows.to(matrix.dtype)
+    if rows.dim() == 1:
+        return matrix / rows[:, None]
+    return torch.linalg.solve_triangular(rows, matrix, upper=True)

@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from factorformer.fitting.linalg import leading_singular_vectors
-from factorformer.fitting.metric import Metric
+from factorformer.fitting.metric import Metric, divided
 from factorformer.structures import LowRank
 
 
@@ -17,7 +17,8 @@ def fit_low_rank(weight: Float[Tensor, "out inner"], spec: LowRank, metric: Metr
     With `M = R W L` and its leading left vectors `U`, the optimum is `W' = R^-1 U (U^T R W)`: projecting needs neither
     singular values nor `L^-1`. From the leading right vectors `V` it is `W' = (W L V) (V^T L^-1)`. The shorter side
     decides which of the two is computed. With Fisher rows this is FWSVD (ICLR 2022), with the input second moment
-    `C = L L^T` it is the optimum of `||(W - W') X||` (DRONE, NeurIPS 2021; SVD-LLM, ICLR 2025).
+    `C = L L^T` it is the optimum of `||(W - W') X||` (DRONE, NeurIPS 2021; SVD-LLM, ICLR 2025), and with both sides of
+    the Kronecker-factored Fisher information that of the predicted loss.
 
     Returns:
         `weight: (out, rank)` and `right: (rank, in)`, columns ordered by singular value and balanced in norm, in the
@@ -25,13 +26,13 @@ def fit_low_rank(weight: Float[Tensor, "out inner"], spec: LowRank, metric: Metr
     """
     scaled = metric.apply(weight)
     side, vectors, tail, _ = leading_singular_vectors(scaled, spec.rank)
-    # Inverting `L` costs digits, as many as the inputs are unequally spread: that side is solved in float64.
-    dtype = scaled.dtype if metric.columns is None else torch.float64
+    # Inverting a root costs digits, as many as inputs are unequally spread: that side is solved in float64.
+    coupled = metric.columns is not None or (metric.rows is not None and metric.rows.dim() == 2)
+    dtype = torch.float64 if coupled else scaled.dtype
     vectors, plain = vectors.to(dtype), weight.to(dtype)
-    rows = None if metric.rows is None else metric.rows.to(dtype)[:, None]
     if side == "left":
-        left, right = vectors, vectors.T @ (plain if rows is None else rows * plain)
-        left = left if rows is None else left / rows
+        left, right = vectors, vectors.T @ Metric(metric.rows).apply(plain)
+        left = divided(left, metric.rows)
     elif metric.columns is None:
         left, right = plain @ vectors, vectors.T
     else:

@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from factorformer.fitting.linalg import leading_singular_vectors, separable_moment, separable_weights, square_root
-from factorformer.fitting.metric import Metric
+from factorformer.fitting.metric import Metric, divided
 from factorformer.structures import KroneckerSum, arrange_back, rearrange
 
 SWEEPS = 20
@@ -178,10 +178,12 @@ class _Whitening:
     Args:
         spec: gives the shapes of the factors.
         dtype: of the whitened matrix.
-        rows: `R1: (m1,)` and `R2: (m2,)`.
+        rows: `R1: (m1,)` and `R2: (m2,)`, or `(m1, m1)` and `(m2, m2)` where the metric couples rows.
         roots: `L1: (n1, n1)` and `L2: (n2, n2)`, float64.
-        importance: what `R^2` is in these coordinates, and 0 for padding, `(m1, 1 or n1, m2, 1 or n2)`; None if it is
-            1 everywhere.
+        importance: what a diagonal `R^T R` is in these coordinates, and 0 for padding, `(m1, 1 or n1, m2, 1 or n2)`;
+            None if it is 1 everywhere.
+        outputs: what another `R^T R` is in these coordinates, `(m1 * m2, m1 * m2)`, 0 for padding; None if it is the
+            identity.
         moment: what `C` is in these coordinates, `(n1 * n2, n1 * n2)`, 0 for padding; None if it is the identity.
     """
 
@@ -190,30 +192,39 @@ class _Whitening:
     rows: tuple[Tensor, Tensor] | None = None
     roots: tuple[Tensor, Tensor] | None = None
     importance: Tensor | None = None
+    outputs: Tensor | None = None
     moment: Tensor | None = None
 
     @classmethod
     def of(cls, weight: Tensor, spec: KroneckerSum, metric: Metric) -> _Whitening:
         dtype = torch.promote_types(weight.dtype, torch.float32)
-        rows, importance = (None, None) if metric.rows is None else _separate_rows(metric.rows, spec)
-        roots, moment = (None, None) if metric.columns is None else _separate_columns(metric.columns, spec)
-        if importance is not None or moment is not None:
-            importance = _without_padding(importance, spec, weight, columns=moment is None)
-        importance, moment = (None if exact is None else exact.to(dtype) for exact in (importance, moment))
-        return cls(spec, dtype, rows, roots, importance, moment)
+        (m1, n1), (m2, n2) = spec.left, spec.right
+        rows, roots, importance, outputs, moment = None, None, None, None, None
+        if metric.rows is not None and metric.rows.dim() == 1:
+            rows, importance = _separate_rows(metric.rows, (m1, m2))
+        elif metric.rows is not None:
+            (first, second), outputs = _separate(metric.rows.T, (m1, m2))
+            rows = first.T.contiguous(), second.T.contiguous()
+        if metric.columns is not None:
+            roots, moment = _separate(metric.columns, (n1, n2))
+        if importance is not None or outputs is not None or moment is not None:
+            importance = _without_padding(importance, spec, weight, rows=outputs is None, columns=moment is None)
+        exact = (None if part is None else part.to(dtype) for part in (importance, outputs, moment))
+        return cls(spec, dtype, rows, roots, *exact)
 
     @property
     def exact(self) -> bool:
         """Whether the metric is separable, and the closed form the optimum."""
-        return self.importance is None and self.moment is None
+        return self.importance is None and self.outputs is None and self.moment is None
 
     def apply(self, weight: Float[Tensor, "out inner"]) -> Float[Tensor, "left_size right_size"]:
         """The whitened matrix, padded and rearranged."""
         (m1, n1), (m2, n2) = self.spec.left, self.spec.right
         terms = rearrange(weight.to(self.dtype), self.spec.left, self.spec.right)
         if self.rows is not None:
-            first, second = (row.to(self.dtype) for row in self.rows)
-            terms = (terms.view(m1, n1, m2, n2) * first[:, None, None, None] * second[:, None]).flatten(2).flatten(0, 1)
+            first, second = (Metric(row) for row in self.rows)
+            terms = first.apply(terms.view(m1, -1)).view(m1 * n1, m2, n2).transpose(0, 1).reshape(m2, -1)
+            terms = second.apply(terms).view(m2, m1 * n1, n2).transpose(0, 1).reshape(m1 * n1, m2 * n2)
         if self.roots is not None:
             first, second = self.roots
             terms = (terms.view(-1, n2).to(second.dtype) @ second).view(m1, n1, -1)
@@ -227,9 +238,11 @@ class _Whitening:
         (m1, n1), (m2, n2) = self.spec.left, self.spec.right
         left, right = first.view(m1, n1, -1), second.view(-1, m2, n2).transpose(0, 1)
         if self.rows is not None:
-            left, right = left / self.rows[0][:, None, None], right / self.rows[1][:, None, None]
-        if self.roots is not None:
             # Inverting a root costs digits, as many as the inputs are unequally spread.
+            wide = torch.promote_types(first.dtype, self.rows[0].dtype)
+            left = divided(left.reshape(m1, -1).to(wide), self.rows[0]).view(m1, n1, -1)
+            right = divided(right.reshape(m2, -1).to(wide), self.rows[1]).view(m2, -1, n2)
+        if self.roots is not None:
             upper = self.roots[0].T
             left = torch.linalg.solve_triangular(upper, left.to(upper.dtype), upper=True)
             right = torch.linalg.solve_triangular(self.roots[1], right.to(upper.dtype), upper=False, left=False)
@@ -240,14 +253,16 @@ class _Whitening:
         (m1, n1), (m2, n2) = self.spec.left, self.spec.right
         if self.importance is not None:
             direction = (direction.reshape(m1, n1, m2, n2) * self.importance).view(m1 * n1, m2 * n2)
-        if self.moment is None:
+        if self.outputs is None and self.moment is None:
             return direction
-        return rearrange(arrange_back(direction, (m1, n1), (m2, n2)) @ self.moment, (m1, n1), (m2, n2))
+        whole = arrange_back(direction, (m1, n1), (m2, n2))
+        whole = whole if self.outputs is None else self.outputs @ whole
+        return rearrange(whole if self.moment is None else whole @ self.moment, (m1, n1), (m2, n2))
 
 
-def _separate_rows(rows: Float[Tensor, " out"], spec: KroneckerSum) -> tuple[tuple[Tensor, Tensor], Tensor | None]:
+def _separate_rows(rows: Float[Tensor, " out"], sides: tuple[int, int]) -> tuple[tuple[Tensor, Tensor], Tensor | None]:
     """`R1`, `R2` with `R1 (x) R2 ~ R`, and `R^2` relative to that, `(m1, 1, m2, 1)`; None for it if they are equal."""
-    m1, m2 = spec.left[0], spec.right[0]
+    m1, m2 = sides
     squares = rows.double().square()
     # Padding counts as a mean row here, so that it moves the separable part little.
     grid = torch.cat([squares, squares.mean().expand(m1 * m2 - len(rows))]).view(m1, m2)
@@ -257,9 +272,9 @@ def _separate_rows(rows: Float[Tensor, " out"], spec: KroneckerSum) -> tuple[tup
     return (first.sqrt(), second.sqrt()), None if exact else importance[:, None, :, None]
 
 
-def _separate_columns(root: Float[Tensor, "n n"], spec: KroneckerSum) -> tuple[tuple[Tensor, Tensor], Tensor | None]:
+def _separate(root: Float[Tensor, "n n"], sides: tuple[int, int]) -> tuple[tuple[Tensor, Tensor], Tensor | None]:
     """`L1`, `L2` with `L1 (x) L2 ~ L` up to rotation, and `C` whitened by them; None for it if it is the identity."""
-    n1, n2 = spec.left[1], spec.right[1]
+    n1, n2 = sides
     padding = n1 * n2 - len(root)
     padded = F.pad(root, (0, padding, 0, padding))
     filled = padded @ padded.T
@@ -271,11 +286,13 @@ def _separate_columns(root: Float[Tensor, "n n"], spec: KroneckerSum) -> tuple[t
     return (first, second), None if deviation.norm() < SEPARABLE else moment
 
 
-def _without_padding(importance: Tensor | None, spec: KroneckerSum, weight: Tensor, columns: bool) -> Tensor | None:
-    """The importance, or 1 for None, but 0 for padded rows, and for padded columns if these are not whitened."""
+def _without_padding(
+    importance: Tensor | None, spec: KroneckerSum, weight: Tensor, *, rows: bool, columns: bool
+) -> Tensor | None:
+    """The importance, or 1 for None, but 0 for padded rows and columns that no moment gives the weight 0."""
     (m1, n1), (m2, n2), shape = spec.left, spec.right, weight.shape
     weights = torch.ones(1, 1, 1, 1, device=weight.device) if importance is None else importance
-    for padded, sides, whole in ((True, (m1, 1, m2, 1), shape[0]), (columns, (1, n1, 1, n2), shape[1])):
+    for padded, sides, whole in ((rows, (m1, 1, m2, 1), shape[0]), (columns, (1, n1, 1, n2), shape[1])):
         if padded and math.prod(sides) > whole:
             weights = weights * (torch.arange(math.prod(sides), device=weight.device) < whole).view(sides)
     return None if weights.numel() == 1 else weights

@@ -14,6 +14,7 @@ import torch
 
 from factorformer.errors import FactorformerError, MethodError, one_of
 from factorformer.files import whole_file
+from factorformer.fitting.moments import LayerStatistics
 from factorformer.layers.matrix import Cost, LeftOut, Matrix, Scope, total
 from factorformer.planning.json_fields import read_fields
 from factorformer.structures import Dense, Structure, from_dict
@@ -21,7 +22,7 @@ from factorformer.structures import Dense, Structure, from_dict
 Unit = Literal["bytes", "flops", "milliseconds"]
 """What a budget counts."""
 
-FORMAT = 1
+FORMAT = 2
 
 
 class Cause(str, Enum):
@@ -103,9 +104,11 @@ class Plan:
         entries: one for each matrix in scope.
         rest: cost of the other tensors in scope (biases, norms, ...), which stay as they are.
         budget: what `target` counts.
-        predicted: the relative error that the model's output is expected to have before any training, or the mean error
-            of its weights where there was no calibration data; None where nothing was predicted.
+        predicted: by how much the objective is expected to rise before any training; None where nothing was predicted.
+        objective: what `predicted` is in: the `loss` in nats, `1 - cosine` of embeddings, or the mean squared `error of
+            the weights` where there was no calibration data.
         milliseconds: of all products in scope, dense and as planned, where the budget is one of time.
+        statistics: what calibration measured of each layer, if it was to be kept; not part of what is saved.
 
     Raises:
         MethodError: an entry whose structure its matrix cannot have, or that cannot share factors as it says.
@@ -118,7 +121,9 @@ class Plan:
     rest: Cost
     budget: Unit = "bytes"
     predicted: float | None = None
+    objective: str | None = None
     milliseconds: tuple[float, float] | None = None
+    statistics: Mapping[str, LayerStatistics] = dataclasses.field(default_factory=dict, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         _check_sharing(self)
@@ -163,6 +168,7 @@ class Plan:
             "target": self.target,
             "budget": self.budget,
             "predicted": self.predicted,
+            "objective": self.objective,
             "milliseconds": None if self.milliseconds is None else list(self.milliseconds),
             "rest": dataclasses.asdict(self.rest),
             "entries": [
@@ -186,7 +192,7 @@ class Plan:
         """
         if content.get("format") != FORMAT:
             raise MethodError(f"not a plan of format {FORMAT}: 'format' is {content.get('format')!r}")
-        fields = read_fields(cls, content, "the plan", entries=list, rest=dict)
+        fields = read_fields(cls, content, "the plan", entries=list, rest=dict, statistics=None)
         fields["rest"] = Cost(**read_fields(Cost, fields["rest"], "the plan"))
         fields["entries"] = tuple(_entry(item) for item in fields["entries"])
         return cls(**fields)
@@ -234,7 +240,7 @@ class Plan:
         if self.milliseconds is not None:
             lines.append("products: {:.1f} -> {:.1f} ms".format(*self.milliseconds))
         if self.predicted is not None:
-            lines.append(f"predicted error before training: {self.predicted:.3f}")
+            lines.append(f"predicted rise before training: {self.predicted:.3g} ({self.objective})")
         return "\n".join(lines)
 
 

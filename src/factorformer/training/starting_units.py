@@ -12,7 +12,8 @@ from factorformer.errors import DataError, FactorformerError, FactorformerWarnin
 from factorformer.fitting import Metric
 from factorformer.fitting.batches import Batch
 from factorformer.fitting.matrices import fit_matrix, measure
-from factorformer.fitting.statistics import LayerStatistics, unreached_parts
+from factorformer.fitting.moments import LayerStatistics
+from factorformer.fitting.statistics import unreached_parts
 from factorformer.layers.dense import dense_weight
 from factorformer.layers.nn import FactorizedMatrix
 from factorformer.layers.surgery import factorize

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from factorformer.errors import MethodError, ModelError
 from factorformer.fitting import Metric
 from factorformer.fitting.linalg import WITHOUT_FLOAT64
-from factorformer.fitting.statistics import LayerStatistics
+from factorformer.fitting.moments import LayerStatistics
 from factorformer.kernels.support import unpack
 from factorformer.layers.dense import dense_shape, dense_weight
 from factorformer.layers.nn import TEMPORARY, FactorizedLinear, FactorizedMatrix

@@ -111,7 +111,7 @@ def test_measured_times_decide(clock: Clock, monkeypatch: pytest.MonkeyPatch) ->
     sizes = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 1, "num_attention_heads": 4}
     model = tf.BertModel(tf.BertConfig(**sizes, vocab_size=50))
     # A ratio that no matrix can meet by staying dense: between dense and the largest rank there is nothing.
-    plan = factorformer.plan(model, "whitened_by_loss", 4, budget="milliseconds")
+    plan = factorformer.plan(model, "fisher", 4, budget="milliseconds")
     assert plan.milliseconds is not None
     assert plan.milliseconds[0] == pytest.approx(4 * plan.milliseconds[1], rel=0.01)
 
@@ -120,7 +120,7 @@ def test_measured_times_decide(clock: Clock, monkeypatch: pytest.MonkeyPatch) ->
 def test_other_methods_count_bytes_alone() -> None:
     model = MODELS["bert"].build()
     for budget in set(get_args(Unit)) - {"bytes"}:
-        with pytest.raises(MethodError, match=f"budget in {budget} .*'svd' .*: whitened_by_loss, auto"):
+        with pytest.raises(MethodError, match=f"budget in {budget} .*'svd' .*: fisher, auto"):
             factorformer.plan(model, "svd", budget=budget)
     with pytest.raises(MethodError, match=r"budget 'byte' .*'bytes'"):
         factorformer.plan(model, "auto", budget="byte")  # type: ignore[arg-type]
@@ -264,7 +264,7 @@ def test_what_is_behind_the_states_is_weighed_by_the_logits() -> None:
         batch = text(8) | ({"decoder_input_ids": text(8)["input_ids"]} if kind == "seq2seq" else {})
         for int8 in (False, True):
             plan = factorformer.plan(
-                model.eval(), "whitened_by_loss", 6 if int8 else 1.5, scope="all", calibration=[batch], int8=int8
+                model.eval(), "fisher", 6 if int8 else 1.5, scope="all", calibration=[batch], int8=int8
             )
             assert Cause.UNMEASURED not in {entry.cause for entry in plan.entries}, kind
             for entry in plan.entries:
@@ -286,7 +286,7 @@ def test_what_the_output_does_not_show_stays_whole() -> None:
             assert entry.reason == UNMEASURED
     assert any(UNMEASURED.removesuffix(", left dense") in line for line in left_dense(plan.entries, 10_000))
     with pytest.raises(BudgetError, match="effect: 1 matrix"):
-        factorformer.plan(model, "whitened_by_loss", 500, scope="all", calibration=[text(8)])
+        factorformer.plan(model, "fisher", 500, scope="all", calibration=[text(8)])
 
 
 def test_mistakes_have_one_error() -> None:
@@ -314,7 +314,7 @@ def test_a_plan_by_loss_keeps_more_of_minilm_than_a_uniform_one(minilm: Path, da
     rows = encode(tokenizer, sample(read(data / "banking77" / "train.tsv"), 96), Columns(("text",)), max_length=32)
     calibration = list(batches(tokenizer, rows))
     kept = {}
-    for method in ("whitened", "whitened_by_loss"):
+    for method in ("whitened", "fisher"):
         model = tf.AutoModel.from_pretrained(minilm).eval()
         with torch.inference_mode():
             before = [model(**batch).last_hidden_state for batch in calibration]
@@ -326,4 +326,4 @@ def test_a_plan_by_loss_keeps_more_of_minilm_than_a_uniform_one(minilm: Path, da
         kept[method] = torch.cat(
             [torch.cosine_similarity(a, b, -1).flatten() for a, b in zip(before, after, strict=True)]
         ).mean()
-    assert kept["whitened_by_loss"] > kept["whitened"]
+    assert kept["fisher"] > kept["whitened"]

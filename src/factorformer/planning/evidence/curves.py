@@ -14,7 +14,7 @@ from factorformer.errors import FactorformerError
 from factorformer.fitting import QUICK, Metric
 from factorformer.fitting.linalg import truncation_errors
 from factorformer.fitting.matrices import fit_matrix
-from factorformer.fitting.statistics import LayerStatistics
+from factorformer.fitting.moments import LayerStatistics
 from factorformer.layers.dense import dense_weight
 from factorformer.layers.matrix import Matrix
 from factorformer.planning import Entry, choose_families
@@ -40,7 +40,7 @@ LEAST = 1e-12
 
 @dataclasses.dataclass(frozen=True)
 class Curve:
-    """The squared relative error that a matrix has under every spec, in the metric of a method.
+    """The squared relative error that a matrix has under every spec, in the metric of a method, and what it costs.
 
     Where a structure has a closed form (low rank: the tail of singular values) it is exact. Others are priced by their
     bytes: `relative` says by what factor their squared error differs from that of low rank of as many bytes,
@@ -48,6 +48,7 @@ class Curve:
 
     Args:
         matrix: which one.
+        energy: what a squared relative error of 1, a matrix of zeros, adds to the loss.
         low_rank: squared relative errors of ranks 0, 1, ...
         exact: by structure, where a closed form is the optimum, the same of 0, 1, ... units.
         relative: by structure, `(part of the dense bytes, factor)`, largest part first.
@@ -55,6 +56,7 @@ class Curve:
     """
 
     matrix: Matrix
+    energy: float
     low_rank: torch.Tensor
     exact: Mapping[str, torch.Tensor]
     relative: Mapping[str, tuple[tuple[float, float], ...]]
@@ -65,6 +67,10 @@ class Curve:
         """Everything that the matrix can become, but for dense."""
         for sizes in self.sizes.values():
             yield from sizes
+
+    def loss(self, spec: Structure | None) -> float:
+        """Predicted rise of the loss under a spec; 0 for dense."""
+        return self.energy * self.squared_error(spec)
 
     def squared_error(self, spec: Structure | None) -> float:
         """Under a spec; 0 for dense."""
@@ -183,7 +189,7 @@ def _bare_curve(
         ranks = torch.arange(min(matrix.shape) + 1, dtype=torch.float64)
         usual = torch.exp(-4 * ranks * sum(matrix.shape) / math.prod(matrix.shape))
         closed = [s.kind for s in structures if s.truncated(weight, weight, plain=True) is weight]
-        return Curve(matrix, usual, dict.fromkeys(closed, usual), {}, {})
+        return Curve(matrix, 0.0, usual, dict.fromkeys(closed, usual), {}, {})
     metric = Metric.of(statistics.get(matrix.name))
     exact: dict[str, torch.Tensor] = {}
     try:
@@ -197,7 +203,8 @@ def _bare_curve(
                 exact[structure.kind] = low_rank if same is scaled else truncation_errors(same).cpu()
     except FactorformerError as error:
         raise type(error)(f"layer '{matrix.name}': {error}") from error
-    return Curve(matrix, low_rank, exact, {}, {})
+    energy = metric.scale * float(torch.linalg.vector_norm(scaled, dtype=torch.float64).square())
+    return Curve(matrix, energy, low_rank, exact, {}, {})
 
 
 def _candidates(structure: type[Structure], matrix: Matrix) -> list[Structure]:

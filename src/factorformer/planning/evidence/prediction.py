@@ -1,4 +1,4 @@
-"""Predicted loss of quality of a plan, before the final fit: error curves times sensitivities."""
+"""Predicted rise of the loss under a plan, before the final fit: one currency for all matrices."""
 
 from __future__ import annotations
 
@@ -7,70 +7,26 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from factorformer.fitting import MetricName
 from factorformer.fitting.batches import Batch
 from factorformer.fitting.matrices import fit_matrix, measure
-from factorformer.fitting.statistics import LayerStatistics
+from factorformer.fitting.moments import LayerStatistics
 from factorformer.layers.dense import dense_weight
 from factorformer.layers.matrix import Matrix
 from factorformer.planning import Entry, Option, Plan, Unit
 from factorformer.planning.evidence.curves import Curve, measure_curves
-from factorformer.planning.evidence.sensitivity import measure_sensitivities
 from factorformer.planning.evidence.times import Timer, measure_times
 from factorformer.planning.knapsack import by_loss
 from factorformer.progress import Progress, silent
-from factorformer.structures import Dense, LowRank, Structure, largest_rank
+from factorformer.structures import Dense, Structure
 
 ROUNDING = 1e-4
 """Squared relative error of a dense matrix in int8, where its weights are not there to tell."""
 
-VISIBLE = 1e-3
-"""Squared relative error that a truncation should have, at least, for its effect on the output to be measured."""
-
-
-def relative_sensitivities(
-    model: nn.Module,
-    matrices: Sequence[Matrix],
-    statistics: Mapping[str, LayerStatistics],
-    ratio: float,
-    calibration: Sequence[Batch] | None,
-    progress: Progress = silent,
-) -> dict[str, float]:
-    """By how much the model's output moves for each unit of squared relative error in a matrix.
-
-    Measured with every matrix truncated to the common size, one at a time; 0 where the output does not show it.
-    Without calibration data nothing is measured: a matrix then counts by its part of all weights that a token meets,
-    each as often as it is used, and predictions are mean errors of the weights. This project's choice: on MiniLM, where
-    feed-forward matrices are far more sensitive than those of attention, this is nearer to what is measured than
-    counting all matrices alike.
-
-    Args:
-        model: not changed.
-        matrices: those that can be factorized.
-        statistics: what the metric of the fit knows of each layer.
-        ratio: dense bytes over the bytes that matrices have on average.
-        calibration: batches as for `compress`.
-        progress: progress callback.
-    """
-    if calibration is None:
-        used = {m.name: math.prod(m.shape) * max(m.products, m.lookups, 1) for m in matrices}
-        return {name: count / sum(used.values()) for name, count in used.items()}
-    shapes = {matrix.name: matrix.shape for matrix in matrices}
-
-    def truncated(name: str) -> tuple[Tensor, float]:
-        rank = max(round(math.prod(shapes[name]) / sum(shapes[name]) / ratio), 1)
-        spec = LowRank(min(rank, max(largest_rank(shapes[name]), 1)))
-        factors, error = fit_matrix(model, name, spec, statistics)
-        while error**2 < VISIBLE and spec.rank > 1:
-            spec = LowRank(spec.rank // 2)
-            factors, error = fit_matrix(model, name, spec, statistics)
-        return spec.to_dense(shapes[name], factors), error**2
-
-    return measure_sensitivities(
-        model, list(shapes), truncated, calibration, lambda done: progress("sensitivity", done, len(shapes))
-    )
+WEIGHTS = "error of the weights"
+"""What is predicted where nothing is known of the loss."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,15 +34,14 @@ class Prediction:
     """Measurements of a model before it is compressed.
 
     Args:
-        curves: squared relative error of each matrix by what it is factorized into, under the metric of a method.
-        sensitivities: what a unit of it does to the output, or how much of the weights it is part of; of those
-            matrices alone of which it is known.
+        curves: what each matrix adds to the loss by what it becomes; of those alone of which it is known.
         rounding: squared relative error of those matrices dense in int8 that are to be in int8.
+        objective: in what the loss is.
     """
 
     curves: Mapping[str, Curve]
-    sensitivities: Mapping[str, float]
     rounding: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    objective: str = WEIGHTS
 
     @classmethod
     def of(
@@ -94,48 +49,63 @@ class Prediction:
         model: nn.Module,
         matrices: Sequence[Matrix],
         structures: Sequence[type[Structure]],
-        statistics: Mapping[str, LayerStatistics],
+        statistics: Mapping[str, LayerStatistics] | None,
         ratio: float,
-        calibration: Sequence[Batch] | None,
         progress: Progress = silent,
     ) -> Prediction:
-        """Measure both; arguments as for `measure_curves` and `relative_sensitivities`."""
-        able = [matrix for matrix in matrices if matrix.dense is None]
-        curves = measure_curves(model, able, structures, statistics, ratio, lambda done: progress("curves", done, None))
-        found = relative_sensitivities(model, able, statistics, ratio, calibration, progress)
-        known = {name: value for name, value in found.items() if 0 < value < math.inf}
-        return cls(curves, known, {m.name: _rounding(model, m, statistics) for m in able if m.int8})
+        """Error curves of matrices, in units of the loss.
 
-    @property
-    def unmeasured(self) -> frozenset[str]:
-        """Names of matrices whose effect on the output is not known."""
-        return frozenset(self.curves) - frozenset(self.sensitivities)
+        Without calibration data a matrix counts by its part of all weights that a token meets, each as often as it is
+        used, and predictions are mean errors of the weights. This project's choice: on MiniLM, where feed-forward
+        matrices are far more sensitive than those of attention, this is nearer to what is measured than counting all
+        matrices alike.
+
+        Args:
+            model: not changed.
+            matrices: those in scope.
+            structures: what they can become.
+            statistics: of each layer, with both sides; None without calibration data.
+            ratio: dense bytes over the bytes that matrices have on average.
+            progress: progress callback.
+        """
+        able = [m for m in matrices if m.dense is None and (statistics is None or m.name in statistics)]
+        measured = statistics or {}
+        curves = measure_curves(model, able, structures, measured, ratio, lambda done: progress("curves", done, None))
+        if statistics is None:
+            used = {m.name: math.prod(m.shape) * max(m.products, m.lookups, 1) for m in able}
+            total = sum(used.values())
+            curves = {name: dataclasses.replace(curve, energy=used[name] / total) for name, curve in curves.items()}
+        # What the loss does not depend on has nothing to weigh.
+        curves = {name: curve for name, curve in curves.items() if 0 < curve.energy < math.inf}
+        rounding = {m.name: _rounding(model, m, measured) for m in able if m.int8}
+        objectives = sorted({known.objective for known in measured.values() if known.objective})
+        return cls(curves, rounding, objectives[0] if objectives else WEIGHTS)
 
     def loss(self, name: str, spec: Structure | None) -> float:
-        """Squared deviation of the output that a matrix causes under a spec; 0 where it is not known."""
-        squared = self.rounding[name] if isinstance(spec, Dense) else self.curves[name].squared_error(spec)
-        return self.sensitivities.get(name, 0.0) * squared
+        """What a matrix adds to the loss under a spec; 0 where it is not known."""
+        if spec is None or name not in self.curves:
+            return 0.0
+        curve = self.curves[name]
+        return curve.energy * self.rounding[name] if isinstance(spec, Dense) else curve.loss(spec)
 
     def options(self, matrix: Matrix, cost: Callable[[Matrix, Structure | None], float]) -> list[Option]:
         """Everything that a matrix can become, with its loss, and its cost in any unit."""
         specs: list[Structure | None] = [None]
         if matrix.dense is None:
             specs += [Dense()] if matrix.int8 else []
-            specs += self.curves[matrix.name].specs if matrix.name in self.sensitivities else []
-        return [Option(s, cost(matrix, s), 0.0 if s is None else self.loss(matrix.name, s)) for s in specs]
+            specs += self.curves[matrix.name].specs if matrix.name in self.curves else []
+        return [Option(spec, cost(matrix, spec), self.loss(matrix.name, spec)) for spec in specs]
 
-    def error(self, entries: Iterable[Entry]) -> float:
-        """Predicted relative deviation of the output, the root of the sum of squares over matrices."""
-        changed = [entry for entry in entries if entry.spec is not None]
-        return math.sqrt(math.fsum(self.loss(entry.matrix.name, entry.spec) for entry in changed))
+    def rise(self, entries: Iterable[Entry]) -> float:
+        """Predicted rise of the loss: the sum over matrices."""
+        return math.fsum(self.loss(entry.matrix.name, entry.spec) for entry in entries)
 
     def explained(self, entry: Entry) -> Entry:
-        """The entry with a reason that says how much its matrix matters."""
-        sensitivity = self.sensitivities.get(entry.matrix.name)
-        if sensitivity is None:
+        """The entry with a reason that says how much its matrix adds to the loss."""
+        if entry.spec is None or entry.matrix.name not in self.curves:
             return entry
-        usual = math.fsum(self.sensitivities.values()) / len(self.sensitivities)
-        return dataclasses.replace(entry, reason=f"sensitivity {sensitivity / usual:.2g}x the mean; {entry.reason}")
+        added = self.loss(entry.matrix.name, entry.spec)
+        return dataclasses.replace(entry, reason=f"adds {added:.2g} to the {self.objective}; {entry.reason}")
 
 
 def _rounding(model: nn.Module, matrix: Matrix, statistics: Mapping[str, LayerStatistics]) -> float:
@@ -153,7 +123,7 @@ def plan_by_loss(
     calibration: Sequence[Batch] | None,
     progress: Progress = silent,
 ) -> Plan:
-    """The draft with entries for all matrices, so that the predicted error is smallest within its budget.
+    """The draft with entries for all matrices, so that the predicted rise of the loss is smallest within its budget.
 
     Args:
         model: not changed.
@@ -170,12 +140,13 @@ def plan_by_loss(
         DataError: calibration data that the model cannot run on.
     """
     names = [matrix.name for matrix in matrices if matrix.dense is None]
-    statistics = {} if calibration is None else measure(model, names, metric, calibration, progress)
-    prediction = Prediction.of(model, matrices, structures, statistics, draft.target, calibration, progress)
+    statistics = None if calibration is None else measure(model, names, metric, calibration, progress)
+    prediction = Prediction.of(model, matrices, structures, statistics, draft.target, progress)
+    unmeasured = [name for name in names if name not in prediction.curves]
     cost, timer = _prices(model, draft.budget, prediction, matrices, progress)
     rest = {"bytes": draft.rest.bytes, "flops": draft.rest.flops, "milliseconds": 0.0}[draft.budget]
     options = {matrix.name: prediction.options(matrix, cost) for matrix in matrices}
-    entries = by_loss(matrices, options, draft.target, rest, draft.budget, prediction.unmeasured)
+    entries = by_loss(matrices, options, draft.target, rest, draft.budget, unmeasured)
     times = None
     if timer is not None:
         before = math.fsum(timer.milliseconds(entry.matrix, None) for entry in entries)
@@ -183,8 +154,10 @@ def plan_by_loss(
     return dataclasses.replace(
         draft,
         entries=tuple(prediction.explained(entry) for entry in entries),
-        predicted=prediction.error(entries),
+        predicted=prediction.rise(entries),
+        objective=prediction.objective,
         milliseconds=times,
+        statistics=statistics or {},
     )
 
 
@@ -199,7 +172,7 @@ def _prices(
     device = next(model.parameters()).device
     sizes: dict[str, list[Structure]] = {m.name: [] for m in matrices}
     for matrix in matrices:
-        if matrix.dense is None:
+        if matrix.name in prediction.curves:
             sizes[matrix.name] = [*prediction.curves[matrix.name].specs, *([Dense()] if matrix.int8 else [])]
     timer = measure_times(
         matrices,

@@ -1,0 +1,95 @@
+"""Second moments of vectors, such as the inputs of a layer, summed batch by batch."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from factorformer.fitting.linalg import square_root
+
+BLOCK = 256
+"""Columns of a moment that are updated at once: what lies above the diagonal of blocks is not computed."""
+
+SHRINKAGE = 0.03
+"""Weight of the identity in a moment of few vectors.
+
+On MiniLM's embeddings, factors of 0.001 to 0.1 in its place did equally well with 30 and with 100 sentences, and 0.3
+and 1 did worse.
+"""
+
+
+@dataclasses.dataclass
+class SecondMoment:
+    """Second moment `C = X^T X / n` of vectors `X: (n, width)`.
+
+    Args:
+        total: `X^T X`, `(width, width)`, of which the lower triangle counts.
+        count: `n`.
+    """
+
+    total: Float[Tensor, "width width"]
+    count: int = 0
+
+    @classmethod
+    def zeros(cls, width: int, device: torch.device) -> SecondMoment:
+        """Of no vectors yet."""
+        return cls(torch.zeros(width, width, device=device))
+
+    def add(self, vectors: Float[Tensor, "n width"]) -> None:
+        """Count more vectors: products and sums in the type of `total`."""
+        vectors = vectors.to(self.total.dtype)
+        for first in range(0, len(self.total), BLOCK):
+            block = vectors[:, first : first + BLOCK]
+            self.total[first:, first : first + BLOCK].addmm_(vectors[:, first:].T, block)
+        self.count += len(vectors)
+
+    def mean_square(self) -> float:
+        """Mean of the diagonal of `C`: the mean square of an entry of the vectors."""
+        return float(self.total.diagonal().double().mean()) / max(self.count, 1)
+
+    def moment(self) -> Float[Tensor, "width width"]:
+        """`C` in float64, regularized so that it is positive definite.
+
+        Fewer vectors than entries leave directions unseen, whose error would then cost nothing. As in Ledoit and Wolf
+        (2004) the estimate is shrunk towards a multiple of the identity. The weight of that, ours,
+        `SHRINKAGE * width / (width + count)`, falls as directions are seen more often.
+        """
+        width = len(self.total)
+        weight = SHRINKAGE * width / (width + self.count)
+        lower = self.total.double().tril()
+        moment = (lower + lower.tril(-1).T) * ((1 - weight) / max(self.count, 1))
+        scale = self.mean_square()
+        # Vectors of zeros only make no direction matter more than another.
+        moment.diagonal().add_(weight * scale if scale > 0 else 1)
+        return moment
+
+    def root(self) -> Float[Tensor, "width width"]:
+        """Lower-triangular square root of `moment()`, in float64."""
+        return square_root(self.moment())
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerStatistics:
+    """Statistics of one layer; a field that was not asked for is None.
+
+    With `A` the second moment of the input and `G` that of the gradient of the loss at the output, both for each token,
+    the loss rises by about `1/2 tr(G dW A dW^T)` for each token that it is a mean over (the Kronecker-factored Fisher
+    information: Martens and Grosse, ICML 2015).
+
+    Args:
+        inputs: `A`; of an embedding, whose weight has its outputs along the columns, `G`.
+        rows: importance of each row of the weight, `(out,)`: Fisher rows, or how often an embedding's row was used; or
+            the diagonal of `G`, where that is too wide to be square.
+        outputs: `G`.
+        tokens: real tokens that a layer sees for each unit that the loss is a mean over.
+        objective: in what the loss is, `loss` or `1 - cosine`; empty where gradients were not measured.
+    """
+
+    inputs: SecondMoment | None = None
+    rows: Float[Tensor, " out"] | None = None
+    outputs: SecondMoment | None = None
+    tokens: float = 1.0
+    objective: str = ""

@@ -1,0 +1,162 @@
+"""What a model is for, as a scalar to differentiate: how far its loss or its output moves.
+
+A curvature of the loss needs no labels where the model predicts a distribution: with labels drawn from that
+distribution, the second moment of gradients is the Fisher information, the curvature of the divergence between the
+predictions of the changed model and its own (Amari, 1998; Martens, 2020, section 5). Where a model gives a vector
+instead, the gradient of its product with a random vector of mean zero and unit covariance has the second moment
+`J^T J` of the Gauss-Newton matrix, and half of that is the curvature of `1 - cosine` for vectors of norm 1.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from factorformer.errors import DataError
+from factorformer.fitting.batches import Batch
+
+DRAWS = 4
+"""Labels or directions that are drawn for a row where a row has one alone; a token of many needs no more than one."""
+
+IGNORED = -100
+"""A label that the losses of transformers pass over."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Objective:
+    """A sum over units, drawn anew for every gradient.
+
+    Args:
+        name: what a unit of it is: `loss` in nats, or `1 - cosine`.
+        units: tokens or rows that it is a sum over.
+        draws: gradients to take the second moment of.
+        draw: a scalar with a graph.
+    """
+
+    name: str
+    units: float
+    draws: int
+    draw: Callable[[], Tensor]
+
+
+def objective(model: nn.Module, batch: Batch, output: Any, generator: torch.Generator) -> Objective:
+    """What to differentiate of a model's output.
+
+    - The loss, where the batch holds labels and the model makes one of them.
+    - The log-likelihood of labels drawn from the prediction, where the model gives logits.
+    - The product with a random direction of the normalized mean of the last hidden states of real tokens, or of another
+      output of an encoder.
+
+    Args:
+        model: decides with its configuration what logits mean.
+        batch: what the output is of.
+        output: with a graph.
+        generator: of the draws, on the CPU.
+
+    Raises:
+        DataError: the model gives no tensor that depends on its weights.
+    """
+    named = dict(output) if isinstance(output, Mapping) else {"output": output}
+    config = getattr(model, "config", None)
+    loss = named.get("loss")
+    if isinstance(loss, Tensor) and loss.requires_grad and "labels" in batch:
+        units = _labelled(model, batch["labels"], loss)
+        return Objective("loss", units, 1, lambda: loss.sum() * units)
+    logits = [value for key, value in named.items() if _is_logits(key, value)]
+    mask = _mask(config, batch)
+    if logits:
+        units, draws = _units(logits[0], mask)
+        return Objective("loss", units, draws, lambda: _likelihood(config, logits, mask, generator))
+    states = _vectors(named, mask)
+    if states is None:
+        raise DataError(
+            f"{type(model).__name__} returned no tensor that depends on its weights: calibrate on data that it makes "
+            "hidden states or logits of"
+        )
+    unit = F.normalize(states.float(), dim=-1)
+
+    def direction() -> Tensor:
+        return (unit * torch.randn(unit.shape, generator=generator).to(unit.device)).sum()
+
+    return Objective("1 - cosine", len(unit), DRAWS, direction)
+
+
+def _is_logits(name: str, value: object) -> bool:
+    named = name.startswith("logits") or name.endswith("_logits")
+    return named and isinstance(value, Tensor) and value.requires_grad and value.dim() > 1
+
+
+def _mask(config: Any, batch: Batch) -> Tensor | None:
+    """Which positions of the output are real."""
+    decoding = getattr(config, "is_encoder_decoder", False)
+    mask = batch.get("decoder_attention_mask" if decoding else "attention_mask")
+    return mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
+
+
+def _labelled(model: nn.Module, labels: Tensor, loss: Tensor) -> float:
+    """How many labels a mean loss is of."""
+    if labels.dim() < 2 or loss.dim() or labels.is_floating_point():
+        return float(len(labels) if loss.dim() == 0 else 1)
+    shifted = labels[:, 1:] if type(model).__name__.endswith("ForCausalLM") else labels
+    return float((shifted != IGNORED).sum())
+
+
+def _units(logits: Tensor, mask: Tensor | None) -> tuple[float, int]:
+    """Rows or tokens that are predicted, and draws for each."""
+    if logits.dim() < 3:
+        return float(len(logits)), DRAWS
+    real = mask is not None and mask.shape == logits.shape[:2]
+    return float(mask.sum() if real and mask is not None else logits[..., 0].numel()), 1
+
+
+def _likelihood(config: Any, logits: list[Tensor], mask: Tensor | None, generator: torch.Generator) -> Tensor:
+    """The sum of the negative log-likelihoods of labels that are drawn from the predictions."""
+    total = logits[0].new_zeros((), dtype=torch.float32)
+    problem = getattr(config, "problem_type", None)
+    for values in logits:
+        values = values.float()
+        if values.dim() > 2 and mask is not None and mask.shape == values.shape[:2]:
+            values = values[mask.bool().to(values.device)]
+        if values.dim() == 2 and (values.shape[1] == 1 or problem == "regression"):
+            total = total + (values * torch.randn(values.shape, generator=generator).to(values.device)).sum()
+        elif values.dim() == 2 and problem == "multi_label_classification":
+            drawn = torch.rand(values.shape, generator=generator).to(values.device) < values.detach().sigmoid()
+            total = total + F.binary_cross_entropy_with_logits(values, drawn.float(), reduction="sum")
+        else:
+            flat = values.movedim(1, -1) if values.dim() == 4 else values  # images have classes in front
+            flat = flat.reshape(-1, flat.shape[-1])
+            total = total + F.cross_entropy(flat, _sample(flat.detach(), generator), reduction="sum")
+    return total
+
+
+def _sample(logits: Tensor, generator: torch.Generator) -> Tensor:
+    """One class for each row, by the inverse of its cumulative distribution."""
+    chosen = torch.rand(len(logits), 1, generator=generator).to(logits.device)
+    cumulative = logits.softmax(-1).cumsum(-1)
+    return torch.searchsorted(cumulative, chosen * cumulative[:, -1:]).squeeze(1).clamp_max(logits.shape[-1] - 1)
+
+
+def _vectors(named: Mapping[str, Any], mask: Tensor | None) -> Tensor | None:
+    """`(rows, width)`: what an encoder makes of each row."""
+    tensors = {k: v for k, v in named.items() if isinstance(v, Tensor) and v.requires_grad and v.dim() > 1}
+    for name in ("sentence_embedding", "last_hidden_state", "pooler_output", *tensors):
+        if name in tensors:
+            return _pooled(tensors[name], mask)
+    return None
+
+
+def _pooled(states: Tensor, mask: Tensor | None) -> Tensor:
+    """The mean over real positions."""
+    if states.dim() == 2:
+        return states
+    if states.dim() == 4:  # convolutional maps have channels in front
+        return states.flatten(2).mean(2)
+    if mask is None or mask.shape != states.shape[:2]:
+        return states.flatten(1, -2).mean(1)
+    real = mask.to(states)[..., None]
+    return (states * real).sum(1) / real.sum(1).clamp_min(1)
