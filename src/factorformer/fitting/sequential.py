@@ -3,19 +3,22 @@
 A matrix that is fitted to the dense model's inputs meets others once the matrices before it are compressed. Here its
 inputs `x'` are those of the model as it is compressed so far, and its target is still what the dense matrix makes of
 the dense model's inputs `x`: with `C' = E[x' x'^T]`, no matrix comes nearer to `W x` than `W E[x x'^T] C'^-1`, and
-the fit under the metric of `C'` is of that one.
+the fit under the metric of `C'` is of that one. Where the output is added to a residual stream `r`, which has errors
+`r - r'` of its own by now, the matrix makes up for a part of those too.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from factorformer.fitting.batches import Batch, real_tokens
 from factorformer.fitting.linalg import square_root
@@ -24,11 +27,14 @@ from factorformer.layers.dense import dense_weight, is_transposed
 from factorformer.layers.modes import evaluating
 from factorformer.layers.surgery import find_blocks
 
+COMPENSATION = 0.5
+"""Part of the error of the residual stream that a matrix is to make up for."""
+
 FitOne = Callable[[str, Tensor, Tensor], Tensor]
 """A matrix by name, its target and the root of the metric of its inputs -> its approximation, multiplied out."""
 
-SHRINKAGE = 0.1
-"""Weight of the identity in both moments, as in `moments.SHRINKAGE`: the more, the nearer a target stays to `W`."""
+SHRINKAGE = 0.03
+"""Weight of the identity in both moments: the more, the nearer a target stays to `W`."""
 
 
 class _Reached(Exception):
@@ -89,16 +95,15 @@ def fit_sequentially(
                 compressed = list(dense)
             block = _Block(model, first.block, calls, batches)
             inside = [name for name in wanted if name.startswith(f"{first.block}.")]
-            stages, inputs, dense = block.dense(inside, dense)
+            stages, dense = block.dense(inside, dense)
             if first.output is not None and not torch.allclose(first.output, dense[0], rtol=1e-3, atol=1e-3):
                 return fitted  # the block does something else when it is called again
             for stage in stages:
-                target, root = block.moments(stage, compressed, inputs)
-                for name in stage:
-                    weight = dense_weight(model.get_submodule(name)).double()
-                    block.replace(name, fit(name, weight @ target, root))
+                moments = block.moments(stage, compressed)
+                for name in stage.names:
+                    weight = dense_weight(model.get_submodule(name))
+                    block.replace(name, fit(name, moments.target(weight), moments.root))
                     fitted.add(name)
-            inputs.clear()
             compressed = block.run(compressed)
     return fitted
 
@@ -190,106 +195,194 @@ class _Block:
         """What the block, as it is compressed so far, makes of hidden states."""
         return [self.call(position, states, self.replaced) for position, states in enumerate(hidden)]
 
-    def dense(
-        self, names: Sequence[str], hidden: Sequence[Tensor]
-    ) -> tuple[list[list[str]], list[list[Tensor]], list[Tensor]]:
+    def dense(self, names: Sequence[str], hidden: Sequence[Tensor]) -> tuple[list[_Stage], list[Tensor]]:
         """One pass as it was.
 
         Returns:
-            Groups of the layers that read one tensor, in the order in which they are called; what each group reads, by
-            batch and without padding; and the outputs.
+            Groups of the layers that read one tensor, in the order in which they are called, with what they read; and
+            the outputs.
         """
-        stages: list[list[str]] = []
-        inputs: list[list[Tensor]] = []
+        stages: list[_Stage] = []
         outputs: list[Tensor] = []
         for position, states in enumerate(hidden):
-            seen: list[tuple[str, Tensor]] = []
-            with _watching({name: self.layer(name) for name in names}, seen):
+            with _Watch({self.layer(name): name for name in names}) as watch:
                 outputs.append(self.call(position, states, {}))
-            if not stages:
-                stages = _stages(seen, states)
-            first = dict(seen)
-            inputs.append([self.real(stage[0], position, first[stage[0]]) for stage in stages])
-        return stages, inputs, outputs
+            stages = stages or watch.stages(states)
+            for stage in stages:
+                stage.inputs.append(self.real(stage.name, position, watch.read[stage.name][0]))
+                if stage.residual:
+                    stage.residuals.append(self.real(stage.name, position, watch.added[stage.name]))
+        return stages, outputs
 
-    def moments(
-        self, stage: Sequence[str], hidden: Sequence[Tensor], inputs: list[list[Tensor]]
-    ) -> tuple[Tensor, Tensor]:
-        """`E[x x'^T] C'^-1` and a root of `C'`, for the input of a group of layers, both `(width, width)` in float64.
-
-        Args:
-            stage: names of the layers.
-            hidden: states that the block starts from, by batch.
-            inputs: of the dense block, by batch; the next group's is taken off.
-        """
-        moment, cross = None, None
+    def moments(self, stage: _Stage, hidden: Sequence[Tensor]) -> _Moments:
+        """Of the input of a group of layers, in the block as it is compressed so far."""
+        moments = None
         for position, states in enumerate(hidden):
-            found = self.real(stage[0], position, self.input_of(stage[0], position, states)).float()
-            known = inputs[position].pop(0).float()
-            if moment is None or cross is None:
-                moment = SecondMoment.zeros(found.shape[1], found.device)
-                cross = torch.zeros_like(moment.total)
-            moment.add(found)
-            cross.addmm_(known.T, found)
-        assert moment is not None
-        assert cross is not None
-        width = len(cross)
-        weight = SHRINKAGE * width / (width + moment.count)
-        lower = moment.total.double().tril()
-        inner = (lower + lower.tril(-1).T) * ((1 - weight) / moment.count)
-        cross = cross.double() * ((1 - weight) / moment.count)
-        size = moment.mean_square() or 1.0
-        inner.diagonal().add_(weight * size)
-        cross.diagonal().add_(weight * size)
-        root = square_root(inner)
-        return torch.cholesky_solve(cross.T, root).T, root
-
-    def input_of(self, name: str, position: int, hidden: Tensor) -> Tensor:
-        """What a layer reads, in the block as it is compressed so far."""
-        seen: list[tuple[str, Tensor]] = []
-        with contextlib.suppress(_Reached), _watching({name: self.layer(name)}, seen, stop=True):
-            self.call(position, hidden, self.replaced)
-        return seen[0][1]
+            layer = self.layer(stage.name)
+            watch = _Watch({layer: stage.name}, until="added" if stage.residual else "read")
+            with contextlib.suppress(_Reached), watch:
+                self.call(position, states, self.replaced)
+            found = self.real(stage.name, position, watch.read[stage.name][0])
+            moments = moments or _Moments.zeros(found.shape[1], found.device)
+            moments.add(found, stage.inputs[position])
+            if stage.residual:
+                left = stage.residuals[position] - self.real(stage.name, position, watch.added[stage.name])
+                moments.add_residual(found, left)
+        assert moments is not None
+        stage.inputs.clear()
+        stage.residuals.clear()
+        return moments
 
     def real(self, name: str, position: int, x: Tensor) -> Tensor:
         """What a layer reads, without padding, one row for each token."""
         return real_tokens(self.model, name, self.batches[position], x, x.shape[:-1])
 
 
-def _stages(seen: Sequence[tuple[str, Tensor]], hidden: Tensor) -> list[list[str]]:
-    """Layers that read one tensor, of those that are called once, for every token of the hidden states."""
-    names = [name for name, _ in seen]
-    stages: list[list[str]] = []
-    last: Tensor | None = None
-    for name, x in seen:
-        if names.count(name) > 1 or x.shape[:-1] != hidden.shape[:-1]:
-            continue
-        if x is last:
-            stages[-1].append(name)
-        else:
-            stages.append([name])
-        last = x
-    return stages
+@dataclasses.dataclass
+class _Stage:
+    """Layers of a block that read one tensor.
+
+    Args:
+        names: of the layers.
+        residual: whether the output, of the one layer there is then, is added to something.
+        inputs, residuals: what the dense block has there, by batch and without padding.
+    """
+
+    names: list[str]
+    residual: bool = False
+    inputs: list[Tensor] = dataclasses.field(default_factory=list)
+    residuals: list[Tensor] = dataclasses.field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        """One of the layers."""
+        return self.names[0]
 
 
-@contextlib.contextmanager
-def _watching(layers: Mapping[str, nn.Module], seen: list[tuple[str, Tensor]], *, stop: bool = False) -> Iterator[None]:
-    """Note what layers read, and go no further if that is enough."""
+@dataclasses.dataclass
+class _Moments:
+    """Sums over tokens, of inputs `x` of the dense model and `x'` of the compressed one, and errors of the residual.
 
-    def watch(name: str) -> Callable[..., None]:
+    Args:
+        inner: of `x' x'^T`.
+        cross: of `x x'^T`.
+        residual: of `(r - r') x'^T`; None where nothing is to be made up for.
+    """
+
+    inner: SecondMoment
+    cross: Tensor
+    residual: Tensor | None = None
+
+    @classmethod
+    def zeros(cls, width: int, device: torch.device) -> _Moments:
+        inner = SecondMoment.zeros(width, device)
+        return cls(inner, torch.zeros_like(inner.total))
+
+    def add(self, found: Tensor, known: Tensor) -> None:
+        found = found.float()
+        self.inner.add(found)
+        self.cross.addmm_(known.float().T, found)
+
+    def add_residual(self, found: Tensor, left: Tensor) -> None:
+        product = left.float().T @ found.float()
+        self.residual = product if self.residual is None else self.residual.add_(product)
+
+    @functools.cached_property
+    def root(self) -> Tensor:
+        """A lower-triangular root of `C' = E[x' x'^T]`, shrunk."""
+        lower = self.inner.total.double().tril()
+        moment = (lower + lower.tril(-1).T) * self.share
+        moment.diagonal().add_(self.least)
+        return square_root(moment)
+
+    @property
+    def share(self) -> float:
+        """What a sum is multiplied by."""
+        return (1 - SHRINKAGE) / self.inner.count
+
+    @property
+    def least(self) -> float:
+        """What shrinkage adds to diagonals."""
+        return SHRINKAGE * (self.inner.mean_square() or 1.0)
+
+    def target(self, weight: Tensor) -> Tensor:
+        """`(W E[x x'^T] + E[(r - r') x'^T]) C'^-1`, in float64."""
+        weight = weight.double()
+        wanted = weight @ self.cross.double() * self.share + self.least * weight
+        if self.residual is not None:
+            wanted += self.residual.double() * (self.share * COMPENSATION)
+        return torch.cholesky_solve(wanted.T, self.root).T
+
+
+ADDITIONS = (torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__radd__, Tensor.__iadd__)
+"""How the output of a layer meets the residual stream."""
+
+
+class _Watch(TorchFunctionMode):
+    """What layers read, and what their outputs are added to.
+
+    Args:
+        layers: names by layer.
+        until: what of a layer the forward pass is to come to, and no further; to its end if None.
+    """
+
+    def __init__(self, layers: Mapping[nn.Module, str], until: Literal["read", "added"] | None = None) -> None:
+        super().__init__()
+        self.layers, self.until = layers, until
+        self.read: dict[str, list[Tensor]] = {}
+        self.added: dict[str, Tensor] = {}
+        self._outputs: list[tuple[str, Tensor]] = []
+        self._handles: list[Any] = []
+
+    def __enter__(self) -> _Watch:
+        for layer, name in self.layers.items():
+            self._handles.append(layer.register_forward_pre_hook(self._before(name)))
+            self._handles.append(layer.register_forward_hook(self._after(name)))
+        super().__enter__()
+        return self
+
+    def __exit__(self, *details: Any) -> None:
+        super().__exit__(*details)
+        for handle in self._handles:
+            handle.remove()
+        self._outputs.clear()
+
+    def _before(self, name: str) -> Callable[..., None]:
         def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-            seen.append((name, args[0]))
-            if stop:
+            self.read.setdefault(name, []).append(args[0])
+            if self.until == "read":
                 raise _Reached
 
         return hook
 
-    handles = [layer.register_forward_pre_hook(watch(name)) for name, layer in layers.items()]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    def _after(self, name: str) -> Callable[..., None]:
+        return lambda _, __, output: self._outputs.append((name, output))
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in ADDITIONS and len(args) == 2 and all(isinstance(value, Tensor) for value in args):
+            for output, other in (args, args[::-1]):
+                name = next((name for name, known in self._outputs if known is output), None)
+                if name is not None and other.shape == output.shape and name not in self.added:
+                    self.added[name] = other.clone() if func in (Tensor.add_, Tensor.__iadd__) else other
+                    if self.until == "added":
+                        raise _Reached
+        return func(*args, **(kwargs or {}))
+
+    def stages(self, hidden: Tensor) -> list[_Stage]:
+        """Layers that read one tensor, of those that are called once, for every token of the hidden states."""
+        stages: list[_Stage] = []
+        last: Tensor | None = None
+        for name, calls in self.read.items():
+            if len(calls) > 1 or calls[0].shape[:-1] != hidden.shape[:-1]:
+                continue
+            if calls[0] is last:
+                stages[-1].names.append(name)
+            else:
+                stages.append(_Stage([name]))
+            last = calls[0]
+        for stage in stages:
+            stage.residual = len(stage.names) == 1 and stage.name in self.added
+        return stages
 
 
 def _first(output: Any) -> Tensor:
