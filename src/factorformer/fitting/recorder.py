@@ -16,7 +16,7 @@ from factorformer.fitting.batches import Batch, real_tokens
 from factorformer.fitting.fisher import fisher_rows
 from factorformer.fitting.moments import LayerStatistics, SecondMoment
 from factorformer.fitting.objective import objective
-from factorformer.layers.modes import evaluating
+from factorformer.layers.modes import evaluating, fast_products
 
 UNSEEN = 0.1
 """Look-ups granted to every row of an embedding, relative to the mean of those counted.
@@ -66,6 +66,10 @@ class Recorder:
         """Whether what a module sees counts for a layer: tied ones of one kind are one, as T5's `shared` embedding."""
         return type(module) is type(layer) and module.weight is layer.weight
 
+    def _products(self) -> contextlib.AbstractContextManager[object]:
+        """In which precision the model runs: its own."""
+        return contextlib.nullcontext()
+
     @contextlib.contextmanager
     def _differentiable(self) -> Iterator[None]:
         """Parameters as backward passes need them."""
@@ -94,7 +98,8 @@ class Recorder:
         self._size = next((len(v) for v in batch.values() if isinstance(v, Tensor) and v.dim()), 1)
         self._batch, self._last = batch, None
         try:
-            output = self.model(**batch)
+            with self._products():
+                output = self.model(**batch)
         except (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
             given = ", ".join(f"{k} {tuple(v.shape) if isinstance(v, Tensor) else v}" for k, v in batch.items())
             raise DataError(
@@ -241,6 +246,9 @@ class FisherRecorder(Recorder):
 
     def _counts(self, module: nn.Module, layer: nn.Module) -> bool:
         return isinstance(module, (nn.Linear, nn.Embedding, Conv1D)) and module.weight is layer.weight
+
+    def _products(self) -> contextlib.AbstractContextManager[object]:
+        return fast_products(self.model)
 
     @contextlib.contextmanager
     def _differentiable(self) -> Iterator[None]:

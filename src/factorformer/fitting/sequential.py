@@ -24,7 +24,7 @@ from factorformer.fitting.batches import Batch, real_tokens
 from factorformer.fitting.linalg import square_root
 from factorformer.fitting.moments import SecondMoment
 from factorformer.layers.dense import dense_weight, is_transposed
-from factorformer.layers.modes import evaluating
+from factorformer.layers.modes import evaluating, fast_products
 from factorformer.layers.surgery import find_blocks
 
 COMPENSATION = 0.5
@@ -150,7 +150,7 @@ def _calls(model: nn.Module, blocks: Sequence[str], batch: Batch, *, keep: bool)
         handles += [module.register_forward_pre_hook(before(name), with_kwargs=True)]
         handles += [module.register_forward_hook(after)]
     try:
-        with contextlib.suppress(_Reached):
+        with contextlib.suppress(_Reached), fast_products(model):
             model(**{**_placed(model, batch), **_without_cache(model)})
     finally:
         for handle in handles:
@@ -189,7 +189,8 @@ class _Block:
         call = self.calls[position]
         args = tuple(hidden if value is PREVIOUS else value for value in call.args)
         kwargs = {key: hidden if value is PREVIOUS else value for key, value in call.kwargs.items()}
-        return _first(torch.func.functional_call(self.module, dict(weights), args, kwargs))
+        with fast_products(self.model):
+            return _first(torch.func.functional_call(self.module, dict(weights), args, kwargs))
 
     def run(self, hidden: Sequence[Tensor]) -> list[Tensor]:
         """What the block, as it is compressed so far, makes of hidden states."""

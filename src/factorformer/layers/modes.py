@@ -42,3 +42,16 @@ def quiet() -> Iterator[None]:
             yield
         finally:
             logging.disable(silenced)
+
+
+def fast_products(model: nn.Module) -> contextlib.AbstractContextManager[object]:
+    """Products of a model in bfloat16, summed in float32, where its processor has instructions for them."""
+    known = getattr(torch.cpu, "get_capabilities", dict)()
+    able = bool(known.get("avx512_bf16") or known.get("amx_bf16"))
+    on_cpu = next(model.parameters()).device.type == "cpu"
+    return torch.autocast("cpu", torch.bfloat16, enabled=able and on_cpu)
+
+
+def exact_products(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """Products in the type of their factors, whatever is around."""
+    return torch.autocast(device.type, enabled=False)
