@@ -113,7 +113,7 @@ def _chains(model: nn.Module, batches: Sequence[Batch]) -> list[list[_Call]] | N
     blocks = find_blocks(model)
     chains = []
     for batch in batches:
-        calls = _calls(model, blocks, batch, keep=not chains)
+        calls = _calls(model, blocks, batch, len(chains[0]) if chains else None)
         names = [call.block for call in calls]
         if not names or len(set(names)) < len(names) or (chains and names != [call.block for call in chains[0]]):
             return None
@@ -121,8 +121,8 @@ def _chains(model: nn.Module, batches: Sequence[Batch]) -> list[list[_Call]] | N
     return chains or None
 
 
-def _calls(model: nn.Module, blocks: Sequence[str], batch: Batch, *, keep: bool) -> list[_Call]:
-    """The calls of blocks in one forward pass; with the output of each if it is to be kept."""
+def _calls(model: nn.Module, blocks: Sequence[str], batch: Batch, count: int | None) -> list[_Call]:
+    """The first calls of blocks in a forward pass; if no number of them is given, all, with their outputs."""
     calls: list[_Call] = []
     previous: list[Tensor | None] = [None]
 
@@ -140,8 +140,8 @@ def _calls(model: nn.Module, blocks: Sequence[str], batch: Batch, *, keep: bool)
 
     def after(_: nn.Module, __: Any, output: Any) -> None:
         previous[0] = _first(output)
-        calls[-1].output = previous[0] if keep else None
-        if len({call.block for call in calls}) == len(blocks):
+        calls[-1].output = previous[0] if count is None else None
+        if len(calls) == count:
             raise _Reached
 
     handles = []

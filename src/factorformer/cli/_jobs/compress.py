@@ -111,6 +111,7 @@ def _plan(
                 int8=job.int8,
                 calibration=calibration,
                 progress=progress,
+                keep_statistics=True,
             )
     for line in left_dense(plan.entries, plan.original.bytes):
         note(f"left dense: {line}")
@@ -145,7 +146,10 @@ def _fit(
             note(f"method '{job.chosen}' has no supports to learn at this ratio: all matrices are dense in int8")
             through = False
         dense = copy.deepcopy(model) if through else None
-        report = compression.compress(model, plan, calibration, progress, keep_statistics=through, hold_floats=training)
+        known, plan = plan.statistics, dataclasses.replace(plan, statistics={})
+        report = compression.compress(
+            model, plan, calibration, progress, statistics=known, keep_statistics=through, hold_floats=training
+        )
         straight = None if dense is None else StraightThrough(model, report.statistics, dense)
         seconds |= report.seconds
         plan = report.plan
