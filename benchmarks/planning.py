@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import dataclasses
 import json
 import math
 import os
@@ -31,12 +32,12 @@ from factorformer import planning, recipes
 from factorformer.fitting import Metric
 from factorformer.fitting import statistics as calibration
 from factorformer.fitting.matrices import fit_matrix
+from factorformer.fitting.moments import LayerStatistics
 from factorformer.hf import minilm
 from factorformer.layers.dense import dense_weight
-from factorformer.layers.surgery import factorize, find_matrices
+from factorformer.layers.surgery import find_matrices
 from factorformer.planning import Entry, Plan
-from factorformer.planning.evidence.curves import measure_curves
-from factorformer.planning.evidence.prediction import Prediction, relative_sensitivities
+from factorformer.planning.evidence.prediction import Prediction
 from factorformer.report import latency
 from factorformer.structures import STRUCTURES, LowRank
 from factorformer.tasks import data as task_data
@@ -65,15 +66,14 @@ class Bench:
         found, self.rest = find_matrices(self.model)
         self.matrices = [matrix for matrix in found if matrix.dense is None]
         names = [matrix.name for matrix in self.matrices]
-        self.statistics = calibration.collect(self.model, names, self.calibration, moments=True)
-        self.sensitivities = relative_sensitivities(self.model, self.matrices, self.statistics, 3.0, self.calibration)
+        self.statistics = calibration.collect(self.model, names, self.calibration, both_sides=True)
         self.known: dict[float, Prediction] = {}
 
     def prediction(self, ratio: float) -> Prediction:
         """Curves of all structures around a ratio, as `factorformer.plan` measures them; kept for all plans of it."""
         if ratio not in self.known:
-            curves = measure_curves(self.model, self.matrices, list(STRUCTURES.values()), self.statistics, ratio)
-            self.known[ratio] = Prediction(curves, self.sensitivities)
+            structures = list(STRUCTURES.values())
+            self.known[ratio] = Prediction.of(self.model, self.matrices, structures, self.statistics, ratio)
         return self.known[ratio]
 
     def dense(self) -> PreTrainedModel:
@@ -101,38 +101,39 @@ class Bench:
         known = self.prediction(ratio)
         if name == "random":
             draw = random.Random(int(seed))
-            known = Prediction(known.curves, {matrix.name: math.exp(draw.uniform(-3, 3)) for matrix in self.matrices})
+            drawn = {name: math.exp(draw.uniform(-3, 3)) for name in known.curves}
+            known = Prediction({n: dataclasses.replace(c, energy=drawn[n]) for n, c in known.curves.items()})
         options = {m.name: known.options(m, lambda matrix, spec: matrix.cost(spec).bytes) for m in self.matrices}
         if name != "auto":
             options = {
                 n: [o for o in some if o.spec is None or isinstance(o.spec, LowRank)] for n, some in options.items()
             }
         entries = planning.by_loss(self.matrices, options, ratio, self.rest.bytes)
-        return Plan("auto" if name == "auto" else "whitened", "blocks", ratio, entries, self.rest)
+        return Plan("auto" if name == "auto" else "fisher", "blocks", ratio, entries, self.rest)
 
     def predicted(self, plan: Plan) -> float:
-        if recipes.get(plan.method or "whitened").metric != "plain":
-            return self.prediction(plan.target).error(plan.entries)
-        # A fit under the plain metric has no curve in that of the outputs: it is made, and judged there.
-        return math.sqrt(math.fsum(self.sensitivities[e.matrix.name] * self.judged(e) ** 2 for e in plan.factorized))
+        if recipes.get(plan.method or "fisher").metric == "fisher":
+            return self.prediction(plan.target).rise(plan.entries)
+        # Another fit has no curve in this metric: it is made, and judged there.
+        return math.fsum(self.judged(plan, entry) for entry in plan.factorized)
 
-    def judged(self, entry: Entry) -> float:
-        """The relative error of a matrix's output after a fit to its weights alone."""
+    def judged(self, plan: Plan, entry: Entry) -> float:
+        """The predicted rise of the loss after a fit to something else."""
         assert entry.spec is not None
-        name = entry.matrix.name
-        factors, _ = fit_matrix(self.model, name, entry.spec, {})
+        name, statistics = entry.matrix.name, self.statistics[entry.matrix.name]
+        other = (
+            {} if recipes.get(plan.method or "fisher").metric == "plain" else {name: LayerStatistics(statistics.inputs)}
+        )
+        factors, _ = fit_matrix(self.model, name, entry.spec, other)
         with torch.no_grad():
             dense = entry.spec.to_dense(entry.matrix.shape, factors)
-        weight = dense_weight(self.model.get_submodule(name))
-        return Metric.of(self.statistics.get(name)).relative_error(weight, dense)
+        metric = Metric.of(statistics)
+        return metric.scale * float(metric.apply(dense_weight(self.model.get_submodule(name)) - dense).square().sum())
 
     def carried_out(self, plan: Plan) -> PreTrainedModel:
         """What `factorformer.compress` makes, without measuring the same statistics again for every plan."""
-        model, plain = copy.deepcopy(self.model), recipes.get(plan.method or "whitened").metric == "plain"
-        for entry in plan.factorized:
-            assert entry.spec is not None
-            factors, _ = fit_matrix(self.model, entry.matrix.name, entry.spec, {} if plain else self.statistics)
-            factorize(model, entry.matrix, entry.spec, factors)
+        model, fisher = copy.deepcopy(self.model), recipes.get(plan.method or "fisher").metric == "fisher"
+        factorformer.compress(model, plan, self.calibration, statistics=self.statistics if fisher else None)
         return model
 
     def run(self, method: str, ratio: float) -> dict[str, Any]:

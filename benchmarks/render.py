@@ -382,7 +382,7 @@ def dynamic() -> list[str]:
         ("fwsvd", 6.0, 6.0),
         ("whitened", 3.0, 3.0),
         ("whitened", 6.0, 6.0),
-        ("fisher", 3.0, 3.0),
+        ("whitened_by_loss", 3.0, 3.0),
         ("auto", 3.0, 3.0),
     ]
     table, machines = [], []
@@ -417,7 +417,7 @@ def steps() -> list[str]:
 def planning() -> list[str]:
     found = content_of("planning.json")
     cells = {(row["task"], row["method"], row["ratio"]): row for row in found["rows"]}
-    columns = [(task, method) for task in TASKS for method in ("whitened", "fisher", "auto")]
+    columns = [(task, method) for task in TASKS for method in ("whitened", "whitened_by_loss", "auto")]
     table = []
     for ratio in sorted({ratio for _, _, ratio in cells}):
         rows = [cells[task, method, ratio] for task, method in columns]

@@ -25,22 +25,24 @@ def test_a_plan_by_loss_predicts_its_error(run: Any, base: Path, tables: Path, t
     options = ("--method", "auto", "--ratio", 2, "--calibration", tables / "texts.txt", "--calibration-rows", 16)
     planned = content_of(run("plan", base, *options, "--output", file, "--json"))
     assert planned["bytes"]["ratio"] == pytest.approx(2, rel=0.01)
-    assert planned["metrics"]["predicted_error"] > 0
-    assert planned["metrics"]["predicted_error"] == factorformer.Plan.load(file).predicted
-    assert all("sensitivity" in layer["note"] for layer in planned["layers"])
+    assert planned["metrics"]["predicted_cosine_loss"] > 0
+    assert planned["metrics"]["predicted_cosine_loss"] == factorformer.Plan.load(file).predicted
+    changed = [layer for layer in planned["layers"] if layer["structure"] is not None]
+    assert changed
+    assert all(re.match(r"adds \S+ to the 1 - cosine", layer["note"]) for layer in changed)
     # Carried out as it is.
     text = ("--calibration", tables / "texts.txt", "--calibration-rows", 16, "--json")
     carried = content_of(run("compress", base, tmp_path / "small", "--plan", file, *text))
     assert carried["bytes"] == planned["bytes"]
-    assert carried["metrics"]["predicted_error"] == planned["metrics"]["predicted_error"]
+    assert carried["metrics"]["predicted_cosine_loss"] == planned["metrics"]["predicted_cosine_loss"]
     assert factorformer.load(tmp_path / "small").config.quantization_config is not None
 
 
 def test_a_plan_by_loss_needs_no_text(run: Any, base: Path) -> None:
     planned = content_of(run("plan", base, "--method", "auto", "--ratio", 2, "--json"))
-    assert planned["metrics"]["predicted_error"] > 0
+    assert planned["metrics"]["predicted_weight_error"] > 0
     table = run("plan", base, "--method", "fisher", "--ratio", 2)
-    assert "predicted error" in table.stdout
+    assert "predicted weight error" in table.stdout
     assert content_of(run("plan", base, "--ratio", 2, "--json"))["metrics"] == {}  # a uniform plan predicts nothing
     done = run("plan", base, "--ratio", 2, "--text", "text")
     assert "not used without --calibration: --text" in done.stderr
@@ -48,10 +50,10 @@ def test_a_plan_by_loss_needs_no_text(run: Any, base: Path) -> None:
 
 def test_labelled_tables_are_read_as_text(run: Any, trained: Path, tables: Path, tmp_path: Path) -> None:
     options = ("--method", "fisher", "--ratio", 2, "--calibration", tables / "train.tsv")
-    assert content_of(run("plan", trained, *options, "--json"))["metrics"]["predicted_error"] > 0
+    assert content_of(run("plan", trained, *options, "--json"))["metrics"]["predicted_loss_rise"] > 0
     training = ("--train", tables / "train.tsv", "--label", "label", "--epochs", 1, "--json")
     content = content_of(run("compress", trained, tmp_path / "small", "--method", "auto", "--ratio", 2, *training))
-    assert content["metrics"]["predicted_error"] > 0
+    assert content["metrics"]["predicted_loss_rise"] > 0
     assert content["method"] == "auto"
     assert content["bytes"]["ratio"] == pytest.approx(2, rel=0.01)
 

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from factorformer.errors import ModelError
-from factorformer.fitting import Metric
+from factorformer.fitting.metric import Metric, divided
 from factorformer.structures import Factors, Selection, Shape, Structure, TensorSpec
 from factorformer.structures.base import require_positive
 from factorformer.structures.int8 import floats, look_up
@@ -92,8 +92,7 @@ def fit_scaled_low_rank(
     """The truncated singular value decomposition under the metric."""
     left, values, right = torch.linalg.svd(metric.apply(weight).double(), full_matrices=False)
     left, right = left[:, : spec.units_kept], right[: spec.units_kept]
-    if metric.rows is not None:
-        left = left / metric.rows.to(left)[:, None]
+    left = divided(left, metric.rows)
     if metric.columns is not None:
         right = torch.linalg.solve_triangular(metric.columns.to(right), right, upper=False, left=False)
     factors = {"weight": left, "scales": values[: spec.units_kept], "right": right}

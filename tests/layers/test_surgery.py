@@ -376,7 +376,7 @@ def test_data_aware_methods_run_everywhere(name: str, method: str | None, scope:
         inputs["labels"] = torch.tensor([0, 1]) if name == "roberta" else labels
     plan = factorformer.plan(model, method, ratio=tiny.ratio, scope=scope)  # type: ignore[arg-type]
     report = factorformer.compress(model, plan, calibration=[inputs])
-    assert report.method == (method or "whitened")
+    assert report.method == (method or "fisher")
     assert report.ratio == plan.ratio
     assert set(report.errors) == {entry.matrix.name for entry in plan.factorized}
     assert all(0 <= error <= 1 for error in report.errors.values())

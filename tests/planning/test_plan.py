@@ -290,7 +290,7 @@ def test_ranks_go_by_role(name: str, scope: Scope) -> None:
 
 
 BROKEN: dict[str, Any] = {
-    "another format": {"format": 2},
+    "another format": {"format": 1},
     "no format": {"format": None},
     "no entries": {"entries": None},
     "an entry of nothing": {"entries": [{}]},

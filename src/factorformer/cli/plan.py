@@ -71,9 +71,9 @@ def plan(
     A dictionary and its nonzeros can divide their bytes in many ways: a few cheap fits of the weights decide, which
     takes some seconds. With --calibration the output on that text decides, as in `compress`.
 
-    [bold]auto[/bold] and [bold]fisher[/bold] give bytes, FLOPs or milliseconds to the matrices that gain most
-    by them, 'auto' in any structure, and predict the error: with --calibration the relative error of the model's output
-    before any training, and without it the mean error of its weights.
+    [bold]fisher[/bold] and [bold]auto[/bold] give bytes, FLOPs or milliseconds to the matrices that gain most by them,
+    'auto' in any structure, and predict what the compression costs before any training: with --calibration by how much
+    the loss rises, or 1 - cosine of embeddings, and without it the mean squared error of the weights.
 
     \b
     [bold]Examples[/bold]

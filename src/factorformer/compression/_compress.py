@@ -120,9 +120,10 @@ def _fit_in_order(
 
     def fit(name: str, target: Tensor, root: Tensor) -> Tensor:
         matrix, spec = entries[name].matrix, entries[name].spec
+        target = target.to(model.get_submodule(name).get_parameter("weight").dtype)
         if spec is None:
-            refitted[name] = target.to(matrix.floating)
-            return refitted[name]
+            refitted[name] = target
+            return target
         fitted[name], errors[name], dense = fit_target(matrix, target, root, spec, statistics[name])
         progress("fit", len(fitted), len(plan.factorized))
         return dense

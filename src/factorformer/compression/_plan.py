@@ -66,8 +66,8 @@ def plan(
         int8: store all matrices that `include` and `exclude` leave, factorized or dense, in int8 with a scale for each
             row, and count them so. Dense ones take a quarter of the bytes of float32: smaller ratios are exceeded.
         calibration: batches as for `compress`; with them the cheap fits minimize the error that the method minimizes,
-            and without them the plain error of the weights. With them allocation by loss measures how sensitive the
-            model is to each matrix, and what they do not reach stays dense.
+            and without them the plain error of the weights. With them allocation by loss is by the predicted
+            rise of the loss, and what they do not reach stays dense.
         progress: progress callback.
         keep_statistics: leave what calibration measured in the plan, for `compress`; a moment takes as much memory as
             a square matrix as wide as the layer's input or output.

@@ -67,7 +67,7 @@ def fit_target(
     """
     metric = dataclasses.replace(Metric.of(dataclasses.replace(statistics, inputs=None)), columns=root)
     try:
-        factors, error = fit(target.to(matrix.floating), spec, metric)
+        factors, error = fit(target, spec, metric)
     except FactorformerError as problem:
         raise type(problem)(f"layer '{matrix.name}': {problem}") from problem
     stored = int8.quantize(factors) if matrix.int8 else factors

@@ -314,15 +314,22 @@ class FisherRecorder(Recorder):
         )
 
 
+def _diagonal(statistics: LayerStatistics) -> Tensor:
+    """The importance of each row."""
+    if statistics.outputs is None:
+        assert statistics.rows is not None
+        return statistics.rows
+    return statistics.outputs.total.diagonal().double() / statistics.outputs.count
+
+
 def _together(first: LayerStatistics, second: LayerStatistics) -> LayerStatistics:
     """Of a weight that is used in two ways, a tied output head: the sum of two products, as a product of two sums."""
     rows = torch.zeros(())
     moment, total = torch.zeros(()), 0.0
     for part in (first, second):
         assert part.inputs is not None
-        assert part.rows is not None
         size = part.inputs.mean_square()
-        weights = part.rows * (part.tokens * size)
+        weights = _diagonal(part) * (part.tokens * size)
         rows = rows + weights
         mass = float(weights.sum())
         moment = moment + part.inputs.total * (mass / (part.inputs.count * size or 1))

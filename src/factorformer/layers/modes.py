@@ -45,11 +45,11 @@ def quiet() -> Iterator[None]:
 
 
 def fast_products(model: nn.Module) -> contextlib.AbstractContextManager[object]:
-    """Products of a model in bfloat16, summed in float32, where its processor has instructions for them."""
+    """Products of a float32 model in bfloat16, summed in float32, where its processor has instructions for them."""
     known = getattr(torch.cpu, "get_capabilities", dict)()
     able = bool(known.get("avx512_bf16") or known.get("amx_bf16"))
-    on_cpu = next(model.parameters()).device.type == "cpu"
-    return torch.autocast("cpu", torch.bfloat16, enabled=able and on_cpu)
+    kinds = {(parameter.device.type, parameter.dtype) for parameter in model.parameters()}
+    return torch.autocast("cpu", torch.bfloat16, enabled=able and kinds == {("cpu", torch.float32)})
 
 
 def exact_products(device: torch.device) -> contextlib.AbstractContextManager[object]:

@@ -1,1 +1,1 @@
-"""Measurements for plans by loss: error curves, sensitivities, times."""
+"""Measurements for plans by loss: error curves, times."""
