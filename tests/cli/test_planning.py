@@ -58,6 +58,18 @@ def test_labelled_tables_are_read_as_text(run: Any, trained: Path, tables: Path,
     assert content["bytes"]["ratio"] == pytest.approx(2, rel=0.01)
 
 
+def test_ranks_in_multiples(run: Any, base: Path, tmp_path: Path) -> None:
+    file = tmp_path / "plan.json"
+    content_of(run("plan", base, "--ratio", 2, "--rank-multiple", 2, "--output", file, "--json"))
+    ranks = [entry.spec.units for entry in factorformer.Plan.load(file).factorized if entry.spec is not None]
+    assert ranks
+    assert all(rank % 2 == 0 for rank in ranks)
+    assert run("plan", base, "--rank-multiple", 0).exit_code == 2
+    assert (
+        "leave these options out" in run("compress", base, tmp_path / "s", "--plan", file, "--rank-multiple", 2).stderr
+    )
+
+
 def test_other_budgets(run: Any, base: Path, tables: Path, tmp_path: Path) -> None:
     options = ("--method", "auto", "--ratio", 2, "--budget", "flops", "--json")
     planned = content_of(run("plan", base, *options))

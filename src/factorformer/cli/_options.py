@@ -137,6 +137,14 @@ Exclude = Annotated[
     ),
 ]
 
+RankMultiple = Annotated[
+    int | None,
+    weights_option(
+        "--rank-multiple",
+        min=1,
+        help="Ranks of low-rank matrices are multiples of this; 8 or 16 suit processors best. By default 1.",
+    ),
+]
 Share = Annotated[
     ShareChoice | None,
     weights_option(

@@ -23,6 +23,7 @@ from factorformer.cli._options import (
     Method,
     Model,
     Overwrite,
+    RankMultiple,
     Ratio,
     Scope,
     Seed,
@@ -52,6 +53,7 @@ def plan(
     include: Include = None,
     exclude: Exclude = None,
     share: Share = None,
+    rank_multiple: RankMultiple = None,
     calibration: CalibrationFile = None,
     calibration_rows: CalibrationRows = 512,
     text: TextColumns = None,
@@ -106,7 +108,7 @@ def plan(
         note_unused("without --calibration", "text", "words", "max_length", "calibration_rows", "seed")
     unit = "bytes" if budget is None else budget.value
     chosen = recipes.default_method(calibrated=calibration is not None) if method is None else method
-    compression.check_options(chosen, ratio, None if share is None else share.value, unit)
+    compression.check_options(chosen, ratio, None if share is None else share.value, unit, rank_multiple or 1)
     started = time.perf_counter()
     path = find(model)
     config = read_config(path)
@@ -134,6 +136,7 @@ def plan(
             include,
             exclude,
             share=None if share is None else share.value,
+            rank_multiple=rank_multiple or 1,
             budget=unit,
             int8=int8,
             calibration=data,

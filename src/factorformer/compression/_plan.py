@@ -39,6 +39,7 @@ def plan(
     share: Share | None = None,
     budget: Unit = "bytes",
     int8: bool = False,
+    rank_multiple: int = 1,
     calibration: Calibration | None = None,
     progress: Progress = silent,
     keep_statistics: bool = False,
@@ -65,6 +66,7 @@ def plan(
             take on this machine, measured now. Others than bytes are for methods that allocate by loss.
         int8: store all matrices that `include` and `exclude` leave, factorized or dense, in int8 with a scale for each
             row, and count them so. Dense ones take a quarter of the bytes of float32: smaller ratios are exceeded.
+        rank_multiple: ranks of low-rank matrices are multiples of this: 8 or 16 suit processors best.
         calibration: batches as for `compress`; with them the cheap fits minimize the error that the method minimizes,
             and without them the plain error of the weights. With them allocation by loss is by the predicted
             rise of the loss, and what they do not reach stays dense.
@@ -86,7 +88,7 @@ def plan(
     """
     name = method or recipes.default_method(calibrated=calibration is not None)
     ratio = (DEFAULT_RATIO_INT8 if int8 else DEFAULT_RATIO) if ratio is None else ratio
-    check_options(name, ratio, share, budget)
+    check_options(name, ratio, share, budget, rank_multiple)
     recipe = recipes.get(name)
     scope = scope or recipe.scope
     data = None if calibration is None else list(as_batches(model, calibration))
@@ -96,10 +98,13 @@ def plan(
         unreached = calibrate.unreached(model, able, data, fisher=recipe.metric == "fisher_rows")
         matrices = [dataclasses.replace(m, dense=unreached.get(m.name, m.dense)) for m in matrices]
     _check_any(matrices, include is not None)
-    allocate, candidates = planning.ALLOCATIONS[recipe.allocation], planning.candidates_of(recipe.structure)
+    allocate, candidates = (
+        planning.ALLOCATIONS[recipe.allocation],
+        planning.candidates_of(recipe.structure, rank_multiple),
+    )
     if allocate is None:
         draft = Plan(method, scope, ratio, (), rest, budget)
-        made = plan_by_loss(model, recipe.structures, recipe.metric, draft, matrices, data, progress)
+        made = plan_by_loss(model, recipe.structures, recipe.metric, draft, matrices, data, progress, rank_multiple)
         return made if keep_statistics else dataclasses.replace(made, statistics={})
     groups = planning.find_groups(matrices, share)
     stacks = planning.stacked(matrices, groups)
@@ -130,16 +135,18 @@ def _check_any(matrices: Sequence[Matrix], included: bool) -> None:
     )
 
 
-def check_options(method: str, ratio: float | None, share: Share | None, budget: Unit) -> None:
+def check_options(method: str, ratio: float | None, share: Share | None, budget: Unit, rank_multiple: int = 1) -> None:
     """Refuse what `plan` refuses of any model, before there is one.
 
     Raises:
         MethodError: an unknown method or budget, a budget that the method does not count, or a method whose matrices
             have nothing to share.
-        BudgetError: a ratio that no model can meet.
+        BudgetError: a ratio that no model can meet, or a multiple of ranks below 1.
     """
     _check_share(share, method, recipes.get(method).structure)
     _check_budget(budget, method)
+    if not isinstance(rank_multiple, int) or rank_multiple < 1:
+        raise BudgetError(f"ranks can be multiples of a whole number from 1 on; got {rank_multiple}")
     if ratio is not None and not 1 <= ratio < math.inf:
         raise BudgetError(f"ratio must be at least 1 (original bytes / compressed bytes), and finite; got {ratio}")
 

@@ -33,9 +33,14 @@ Sizes = Callable[[Matrix], Iterable[Structure]]
 """The specs that a matrix can have, in order of growing bytes, all below those of the dense matrix."""
 
 
-def candidates_of(structure: type[Structure]) -> Sizes:
-    """The sizes that a structure proposes where nothing is known of a matrix but its shape."""
-    return lambda matrix: structure.candidates(matrix.shape, matrix.values)
+def candidates_of(structure: type[Structure], multiple: int = 1) -> Sizes:
+    """The sizes that a structure proposes where nothing is known of a matrix but its shape.
+
+    Args:
+        structure: what matrices become.
+        multiple: of ranks, where a rank is a side of a dense product.
+    """
+    return lambda matrix: (s for s in structure.candidates(matrix.shape, matrix.values) if s.is_multiple(multiple))
 
 
 def uniform(matrices: Sequence[Matrix], sizes: Sizes, ratio: float, rest: Cost) -> tuple[Entry, ...]:

@@ -178,6 +178,10 @@ class Structure(ABC):
     def initialize(self, factors: Factors, std: float) -> None:
         """Fill the factors in place so that the entries of `W` have mean 0 and standard deviation `std`."""
 
+    def is_multiple(self, multiple: int) -> bool:
+        """Whether its rank is a multiple of a number, where it has one that is a side of dense products."""
+        return True
+
     @classmethod
     @abstractmethod
     def candidates(cls, shape: Shape, dtype: torch.dtype) -> Iterator[Structure]:

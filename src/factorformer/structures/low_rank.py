@@ -76,6 +76,14 @@ class LowRank(Structure):
     def units(self) -> int:
         return self.rank
 
+    def is_multiple(self, multiple: int) -> bool:
+        """Both products have the rank as a side.
+
+        >>> LowRank(24).is_multiple(8), LowRank(20).is_multiple(8)
+        (True, False)
+        """
+        return self.rank % multiple == 0
+
     def with_units(self, units: int) -> LowRank:
         return LowRank(units)
 

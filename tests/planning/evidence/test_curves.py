@@ -9,12 +9,13 @@ import torch
 from tests.tiny import MODELS, text
 
 from factorformer.errors import ModelError
+from factorformer.fitting import Metric
 from factorformer.fitting.linalg import truncation_errors
 from factorformer.fitting.matrices import fit_matrix
 from factorformer.fitting.statistics import collect
 from factorformer.layers.surgery import find_matrices
 from factorformer.planning.evidence.curves import measure_curves
-from factorformer.structures import DenseSparse, KroneckerSum, LowRank
+from factorformer.structures import Dense, DenseSparse, KroneckerSum, LowRank, int8
 
 EVERY = (LowRank, KroneckerSum, DenseSparse)
 
@@ -128,3 +129,27 @@ def test_a_weight_that_is_not_finite_is_named() -> None:
     model.get_submodule(name).weight.data[0, 0] = float("inf")
     with pytest.raises(ModelError, match=f"'{name}'.*NaN"):
         measure_curves(model, find_matrices(model, include=["*.dense"])[0], [LowRank], {}, 2)
+
+
+def test_int8_adds_its_rounding() -> None:
+    model = MODELS["bert"].build()
+    matrices = [m for m in find_matrices(model, int8=True)[0] if m.dense is None]
+    statistics = collect(model, [m.name for m in matrices], [text(16, 20)], both_sides=True)
+    curves = measure_curves(model, matrices, EVERY, statistics, 6)
+    for matrix in matrices[::3]:
+        curve, metric = curves[matrix.name], Metric.of(statistics[matrix.name])
+        weight = model.get_submodule(matrix.name).weight.detach()
+        for kind in ("low_rank", "dense"):
+            spec = Dense() if kind == "dense" else curve.sizes[kind][-1]
+            factors, error = fit_matrix(model, matrix.name, spec, statistics)
+            stored = spec.to_dense(matrix.shape, int8.quantize(factors))
+            rounded = metric.relative_error(weight, stored) ** 2
+            assert curve.squared_error(spec) == pytest.approx(rounded, rel=0.5)
+            assert kind == "dense" or rounded > error**2
+
+
+def test_a_matrix_in_floats_has_no_rounding() -> None:
+    model = MODELS["bert"].build()
+    matrices = [m for m in find_matrices(model)[0] if m.dense is None][:1]
+    (curve,) = measure_curves(model, matrices, [LowRank], {}, 2).values()
+    assert curve.rounding == {}

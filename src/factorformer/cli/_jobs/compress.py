@@ -107,6 +107,7 @@ def _plan(
                 job.include,
                 job.exclude,
                 share=job.share,
+                rank_multiple=job.rank_multiple or 1,
                 budget=job.budget or "bytes",
                 int8=job.int8,
                 calibration=calibration,

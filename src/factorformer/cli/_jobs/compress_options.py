@@ -27,6 +27,7 @@ class CompressJob:
     include: list[str] | None
     exclude: list[str] | None
     share: Share | None
+    rank_multiple: int | None
     plan: Plan | None
     columns: Columns
     regression: bool
@@ -91,7 +92,7 @@ def check(job: CompressJob) -> CompressJob:
 
 
 def _check_method(job: CompressJob) -> None:
-    options = (job.method, job.ratio, job.budget, job.scope, job.include, job.exclude, job.share)
+    options = (job.method, job.ratio, job.budget, job.scope, job.include, job.exclude, job.share, job.rank_multiple)
     if job.plan is not None and (job.int8 or any(option is not None for option in options)):
         raise MethodError(
             "--plan holds method, budget, scope, patterns, sharing and int8 already: leave these options out"
@@ -101,7 +102,7 @@ def _check_method(job: CompressJob) -> None:
             f"method '{job.chosen}' trains a new model from scratch, not the weights of one: use `factorformer train`, "
             "or method 'kronecker' to fit these"
         )
-    compression.check_options(job.chosen, job.ratio, job.share, job.budget or "bytes")
+    compression.check_options(job.chosen, job.ratio, job.share, job.budget or "bytes", job.rank_multiple or 1)
 
 
 def _check_data(job: CompressJob) -> None:

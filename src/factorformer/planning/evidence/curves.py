@@ -18,7 +18,7 @@ from factorformer.fitting.moments import LayerStatistics
 from factorformer.layers.dense import dense_weight
 from factorformer.layers.matrix import Matrix
 from factorformer.planning import Entry, choose_families
-from factorformer.structures import Structure
+from factorformer.structures import Dense, Structure, int8
 
 ROUNDS = 8
 """Rounds of the fits that errors are read from; the squared errors of full fits are a little smaller."""
@@ -33,6 +33,9 @@ twelfth."""
 
 SMALL = 2**18
 """Entries up to which three matrices of a kind are fitted, the first, the middle and the last; of larger ones one."""
+
+ROUNDING = 1e-4
+"""Squared relative error that int8 adds, where weights are not there to tell."""
 
 LEAST = 1e-12
 """Squared errors below this count as this, so that they have a logarithm."""
@@ -53,6 +56,7 @@ class Curve:
         exact: by structure, where a closed form is the optimum, the same of 0, 1, ... units.
         relative: by structure, `(part of the dense bytes, factor)`, largest part first.
         sizes: the specs to choose among, by structure, in growing bytes.
+        rounding: by structure, what storing factors in int8 adds, of those matrices that are to be in int8.
     """
 
     matrix: Matrix
@@ -61,6 +65,7 @@ class Curve:
     exact: Mapping[str, torch.Tensor]
     relative: Mapping[str, tuple[tuple[float, float], ...]]
     sizes: Mapping[str, tuple[Structure, ...]]
+    rounding: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
     @property
     def specs(self) -> Iterator[Structure]:
@@ -73,14 +78,17 @@ class Curve:
         return self.energy * self.squared_error(spec)
 
     def squared_error(self, spec: Structure | None) -> float:
-        """Under a spec; 0 for dense."""
+        """Under a spec; 0 for dense in floats."""
         if spec is None:
             return 0.0
+        added = self.rounding.get(spec.kind, 0.0)
+        if isinstance(spec, Dense):
+            return added
         if spec.kind in self.exact:
             errors = self.exact[spec.kind]
-            return float(errors[min(spec.units, len(errors) - 1)])
+            return float(errors[min(spec.units, len(errors) - 1)]) + added
         part = _part(self.matrix, spec)
-        return min(self.of_low_rank(part) * math.exp(_relative(self.relative[spec.kind], part)), 1.0)
+        return min(self.of_low_rank(part) * math.exp(_relative(self.relative[spec.kind], part)), 1.0) + added
 
     def of_low_rank(self, part: float) -> float:
         """The squared error of low rank of a part of the dense bytes, a fraction of a rank included."""
@@ -144,8 +152,11 @@ def measure_curves(
     curves: dict[str, Curve] = {}
     for members in alike.values():
         relative, sizes = _of_kind(model, members, structures, bare, ratio, error)
+        rounding = _rounding(model, bare[members[len(members) // 2].name], sizes, statistics, ratio)
         for matrix in members:
-            curves[matrix.name] = dataclasses.replace(bare[matrix.name], relative=relative, sizes=sizes)
+            curves[matrix.name] = dataclasses.replace(
+                bare[matrix.name], relative=relative, sizes=sizes, rounding=rounding
+            )
     return {matrix.name: curves[matrix.name] for matrix in matrices}
 
 
@@ -174,6 +185,31 @@ def _of_kind(
         relative[kind] = measured or structure.relative_errors
         sizes[kind] = _ladder(first, candidates, [spec for spec, _ in anchors])
     return relative, sizes
+
+
+def _rounding(
+    model: nn.Module,
+    bare: Curve,
+    sizes: Mapping[str, Sequence[Structure]],
+    statistics: Mapping[str, LayerStatistics],
+    ratio: float,
+) -> dict[str, float]:
+    """What int8 adds to the squared error of each structure, near the common size, and to the dense matrix."""
+    matrix = bare.matrix
+    if not matrix.int8:
+        return {}
+    weight = dense_weight(model.get_submodule(matrix.name))
+    if weight.is_meta:
+        return dict.fromkeys([*sizes, Dense.kind], ROUNDING)
+    metric = Metric.of(statistics.get(matrix.name))
+    found = {Dense.kind: fit_matrix(model, matrix.name, Dense(), statistics)[1] ** 2}
+    for kind, specs in sizes.items():
+        if specs:
+            spec = min(specs, key=lambda spec: abs(_part(matrix, spec) - 1 / ratio))
+            factors, error = fit_matrix(model, matrix.name, spec, statistics, None if kind in bare.exact else QUICK)
+            rounded = metric.relative_error(weight, spec.to_dense(matrix.shape, int8.quantize(factors)))
+            found[kind] = max(rounded**2 - error**2, 0.0)
+    return found
 
 
 def _bare_curve(

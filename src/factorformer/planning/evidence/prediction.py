@@ -11,9 +11,8 @@ from torch import nn
 
 from factorformer.fitting import MetricName
 from factorformer.fitting.batches import Batch
-from factorformer.fitting.matrices import fit_matrix, measure
+from factorformer.fitting.matrices import measure
 from factorformer.fitting.moments import LayerStatistics
-from factorformer.layers.dense import dense_weight
 from factorformer.layers.matrix import Matrix
 from factorformer.planning import Entry, Option, Plan, Unit
 from factorformer.planning.evidence.curves import Curve, measure_curves
@@ -21,9 +20,6 @@ from factorformer.planning.evidence.times import Timer, measure_times
 from factorformer.planning.knapsack import by_loss
 from factorformer.progress import Progress, silent
 from factorformer.structures import Dense, Structure
-
-ROUNDING = 1e-4
-"""Squared relative error of a dense matrix in int8, where its weights are not there to tell."""
 
 WEIGHTS = "error of the weights"
 """What is predicted where nothing is known of the loss."""
@@ -35,12 +31,10 @@ class Prediction:
 
     Args:
         curves: what each matrix adds to the loss by what it becomes; of those alone of which it is known.
-        rounding: squared relative error of those matrices dense in int8 that are to be in int8.
         objective: in what the loss is.
     """
 
     curves: Mapping[str, Curve]
-    rounding: Mapping[str, float] = dataclasses.field(default_factory=dict)
     objective: str = WEIGHTS
 
     @classmethod
@@ -77,23 +71,22 @@ class Prediction:
             curves = {name: dataclasses.replace(curve, energy=used[name] / total) for name, curve in curves.items()}
         # What the loss does not depend on has nothing to weigh.
         curves = {name: curve for name, curve in curves.items() if 0 < curve.energy < math.inf}
-        rounding = {m.name: _rounding(model, m, measured) for m in able if m.int8}
         objectives = sorted({known.objective for known in measured.values() if known.objective})
-        return cls(curves, rounding, objectives[0] if objectives else WEIGHTS)
+        return cls(curves, objectives[0] if objectives else WEIGHTS)
 
     def loss(self, name: str, spec: Structure | None) -> float:
         """What a matrix adds to the loss under a spec; 0 where it is not known."""
-        if spec is None or name not in self.curves:
-            return 0.0
-        curve = self.curves[name]
-        return curve.energy * self.rounding[name] if isinstance(spec, Dense) else curve.loss(spec)
+        return self.curves[name].loss(spec) if name in self.curves else 0.0
 
-    def options(self, matrix: Matrix, cost: Callable[[Matrix, Structure | None], float]) -> list[Option]:
-        """Everything that a matrix can become, with its loss, and its cost in any unit."""
+    def options(
+        self, matrix: Matrix, cost: Callable[[Matrix, Structure | None], float], multiple: int = 1
+    ) -> list[Option]:
+        """Everything that a matrix can become, with its loss, and its cost in any unit; ranks in multiples."""
         specs: list[Structure | None] = [None]
         if matrix.dense is None:
             specs += [Dense()] if matrix.int8 else []
-            specs += self.curves[matrix.name].specs if matrix.name in self.curves else []
+            if matrix.name in self.curves:
+                specs += [spec for spec in self.curves[matrix.name].specs if spec.is_multiple(multiple)]
         return [Option(spec, cost(matrix, spec), self.loss(matrix.name, spec)) for spec in specs]
 
     def rise(self, entries: Iterable[Entry]) -> float:
@@ -108,12 +101,6 @@ class Prediction:
         return dataclasses.replace(entry, reason=f"adds {added:.2g} to the {self.objective}; {entry.reason}")
 
 
-def _rounding(model: nn.Module, matrix: Matrix, statistics: Mapping[str, LayerStatistics]) -> float:
-    if dense_weight(model.get_submodule(matrix.name)).is_meta:
-        return ROUNDING
-    return fit_matrix(model, matrix.name, Dense(), statistics)[1] ** 2
-
-
 def plan_by_loss(
     model: nn.Module,
     structures: Sequence[type[Structure]],
@@ -122,6 +109,7 @@ def plan_by_loss(
     matrices: Sequence[Matrix],
     calibration: Sequence[Batch] | None,
     progress: Progress = silent,
+    multiple: int = 1,
 ) -> Plan:
     """The draft with entries for all matrices, so that the predicted rise of the loss is smallest within its budget.
 
@@ -133,6 +121,7 @@ def plan_by_loss(
         matrices: all in scope.
         calibration: batches as for `compress`; None if there are none.
         progress: progress callback.
+        multiple: of ranks.
 
     Raises:
         BudgetError: the ratio cannot be met within 1 %; the message names the nearest that can.
@@ -145,7 +134,7 @@ def plan_by_loss(
     unmeasured = [name for name in names if name not in prediction.curves]
     cost, timer = _prices(model, draft.budget, prediction, matrices, progress)
     rest = {"bytes": draft.rest.bytes, "flops": draft.rest.flops, "milliseconds": 0.0}[draft.budget]
-    options = {matrix.name: prediction.options(matrix, cost) for matrix in matrices}
+    options = {matrix.name: prediction.options(matrix, cost, multiple) for matrix in matrices}
     entries = by_loss(matrices, options, draft.target, rest, draft.budget, unmeasured)
     times = None
     if timer is not None:
