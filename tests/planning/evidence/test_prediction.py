@@ -326,15 +326,15 @@ def test_models_without_weights_are_planned_by_usual_curves() -> None:
 @pytest.mark.usefixtures("no_shape_checks")
 def test_a_plan_by_loss_keeps_more_of_minilm_than_a_uniform_one(minilm: Path, data: Path) -> None:
     tokenizer = tf.AutoTokenizer.from_pretrained(minilm)
-    rows = encode(tokenizer, sample(read(data / "banking77" / "train.tsv"), 96), Columns(("text",)), max_length=32)
+    rows = encode(tokenizer, sample(read(data / "banking77" / "train.tsv"), 48), Columns(("text",)), max_length=32)
     calibration = list(batches(tokenizer, rows))
     kept = {}
     for method in ("whitened", "fisher"):
         model = tf.AutoModel.from_pretrained(minilm).eval()
         with torch.inference_mode():
             before = [model(**batch).last_hidden_state for batch in calibration]
-        plan = factorformer.plan(model, method, 1.4, include="encoder.layer.[0-2].*", calibration=calibration)
-        assert plan.ratio == pytest.approx(1.4, rel=0.01)
+        plan = factorformer.plan(model, method, 1.25, include="encoder.layer.[01].*", calibration=calibration)
+        assert plan.ratio == pytest.approx(1.25, rel=0.01)
         factorformer.compress(model, plan, calibration)
         with torch.inference_mode():
             after = [model(**batch).last_hidden_state for batch in calibration]
