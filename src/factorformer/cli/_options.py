@@ -142,7 +142,7 @@ RankMultiple = Annotated[
     weights_option(
         "--rank-multiple",
         min=1,
-        help="Ranks of low-rank matrices are multiples of this; 8 or 16 suit processors best. By default 1.",
+        help="Ranks of low-rank matrices are multiples of this, by default 1.",
     ),
 ]
 Share = Annotated[

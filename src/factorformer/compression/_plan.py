@@ -66,7 +66,7 @@ def plan(
             take on this machine, measured now. Others than bytes are for methods that allocate by loss.
         int8: store all matrices that `include` and `exclude` leave, factorized or dense, in int8 with a scale for each
             row, and count them so. Dense ones take a quarter of the bytes of float32: smaller ratios are exceeded.
-        rank_multiple: ranks of low-rank matrices are multiples of this: 8 or 16 suit processors best.
+        rank_multiple: ranks of low-rank matrices are multiples of this.
         calibration: batches as for `compress`; with them the cheap fits minimize the error that the method minimizes,
             and without them the plain error of the weights. With them allocation by loss is by the predicted
             rise of the loss, and what they do not reach stays dense.
@@ -98,10 +98,8 @@ def plan(
         unreached = calibrate.unreached(model, able, data, fisher=recipe.metric == "fisher_rows")
         matrices = [dataclasses.replace(m, dense=unreached.get(m.name, m.dense)) for m in matrices]
     _check_any(matrices, include is not None)
-    allocate, candidates = (
-        planning.ALLOCATIONS[recipe.allocation],
-        planning.candidates_of(recipe.structure, rank_multiple),
-    )
+    allocate = planning.ALLOCATIONS[recipe.allocation]
+    candidates = planning.candidates_of(recipe.structure, rank_multiple)
     if allocate is None:
         draft = Plan(method, scope, ratio, (), rest, budget)
         made = plan_by_loss(model, recipe.structures, recipe.metric, draft, matrices, data, progress, rank_multiple)

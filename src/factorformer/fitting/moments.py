@@ -48,6 +48,11 @@ class SecondMoment:
                 self.total[first:, first : first + BLOCK].addmm_(vectors[:, first:].T, block)
         self.count += len(vectors)
 
+    def symmetric(self) -> Float[Tensor, "width width"]:
+        """`X^T X` in float64, both triangles."""
+        lower = self.total.double().tril()
+        return lower + lower.tril(-1).T
+
     def mean_square(self) -> float:
         """Mean of the diagonal of `C`: the mean square of an entry of the vectors."""
         return float(self.total.diagonal().double().mean()) / max(self.count, 1)
@@ -61,8 +66,7 @@ class SecondMoment:
         """
         width = len(self.total)
         weight = SHRINKAGE * width / (width + self.count)
-        lower = self.total.double().tril()
-        moment = (lower + lower.tril(-1).T) * ((1 - weight) / max(self.count, 1))
+        moment = self.symmetric() * ((1 - weight) / max(self.count, 1))
         scale = self.mean_square()
         # Vectors of zeros only make no direction matter more than another.
         moment.diagonal().add_(weight * scale if scale > 0 else 1)

@@ -2,7 +2,7 @@
 
 A curvature of the loss needs no labels where the model predicts a distribution: with labels drawn from that
 distribution, the second moment of gradients is the Fisher information, the curvature of the divergence between the
-predictions of the changed model and its own (Amari, 1998; Martens, 2020, section 5). Where a model gives a vector
+predictions of the changed model and its own (Amari, 1998; Martens, 2020). Where a model gives a vector
 instead, the gradient of its product with a random vector of mean zero and unit covariance has the second moment
 `J^T J` of the Gauss-Newton matrix, and half of that is the curvature of `1 - cosine` for vectors of norm 1.
 """

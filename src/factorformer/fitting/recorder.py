@@ -16,7 +16,7 @@ from factorformer.fitting.batches import Batch, real_tokens
 from factorformer.fitting.fisher import fisher_rows
 from factorformer.fitting.moments import LayerStatistics, SecondMoment
 from factorformer.fitting.objective import objective
-from factorformer.layers.modes import evaluating, fast_products
+from factorformer.layers.modes import evaluating, fast_products, requiring_gradients
 
 UNSEEN = 0.1
 """Look-ups granted to every row of an embedding, relative to the mean of those counted.
@@ -70,10 +70,9 @@ class Recorder:
         """In which precision the model runs: its own."""
         return contextlib.nullcontext()
 
-    @contextlib.contextmanager
-    def _differentiable(self) -> Iterator[None]:
+    def _differentiable(self) -> contextlib.AbstractContextManager[None]:
         """Parameters as backward passes need them."""
-        yield
+        return contextlib.nullcontext()
 
     def check(self, batches: int) -> None:
         """Raise `DataError` if there were no batches, or none that reached a layer."""
@@ -177,17 +176,9 @@ class FisherRowsRecorder(Recorder):
         self.examples = 0
         self._calls: dict[str, list[tuple[Tensor, Tensor]]] = {}
 
-    @contextlib.contextmanager
-    def _differentiable(self) -> Iterator[None]:
+    def _differentiable(self) -> contextlib.AbstractContextManager[None]:
         # Gradients with respect to outputs exist only downstream of something that requires them.
-        frozen = [p for layer in self.layers.values() for p in layer.parameters() if not p.requires_grad]
-        try:
-            for parameter in frozen:
-                parameter.requires_grad_(True)
-            yield
-        finally:
-            for parameter in frozen:
-                parameter.requires_grad_(False)
+        return requiring_gradients([p for layer in self.layers.values() for p in layer.parameters()], True)
 
     def _run(self, batch: Batch) -> None:
         size = next((len(v) for v in batch.values() if isinstance(v, Tensor) and v.dim()), 1)
@@ -250,16 +241,8 @@ class FisherRecorder(Recorder):
     def _products(self) -> contextlib.AbstractContextManager[object]:
         return fast_products(self.model)
 
-    @contextlib.contextmanager
-    def _differentiable(self) -> Iterator[None]:
-        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        try:
-            for parameter in trained:
-                parameter.requires_grad_(False)
-            yield
-        finally:
-            for parameter in trained:
-                parameter.requires_grad_(True)
+    def _differentiable(self) -> contextlib.AbstractContextManager[None]:
+        return requiring_gradients(self.model.parameters(), False)
 
     def _see(self, name: str, path: str, module: nn.Module, x: Tensor, output: Tensor) -> Tensor:
         self._add_inputs(name, path, module, x)

@@ -291,8 +291,7 @@ class _Moments:
     @functools.cached_property
     def root(self) -> Tensor:
         """A lower-triangular root of `C' = E[x' x'^T]`, shrunk."""
-        lower = self.inner.total.double().tril()
-        moment = (lower + lower.tril(-1).T) * self.share
+        moment = self.inner.symmetric() * self.share
         moment.diagonal().add_(self.least)
         return square_root(moment)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import nn
@@ -42,6 +42,19 @@ def quiet() -> Iterator[None]:
             yield
         finally:
             logging.disable(silenced)
+
+
+@contextlib.contextmanager
+def requiring_gradients(parameters: Iterable[nn.Parameter], required: bool) -> Iterator[None]:
+    """Parameters with gradients, or without, for a while; those that are so already are left alone."""
+    changed = [parameter for parameter in parameters if parameter.requires_grad is not required]
+    try:
+        for parameter in changed:
+            parameter.requires_grad_(required)
+        yield
+    finally:
+        for parameter in changed:
+            parameter.requires_grad_(not required)
 
 
 def fast_products(model: nn.Module) -> contextlib.AbstractContextManager[object]:

@@ -22,6 +22,7 @@ from transformers import (
 
 from factorformer.errors import DataError, ModelError
 from factorformer.hf.callbacks import DynamicRankCallback, StraightThroughCallback
+from factorformer.layers.modes import requiring_gradients
 from factorformer.layers.nn import FactorizedMatrix
 from factorformer.progress import Progress, silent
 from factorformer.tasks.data import IGNORED, collator
@@ -198,11 +199,5 @@ def _frozen_embeddings(model: PreTrainedModel, frozen: bool) -> Iterator[None]:
     """
     embeddings = model.get_input_embeddings()
     frozen = frozen and not isinstance(embeddings, FactorizedMatrix)
-    parameters = [p for p in embeddings.parameters() if p.requires_grad] if frozen else []
-    try:
-        for parameter in parameters:
-            parameter.requires_grad_(False)
+    with requiring_gradients(embeddings.parameters() if frozen else (), False):
         yield
-    finally:
-        for parameter in parameters:
-            parameter.requires_grad_(True)
