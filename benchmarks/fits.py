@@ -1,0 +1,287 @@
+"""Fits and plans in units of the loss, nothing trained: what is lost, what was predicted, and how long it took.
+
+    python benchmarks/fits.py minilm --methods fisher auto --ratios 2 2.8 4
+    python benchmarks/fits.py MPNET --methods fisher auto --ratios 2.8 5
+    python benchmarks/fits.py SMOLLM2 --methods fisher --ratios 1.25 1.67
+    python benchmarks/fits.py minilm --plans
+
+A model is a directory, or `minilm` for the embedded one. Sentence encoders are calibrated on training questions of
+banking77 and judged by the mean cosine between embeddings of test questions before and after; language models on
+windows of 512 tokens of WikiText-2, and judged by the loss on windows of its test text.
+
+`--plans` carries out some twenty plans of three structures, uniform and by loss, and compares the rises of the loss
+that were predicted with those that are measured. `--cost` times the calibration pass against a forward and backward
+pass over the same text.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import math
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from common import append_line, default_data, machine, options, start
+from scipy.stats import spearmanr
+from torch import Tensor
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.utils import logging
+
+import factorformer
+from factorformer import planning
+from factorformer.fitting import statistics as calibration
+from factorformer.hf import minilm
+from factorformer.layers.matrix import Matrix
+from factorformer.layers.modes import fast_products
+from factorformer.layers.surgery import find_matrices
+from factorformer.planning import Plan
+from factorformer.planning.allocate import uniform
+from factorformer.planning.evidence.prediction import Prediction
+from factorformer.structures import STRUCTURES, Structure
+
+WINDOW = 512
+"""Tokens that a language model is given."""
+
+LARGEST = 0.3
+"""Rises of the loss up to which predictions should be right."""
+
+Batch = dict[str, Tensor]
+
+
+class Encoder:
+    """A sentence encoder, and the mean cosine to the embeddings of its dense self."""
+
+    unit = "mean cosine"
+
+    def __init__(self, path: str, data: Path, texts: int, judged: int) -> None:
+        self.model = AutoModel.from_pretrained(path).eval()
+        self.tokenizer = AutoTokenizer.from_pretrained(path)
+        self.calibration = self._batches(data / "banking77" / "train.tsv", texts)
+        self.judged = self._batches(data / "banking77" / "test.tsv", judged)
+        self.dense = [self._embeddings(self.model, batch) for batch in self.judged]
+
+    def _batches(self, file: Path, count: int) -> list[Batch]:
+        """Texts drawn at random, in batches of similar length."""
+        texts = [line.split("\t")[0] for line in file.read_text().splitlines()][1:]
+        order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(0))[:count]
+        drawn = sorted((texts[i] for i in order), key=len)
+        return [
+            dict(self.tokenizer(drawn[i : i + 32], padding=True, truncation=True, max_length=128, return_tensors="pt"))
+            for i in range(0, len(drawn), 32)
+        ]
+
+    @torch.no_grad()
+    def _embeddings(self, model: PreTrainedModel, batch: Batch) -> Tensor:
+        mask = batch["attention_mask"].unsqueeze(-1)
+        return F.normalize((model(**batch).last_hidden_state * mask).sum(1) / mask.sum(1))
+
+    def rise(self, model: PreTrainedModel) -> float:
+        """1 - mean cosine."""
+        pairs = zip(self.dense, (self._embeddings(model, batch) for batch in self.judged), strict=True)
+        return 1 - float(torch.cat([(before * after).sum(1) for before, after in pairs]).mean())
+
+    def value(self, rise: float) -> float:
+        return 1 - rise
+
+
+class Decoder:
+    """A language model, and its perplexity."""
+
+    unit = "perplexity"
+
+    def __init__(self, path: str, data: Path, texts: int, judged: int) -> None:
+        self.model = AutoModelForCausalLM.from_pretrained(path).eval()
+        self.tokenizer = AutoTokenizer.from_pretrained(path)
+        train, test = (self._windows(data / "wikitext2" / f"{name}.txt") for name in ("train", "test"))
+        order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))[:texts]
+        self.calibration = [{"input_ids": pair} for pair in train[order].split(2)]
+        self.judged = test[:judged].split(4)
+        self.dense = self._loss(self.model)
+
+    def _windows(self, file: Path) -> Tensor:
+        tokens = self.tokenizer(file.read_text()[:3_000_000])["input_ids"]
+        return torch.tensor(tokens[: len(tokens) // WINDOW * WINDOW]).view(-1, WINDOW)
+
+    @torch.no_grad()
+    def _loss(self, model: PreTrainedModel) -> float:
+        """Mean over tokens, in nats."""
+        losses = []
+        for batch in self.judged:
+            with fast_products(model):
+                logits = model(batch).logits[:, :-1]
+            losses.append(F.cross_entropy(logits.float().flatten(0, 1), batch[:, 1:].flatten(), reduction="none"))
+        return float(torch.cat(losses).mean())
+
+    def rise(self, model: PreTrainedModel) -> float:
+        """Of the loss, in nats for each token."""
+        return self._loss(model) - self.dense
+
+    def value(self, rise: float) -> float:
+        return math.exp(self.dense + rise)
+
+
+def subject(args: Any) -> Encoder | Decoder:
+    path = str(minilm.directory()) if args.model == "minilm" else args.model
+    causal = any("CausalLM" in name for name in AutoConfig.from_pretrained(path).architectures or ())
+    if causal:
+        return Decoder(path, args.data, args.texts or 64, args.judged or 40)
+    return Encoder(path, args.data, args.texts or 512, args.judged or 500)
+
+
+def kinds(plan: Plan) -> dict[str, int]:
+    return dict(Counter("dense" if entry.spec is None else entry.spec.kind for entry in plan.entries))
+
+
+def compressed(of: Encoder | Decoder, method: str, ratio: float, args: Any) -> dict[str, Any]:
+    """One method at one ratio, with all that a user waits for."""
+    model, started = copy.deepcopy(of.model), time.perf_counter()
+    plan = factorformer.plan(
+        model, method, ratio, scope=args.scope, calibration=of.calibration, int8=args.int8, keep_statistics=True
+    )
+    planned = time.perf_counter()
+    factorformer.compress(model, plan, of.calibration, statistics=plan.statistics or None)
+    done = time.perf_counter()
+    rise = of.rise(model)
+    return {
+        "method": method,
+        "ratio": ratio,
+        "int8": args.int8,
+        "measured_ratio": round(plan.ratio, 4),
+        of.unit: round(of.value(rise), 4),
+        "rise": round(rise, 4),
+        "predicted": None if plan.predicted is None else round(plan.predicted, 4),
+        "seconds": {"plan": round(planned - started, 1), "compress": round(done - planned, 1)},
+        "structures": kinds(plan),
+    }
+
+
+def plans(of: Encoder | Decoder, ratios: list[float]) -> list[tuple[str, str, Plan]]:
+    """Plans of each structure alone, uniform and by loss, with what predicts them; statistics are measured once."""
+    found, rest = find_matrices(of.model)
+    matrices = [matrix for matrix in found if matrix.dense is None]
+    names = [matrix.name for matrix in matrices]
+    statistics = calibration.collect(of.model, names, of.calibration, both_sides=True)
+    made: list[tuple[str, str, Plan]] = []
+    for ratio in ratios:
+        known = Prediction.of(of.model, matrices, list(STRUCTURES.values()), statistics, ratio)
+        for kind in STRUCTURES:
+
+            def sizes(matrix: Matrix, kind: str = kind, known: Prediction = known) -> tuple[Structure, ...]:
+                return known.curves[matrix.name].sizes[kind]
+
+            choices = {
+                m.name: [
+                    option
+                    for option in known.options(m, lambda matrix, spec: matrix.cost(spec).bytes)
+                    if option.spec is None or option.kind == kind
+                ]
+                for m in matrices
+            }
+            for allocation, entries in (
+                ("uniform", uniform(matrices, sizes, ratio, rest)),
+                ("by_loss", planning.by_loss(matrices, choices, ratio, rest.bytes)),
+            ):
+                plan = Plan("auto", "blocks", ratio, entries, rest, predicted=known.rise(entries))
+                made.append((kind, allocation, dataclasses.replace(plan, statistics=statistics)))
+    return made
+
+
+def cost(of: Encoder | Decoder, rounds: int = 5) -> dict[str, Any]:
+    """Seconds of the calibration pass, and of a forward and backward pass to the weights over the same text."""
+    found, _ = find_matrices(of.model)
+    names = [matrix.name for matrix in found if matrix.dense is None]
+    some = of.calibration[: 4 if isinstance(of, Decoder) else 16]
+
+    def calibrate() -> None:
+        calibration.collect(of.model, names, some, both_sides=True)
+
+    def step() -> None:
+        for batch in some:
+            with fast_products(of.model):
+                out = of.model(**batch)
+            scores = out.logits if isinstance(of, Decoder) else out.last_hidden_state
+            scores.float().square().mean().backward()
+            of.model.zero_grad()
+
+    seconds: dict[str, list[float]] = {"calibration": [], "forward and backward": []}
+    for _ in range(rounds):
+        for name, run in (("calibration", calibrate), ("forward and backward", step)):
+            began = time.perf_counter()
+            run()
+            seconds[name].append(time.perf_counter() - began)
+    ratios = sorted(a / b for a, b in zip(*seconds.values(), strict=True))
+    medians = {name: round(sorted(some)[rounds // 2], 2) for name, some in seconds.items()}
+    return {"seconds": medians, "ratio": round(ratios[rounds // 2], 2), "batches": len(some)}
+
+
+def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Rank correlation, and how far predictions are off where rises are small."""
+    small = [row for row in rows if row["rise"] <= LARGEST]
+    factors = sorted(row["predicted"] / row["rise"] for row in small)
+    correlation: Any = spearmanr([r["predicted"] for r in rows], [r["rise"] for r in rows])[0]
+    return {
+        "plans": len(rows),
+        "spearman": round(float(correlation), 4),
+        "predicted_over_measured": [round(f, 2) for f in (factors[0], factors[len(factors) // 2], factors[-1])],
+        "up_to": LARGEST,
+        "of_plans": len(small),
+    }
+
+
+def main() -> None:
+    parser = options(__doc__, "fits.jsonl")
+    parser.add_argument("model", help="a model directory, or minilm")
+    parser.add_argument("--data", type=Path, default=default_data(), help="folder with banking77 and wikitext2")
+    parser.add_argument("--methods", nargs="+", default=["fisher", "auto"])
+    parser.add_argument("--ratios", nargs="+", type=float, default=[2, 2.8, 4])
+    parser.add_argument("--scope", default="blocks", choices=["blocks", "all"])
+    parser.add_argument("--int8", action="store_true")
+    parser.add_argument("--texts", type=int, help="texts, or windows of tokens, for calibration")
+    parser.add_argument("--judged", type=int, help="texts, or windows of tokens, that the result is judged on")
+    parser.add_argument("--plans", action="store_true", help="compare predictions with measurements over many plans")
+    parser.add_argument("--cost", action="store_true", help="time the calibration pass")
+    args = start(parser)
+    logging.set_verbosity_error()
+    torch.manual_seed(0)
+    of = subject(args)
+    common = {"model": Path(args.model).name, "calibration": sum(len(b["input_ids"]) for b in of.calibration)}
+    print(json.dumps({"dense": of.value(0.0), "unit": of.unit}), flush=True)
+
+    def keep(row: dict[str, Any]) -> None:
+        print(json.dumps(row), flush=True)
+        append_line(args.output, {**common, "dense": round(of.value(0.0), 4), **row, "machine": machine()})
+
+    if args.cost:
+        keep({"cost": cost(of)})
+    elif args.plans:
+        rows: list[dict[str, Any]] = []
+        for kind, allocation, plan in plans(of, args.ratios):
+            model, began = copy.deepcopy(of.model), time.perf_counter()
+            factorformer.compress(model, plan, of.calibration, statistics=plan.statistics)
+            rise = of.rise(model)
+            rows.append(
+                {
+                    "structure": kind,
+                    "allocation": allocation,
+                    "ratio": plan.target,
+                    "rise": round(rise, 4),
+                    "predicted": round(plan.predicted or 0, 4),
+                    "seconds": round(time.perf_counter() - began, 1),
+                }
+            )
+            print(json.dumps(rows[-1]), flush=True)
+        keep({"plans": rows, "summary": summary(rows)})
+    else:
+        for ratio in args.ratios:
+            for method in args.methods:
+                keep(compressed(of, method, ratio, args))
+
+
+if __name__ == "__main__":
+    main()
