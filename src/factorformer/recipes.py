@@ -153,6 +153,14 @@ RECIPES: dict[str, Recipe] = {
         summary="Ranks move between matrices in one round of fine-tuning; components of the data-aware decomposition",
         paper="RankDyna: Hua et al., Findings of EMNLP 2023; the data-aware components: this project",
     ),
+    "rankdyna_fisher": Recipe(
+        structure=LowRank,
+        metric="fisher",
+        allocation="dynamic",
+        training="fine-tune",
+        summary="The same with the components of the decomposition in units of the loss, as in fisher",
+        paper="RankDyna: Hua et al., Findings of EMNLP 2023; the components: this project",
+    ),
     "rankdyna_plain": Recipe(
         structure=LowRank,
         metric="plain",

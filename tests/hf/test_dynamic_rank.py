@@ -24,7 +24,7 @@ from factorformer.tasks.finetuning import TrainingSettings, train
 from factorformer.training.dynamic_rank import DynamicRank, DynamicRankSettings
 from factorformer.training.rank_history import RankHistory
 
-METHODS = ["rankdyna", "dynamic_kronecker", "dynamic_dense_sparse"]
+METHODS = ["rankdyna", "rankdyna_fisher", "dynamic_kronecker", "dynamic_dense_sparse"]
 
 
 def assert_equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:

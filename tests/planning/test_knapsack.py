@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
+import random
 import re
 from collections.abc import Iterator
 
 import jaxtyping
+import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given, reject, settings
 from hypothesis import strategies as st
+from scipy.optimize import Bounds, LinearConstraint, milp
 
 from factorformer.errors import BudgetError
 from factorformer.layers.matrix import Matrix
-from factorformer.planning import Entry, Option
+from factorformer.planning import Entry, Option, Unit
 from factorformer.planning.allocate import TOLERANCE
-from factorformer.planning.knapsack import by_loss
-from factorformer.structures import KroneckerSum, LowRank
+from factorformer.planning.knapsack import GAP, by_loss
+from factorformer.structures import Dense, KroneckerSum, LowRank, Structure
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -38,10 +42,10 @@ def chosen(entries: tuple[Entry, ...], options: dict[str, list[Option]]) -> list
     return [next(o for o in options[e.matrix.name] if o.spec == e.spec) for e in entries]
 
 
-def brute_force(options: dict[str, list[Option]], budget: float) -> float:
-    """The smallest loss that any choice within the budget has."""
+def brute_force(options: dict[str, list[Option]], budget: float, least: float = 0) -> float:
+    """The smallest loss that any choice within the budget has, of those that cost something at least."""
     choices = itertools.product(*options.values())
-    return min(sum(o.loss for o in choice) for choice in choices if sum(o.cost for o in choice) <= budget + 1e-9)
+    return min(sum(o.loss for o in c) for c in choices if least <= sum(o.cost for o in c) <= budget + 1e-9)
 
 
 MODELS = st.lists(
@@ -67,9 +71,9 @@ def test_what_a_budget_buys_is_optimal_at_its_own_cost(
     found = chosen(entries, options)
     cost = sum(option.cost for option in found) + rest
     assert cost * ratio == pytest.approx(original, rel=TOLERANCE * 1.001)
-    # Options between the hull and the frontier fill what is left over; the loss is at most one hull step from the best.
-    best = brute_force(options, cost - rest)
-    assert best <= sum(option.loss for option in found) <= best + max(o.loss for os in options.values() for o in os)
+    budget = max(cost, original / ratio) - rest
+    best = brute_force(options, budget, min(cost - rest, (1 - TOLERANCE / 2) * budget))
+    assert best <= sum(option.loss for option in found) <= best * (1 + GAP)
 
 
 @settings(max_examples=200)
@@ -85,6 +89,63 @@ def test_budgets_met_exactly_along_the_hull_are_spent_optimally(model: list[list
     assert sum(option.cost for option in found) == cost
     assert sum(option.loss for option in found) == pytest.approx(sum(option.loss for option in priced))
     assert sum(option.loss for option in found) == pytest.approx(brute_force(options, cost))
+
+
+@settings(max_examples=25)
+@given(seed=st.integers(0, 10**6), unit=st.sampled_from(["bytes", "milliseconds"]))
+def test_plans_are_optimal_to_a_thousandth(seed: int, unit: Unit) -> None:
+    """Against the integer programme over all options, solved from its statement alone."""
+    draw = random.Random(seed)
+    options: dict[str, list[Option]] = {}
+    for i in range(12):
+        energy, base = math.exp(draw.gauss(0, 1.5)), draw.uniform(5, 40)
+        spec: list[tuple[Structure, float]] = [(LowRank(r), r / 48 * draw.uniform(0.9, 1.1)) for r in range(1, 40, 3)]
+        options[f"{i}"] = [
+            *(Option(s, 100 * part + draw.random(), energy * math.exp(-part * base / 8)) for s, part in spec),
+            Option(None, 100, 0.0),
+        ]
+    ratio = draw.uniform(1.3, 6)
+    try:
+        entries = by_loss([Matrix(name, (96, 96)) for name in options], options, ratio, 0, unit)
+    except BudgetError:
+        reject()  # of few and large steps, none may come near
+    found = chosen(entries, options)
+    budget = max(1200 / ratio, sum(option.cost for option in found))
+    every = [(row, option) for row, some in enumerate(options.values()) for option in some]
+    of_matrix = np.array([[float(row == at) for row, _ in every] for at in range(12)])
+    exact = milp(
+        [option.loss for _, option in every],
+        integrality=np.ones(len(every)),
+        bounds=Bounds(0, 1),
+        constraints=[
+            LinearConstraint(of_matrix, 1, 1),
+            LinearConstraint([option.cost for _, option in every], budget * (1 - TOLERANCE / 2), budget),
+        ],
+    )
+    assert sum(option.loss for option in found) <= exact.fun * (1 + GAP) + 1e-9
+
+
+def in_int8(rounding: dict[str, float]) -> dict[str, list[Option]]:
+    """Dense in floats, in int8 and of rank 1, of matrices that rounding harms more or less."""
+    return {
+        name: [Option(LowRank(1), 6, 1.0), Option(Dense(), 25, loss), Option(None, 100, 0.0)]
+        for name, loss in rounding.items()
+    }
+
+
+def test_what_int8_leaves_of_a_budget_keeps_floats_where_rounding_harms_most() -> None:
+    options = in_int8({"a": 0.01, "b": 0.03, "c": 0.02})
+    matrices = [Matrix(name, (16, 16), int8=True) for name in options]
+    specs = [entry.spec for entry in by_loss(matrices, options, 2, 0)]
+    assert specs == [Dense(), None, Dense()]
+    assert [entry.values for entry in by_loss(matrices, options, 2, 0)] == ["int8", "float32", "int8"]
+    assert [entry.spec for entry in by_loss(matrices, options, 1, 0)] == [None] * 3
+    for ratio in (4, 5.36):  # what is left is no reason for floats
+        assert None not in [entry.spec for entry in by_loss(matrices, options, ratio, 0)]
+    assert [entry.spec for entry in by_loss(matrices, options, 4, 0)] == [Dense()] * 3
+    # Products in int8 are as many: there is no budget that floats would spend.
+    same = {name: [dataclasses.replace(o, cost=min(o.cost * 4, 100)) for o in some] for name, some in options.items()}
+    assert [entry.spec for entry in by_loss(matrices, same, 1, 0, "flops")] == [Dense()] * 3
 
 
 def test_many_matrices_meet_their_budget_closely() -> None:

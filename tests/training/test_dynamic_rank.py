@@ -94,7 +94,7 @@ def test_every_model_meets_its_budget_and_loads_as_an_ordinary_one(name: str, tm
     assert any(isinstance(module, FactorizedMatrix) for module in loaded.modules())
 
 
-@pytest.mark.parametrize("method", ["rankdyna", "dynamic_kronecker", "dynamic_dense_sparse"])
+@pytest.mark.parametrize("method", ["rankdyna", "rankdyna_fisher", "dynamic_kronecker", "dynamic_dense_sparse"])
 def test_units_of_every_structure_compete(method: str) -> None:
     model, plan, ranks = started("bert", method)
     full = list(ranks.history.full)

@@ -41,10 +41,12 @@ def metric_of(shape: tuple[int, int], kind: str) -> Metric:
     torch.manual_seed(1)
     rows = torch.randn(60, shape[1]) * torch.linspace(0.2, 3, shape[1])
     moment = SecondMoment((rows.T @ rows).double(), len(rows))
+    slopes = torch.randn(90, shape[0]) * torch.linspace(2, 0.1, shape[0])
     return {
         "plain": Metric(),
         "moment": Metric.of(LayerStatistics(moment)),
         "rows": Metric.of(LayerStatistics(rows=torch.rand(shape[0]) + 0.1)),
+        "both": Metric.of(LayerStatistics(moment, outputs=SecondMoment((slopes.T @ slopes).double(), len(slopes)))),
     }[kind]
 
 
@@ -71,7 +73,7 @@ def groups(units: DenseUnits) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("conv", [False, True], ids=["linear", "conv1d"])
-@pytest.mark.parametrize("kind", ["plain", "moment", "rows"])
+@pytest.mark.parametrize("kind", ["plain", "moment", "rows", "both"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_leading_groups_are_the_best_fit_of_their_rank(shape: tuple[int, int], kind: str, conv: bool) -> None:
     _, units = dense_units(shape, kind, conv=conv)

@@ -109,8 +109,9 @@ Int8 = Annotated[
     weights_option(
         "--int8",
         help="Store factors and matrices that stay dense in int8 with a scale for each row. The ratio counts them so: "
-        "at 4 times the ratio, factors have about as many values as without it; up to a ratio of 4 all matrices are "
-        "dense in int8. Training is quantization-aware: it rounds factors in the forward pass; only 'dsformer' rounds "
+        "at 4 times the ratio, factors have about as many values as without it; at a ratio of 4 all matrices are dense "
+        "in int8, and below it 'fisher' and 'auto' leave floats where rounding harms most. Training is "
+        "quantization-aware: it rounds factors in the forward pass; only 'dsformer' rounds "
         "them once, at the end.",
     ),
 ]

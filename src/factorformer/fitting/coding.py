@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from factorformer.fitting.linalg import leading_eigenvectors
+from factorformer.fitting.linalg import leading_eigenvectors, rounded_product
 
 RIDGE = 1e-6
 """Added to Gram matrices, relative to the mean of their diagonal, so that atoms that nobody uses stay solvable."""
@@ -50,8 +50,8 @@ def orthonormal_dictionary(
     random = torch.randn(atoms, atoms, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     dictionary = torch.linalg.qr(random)[0].to(target) @ vectors.T
     for _ in range(rounds):
-        codes = hard_threshold(target @ dictionary.T, nonzeros)
-        left, _, right = torch.linalg.svd(codes.T @ target, full_matrices=False)
+        codes = hard_threshold(rounded_product(target, dictionary.T), nonzeros)
+        left, _, right = torch.linalg.svd(rounded_product(codes.T, target), full_matrices=False)
         dictionary = left @ right
     return hard_threshold(target @ dictionary.T, nonzeros), dictionary
 
@@ -94,8 +94,8 @@ def refine_codes(
 
 def _curved(codes: Tensor, mask: Tensor, gram: Tensor, moment: Tensor | None) -> Tensor:
     """`K S G` on the mask."""
-    product = codes @ gram
-    return (product if moment is None else moment @ product).mul_(mask)
+    product = rounded_product(codes, gram)
+    return (product if moment is None else rounded_product(moment, product)).mul_(mask)
 
 
 def best_dictionary(

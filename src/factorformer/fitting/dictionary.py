@@ -14,6 +14,7 @@ from torch import Tensor
 
 from factorformer.errors import ModelError
 from factorformer.fitting.coding import best_dictionary, largest, orthonormal_dictionary, refine_codes
+from factorformer.fitting.linalg import rounded_product
 from factorformer.fitting.metric import Metric
 from factorformer.structures import DenseSparse
 
@@ -31,6 +32,9 @@ SHARE = 3
 
 TOGETHER = 64
 """Coupled rows that choose their supports at the same time, at most; small matrices take an eighth of their rows."""
+
+STABLE = 1e-5
+"""Added to the diagonal of a coupling of rows, which is 1, before its inverse is taken: it is rounded to float32."""
 
 ENTRIES = 2**19
 """Entries of `S` per chunk where nothing couples its rows."""
@@ -124,7 +128,8 @@ class _Problem:
             spread = long if long.dim() == 1 else long.norm(dim=0)
             scale = (spread / spread.square().mean().sqrt())[:, None].to(wide.dtype)
             if long.dim() == 2:
-                moment = ((long / spread).T @ (long / spread)).to(wide.dtype)
+                unit = (long / spread).to(wide.dtype)
+                moment = unit.T @ unit
         plain = target = scale * wide
         if short is not None:
             root = (short / short.square().sum(-1).mean().sqrt() if short.dim() == 2 else short).to(wide.dtype)
@@ -139,7 +144,10 @@ class _Problem:
     def begin(self, rounds: int) -> Float[Tensor, "long atoms"]:
         """Codes to start from."""
         if self.moment is not None:
-            added = torch.linalg.inv(self.moment.double()).diagonal().rsqrt().to(self.target.dtype)[:, None]
+            stable = self.moment.to(torch.float64, copy=True)
+            stable.diagonal().add_(STABLE)
+            added = torch.cholesky_inverse(torch.linalg.cholesky(stable)).diagonal().rsqrt()
+            added = added.to(self.target.dtype)[:, None]
             apart = dataclasses.replace(self, target=self.target * added, moment=None)
             return apart.alternate(apart.begin(rounds), rounds, EAGERNESS) / added
         atoms = self.spec.atoms
@@ -153,12 +161,13 @@ class _Problem:
         best, least = codes, math.inf
         for done in range(rounds):
             dictionary = self.dictionary(codes)
-            norms = dictionary.norm(dim=1, keepdim=True).clamp_min(torch.finfo(codes.dtype).tiny)
+            # Squares of the entries of an atom that hardly anybody uses may be 0.
+            norms = dictionary.norm(dim=1, keepdim=True).clamp_min(torch.finfo(codes.dtype).tiny ** 0.5)
             unit, step = dictionary / norms, eagerness + (1 - eagerness) * (done + 1) / rounds
             moved = self.recode(codes * norms.T, unit, step)
             if self.moment is not None:
                 residual = self.target - moved @ unit
-                error = float((residual * (self.moment @ residual)).sum())
+                error = float((residual * rounded_product(self.moment, residual)).sum())
                 if not error < 4 * least:  # overshot, or not even finite
                     codes, eagerness = best, 1.0
                     continue
@@ -185,20 +194,29 @@ class _Problem:
         codes = codes.clone()
         if self.moment is None:
             for rows in self.ranges(ENTRIES // self.spec.atoms):
-                moved = torch.lerp(codes[rows], projected[rows] + codes[rows] - codes[rows] @ gram, step)
+                moved = torch.lerp(
+                    codes[rows], projected[rows] + codes[rows] - rounded_product(codes[rows], gram), step
+                )
                 mask = largest(moved.square(), self.spec.nonzeros)
                 codes[rows] = refine_codes(moved * mask, mask, projected[rows], gram, None, 2)
             return codes
         residual = projected - codes @ gram
-        for rows in self.ranges(min(TOGETHER, len(self.target) // 8)):
+        for rows, inverse in self.blocks:
             block = self.moment[rows, rows]
-            pull = self.moment[rows] @ residual
-            moved = codes[rows] + step * torch.linalg.solve(block, pull)
+            pull = rounded_product(self.moment[rows], residual)
+            moved = codes[rows] + step * (inverse @ pull)
             mask = largest(moved.square(), self.spec.nonzeros)
             right = torch.addmm(pull, block, codes[rows] @ gram)
             codes[rows] = refine_codes(moved * mask, mask, right, gram, block, 3)
             residual[rows] = projected[rows] - codes[rows] @ gram
         return refine_codes(codes, codes != 0, self.pulled @ dictionary.T, gram, self.moment, 3)
+
+    @functools.cached_property
+    def blocks(self) -> list[tuple[slice, Tensor]]:
+        """Rows that choose their supports at the same time, and the inverse of their part of `K`."""
+        assert self.moment is not None
+        ranges = list(self.ranges(min(TOGETHER, len(self.target) // 8)))
+        return [(rows, torch.linalg.inv(self.moment[rows, rows].double()).to(self.moment)) for rows in ranges]
 
     def ranges(self, rows: int) -> Iterator[slice]:
         """Consecutive rows, so many at a time."""

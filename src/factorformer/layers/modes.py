@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import warnings
 from collections.abc import Iterable, Iterator
@@ -57,12 +58,17 @@ def requiring_gradients(parameters: Iterable[nn.Parameter], required: bool) -> I
             parameter.requires_grad_(not required)
 
 
+@functools.cache
+def has_bfloat16_products() -> bool:
+    """Whether the processor has instructions for products of bfloat16 that are summed in float32."""
+    known = getattr(torch.cpu, "get_capabilities", dict)()
+    return bool(known.get("avx512_bf16") or known.get("amx_bf16"))
+
+
 def fast_products(model: nn.Module) -> contextlib.AbstractContextManager[object]:
     """Products of a float32 model in bfloat16, summed in float32, where its processor has instructions for them."""
-    known = getattr(torch.cpu, "get_capabilities", dict)()
-    able = bool(known.get("avx512_bf16") or known.get("amx_bf16"))
     kinds = {(parameter.device.type, parameter.dtype) for parameter in model.parameters()}
-    return torch.autocast("cpu", torch.bfloat16, enabled=able and kinds == {("cpu", torch.float32)})
+    return torch.autocast("cpu", torch.bfloat16, enabled=has_bfloat16_products() and kinds == {("cpu", torch.float32)})
 
 
 def exact_products(device: torch.device) -> contextlib.AbstractContextManager[object]:

@@ -8,6 +8,9 @@ import itertools
 import math
 from collections.abc import Collection, Mapping, Sequence
 
+import numpy
+from numpy.typing import NDArray
+
 from factorformer.layers.matrix import Matrix
 from factorformer.planning.allocate import KEPT, NO_SIZE, TOLERANCE, meet
 from factorformer.planning.plan import Cause, Entry, Unit
@@ -17,6 +20,11 @@ UNMEASURED = "the model's output on the calibration data does not show its effec
 
 ROUNDING = 1e-9
 """A budget that is met exactly is met, whatever floating point makes of it."""
+
+IN_FLOATS = "the budget allows floats, and rounding to int8 would lose more here than elsewhere"
+
+GAP = 1e-3
+"""How much more than the best choice within the budget a plan may lose, relative to it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,12 +60,15 @@ def by_loss(
     This is a multiple-choice knapsack. Options on the lower convex hull of `(cost, loss)` of each matrix are bought in
     the order of what they gain for their cost, across all matrices, until the budget is spent: for every budget that
     is met exactly so, no choice of options loses less (Everett, 1963; Sinha and Zoltners, 1979). The last price paid,
-    loss per unit of cost, is the Lagrange multiplier of the budget. What is left over then goes to options between.
+    loss per unit of cost, is the Lagrange multiplier of the budget, and bounds what any choice can reach. What is left
+    over then goes to options between; where that stays more than `GAP` above the bound, dynamic programming over the
+    few options that could be part of a better choice decides (the core of the problem: Pisinger, 1995).
 
     Args:
         matrices: all matrices in scope.
         options: of each matrix by its name, in any order; a matrix that has to stay dense has no other option. Where
-            there is dense in int8, dense as it is only says what the original costs.
+            there is dense in int8, dense as it is says what the original costs, and is a choice for budgets alone that
+            dense in int8 does not spend.
         ratio: cost of everything in scope, dense, over what it may cost.
         rest: cost of the other tensors in scope.
         unit: of costs.
@@ -73,9 +84,14 @@ def by_loss(
     >>> [str(entry.spec) for entry in chosen]
     ['None', 'low_rank(rank=4)']
     """
-    choices = {matrix.name: _choices(options[matrix.name]) for matrix in matrices}
-    ladders = {name: _Ladder.of(choice) for name, choice in choices.items()}
     original = math.fsum(next(o.cost for o in options[m.name] if o.spec is None) for m in matrices)
+    in_int8 = rest + math.fsum(min(o.cost for o in options[m.name] if _whole(o)) for m in matrices)
+    floats = (rest + original) / max(ratio, 1) > in_int8
+    choices = {
+        m.name: list(options[m.name]) if floats and m.name not in unmeasured else _without_floats(options[m.name])
+        for m in matrices
+    }
+    ladders = {name: _Ladder.of(choice) for name, choice in choices.items()}
     stays = {
         matrix.name: Entry.whole(matrix, UNMEASURED, Cause.UNMEASURED)
         if matrix.name in unmeasured
@@ -87,7 +103,7 @@ def by_loss(
 
     def fill(budget: float) -> tuple[dict[str, Option], float]:
         chosen = _spend(ladders, purchases, budget * (1 + ROUNDING) - rest, TOLERANCE * budget)
-        return chosen, rest + math.fsum(option.cost for option in chosen.values())
+        return chosen, rest + _cost(chosen)
 
     chosen = meet(
         fill,
@@ -99,10 +115,21 @@ def by_loss(
         stays=list(stays.values()),
         unit=unit,
     )
+    least, most = ((rest + original) / ratio * part - rest for part in (1 / (1 + TOLERANCE), 1 + ROUNDING))
+    chosen = _closer(ladders, purchases, chosen, least, max(_cost(chosen), most))
     return tuple(stays.get(m.name) or _entry(m, chosen[m.name], options[m.name], ladders[m.name]) for m in matrices)
 
 
-def _choices(options: Sequence[Option]) -> list[Option]:
+def _cost(chosen: Mapping[str, Option]) -> float:
+    return math.fsum(option.cost for option in chosen.values())
+
+
+def _whole(option: Option) -> bool:
+    """Whether it is the dense matrix, in floats or in int8."""
+    return option.spec is None or isinstance(option.spec, Dense)
+
+
+def _without_floats(options: Sequence[Option]) -> list[Option]:
     """Without dense as it is where there is dense in int8."""
     in_int8 = any(isinstance(option.spec, Dense) for option in options)
     return [option for option in options if option.spec is not None or not in_int8]
@@ -177,8 +204,75 @@ def _spend(
     return chosen
 
 
+def _closer(
+    ladders: Mapping[str, _Ladder],
+    purchases: Sequence[tuple[str, Option, Option]],
+    chosen: dict[str, Option],
+    enough: float,
+    budget: float,
+) -> dict[str, Option]:
+    """A choice that costs enough and loses at most `GAP` more than the best within a budget; the given one if it does.
+
+    With a price `p`, no choice within the budget loses less than the sum of the smallest `loss + p cost` of matrices,
+    less `p budget`. Options that are further above that minimum than this choice is above that bound are in no better
+    one, nor are partial choices. Of partial choices none is kept that costs more than another and saves less than its
+    part of the gap.
+    """
+    loss = math.fsum(option.loss for option in chosen.values())
+    price, bound = _bound(ladders, purchases, budget)
+    gap = GAP * (bound if bound > 0 else loss)
+    if loss - bound <= gap:
+        return chosen
+    beyond, part = loss - bound + gap, gap / len(ladders)
+    cheapest = math.fsum(ladder.frontier[0].cost for ladder in ladders.values())
+    costs, losses, least = numpy.zeros(1), numpy.zeros(1), 0.0
+    steps: list[tuple[list[Option], NDArray[numpy.int64]]] = []
+    for ladder in ladders.values():
+        priced = [option.loss + price * option.cost for option in ladder.frontier]
+        able = [o for o, value in zip(ladder.frontier, priced, strict=True) if value - min(priced) <= beyond]
+        cheapest -= ladder.frontier[0].cost
+        least += min(priced)
+        every_cost = (costs[:, None] + [option.cost for option in able]).ravel()
+        every_loss = (losses[:, None] + [option.loss for option in able]).ravel()
+        open_ = (every_loss + price * every_cost - least <= beyond) & (every_cost + cheapest <= budget)
+        order = numpy.lexsort((every_loss, every_cost))
+        order = order[open_[order]]
+        better = every_loss[order] < numpy.minimum.accumulate(numpy.append(numpy.inf, every_loss[order]))[:-1]
+        order = order[better]
+        _, first = numpy.unique(-(every_loss[order] // part), return_index=True)
+        order = order[first]
+        costs, losses = every_cost[order], every_loss[order]
+        steps.append((able, order))
+    fitting = numpy.flatnonzero(costs >= min(_cost(chosen), enough))
+    if not len(fitting) or losses[fitting[-1]] >= loss:
+        return chosen
+    found: dict[str, Option] = {}
+    state = int(fitting[-1])
+    for name, (able, order) in zip(reversed(list(ladders)), reversed(steps), strict=True):
+        state, option = divmod(int(order[state]), len(able))
+        found[name] = able[option]
+    return found
+
+
+def _bound(
+    ladders: Mapping[str, _Ladder], purchases: Sequence[tuple[str, Option, Option]], budget: float
+) -> tuple[float, float]:
+    """The Lagrange multiplier of a budget, and the loss that no choice within it goes below."""
+    left = budget - math.fsum(ladder.hull[0].cost for ladder in ladders.values())
+    price = 0.0
+    for _, before, after in purchases:
+        left -= after.cost - before.cost
+        if left < 0:
+            price = _gain(before, after)
+            break
+    least = (min(option.loss + price * option.cost for option in ladder.hull) for ladder in ladders.values())
+    return price, math.fsum(least) - price * budget
+
+
 def _entry(matrix: Matrix, chosen: Option, options: Sequence[Option], ladder: _Ladder) -> Entry:
-    if chosen.spec is None or isinstance(chosen.spec, Dense):
+    if chosen.spec is None and any(isinstance(option.spec, Dense) for option in options):
+        return Entry(matrix, None, IN_FLOATS)
+    if _whole(chosen):
         smaller = [option for option in ladder.hull if option.cost < chosen.cost]
         if not smaller:
             return Entry.whole(matrix, f"{KEPT}: nothing else costs less")

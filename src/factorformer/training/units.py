@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from factorformer.errors import ModelError
 from factorformer.fitting import Metric
 from factorformer.fitting.linalg import WITHOUT_FLOAT64, leading_eigenvectors
+from factorformer.fitting.metric import divided
 from factorformer.layers.dense import is_transposed
 from factorformer.layers.matrix import Matrix
 from factorformer.layers.nn import FactorizedMatrix
@@ -222,8 +223,10 @@ class DenseUnits(Units):
         scaled = scaled / scale.clamp_min(torch.finfo(scaled.dtype).tiny)
         if weight.shape[0] <= weight.shape[1]:
             vectors, _ = leading_eigenvectors(scaled @ scaled.T, weight.shape[0])
-            rows = torch.ones_like(vectors[:, :1]) if metric.rows is None else metric.rows.to(vectors)[:, None]
-            basis, dual = vectors / rows, (vectors * rows).T
+            basis, dual = divided(vectors, metric.rows), vectors.T
+            if metric.rows is not None:
+                rows = metric.rows.to(vectors)
+                dual = dual * rows if rows.dim() == 1 else dual @ rows
         else:
             vectors, _ = leading_eigenvectors(scaled.T @ scaled, weight.shape[1])
             basis, dual = vectors, vectors.T
