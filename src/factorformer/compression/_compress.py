@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -89,6 +89,7 @@ def compress(
     fitted, errors, refitted = {}, {}, {}
     if batches:
         fitted, errors, refitted = _fit_in_order(model, plan, measured, batches, progress)
+        notes += _out_of_order(plan, fitted)
     fitted, errors = _fit(model, plan, measured, progress, fitted, errors)
     with unchanged_on_error(model):
         replace_matrices(model, plan, fitted)
@@ -130,6 +131,18 @@ def _fit_in_order(
 
     fit_sequentially(model, entries, batches, fit)
     return fitted, errors, refitted
+
+
+def _out_of_order(plan: Plan, fitted: Collection[str]) -> tuple[str, ...]:
+    """A line about matrices that were not fitted to what they read in the compressed model, if there are any."""
+    able = [e.matrix.name for e in plan.factorized if e.matrix.role != "embedding" and e.shares is None]
+    others = [name for name in able if name not in fitted and name not in plan.sharing]
+    if not others:
+        return ()
+    return (
+        f"fitted to what the dense model gives them to read, not the compressed one: {len(others)} of {len(able)} "
+        f"matrices, such as '{others[0]}', which no chain of blocks comes to once for all tokens",
+    )
 
 
 def _fit(
@@ -196,7 +209,8 @@ def _without_unreached(plan: Plan, statistics: Mapping[str, LayerStatistics]) ->
         for entry in plan.entries
     )
     left = [entry for entry in entries if entry.matrix.name in missing]
-    return dataclasses.replace(plan, entries=entries), tuple(left_dense(left, plan.original.bytes, least=0))
+    lines = left_dense(left, plan.original.bytes, least=0)
+    return dataclasses.replace(plan, entries=entries), tuple(f"left dense: {line}" for line in lines)
 
 
 def _planned(entries: Sequence[Entry]) -> list[tuple[Matrix, Structure]]:

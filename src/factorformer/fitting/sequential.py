@@ -58,6 +58,11 @@ class _Call:
     hidden: Tensor | None
     output: Tensor | None
 
+    @property
+    def continues(self) -> bool:
+        """Whether it reads hidden states."""
+        return any(value is PREVIOUS for value in (*self.args, *self.kwargs.values()))
+
 
 def fit_sequentially(
     model: nn.Module,
@@ -115,7 +120,8 @@ def _chains(model: nn.Module, batches: Sequence[Batch]) -> list[list[_Call]] | N
     for batch in batches:
         calls = _calls(model, blocks, batch, len(chains[0]) if chains else None)
         names = [call.block for call in calls]
-        if not names or len(set(names)) < len(names) or (chains and names != [call.block for call in chains[0]]):
+        alike = not chains or names == [call.block for call in chains[0]]
+        if not names or len(set(names)) < len(names) or not alike or not all(call.continues for call in calls):
             return None
         chains.append(calls)
     return chains or None
@@ -132,8 +138,8 @@ def _calls(model: nn.Module, blocks: Sequence[str], batch: Batch, count: int | N
             known = next((value for value in given if value is previous[0] and value is not None), None)
             hidden = next((v for v in given if isinstance(v, Tensor) and v.is_floating_point()), None)
             place = hidden if known is None else known
-            exchanged = [PREVIOUS if value is place else value for value in args]
-            named = {key: PREVIOUS if value is place else value for key, value in kwargs.items()}
+            exchanged = [PREVIOUS if isinstance(value, Tensor) and value is place else value for value in args]
+            named = {k: PREVIOUS if isinstance(v, Tensor) and v is place else v for k, v in kwargs.items()}
             calls.append(_Call(name, exchanged, named, hidden if known is None else None, None))
 
         return hook

@@ -102,7 +102,9 @@ def by_loss(
     purchases = _purchases(ladders)
 
     def fill(budget: float) -> tuple[dict[str, Option], float]:
-        chosen = _spend(ladders, purchases, budget * (1 + ROUNDING) - rest, TOLERANCE * budget)
+        enough, most = ((budget * part - rest) for part in (1 / (1 + TOLERANCE), 1 + ROUNDING))
+        chosen = _spend(ladders, purchases, most, TOLERANCE * budget)
+        chosen = _closer(ladders, purchases, chosen, enough, max(_cost(chosen), most))
         return chosen, rest + _cost(chosen)
 
     chosen = meet(
@@ -115,8 +117,6 @@ def by_loss(
         stays=list(stays.values()),
         unit=unit,
     )
-    least, most = ((rest + original) / ratio * part - rest for part in (1 / (1 + TOLERANCE), 1 + ROUNDING))
-    chosen = _closer(ladders, purchases, chosen, least, max(_cost(chosen), most))
     return tuple(stays.get(m.name) or _entry(m, chosen[m.name], options[m.name], ladders[m.name]) for m in matrices)
 
 

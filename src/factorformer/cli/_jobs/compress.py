@@ -48,13 +48,16 @@ def run(job: CompressJob) -> Result:
     if inputs.calibration is not None and inputs.tokenizer is not None:
         rows, size = job.calibration_rows, job.settings.batch_size
         calibration = calibration_batches(model, inputs.tokenizer, inputs.calibration, rows, job.settings.seed, size)
+    begun = time.perf_counter()
     plan, warnings = _plan(job, model, calibration)
+    seconds = {} if job.plan is not None else {"plan": time.perf_counter() - begun}
     with bars() as progress:
         before = None if inputs.fresh else _measure(inputs, model, progress, "evaluate original")
         restore = in_full_precision(model) if inputs.train is not None else None
-        plan, history, seconds = _fit(job, inputs, model, plan, calibration, progress)
+        plan, history, spent = _fit(job, inputs, model, plan, calibration, progress)
         if restore is not None:
             restore()
+    seconds |= spent
     result = Result.of(
         plan if history is None else inventory(model, plan.scope),
         method=job.chosen,
@@ -155,7 +158,7 @@ def _fit(
         seconds |= report.seconds
         plan = report.plan
         for line in report.notes:
-            note(f"left dense: {line}")
+            note(line)
         del dense, report  # both are large
     if inputs.train is not None and inputs.tokenizer is not None:
         seconds["train"] = train(

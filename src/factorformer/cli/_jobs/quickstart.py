@@ -79,8 +79,9 @@ def demonstrate(target: Path, *, overwrite: bool) -> Result:
         original = evaluate(dense, tokenizer, data["test"], labels, progress, "evaluate original")
         small = _copy(dense)
         fit_on = sample(data["train"], CALIBRATION_ROWS, settings.seed).remove_columns("labels")
-        plan = compression.plan(small, ratio=RATIO)
-        report = compression.compress(small, plan, batches(tokenizer, fit_on, BATCH_SIZE), progress)
+        texts = list(batches(tokenizer, fit_on, BATCH_SIZE))
+        plan = compression.plan(small, ratio=RATIO, calibration=texts, progress=progress, keep_statistics=True)
+        report = compression.compress(small, plan, texts, progress, statistics=plan.statistics)
         settings = dataclasses.replace(settings, epochs=COMPRESSED_EPOCHS)
         seconds |= report.seconds
         seconds["train"] = train(
