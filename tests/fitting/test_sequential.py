@@ -105,3 +105,32 @@ def test_what_is_left_out_by_name_stays_as_it_was() -> None:
     for name, module in before.named_modules():
         if ".mlp." in name and isinstance(module, torch.nn.Linear):
             assert torch.equal(model.get_submodule(name).weight, module.weight)
+
+
+def test_it_is_said_where_fits_are_not_in_order() -> None:
+    for name, said in (("albert", True), ("bert", False)):
+        model, batches = tiny.MODELS[name].build(), [tiny.MODELS[name].inputs()]
+        plan = factorformer.plan(model, "fisher", 1.5, calibration=batches)
+        notes = factorformer.compress(model, plan, batches).notes
+        assert any("not the compressed one" in note for note in notes) == said, name
+
+
+def test_a_block_that_reads_no_hidden_states_ends_the_chain() -> None:
+    class Constant(torch.nn.Module):
+        """A block of a model whose forward pass hands it token numbers alone."""
+
+        def __init__(self, model: tf.PreTrainedModel) -> None:
+            super().__init__()
+            self.encoder = tf.BertModel(model.config).encoder
+            self.words = torch.nn.Embedding(99, model.config.hidden_size)
+            for layer in self.encoder.layer:
+                layer.forward = lambda input_ids, mask=None: self.words(input_ids)
+
+        def forward(self, input_ids: Tensor) -> Tensor:
+            states = [layer(input_ids) for layer in self.encoder.layer]
+            return torch.stack(states).sum(0)
+
+    model = Constant(tiny.MODELS["bert"].build())
+    everything = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+    fitted = fit_sequentially(model, everything, [{"input_ids": torch.arange(8)[None]}], lambda name, target, _: target)
+    assert fitted == set()

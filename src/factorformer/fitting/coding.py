@@ -6,11 +6,15 @@ row and a dense dictionary `D: (atoms, width)`; `gram = D D^T`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from factorformer.fitting.linalg import leading_eigenvectors, rounded_product
+
+Product = Callable[[Tensor, Tensor], Tensor]
 
 RIDGE = 1e-6
 """Added to Gram matrices, relative to the mean of their diagonal, so that atoms that nobody uses stay solvable."""
@@ -63,6 +67,7 @@ def refine_codes(
     gram: Float[Tensor, "atoms atoms"],
     moment: Float[Tensor, "rows rows"] | None,
     steps: int,
+    product: Product = torch.matmul,
 ) -> Float[Tensor, "rows atoms"]:
     """Conjugate gradients towards the least squares codes on given supports: `(K S G) = right` on the mask.
 
@@ -76,14 +81,15 @@ def refine_codes(
         gram: `G = D D^T`, best with a constant diagonal.
         moment: `K`, the identity if None; best with a constant diagonal.
         steps: of conjugate gradients.
+        product: of matrices.
     """
     dims = (1,) if moment is None else (0, 1)
     tiny = torch.finfo(codes.dtype).tiny
-    residual = (right * mask).sub_(_curved(codes, mask, gram, moment))
+    residual = (right * mask).sub_(_curved(codes, mask, gram, moment, product))
     direction = residual
     squared = residual.square().sum(dims, keepdim=True)
     for _ in range(steps):
-        curved = _curved(direction, mask, gram, moment)
+        curved = _curved(direction, mask, gram, moment, product)
         length = squared / (direction * curved).sum(dims, keepdim=True).clamp_min(tiny)
         codes = torch.addcmul(codes, length, direction)
         residual = torch.addcmul(residual, length, curved, value=-1)
@@ -92,10 +98,10 @@ def refine_codes(
     return codes
 
 
-def _curved(codes: Tensor, mask: Tensor, gram: Tensor, moment: Tensor | None) -> Tensor:
+def _curved(codes: Tensor, mask: Tensor, gram: Tensor, moment: Tensor | None, product: Product) -> Tensor:
     """`K S G` on the mask."""
-    product = rounded_product(codes, gram)
-    return (product if moment is None else rounded_product(moment, product)).mul_(mask)
+    moved = product(codes, gram)
+    return (moved if moment is None else product(moment, moved)).mul_(mask)
 
 
 def best_dictionary(

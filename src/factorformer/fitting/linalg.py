@@ -24,12 +24,15 @@ FEW = 2**24
 """Multiplications up to which products are exact: to round their factors would take as long."""
 
 
+def is_rounded(left: Float[Tensor, "m k"], right: Float[Tensor, "k n"]) -> bool:
+    """Whether `rounded_product` rounds these."""
+    on_cpu = left.dtype == torch.float32 and left.device.type == "cpu"
+    return left.shape[0] * right.numel() > FEW and on_cpu and has_bfloat16_products()
+
+
 def rounded_product(left: Float[Tensor, "m k"], right: Float[Tensor, "k n"]) -> Float[Tensor, "m n"]:
     """`left @ right`, of factors in bfloat16 where that is four times faster: for steps whose errors later ones see."""
-    large = left.shape[0] * right.numel() > FEW
-    if large and left.dtype == torch.float32 and left.device.type == "cpu" and has_bfloat16_products():
-        return (left.bfloat16() @ right.bfloat16()).float()
-    return left @ right
+    return (left.bfloat16() @ right.bfloat16()).float() if is_rounded(left, right) else left @ right
 
 
 def leading_eigenvectors(gram: Float[Tensor, "n n"], rank: int) -> tuple[Float[Tensor, "n rank"], Float[Tensor, " n"]]:
