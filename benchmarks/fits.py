@@ -37,7 +37,7 @@ import factorformer
 from factorformer import planning
 from factorformer.fitting import statistics as calibration
 from factorformer.hf import minilm
-from factorformer.layers.matrix import Matrix
+from factorformer.layers.matrix import Matrix, total
 from factorformer.layers.modes import fast_products
 from factorformer.layers.surgery import find_matrices
 from factorformer.planning import Plan
@@ -161,10 +161,11 @@ def compressed(of: Encoder | Decoder, method: str, ratio: float, args: Any) -> d
     }
 
 
-def plans(of: Encoder | Decoder, ratios: list[float]) -> list[tuple[str, str, Plan]]:
+def plans(of: Encoder | Decoder, ratios: list[float], include: list[str] | None) -> list[tuple[str, str, Plan]]:
     """Plans of each structure alone, uniform and by loss, with what predicts them; statistics are measured once."""
-    found, rest = find_matrices(of.model)
+    found, rest = find_matrices(of.model, include=include)
     matrices = [matrix for matrix in found if matrix.dense is None]
+    rest = rest + total(matrix.cost(None) for matrix in found if matrix.dense is not None)
     names = [matrix.name for matrix in matrices]
     statistics = calibration.collect(of.model, names, of.calibration, both_sides=True)
     made: list[tuple[str, str, Plan]] = []
@@ -244,6 +245,7 @@ def main() -> None:
     parser.add_argument("--int8", action="store_true")
     parser.add_argument("--texts", type=int, help="texts, or windows of tokens, for calibration")
     parser.add_argument("--judged", type=int, help="texts, or windows of tokens, that the result is judged on")
+    parser.add_argument("--include", nargs="*", help="of --plans: names of the matrices, others stay dense")
     parser.add_argument("--plans", action="store_true", help="compare predictions with measurements over many plans")
     parser.add_argument("--cost", action="store_true", help="time the calibration pass")
     args = start(parser)
@@ -261,7 +263,7 @@ def main() -> None:
         keep({"cost": cost(of)})
     elif args.plans:
         rows: list[dict[str, Any]] = []
-        for kind, allocation, plan in plans(of, args.ratios):
+        for kind, allocation, plan in plans(of, args.ratios, args.include):
             model, began = copy.deepcopy(of.model), time.perf_counter()
             factorformer.compress(model, plan, of.calibration, statistics=plan.statistics)
             rise = of.rise(model)
@@ -276,7 +278,7 @@ def main() -> None:
                 }
             )
             print(json.dumps(rows[-1]), flush=True)
-        keep({"plans": rows, "summary": summary(rows)})
+        keep({"include": args.include, "plans": rows, "summary": summary(rows)})
     else:
         for ratio in args.ratios:
             for method in args.methods:

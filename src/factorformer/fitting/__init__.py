@@ -13,6 +13,7 @@ from factorformer.fitting.metric import Metric, MetricName
 from factorformer.fitting.rounding import fit_dense
 from factorformer.fitting.svd import fit_low_rank
 from factorformer.fitting.van_loan import fit_kronecker_sum
+from factorformer.layers.modes import fast_float32
 from factorformer.structures import Dense, DenseSparse, KroneckerSum, LowRank, Structure
 
 QUICK = 2
@@ -47,7 +48,8 @@ def fit(
     device, metric = weight.device, metric or Metric()
     if device.type in WITHOUT_FLOAT64:
         weight, metric = weight.cpu(), metric.to("cpu")
-    factors, error = FITTERS[type(spec)](weight, spec, metric, **effort)
+    with fast_float32(weight.device):
+        factors, error = FITTERS[type(spec)](weight, spec, metric, **effort)
     return {name: factor.to(device) for name, factor in factors.items()}, error
 
 

@@ -6,15 +6,11 @@ row and a dense dictionary `D: (atoms, width)`; `gram = D D^T`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from factorformer.fitting.linalg import leading_eigenvectors, rounded_product
-
-Product = Callable[[Tensor, Tensor], Tensor]
+from factorformer.fitting.linalg import leading_eigenvectors
 
 RIDGE = 1e-6
 """Added to Gram matrices, relative to the mean of their diagonal, so that atoms that nobody uses stay solvable."""
@@ -54,8 +50,8 @@ def orthonormal_dictionary(
     random = torch.randn(atoms, atoms, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     dictionary = torch.linalg.qr(random)[0].to(target) @ vectors.T
     for _ in range(rounds):
-        codes = hard_threshold(rounded_product(target, dictionary.T), nonzeros)
-        left, _, right = torch.linalg.svd(rounded_product(codes.T, target), full_matrices=False)
+        codes = hard_threshold(target @ dictionary.T, nonzeros)
+        left, _, right = torch.linalg.svd(codes.T @ target, full_matrices=False)
         dictionary = left @ right
     return hard_threshold(target @ dictionary.T, nonzeros), dictionary
 
@@ -67,7 +63,6 @@ def refine_codes(
     gram: Float[Tensor, "atoms atoms"],
     moment: Float[Tensor, "rows rows"] | None,
     steps: int,
-    product: Product = torch.matmul,
 ) -> Float[Tensor, "rows atoms"]:
     """Conjugate gradients towards the least squares codes on given supports: `(K S G) = right` on the mask.
 
@@ -81,15 +76,14 @@ def refine_codes(
         gram: `G = D D^T`, best with a constant diagonal.
         moment: `K`, the identity if None; best with a constant diagonal.
         steps: of conjugate gradients.
-        product: of matrices.
     """
     dims = (1,) if moment is None else (0, 1)
     tiny = torch.finfo(codes.dtype).tiny
-    residual = (right * mask).sub_(_curved(codes, mask, gram, moment, product))
+    residual = (right * mask).sub_(_curved(codes, mask, gram, moment))
     direction = residual
     squared = residual.square().sum(dims, keepdim=True)
     for _ in range(steps):
-        curved = _curved(direction, mask, gram, moment, product)
+        curved = _curved(direction, mask, gram, moment)
         length = squared / (direction * curved).sum(dims, keepdim=True).clamp_min(tiny)
         codes = torch.addcmul(codes, length, direction)
         residual = torch.addcmul(residual, length, curved, value=-1)
@@ -98,10 +92,10 @@ def refine_codes(
     return codes
 
 
-def _curved(codes: Tensor, mask: Tensor, gram: Tensor, moment: Tensor | None, product: Product) -> Tensor:
+def _curved(codes: Tensor, mask: Tensor, gram: Tensor, moment: Tensor | None) -> Tensor:
     """`K S G` on the mask."""
-    moved = product(codes, gram)
-    return (moved if moment is None else product(moment, moved)).mul_(mask)
+    product = codes @ gram
+    return (product if moment is None else moment @ product).mul_(mask)
 
 
 def best_dictionary(

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from factorformer.errors import ModelError
 from factorformer.fitting.coding import best_dictionary, largest, orthonormal_dictionary, refine_codes
-from factorformer.fitting.linalg import is_rounded, rounded_product
 from factorformer.fitting.metric import Metric
 from factorformer.structures import DenseSparse
 
@@ -32,9 +31,6 @@ SHARE = 3
 
 TOGETHER = 64
 """Coupled rows that choose their supports at the same time, at most; small matrices take an eighth of their rows."""
-
-POLISH = 6
-"""Exact steps of conjugate gradients on the values at last."""
 
 STABLE = 1e-5
 """Added to the diagonal of a coupling of rows, which is 1, before its inverse is taken: it is rounded to float32."""
@@ -88,8 +84,6 @@ def fit_dense_sparse(
     else:
         codes, eagerness = spec.coefficients(start).to(problem.target.dtype) * problem.scale, 1.0
     codes = problem.alternate(codes, rounds if problem.moment is None else -(-rounds // SHARE), eagerness)
-    if rounds and is_rounded(codes, codes.T):
-        codes = problem.polished(codes)
     factors = problem.factors(codes, weight.dtype)
     wide = {name: factor.to(codes.dtype) if factor.is_floating_point() else factor for name, factor in factors.items()}
     return factors, metric.relative_error(weight, spec.to_dense((weight.shape[0], weight.shape[1]), wide))
@@ -170,7 +164,7 @@ class _Problem:
             moved = self.recode(codes * norms.T, unit, step)
             if self.moment is not None:
                 residual = self.target - moved @ unit
-                error = float((residual * rounded_product(self.moment, residual)).sum())
+                error = float((residual * (self.moment @ residual)).sum())
                 if not error < 4 * least:  # overshot, or not even finite
                     codes, eagerness = best, 1.0
                     continue
@@ -178,12 +172,6 @@ class _Problem:
                     best, least = moved, error
             codes = moved
         return codes if self.moment is None else best
-
-    def polished(self, codes: Float[Tensor, "long atoms"]) -> Float[Tensor, "long atoms"]:
-        """Codes with more exact values: what products of rounded factors leave lies where the metric hardly sees it."""
-        unit, norms = self.unit(codes)
-        pulled, gram = self.pulled @ unit.T, unit @ unit.T
-        return refine_codes(codes * norms.T, codes != 0, pulled, gram, self.moment, POLISH) / norms.T
 
     def unit(self, codes: Float[Tensor, "long atoms"]) -> tuple[Float[Tensor, "atoms short"], Float[Tensor, "atoms 1"]]:
         """The dictionary in unit atoms, and their norms."""
@@ -210,22 +198,20 @@ class _Problem:
         codes = codes.clone()
         if self.moment is None:
             for rows in self.ranges(ENTRIES // self.spec.atoms):
-                moved = torch.lerp(
-                    codes[rows], projected[rows] + codes[rows] - rounded_product(codes[rows], gram), step
-                )
+                moved = torch.lerp(codes[rows], projected[rows] + codes[rows] - codes[rows] @ gram, step)
                 mask = largest(moved.square(), self.spec.nonzeros)
-                codes[rows] = refine_codes(moved * mask, mask, projected[rows], gram, None, 2, rounded_product)
+                codes[rows] = refine_codes(moved * mask, mask, projected[rows], gram, None, 2)
             return codes
         residual = projected - codes @ gram
         for rows, inverse in self.blocks:
             block = self.moment[rows, rows]
-            pull = rounded_product(self.moment[rows], residual)
+            pull = self.moment[rows] @ residual
             moved = codes[rows] + step * (inverse @ pull)
             mask = largest(moved.square(), self.spec.nonzeros)
             right = torch.addmm(pull, block, codes[rows] @ gram)
-            codes[rows] = refine_codes(moved * mask, mask, right, gram, block, 3, rounded_product)
+            codes[rows] = refine_codes(moved * mask, mask, right, gram, block, 3)
             residual[rows] = projected[rows] - codes[rows] @ gram
-        return refine_codes(codes, codes != 0, self.pulled @ dictionary.T, gram, self.moment, 3, rounded_product)
+        return refine_codes(codes, codes != 0, self.pulled @ dictionary.T, gram, self.moment, 3)
 
     @functools.cached_property
     def blocks(self) -> list[tuple[slice, Tensor]]:

@@ -10,7 +10,6 @@ from jaxtyping import Float
 from torch import Tensor
 
 from factorformer.errors import ModelError
-from factorformer.layers.modes import has_bfloat16_products
 from factorformer.structures.kronecker_sum import rearrange
 
 WITHOUT_FLOAT64 = ("mps",)
@@ -18,21 +17,6 @@ WITHOUT_FLOAT64 = ("mps",)
 
 Route = Literal["gram32", "gram64", "svd"]
 """How singular vectors were found: from a Gram matrix in float32 or float64, or from a full SVD in float64."""
-
-
-FEW = 2**24
-"""Multiplications up to which products are exact: to round their factors would take as long."""
-
-
-def is_rounded(left: Float[Tensor, "m k"], right: Float[Tensor, "k n"]) -> bool:
-    """Whether `rounded_product` rounds these."""
-    on_cpu = left.dtype == torch.float32 and left.device.type == "cpu"
-    return left.shape[0] * right.numel() > FEW and on_cpu and has_bfloat16_products()
-
-
-def rounded_product(left: Float[Tensor, "m k"], right: Float[Tensor, "k n"]) -> Float[Tensor, "m n"]:
-    """`left @ right`, of factors in bfloat16 where that is four times faster: for steps whose errors later ones see."""
-    return (left.bfloat16() @ right.bfloat16()).float() if is_rounded(left, right) else left @ right
 
 
 def leading_eigenvectors(gram: Float[Tensor, "n n"], rank: int) -> tuple[Float[Tensor, "n rank"], Float[Tensor, " n"]]:

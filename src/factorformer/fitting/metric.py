@@ -13,6 +13,7 @@ from torch import Tensor
 from factorformer.fitting.linalg import square_root
 from factorformer.fitting.moments import LayerStatistics
 from factorformer.layers.matrix import Member
+from factorformer.layers.modes import fast_float32
 
 MetricName = Literal["plain", "fisher_rows", "input_moment", "fisher"]
 
@@ -83,10 +84,11 @@ class Metric:
     def apply(self, weight: Float[Tensor, "out inner"]) -> Float[Tensor, "out inner"]:
         """`R W L`, in the weight's precision, but at least float32."""
         result = weight.to(torch.promote_types(weight.dtype, torch.float32))
-        if self.rows is not None:
-            rows = self.rows.to(result.dtype)
-            result = rows[:, None] * result if rows.dim() == 1 else rows @ result
-        return result if self.columns is None else result @ self.columns.to(result.dtype)
+        with fast_float32(weight.device):
+            if self.rows is not None:
+                rows = self.rows.to(result.dtype)
+                result = rows[:, None] * result if rows.dim() == 1 else rows @ result
+            return result if self.columns is None else result @ self.columns.to(result.dtype)
 
     def relative_error(self, weight: Float[Tensor, "out inner"], approximation: Float[Tensor, "out inner"]) -> float:
         """`||R (W - W') L||_F / ||R W L||_F`, in the precision of the more precise of the two."""

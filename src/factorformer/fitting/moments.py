@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from factorformer.fitting.linalg import square_root
-from factorformer.layers.modes import exact_products
+from factorformer.layers.modes import exact_products, fast_float32
 
 BLOCK = 256
 """Columns of a moment that are updated at once: what lies above the diagonal of blocks is not computed."""
@@ -41,8 +41,8 @@ class SecondMoment:
 
     def add(self, vectors: Float[Tensor, "n width"]) -> None:
         """Count more vectors: products and sums in the type of `total`."""
-        vectors = vectors.to(self.total.dtype)
-        with exact_products(vectors.device):
+        rounded, vectors = vectors.dtype == torch.bfloat16, vectors.to(self.total.dtype)
+        with exact_products(vectors.device), fast_float32(vectors.device, rounding=rounded):
             for first in range(0, len(self.total), BLOCK):
                 block = vectors[:, first : first + BLOCK]
                 self.total[first:, first : first + BLOCK].addmm_(vectors[:, first:].T, block)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers.pytorch_utils import Conv1D
 
 from factorformer.errors import DataError
@@ -24,6 +25,9 @@ UNSEEN = 0.1
 Ours, from one experiment on MiniLM's word embeddings: much less forgets the words of other domains, much more costs
 accuracy in the domain that was calibrated on.
 """
+
+SHORT = 128
+"""Tokens up to which attention is computed step by step: the scores of longer texts would take much memory."""
 
 WIDE = 2**14
 """Outputs beyond which only the diagonal of the moment of their gradients is kept: those of vocabularies."""
@@ -238,8 +242,13 @@ class FisherRecorder(Recorder):
     def _counts(self, module: nn.Module, layer: nn.Module) -> bool:
         return isinstance(module, (nn.Linear, nn.Embedding, Conv1D)) and module.weight is layer.weight
 
-    def _products(self) -> contextlib.AbstractContextManager[object]:
-        return fast_products(self.model)
+    @contextlib.contextmanager
+    def _products(self) -> Iterator[None]:
+        length = max((v.shape[1] for v in self._batch.values() if isinstance(v, Tensor) and v.dim() > 1), default=0)
+        # The backward pass of fused attention on CPUs takes ten times as long as that of its parts, for sentences.
+        plain = sdpa_kernel(SDPBackend.MATH) if length <= SHORT else contextlib.nullcontext()
+        with fast_products(self.model), plain:
+            yield
 
     def _differentiable(self) -> contextlib.AbstractContextManager[None]:
         return requiring_gradients(self.model.parameters(), False)

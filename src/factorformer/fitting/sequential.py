@@ -24,7 +24,7 @@ from factorformer.fitting.batches import Batch, real_tokens
 from factorformer.fitting.linalg import square_root
 from factorformer.fitting.moments import SecondMoment
 from factorformer.layers.dense import dense_weight, is_transposed
-from factorformer.layers.modes import evaluating, fast_products
+from factorformer.layers.modes import evaluating, fast_float32, fast_products
 from factorformer.layers.surgery import find_blocks
 
 COMPENSATION = 0.5
@@ -286,12 +286,14 @@ class _Moments:
         return cls(inner, torch.zeros_like(inner.total))
 
     def add(self, found: Tensor, known: Tensor) -> None:
-        found = found.float()
+        rounded, found = found.dtype == known.dtype == torch.bfloat16, found.float()
         self.inner.add(found)
-        self.cross.addmm_(known.float().T, found)
+        with fast_float32(found.device, rounding=rounded):
+            self.cross.addmm_(known.float().T, found)
 
     def add_residual(self, found: Tensor, left: Tensor) -> None:
-        product = left.float().T @ found.float()
+        with fast_float32(found.device):
+            product = left.float().T @ found.float()
         self.residual = product if self.residual is None else self.residual.add_(product)
 
     @functools.cached_property

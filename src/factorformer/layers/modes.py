@@ -74,3 +74,33 @@ def fast_products(model: nn.Module) -> contextlib.AbstractContextManager[object]
 def exact_products(device: torch.device) -> contextlib.AbstractContextManager[object]:
     """Products in the type of their factors, whatever is around."""
     return torch.autocast(device.type, enabled=False)
+
+
+@contextlib.contextmanager
+def fast_float32(device: torch.device, *, rounding: bool = False) -> Iterator[None]:
+    """Products of float32 matrices on a CPU by oneDNN, twice as fast as by MKL on processors of AMD.
+
+    oneDNN is what PyTorch takes where products of less precision are allowed. Where it has no faster ones, as without
+    AMX, it multiplies float32 as it is.
+
+    Args:
+        device: of the matrices; nothing changes on others than CPUs.
+        rounding: allow it to round factors to bfloat16, with sums in float32.
+    """
+    if device.type != "cpu" or not (rounding or _multiplies_float32()):
+        yield
+        return
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@functools.cache
+def _multiplies_float32() -> bool:
+    """Whether oneDNN rounds nothing although it is allowed to."""
+    fine = torch.full((256, 256), 1 + 2**-12)
+    with fast_float32(fine.device, rounding=True):
+        return bool(torch.equal(fine @ torch.eye(256), fine))
