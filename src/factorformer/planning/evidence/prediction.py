@@ -37,10 +37,13 @@ class Prediction:
     Args:
         curves: what each matrix adds to the loss by what it becomes; of those alone of which it is known.
         objective: in what the loss is.
+        optimism: by how much the loss on other texts exceeds that on those of calibration. Plans do not weigh it: with
+            it in the prices they lose a little more.
     """
 
     curves: Mapping[str, Curve]
     objective: str = WEIGHTS
+    optimism: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
     @classmethod
     def of(
@@ -74,16 +77,19 @@ class Prediction:
             used = {m.name: math.prod(m.shape) * max(m.products, m.lookups, 1) for m in able}
             total = sum(used.values())
             curves = {name: dataclasses.replace(curve, energy=used[name] / total) for name, curve in curves.items()}
-        else:
-            curves = {n: dataclasses.replace(c, energy=c.energy * _optimism(measured[n])) for n, c in curves.items()}
         # What the loss does not depend on has nothing to weigh.
         curves = {name: curve for name, curve in curves.items() if 0 < curve.energy < math.inf}
         objectives = sorted({known.objective for known in measured.values() if known.objective})
-        return cls(curves, objectives[0] if objectives else WEIGHTS)
+        optimism = {name: _optimism(measured[name]) for name in curves if name in measured}
+        return cls(curves, objectives[0] if objectives else WEIGHTS, optimism)
 
     def loss(self, name: str, spec: Structure | None) -> float:
-        """What a matrix adds to the loss under a spec; 0 where it is not known."""
+        """What a matrix adds to the loss on the texts of calibration under a spec; 0 where it is not known."""
         return self.curves[name].loss(spec) if name in self.curves else 0.0
+
+    def expected(self, entry: Entry) -> float:
+        """What a matrix of a plan adds to the loss on other texts."""
+        return self.optimism.get(entry.matrix.name, 1.0) * self.loss(entry.matrix.name, entry.spec)
 
     def options(
         self, matrix: Matrix, cost: Callable[[Matrix, Structure | None], float], multiple: int = 1
@@ -98,14 +104,15 @@ class Prediction:
 
     def rise(self, entries: Iterable[Entry]) -> float:
         """Predicted rise of the loss: the sum over matrices."""
-        return math.fsum(self.loss(entry.matrix.name, entry.spec) for entry in entries)
+        return math.fsum(self.expected(entry) for entry in entries)
 
     def explained(self, entry: Entry) -> Entry:
         """The entry with a reason that says how much its matrix adds to the loss."""
         if entry.spec is None or entry.matrix.name not in self.curves:
             return entry
-        added = self.loss(entry.matrix.name, entry.spec)
-        return dataclasses.replace(entry, reason=f"adds {added:.2g} to the {self.objective}; {entry.reason}")
+        return dataclasses.replace(
+            entry, reason=f"adds {self.expected(entry):.2g} to the {self.objective}; {entry.reason}"
+        )
 
 
 def _optimism(statistics: LayerStatistics) -> float:
