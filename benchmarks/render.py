@@ -430,6 +430,21 @@ def planning() -> list[str]:
 # Fits and embeddings
 
 
+def fits() -> list[str]:
+    """Of each model and method: what it keeps, the rise of the loss and what was predicted, and the seconds it took."""
+    rows = [row for row in rows_of("fits.jsonl") if "method" in row and not row["int8"]]
+    table = []
+    for row in sorted(rows, key=lambda row: (["minilm", "mpnet", "smollm2"].index(row["model"]), row["ratio"])):
+        kept = f"{row['perplexity']:.1f}" if "perplexity" in row else f"{row['mean cosine']:.3f}"
+        predicted = "" if row["predicted"] is None else f"{row['predicted']:.3f}"
+        seconds = f"{sum(row['seconds'].values()):.0f}"
+        table.append(
+            [row["model"], f"{row['ratio']:g}x", f"`{row['method']}`", kept, f"{row['rise']:.3f}", predicted, seconds]
+        )
+    header = ["model", "ratio of the blocks", "method", "cosine or perplexity", "rise", "predicted", "seconds"]
+    return markdown(header, table) + measured_with([row["machine"] for row in rows])
+
+
 def splits() -> list[str]:
     """Of each matrix and ratio, the best dense-sparse sizes by the plain metric, beside low rank of as many bytes."""
     found = content_of("dictionary.json")["splits"]
@@ -508,6 +523,7 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "dynamic": dynamic,
     "steps": steps,
     "planning": planning,
+    "fits": fits,
     "splits": splits,
     "sparse-sst2": lambda: before_and_after("sst2", (2.8, 5.0), SPARSE, **SIX),
     "sparse-banking77": lambda: before_and_after("banking77", (2.8, 5.0), SPARSE, **SIX),
