@@ -17,7 +17,6 @@ pass over the same text.
 from __future__ import annotations
 
 import copy
-import dataclasses
 import json
 import math
 import time
@@ -44,6 +43,7 @@ from factorformer.planning import Plan
 from factorformer.planning.allocate import uniform
 from factorformer.planning.evidence.prediction import Prediction
 from factorformer.structures import STRUCTURES, Structure
+from factorformer.tasks import data as task_data
 
 WINDOW = 512
 """Tokens that a language model is given."""
@@ -68,7 +68,7 @@ class Encoder:
 
     def _batches(self, file: Path, count: int) -> list[Batch]:
         """Texts drawn at random, in batches of similar length."""
-        texts = [line.split("\t")[0] for line in file.read_text().splitlines()][1:]
+        texts = task_data.read(file)["text"][:]
         order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(0))[:count]
         drawn = sorted((texts[i] for i in order), key=len)
         return [
@@ -188,8 +188,9 @@ def plans(of: Encoder | Decoder, ratios: list[float], include: list[str] | None)
                 ("uniform", uniform(matrices, sizes, ratio, rest)),
                 ("by_loss", planning.by_loss(matrices, choices, ratio, rest.bytes)),
             ):
-                plan = Plan("auto", "blocks", ratio, entries, rest, predicted=known.rise(entries))
-                made.append((kind, allocation, dataclasses.replace(plan, statistics=statistics)))
+                rise = known.rise(entries)
+                plan = Plan("auto", "blocks", ratio, entries, rest, predicted=rise, statistics=statistics)
+                made.append((kind, allocation, plan))
     return made
 
 

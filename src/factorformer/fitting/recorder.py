@@ -245,7 +245,7 @@ class FisherRecorder(Recorder):
     @contextlib.contextmanager
     def _products(self) -> Iterator[None]:
         length = max((v.shape[1] for v in self._batch.values() if isinstance(v, Tensor) and v.dim() > 1), default=0)
-        # The backward pass of fused attention on CPUs takes ten times as long as that of its parts, for sentences.
+        # The backward pass of fused attention on CPUs takes about four times as long as its parts, for sentences.
         plain = sdpa_kernel(SDPBackend.MATH) if length <= SHORT else contextlib.nullcontext()
         with fast_products(self.model), plain:
             yield

@@ -14,15 +14,15 @@ import dataclasses
 import functools
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from factorformer.fitting.batches import Batch, real_tokens
 from factorformer.fitting.linalg import square_root
 from factorformer.fitting.moments import SecondMoment
+from factorformer.fitting.watch import Reached, Stage, Watch
 from factorformer.layers.dense import dense_weight, is_transposed
 from factorformer.layers.modes import evaluating, fast_float32, fast_products
 from factorformer.layers.surgery import find_blocks
@@ -35,10 +35,6 @@ FitOne = Callable[[str, Tensor, Tensor], Tensor]
 
 SHRINKAGE = 0.03
 """Weight of the identity in both moments: the more, the nearer a target stays to `W`."""
-
-
-class _Reached(Exception):
-    """A forward pass has come as far as it was to."""
 
 
 class _Previous:
@@ -148,7 +144,7 @@ def _calls(model: nn.Module, blocks: Sequence[str], batch: Batch, count: int | N
         previous[0] = _first(output)
         calls[-1].output = previous[0] if count is None else None
         if len(calls) == count:
-            raise _Reached
+            raise Reached
 
     handles = []
     for name in blocks:
@@ -156,7 +152,7 @@ def _calls(model: nn.Module, blocks: Sequence[str], batch: Batch, count: int | N
         handles += [module.register_forward_pre_hook(before(name), with_kwargs=True)]
         handles += [module.register_forward_hook(after)]
     try:
-        with contextlib.suppress(_Reached), fast_products(model):
+        with contextlib.suppress(Reached), fast_products(model):
             model(**{**_placed(model, batch), **_without_cache(model)})
     finally:
         for handle in handles:
@@ -202,17 +198,17 @@ class _Block:
         """What the block, as it is compressed so far, makes of hidden states."""
         return [self.call(position, states, self.replaced) for position, states in enumerate(hidden)]
 
-    def dense(self, names: Sequence[str], hidden: Sequence[Tensor]) -> tuple[list[_Stage], list[Tensor]]:
+    def dense(self, names: Sequence[str], hidden: Sequence[Tensor]) -> tuple[list[Stage], list[Tensor]]:
         """One pass as it was.
 
         Returns:
             Groups of the layers that read one tensor, in the order in which they are called, with what they read; and
             the outputs.
         """
-        stages: list[_Stage] = []
+        stages: list[Stage] = []
         outputs: list[Tensor] = []
         for position, states in enumerate(hidden):
-            with _Watch({self.layer(name): name for name in names}) as watch:
+            with Watch({self.layer(name): name for name in names}) as watch:
                 outputs.append(self.call(position, states, {}))
             stages = stages or watch.stages(states)
             for stage in stages:
@@ -221,13 +217,13 @@ class _Block:
                     stage.residuals.append(self.real(stage.name, position, watch.added[stage.name]))
         return stages, outputs
 
-    def moments(self, stage: _Stage, hidden: Sequence[Tensor]) -> _Moments:
+    def moments(self, stage: Stage, hidden: Sequence[Tensor]) -> _Moments:
         """Of the input of a group of layers, in the block as it is compressed so far."""
         moments = None
         for position, states in enumerate(hidden):
             layer = self.layer(stage.name)
-            watch = _Watch({layer: stage.name}, until="added" if stage.residual else "read")
-            with contextlib.suppress(_Reached), watch:
+            watch = Watch({layer: stage.name}, until="added" if stage.residual else "read")
+            with contextlib.suppress(Reached), watch:
                 self.call(position, states, self.replaced)
             found = self.real(stage.name, position, watch.read[stage.name][0])
             moments = moments or _Moments.zeros(found.shape[1], found.device)
@@ -243,27 +239,6 @@ class _Block:
     def real(self, name: str, position: int, x: Tensor) -> Tensor:
         """What a layer reads, without padding, one row for each token."""
         return real_tokens(self.model, name, self.batches[position], x, x.shape[:-1])
-
-
-@dataclasses.dataclass
-class _Stage:
-    """Layers of a block that read one tensor.
-
-    Args:
-        names: of the layers.
-        residual: whether the output, of the one layer there is then, is added to something.
-        inputs, residuals: what the dense block has there, by batch and without padding.
-    """
-
-    names: list[str]
-    residual: bool = False
-    inputs: list[Tensor] = dataclasses.field(default_factory=list)
-    residuals: list[Tensor] = dataclasses.field(default_factory=list)
-
-    @property
-    def name(self) -> str:
-        """One of the layers."""
-        return self.names[0]
 
 
 @dataclasses.dataclass
@@ -320,77 +295,6 @@ class _Moments:
         if self.residual is not None:
             wanted += self.residual.double() * (self.share * COMPENSATION)
         return torch.cholesky_solve(wanted.T, self.root).T
-
-
-ADDITIONS = (torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__radd__, Tensor.__iadd__)
-"""How the output of a layer meets the residual stream."""
-
-
-class _Watch(TorchFunctionMode):
-    """What layers read, and what their outputs are added to.
-
-    Args:
-        layers: names by layer.
-        until: what of a layer the forward pass is to come to, and no further; to its end if None.
-    """
-
-    def __init__(self, layers: Mapping[nn.Module, str], until: Literal["read", "added"] | None = None) -> None:
-        super().__init__()
-        self.layers, self.until = layers, until
-        self.read: dict[str, list[Tensor]] = {}
-        self.added: dict[str, Tensor] = {}
-        self._outputs: list[tuple[str, Tensor]] = []
-        self._handles: list[Any] = []
-
-    def __enter__(self) -> _Watch:
-        for layer, name in self.layers.items():
-            self._handles.append(layer.register_forward_pre_hook(self._before(name)))
-            self._handles.append(layer.register_forward_hook(self._after(name)))
-        super().__enter__()
-        return self
-
-    def __exit__(self, *details: Any) -> None:
-        super().__exit__(*details)
-        for handle in self._handles:
-            handle.remove()
-        self._outputs.clear()
-
-    def _before(self, name: str) -> Callable[..., None]:
-        def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-            self.read.setdefault(name, []).append(args[0])
-            if self.until == "read":
-                raise _Reached
-
-        return hook
-
-    def _after(self, name: str) -> Callable[..., None]:
-        return lambda _, __, output: self._outputs.append((name, output))
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in ADDITIONS and len(args) == 2 and all(isinstance(value, Tensor) for value in args):
-            for output, other in (args, args[::-1]):
-                name = next((name for name, known in self._outputs if known is output), None)
-                if name is not None and other.shape == output.shape and name not in self.added:
-                    self.added[name] = other.clone() if func in (Tensor.add_, Tensor.__iadd__) else other
-                    if self.until == "added":
-                        raise _Reached
-        return func(*args, **(kwargs or {}))
-
-    def stages(self, hidden: Tensor) -> list[_Stage]:
-        """Layers that read one tensor, of those that are called once, for every token of the hidden states."""
-        stages: list[_Stage] = []
-        last: Tensor | None = None
-        for name, calls in self.read.items():
-            if len(calls) > 1 or calls[0].shape[:-1] != hidden.shape[:-1]:
-                continue
-            if calls[0] is last:
-                stages[-1].names.append(name)
-            else:
-                stages.append(_Stage([name]))
-            last = calls[0]
-        for stage in stages:
-            stage.residual = len(stage.names) == 1 and stage.name in self.added
-        return stages
 
 
 def _first(output: Any) -> Tensor:

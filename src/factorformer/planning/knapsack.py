@@ -229,9 +229,10 @@ def _closer(
     steps: list[tuple[list[Option], NDArray[numpy.int64]]] = []
     for ladder in ladders.values():
         priced = [option.loss + price * option.cost for option in ladder.frontier]
-        able = [o for o, value in zip(ladder.frontier, priced, strict=True) if value - min(priced) <= beyond]
+        lowest = min(priced)
+        able = [o for o, value in zip(ladder.frontier, priced, strict=True) if value - lowest <= beyond]
         cheapest -= ladder.frontier[0].cost
-        least += min(priced)
+        least += lowest
         every_cost = (costs[:, None] + [option.cost for option in able]).ravel()
         every_loss = (losses[:, None] + [option.loss for option in able]).ravel()
         open_ = (every_loss + price * every_cost - least <= beyond) & (every_cost + cheapest <= budget)

@@ -1,0 +1,28 @@
+"""Products by oneDNN are those of float32, and the setting that chooses them is left as it was."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from factorformer.layers.modes import fast_float32
+
+CPU = torch.device("cpu")
+
+
+def test_products_are_those_of_float32() -> None:
+    torch.manual_seed(0)
+    left, right = torch.randn(300, 500), torch.randn(500, 200)
+    with fast_float32(CPU):
+        found = left @ right
+    torch.testing.assert_close(found.double(), left.double() @ right.double(), rtol=1e-4, atol=1e-4)
+
+
+def test_the_setting_is_left_as_it_was() -> None:
+    before = torch.get_float32_matmul_precision()
+    with pytest.raises(ValueError, match="a mistake"), fast_float32(CPU, rounding=True):
+        assert torch.get_float32_matmul_precision() == "medium"
+        raise ValueError("a mistake")
+    assert torch.get_float32_matmul_precision() == before
+    with fast_float32(torch.device("meta"), rounding=True):
+        assert torch.get_float32_matmul_precision() == before
