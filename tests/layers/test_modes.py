@@ -20,9 +20,10 @@ def test_products_are_those_of_float32() -> None:
 
 def test_the_setting_is_left_as_it_was() -> None:
     before = torch.get_float32_matmul_precision()
-    with pytest.raises(ValueError, match="a mistake"), fast_float32(CPU, rounding=True):
-        assert torch.get_float32_matmul_precision() == "medium"
-        raise ValueError("a mistake")
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"), fast_float32(CPU, rounding=True):
+        torch.ones(2, 3) @ torch.ones(2, 3)
     assert torch.get_float32_matmul_precision() == before
+    with fast_float32(CPU, rounding=True):
+        assert torch.get_float32_matmul_precision() == "medium"
     with fast_float32(torch.device("meta"), rounding=True):
         assert torch.get_float32_matmul_precision() == before
