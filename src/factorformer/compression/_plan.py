@@ -66,7 +66,8 @@ def plan(
             take on this machine, measured now. Others than bytes are for methods that allocate by loss.
         int8: store all matrices that `include` and `exclude` leave, factorized or dense, in int8 with a scale for each
             row, and count them so. Dense ones take a quarter of the bytes of float32. At ratios below that methods that
-            allocate by loss leave those matrices in floats that rounding harms most, and other methods exceed them.
+            allocate by loss leave those matrices in floats that rounding harms most, as many as fit whole; other
+            methods exceed such ratios.
         rank_multiple: ranks of low-rank matrices are multiples of this.
         calibration: batches as for `compress`; with them the cheap fits minimize the error that the method minimizes,
             and without them the plain error of the weights. With them allocation by loss is by the predicted

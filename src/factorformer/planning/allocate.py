@@ -123,6 +123,7 @@ def meet(
     fixed: float,
     stays: Sequence[Entry],
     unit: Unit = "bytes",
+    exceeding: bool = False,
 ) -> Chosen:
     """What `fill` makes of the budget `original / ratio`, if that meets it; all dense in int8 where that nearly does.
 
@@ -134,6 +135,7 @@ def meet(
         fixed: what of it has to stay as it is.
         stays: the matrices that have to stay dense.
         unit: of costs.
+        exceeding: whether greater ratios than the one asked for will do, as where int8 loses next to nothing.
 
     Raises:
         BudgetError: the ratio cannot be met within `TOLERANCE`; the message names the nearest that can.
@@ -155,7 +157,7 @@ def meet(
     def attempt(ratio: float) -> tuple[Chosen, float, bool]:
         chosen, cost = fill(max(original / ratio, smallest))
         reached = original / cost if cost else ratio
-        return chosen, reached, abs(ratio / reached - 1) <= TOLERANCE
+        return chosen, reached, abs(ratio / reached - 1) <= TOLERANCE or (exceeding and reached > ratio)
 
     chosen, reached, met = attempt(ratio)
     if not met:

@@ -99,11 +99,11 @@ def by_loss(
         for matrix in matrices
         if len(choices[matrix.name]) == 1
     }
-    purchases = _purchases(ladders)
+    purchases, exceeding = _purchases(ladders), floats and in_int8 < rest + original
 
     def fill(budget: float) -> tuple[dict[str, Option], float]:
         enough, most = ((budget * part - rest) for part in (1 / (1 + TOLERANCE), 1 + ROUNDING))
-        chosen = _spend(ladders, purchases, most, TOLERANCE * budget)
+        chosen = _spend(ladders, purchases, most, math.inf if exceeding else TOLERANCE * budget)
         chosen = _closer(ladders, purchases, chosen, enough, max(_cost(chosen), most))
         return chosen, rest + _cost(chosen)
 
@@ -116,6 +116,7 @@ def by_loss(
         fixed=rest + math.fsum(ladders[name].frontier[0].cost for name in stays),
         stays=list(stays.values()),
         unit=unit,
+        exceeding=exceeding,
     )
     return tuple(stays.get(m.name) or _entry(m, chosen[m.name], options[m.name], ladders[m.name]) for m in matrices)
 
