@@ -4,7 +4,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
-PYTEST_ARGS ?= -n 2 --dist loadgroup
+# A file of tests in one process, so that what its tests share is made once.
+PYTEST_ARGS ?= -n 2 --dist loadfile --no-loadscope-reorder
 KERNELS := hatch_build.py $(wildcard src/factorformer/kernels/compile.py src/factorformer/kernels/csrc/*)
 # Folders of tests that neither train, nor export, nor start processes.
 UNITS := tests/structures tests/fitting tests/planning tests/layers

@@ -43,7 +43,7 @@ def test_a_compressed_sentence_encoder_is_one_still(run: Any, minilm: Path, tmp_
     sentence_transformers = pytest.importorskip("sentence_transformers")
     output, text = tmp_path / "small", tmp_path / "calibration.jsonl"
     task = stdlib_docstrings()
-    text.write_text("".join(json.dumps({"text": line}) + "\n" for line in task["train"]["text"][:300]))
+    text.write_text("".join(json.dumps({"text": line}) + "\n" for line in task["train"]["text"][:150]))
     done = run("compress", "minilm", output, "--ratio", 2, "--calibration", text, "--max-length", 48, "--json")
     assert done.exit_code == 0, done.stderr
     assert json.loads(done.stdout)["bytes"]["ratio"] == pytest.approx(2, rel=0.01)

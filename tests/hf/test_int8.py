@@ -97,7 +97,6 @@ def findings(saved: Path) -> dict[str, Any]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.xdist_group("int8")  # what they share is made once
 @pytest.mark.parametrize("case", CASES)
 def test_reload_in_a_new_process(case: str, findings: dict[str, Any]) -> None:
     found = findings[case]
@@ -105,7 +104,6 @@ def test_reload_in_a_new_process(case: str, findings: dict[str, Any]) -> None:
     assert not [what for what, holds in found.items() if holds is not True]
 
 
-@pytest.mark.xdist_group("int8")
 @pytest.mark.parametrize("case", CASES)
 def test_bytes_on_disk_are_those_of_the_plan(case: str, saved: Path) -> None:
     name, _, scope = case.partition("@")

@@ -16,8 +16,6 @@ from tests.tiny import MODELS, logits
 import factorformer
 from factorformer.layers.nn import FactorizedMatrix
 
-pytestmark = pytest.mark.xdist_group("reload")  # what they share is made once
-
 ROOT = Path(__file__).resolve().parents[2]
 CASES = [f"{name}@{scope}" for name in MODELS for scope in ("blocks", "all")]
 TIED = {"bert", "distilbert", "albert", "gpt2", "opt", "llama-tied", "t5", "whisper", "modernbert"}

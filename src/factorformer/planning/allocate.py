@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import bisect
+import functools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Literal, TypeVar
 
+import torch
+
 from factorformer.errors import BudgetError
 from factorformer.layers.matrix import Cost, Matrix, Role, total
 from factorformer.planning.plan import Cause, Entry, Unit, left_dense
-from factorformer.structures import Structure
+from factorformer.structures import Shape, Structure
 
 AllocationName = Literal["uniform", "by_role", "by_loss", "dynamic"]
 TOLERANCE = 0.01
@@ -40,7 +43,12 @@ def candidates_of(structure: type[Structure], multiple: int = 1) -> Sizes:
         structure: what matrices become.
         multiple: of ranks, where a rank is a side of a dense product.
     """
-    return lambda matrix: (s for s in structure.candidates(matrix.shape, matrix.values) if s.is_multiple(multiple))
+
+    @functools.cache  # a model has many matrices of few shapes
+    def of(shape: Shape, values: torch.dtype) -> tuple[Structure, ...]:
+        return tuple(spec for spec in structure.candidates(shape, values) if spec.is_multiple(multiple))
+
+    return lambda matrix: of(matrix.shape, matrix.values)
 
 
 def uniform(matrices: Sequence[Matrix], sizes: Sizes, ratio: float, rest: Cost) -> tuple[Entry, ...]:
@@ -185,8 +193,10 @@ class _Ladder:
         whole = Entry.whole(matrix)
         self.role: Role = matrix.role
         self.dense = whole.original.bytes
-        self.specs = sorted((s for s in sizes(matrix) if matrix.bytes(s) < whole.compressed.bytes), key=matrix.bytes)
-        self.bytes = [*map(matrix.bytes, self.specs), whole.compressed.bytes]
+        sized = sorted(((matrix.bytes(spec), spec) for spec in sizes(matrix)), key=lambda pair: pair[0])
+        smaller = [(size, spec) for size, spec in sized if size < whole.compressed.bytes]
+        self.specs = [spec for _, spec in smaller]
+        self.bytes = [*(size for size, _ in smaller), whole.compressed.bytes]
 
     def below(self, fraction: float) -> int:
         """The largest step whose bytes stay within a fraction of the dense bytes; step 0 if none does."""

@@ -8,10 +8,11 @@ of how its factors were found.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -200,14 +201,16 @@ class Structure(ABC):
 
     def parameters(self, shape: Shape) -> int:
         """Count of stored values (integers that index or encode are not parameters)."""
-        return sum(math.prod(t.size) for t in self.tensors(shape).values() if t.dtype is None)
+        return _stored(self, shape).values
 
     def bytes(self, shape: Shape, dtype: torch.dtype = torch.float32, scale: torch.dtype = torch.float32) -> int:
         """Stored bytes of all factors, indices included, when values are of type `dtype`, and scales of int8 `scale`.
 
         Scales have the floating type of the model.
         """
-        return sum(t.bytes(dtype, scale) for t in self.tensors(shape).values())
+        stored = _stored(self, shape)
+        scales = stored.rows * scale.itemsize if dtype == torch.int8 else 0
+        return stored.values * dtype.itemsize + stored.integers + scales
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready description; `structures.from_dict` reads it back."""
@@ -216,6 +219,26 @@ class Structure(ABC):
     def __str__(self) -> str:
         fields = ", ".join(f"{f.name}={getattr(self, f.name)}" for f in dataclasses.fields(self))
         return f"{self.kind}({fields})"
+
+
+class _Stored(NamedTuple):
+    """What the factors of a matrix hold: values, the rows that they are in, and bytes of integers."""
+
+    values: int
+    rows: int
+    integers: int
+
+
+@functools.lru_cache(maxsize=2**16)
+def _stored(spec: Structure, shape: Shape) -> _Stored:
+    """Planners ask for the same few sizes of every layer, again and again."""
+    tensors = spec.tensors(shape).values()
+    values = [tensor for tensor in tensors if tensor.dtype is None]
+    return _Stored(
+        sum(math.prod(tensor.size) for tensor in values),
+        sum(tensor.size[0] for tensor in values),
+        sum(tensor.bytes(torch.float32) for tensor in tensors if tensor.dtype is not None),
+    )
 
 
 def require_positive(name: str, value: int) -> None:
