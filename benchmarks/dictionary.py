@@ -69,7 +69,7 @@ def splits() -> list[dict[str, Any]]:
     tokenizer, model = AutoTokenizer.from_pretrained(directory), AutoModel.from_pretrained(directory)
     rows = data.read(default_data() / "banking77" / "train.tsv").shuffle(seed=0).select(range(500, 2000))
     texts = data.encode(tokenizer, rows, data.Columns(("text",)))
-    statistics = calibration.collect(model, list(LAYERS.values()), data.batches(tokenizer, texts), moments=True)
+    statistics = calibration.collect(model, list(LAYERS.values()), data.batches(tokenizer, texts), "input_moment")
     cells = []
     for label, name in LAYERS.items():
         weight = dense_weight(model.get_submodule(name))

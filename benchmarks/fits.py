@@ -11,12 +11,15 @@ windows of 512 tokens of WikiText-2, and judged by the loss on windows of its te
 
 `--plans` carries out some twenty plans of three structures, uniform and by loss, and compares the rises of the loss
 that were predicted with those that are measured. `--cost` times the calibration pass against a forward and backward
-pass over the same text.
+pass over the same text. `--coupling` fits the dictionaries of a uniform plan twice: with the metric of the longer side
+as it is, which couples rows, and with its diagonal alone. `--unordered` fits every matrix to what it reads in the dense
+model.
 """
 
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import math
 import time
@@ -33,16 +36,18 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokeni
 from transformers.utils import logging
 
 import factorformer
-from factorformer import planning
+from factorformer import planning, recipes
+from factorformer.fitting import Metric, fit
 from factorformer.fitting import statistics as calibration
 from factorformer.hf import minilm
+from factorformer.layers.dense import dense_weight
 from factorformer.layers.matrix import Matrix, total
 from factorformer.layers.modes import fast_products
 from factorformer.layers.surgery import find_matrices
 from factorformer.planning import Plan
 from factorformer.planning.allocate import uniform
 from factorformer.planning.evidence.prediction import Prediction
-from factorformer.structures import STRUCTURES, Structure
+from factorformer.structures import STRUCTURES, DenseSparse, Structure
 from factorformer.tasks import data as task_data
 
 WINDOW = 512
@@ -140,6 +145,8 @@ def kinds(plan: Plan) -> dict[str, int]:
 
 def compressed(of: Encoder | Decoder, method: str, ratio: float, args: Any) -> dict[str, Any]:
     """One method at one ratio, with all that a user waits for."""
+    if args.unordered:
+        recipes.RECIPES[method] = dataclasses.replace(recipes.get(method), sequential=False)
     model, started = copy.deepcopy(of.model), time.perf_counter()
     plan = factorformer.plan(
         model, method, ratio, scope=args.scope, calibration=of.calibration, int8=args.int8, keep_statistics=True
@@ -152,6 +159,7 @@ def compressed(of: Encoder | Decoder, method: str, ratio: float, args: Any) -> d
         "method": method,
         "ratio": ratio,
         "int8": args.int8,
+        "in_order": not args.unordered,
         "measured_ratio": round(plan.ratio, 4),
         of.unit: round(of.value(rise), 4),
         "rise": round(rise, 4),
@@ -167,7 +175,7 @@ def plans(of: Encoder | Decoder, ratios: list[float], include: list[str] | None)
     matrices = [matrix for matrix in found if matrix.dense is None]
     rest = rest + total(matrix.cost(None) for matrix in found if matrix.dense is not None)
     names = [matrix.name for matrix in matrices]
-    statistics = calibration.collect(of.model, names, of.calibration, both_sides=True)
+    statistics = calibration.collect(of.model, names, of.calibration, "fisher")
     made: list[tuple[str, str, Plan]] = []
     for ratio in ratios:
         known = Prediction.of(of.model, matrices, list(STRUCTURES.values()), statistics, ratio)
@@ -201,7 +209,7 @@ def cost(of: Encoder | Decoder, rounds: int = 5) -> dict[str, Any]:
     some = of.calibration[: 4 if isinstance(of, Decoder) else 16]
 
     def calibrate() -> None:
-        calibration.collect(of.model, names, some, both_sides=True)
+        calibration.collect(of.model, names, some, "fisher")
 
     def step() -> None:
         for batch in some:
@@ -236,6 +244,37 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
+def coupling(of: Encoder | Decoder, ratio: float) -> dict[str, Any]:
+    """Predicted rise of the loss by all dictionaries of a uniform plan, with coupled rows and without; and seconds."""
+    plan = factorformer.plan(of.model, "dense_sparse", ratio)
+    names = [entry.matrix.name for entry in plan.factorized]
+    statistics = calibration.collect(of.model, names, of.calibration, "fisher")
+    rises, seconds = {"coupled": 0.0, "diagonal": 0.0}, {"coupled": 0.0, "diagonal": 0.0}
+    for entry in plan.factorized:
+        spec, shape = entry.spec, entry.matrix.shape
+        assert isinstance(spec, DenseSparse)
+        weight = dense_weight(of.model.get_submodule(entry.matrix.name))
+        metric = Metric.of(statistics[entry.matrix.name])
+        assert metric.rows is not None
+        assert metric.columns is not None
+        if spec.side == "rows":
+            apart = dataclasses.replace(metric, rows=metric.rows.norm(dim=0))
+        else:
+            apart = dataclasses.replace(metric, columns=metric.columns.norm(dim=1).diag())
+        whole = metric.scale * float(metric.apply(weight).double().square().sum())
+        for name, fitted in (("coupled", metric), ("diagonal", apart)):
+            began = time.perf_counter()
+            factors, _ = fit(weight, spec, fitted)
+            seconds[name] += time.perf_counter() - began
+            rises[name] += whole * metric.relative_error(weight, spec.to_dense(shape, factors)) ** 2
+    return {
+        "ratio": ratio,
+        "matrices": len(plan.factorized),
+        "rises": {name: round(rise, 4) for name, rise in rises.items()},
+        "seconds": {name: round(some, 1) for name, some in seconds.items()},
+    }
+
+
 def main() -> None:
     parser = options(__doc__, "fits.jsonl")
     parser.add_argument("model", help="a model directory, or minilm")
@@ -249,6 +288,8 @@ def main() -> None:
     parser.add_argument("--include", nargs="*", help="of --plans: names of the matrices, others stay dense")
     parser.add_argument("--plans", action="store_true", help="compare predictions with measurements over many plans")
     parser.add_argument("--cost", action="store_true", help="time the calibration pass")
+    parser.add_argument("--coupling", action="store_true", help="compare coupled rows of dictionaries with others")
+    parser.add_argument("--unordered", action="store_true", help="fit to what the dense model reads")
     args = start(parser)
     logging.set_verbosity_error()
     torch.manual_seed(0)
@@ -262,6 +303,9 @@ def main() -> None:
 
     if args.cost:
         keep({"cost": cost(of)})
+    elif args.coupling:
+        for ratio in args.ratios:
+            keep({"coupling": coupling(of, ratio)})
     elif args.plans:
         rows: list[dict[str, Any]] = []
         for kind, allocation, plan in plans(of, args.ratios, args.include):

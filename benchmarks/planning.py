@@ -4,7 +4,8 @@
 
 MiniLM is fine-tuned on each task (or read from `--work`), and compressed by twenty plans: uniform ones, by loss, auto,
 and random allocations. Each is predicted before any fit for good, then carried out and scored on test rows without any
-training. A plan that has a budget in milliseconds is timed against the dense model.
+training. A plan that has a budget in milliseconds is timed against the dense model. `--labels` takes gradients of the
+loss of given labels, in place of labels drawn from the model's predictions.
 """
 
 from __future__ import annotations
@@ -62,11 +63,12 @@ class Bench:
         self.train, self.test = (task_data.encode(self.tokenizer, rows, columns, self.labels) for rows in (train, test))
         self.model = self.dense()
         rows = task_data.sample(self.train, args.calibration_rows)
+        rows = rows if args.labels else rows.remove_columns("labels")
         self.calibration = list(task_data.batches(self.tokenizer, rows))
         found, self.rest = find_matrices(self.model)
         self.matrices = [matrix for matrix in found if matrix.dense is None]
         names = [matrix.name for matrix in self.matrices]
-        self.statistics = calibration.collect(self.model, names, self.calibration, both_sides=True)
+        self.statistics = calibration.collect(self.model, names, self.calibration, "fisher")
         self.known: dict[float, Prediction] = {}
 
     def prediction(self, ratio: float) -> Prediction:
@@ -252,6 +254,8 @@ def main() -> None:
     parser.add_argument("--train-rows", type=int, default=4000)
     parser.add_argument("--test-rows", type=int, default=800)
     parser.add_argument("--calibration-rows", type=int, default=256)
+    parser.add_argument("--labels", action="store_true", help="calibrate on the loss of labels")
+    parser.add_argument("--methods", nargs="+", default=EVERYWHERE, help="at all ratios")
     parser.add_argument("--work", type=Path, default=Path("runs/planning"), help="fine-tuned models are kept here")
     parser.add_argument("--suffix", default="-dense.pt", help="of their file names, after the task's name")
     parser.add_argument("--image", type=Path, default=IMAGE)
@@ -266,7 +270,11 @@ def main() -> None:
         "dense": {},
         "spearman": {},
     }
-    content["calibration_rows"], content["test_rows"] = args.calibration_rows, args.test_rows
+    content["calibration_rows"], content["test_rows"], content["labels"] = (
+        args.calibration_rows,
+        args.test_rows,
+        args.labels,
+    )
 
     def keep() -> None:
         rows = content["rows"]
@@ -280,16 +288,17 @@ def main() -> None:
         bench = Bench(task, args)
         content["dense"][task.name] = round(bench.accuracy(bench.model), 5)
         for ratio in [*args.compared, *(r for r in args.ratios if r not in args.compared)]:
-            for method in EVERYWHERE + (SOMEWHERE if ratio in args.compared else ()):
+            for method in (*args.methods, *(SOMEWHERE if ratio in args.compared else ())):
                 content["rows"].append(bench.run(method, ratio))
                 keep()
         for ratio in args.times:
             content["timed"].append(bench.timed(ratio))
             keep()
-        content["plan_seconds"].append(bench.seconds())
-        keep()
-        if task.name == args.tasks[0]:
-            draw(bench.automatic, args.image)
+        if "auto" in args.methods:
+            content["plan_seconds"].append(bench.seconds())
+            keep()
+            if task.name == args.tasks[0]:
+                draw(bench.automatic, args.image)
     print(json.dumps(content["spearman"], indent=1))
 
 

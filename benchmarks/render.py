@@ -417,7 +417,7 @@ def steps() -> list[str]:
 def planning() -> list[str]:
     found = content_of("planning.json")
     cells = {(row["task"], row["method"], row["ratio"]): row for row in found["rows"]}
-    columns = [(task, method) for task in TASKS for method in ("whitened", "whitened_by_loss", "auto")]
+    columns = [(task, method) for task in TASKS for method in ("whitened", "fisher", "auto")]
     table = []
     for ratio in sorted({ratio for _, _, ratio in cells}):
         rows = [cells[task, method, ratio] for task, method in columns]
@@ -432,9 +432,9 @@ def planning() -> list[str]:
 
 def fits() -> list[str]:
     """Of each model and method: what it keeps, the rise of the loss and what was predicted, and the seconds it took."""
-    rows = [row for row in rows_of("fits.jsonl") if "method" in row and not row["int8"]]
+    rows = [row for row in rows_of("fits.jsonl") if "method" in row and not row["int8"] and row.get("in_order", True)]
     table = []
-    for row in sorted(rows, key=lambda row: (["minilm", "mpnet", "smollm2"].index(row["model"]), row["ratio"])):
+    for row in sorted(rows, key=lambda row: (row["model"], row["ratio"])):
         kept = f"{row['perplexity']:.1f}" if "perplexity" in row else f"{row['mean cosine']:.3f}"
         predicted = "" if row["predicted"] is None else f"{row['predicted']:.3f}"
         seconds = f"{sum(row['seconds'].values()):.0f}"

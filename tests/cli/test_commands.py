@@ -105,7 +105,12 @@ def test_calibration_text_makes_the_fit_data_aware(run: Any, base: Path, tables:
     content = result_of(done)
     assert content["method"] == "fisher"
     assert re.search(r"fisher \(.*default", done.stderr)
-    assert set(content["metrics"]) == {"embedding_cosine", "similarity_spearman", "predicted_cosine_loss"}
+    assert set(content["metrics"]) == {
+        "embedding_cosine",
+        "similarity_spearman",
+        "cosine_loss",
+        "predicted_cosine_loss",
+    }
     plain = result_of(run("compress", base, tmp_path / "plain", "--ratio", 2, "--method", "svd", *options))
     assert content["metrics"]["embedding_cosine"] > plain["metrics"]["embedding_cosine"]
 
@@ -137,9 +142,10 @@ def test_finetune_compress_evaluate(run: Any, trained: Path, tables: Path, tmp_p
     assert {"calibrate", "fit", "train", "total"} <= set(content["seconds"])
     again = result_of(run("evaluate", output, "--data", data, "--json"))
     assert again["bytes"] == content["bytes"]
-    assert again["metrics"] == {
-        k: v for k, v in content["metrics"].items() if not k.startswith(("original_", "predicted_"))
-    }
+    compared = ("original_", "predicted_", "loss_rise")
+    assert again["metrics"] == {k: v for k, v in content["metrics"].items() if not k.startswith(compared)}
+    rise = content["metrics"]["loss"] - content["metrics"]["original_loss"]
+    assert content["metrics"]["loss_rise"] == pytest.approx(rise)
     model = AutoModelForSequenceClassification.from_pretrained(output)
     assert model.config.id2label == {0: "minus", 1: "plus"}
     assert AutoTokenizer.from_pretrained(output)("good film")["input_ids"]
@@ -264,6 +270,7 @@ def test_a_language_model_is_measured_as_one(run: Any, decoder: Path, tables: Pa
     names = {"loss", "perplexity", "token_accuracy"}
     assert set(metrics) == names | {f"original_{name}" for name in names} | {
         "next_token_agreement",
+        "loss_rise",
         "predicted_loss_rise",
     }
     again = result_of(run("evaluate", small, "--data", texts, "--json"))["metrics"]

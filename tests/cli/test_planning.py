@@ -70,6 +70,42 @@ def test_ranks_in_multiples(run: Any, base: Path, tmp_path: Path) -> None:
     )
 
 
+def test_a_prediction_stands_beside_what_is_measured(run: Any, base: Path, tables: Path, tmp_path: Path) -> None:
+    texts = tables / "texts.txt"
+    options = ("--ratio", 2, "--calibration", texts, "--eval", texts, "--json")
+    metrics = content_of(run("compress", base, tmp_path / "small", *options))["metrics"]
+    assert metrics["cosine_loss"] == pytest.approx(1 - metrics["embedding_cosine"])
+    assert metrics["predicted_cosine_loss"] > 0
+    # A head that is new predicts nothing yet: what is measured then is the model below it.
+    training = ("--ratio", 2, "--train", tables / "train.tsv", "--label", "label", "--epochs", 1)
+    done = run("compress", base, tmp_path / "classifier", *training)
+    assert "predicted cosine loss (before training)" in done.stdout
+
+
+def test_a_default_plan_is_carried_out_with_text_alone(run: Any, base: Path, tables: Path, tmp_path: Path) -> None:
+    file, text = tmp_path / "plan.json", ("--calibration", tables / "texts.txt")
+    done = run("plan", base, "--ratio", 2, *text, "--output", file)
+    assert "method: fisher (the default with calibration data)" in done.stderr
+    check(run("compress", base, tmp_path / "small", "--plan", file), r"'fisher' needs text.*--calibration")
+    # A plan without text predicts the error of weights, which says nothing of a fit to text.
+    assert run("plan", base, "--method", "fisher", "--ratio", 2, "--output", file, "--overwrite").exit_code == 0
+    content = content_of(run("compress", base, tmp_path / "small", "--plan", file, *text, "--json"))
+    assert "predicted_weight_error" not in content["metrics"]
+
+
+def test_what_a_plan_does_not_do_is_told(run: Any, base: Path, tables: Path, tmp_path: Path) -> None:
+    text = ("--calibration", tables / "texts.txt")
+    assert "'svd' measures nothing: --calibration" in run("plan", base, "--method", "svd", *text).stderr
+    check(run("plan", base, "--method", "fwsvd", *text), "'fwsvd'.*labels.*compress --label")
+    check(run("plan", base, "--method", "kronecker", "--rank-multiple", 8), "rank_multiple=8.*'kronecker' does not")
+    check(run("compress", base, tmp_path / "s", "--int8", "--ratio", 1, *text), "ratio of 1,.*larger ratio")
+    (tmp_path / "line.txt").write_text("\n\na film\n \n")
+    done = run("plan", base, "--ratio", 2, "--calibration", tmp_path / "line.txt")
+    assert "calibrated on 4 tokens, fewer than the 64" in done.stderr.replace("\n", " ")
+    done = run("plan", base, "--int8", "--ratio", 2)
+    assert "in place of 2: with all matrices in int8" in done.stderr.replace("\n", " ")
+
+
 def test_other_budgets(run: Any, base: Path, tables: Path, tmp_path: Path) -> None:
     options = ("--method", "auto", "--ratio", 2, "--budget", "flops", "--json")
     planned = content_of(run("plan", base, *options))

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 import factorformer
 from factorformer.errors import DataError
+from factorformer.fitting import MetricName
 from factorformer.fitting.moments import LayerStatistics, SecondMoment
 from factorformer.fitting.recorder import UNSEEN
-from factorformer.fitting.statistics import collect, unreached
+from factorformer.fitting.statistics import UNSHOWN, collect, too_few_tokens, unreached
 from factorformer.layers.surgery import find_matrices
 
 ROWS = 6
@@ -118,7 +119,7 @@ def test_moments_equal_brute_force_whatever_the_batches(name: str, size: int) ->
     model = classifier(name)
     batch, layers = examples(model), names(model)
     expected = moments_by_hand(model, layers, batch, batch["attention_mask"])
-    found = collect(model, layers, reversed(list(split(batch, size))), moments=True)
+    found = collect(model, layers, reversed(list(split(batch, size))), "input_moment")
     assert list(found) == layers
     for layer in layers:
         assert_same(raw(found[layer]), expected[layer])
@@ -131,7 +132,7 @@ def test_without_a_mask_every_position_counts() -> None:
     model = classifier("bert")
     batch = {"input_ids": examples(model)["input_ids"]}
     expected = moments_by_hand(model, names(model), batch, torch.ones_like(batch["input_ids"]))
-    for layer, statistics in collect(model, names(model), split(batch, 4), moments=True).items():
+    for layer, statistics in collect(model, names(model), split(batch, 4), "input_moment").items():
         assert_same(raw(statistics), expected[layer])
 
 
@@ -141,8 +142,8 @@ def test_padding_to_another_length_changes_nothing() -> None:
     longer = {
         key: torch.nn.functional.pad(value, (0, 4)) if value.dim() == 2 else value for key, value in batch.items()
     }
-    short = collect(model, names(model), [batch], moments=True)
-    for layer, statistics in collect(model, names(model), [longer], moments=True).items():
+    short = collect(model, names(model), [batch], "input_moment")
+    for layer, statistics in collect(model, names(model), [longer], "input_moment").items():
         assert_same(raw(statistics), raw(short[layer]))
 
 
@@ -151,11 +152,11 @@ def test_layers_that_read_one_tensor_share_its_moment() -> None:
     batch = examples(model)
     layers = [f"bert.encoder.layer.0.attention.self.{part}" for part in ("query", "key", "value")]
     other = "bert.encoder.layer.0.attention.output.dense"
-    found = collect(model, [*layers, other], split(batch, 2), moments=True)
+    found = collect(model, [*layers, other], split(batch, 2), "input_moment")
     assert len({id(found[layer].inputs) for layer in layers}) == 1
     assert found[other].inputs is not found[layers[0]].inputs
     for layer in layers:
-        alone = collect(model, [layer], split(batch, 2), moments=True)[layer]
+        alone = collect(model, [layer], split(batch, 2), "input_moment")[layer]
         assert torch.equal(raw(alone), raw(found[layer]))
 
 
@@ -171,7 +172,7 @@ def test_encoder_and_decoder_are_masked_by_their_own_masks() -> None:
         "decoder_attention_mask": decoder_mask,
     }
     layers = names(model)
-    found = collect(model, layers, [batch], moments=True)
+    found = collect(model, layers, [batch], "input_moment")
     crossing = [layer for layer in layers if layer.endswith(("EncDecAttention.k", "EncDecAttention.v"))]
     assert len(crossing) == 2 * tiny.BLOCKS
     for group, positions in (
@@ -184,7 +185,7 @@ def test_encoder_and_decoder_are_masked_by_their_own_masks() -> None:
     del batch["decoder_attention_mask"]
     layer = "decoder.block.0.layer.0.SelfAttention.q"
     assert_same(
-        raw(collect(model, [layer], [batch], moments=True)[layer]),
+        raw(collect(model, [layer], [batch], "input_moment")[layer]),
         moments_by_hand(model, [layer], batch, torch.ones_like(mask))[layer],
     )
 
@@ -194,7 +195,7 @@ def test_embeddings_count_their_rows(size: int) -> None:
     model = classifier("bert")
     batch = examples(model)
     words, places = "bert.embeddings.word_embeddings", "bert.embeddings.position_embeddings"
-    found = collect(model, [words, places], split(batch, size), moments=True)
+    found = collect(model, [words, places], split(batch, size), "input_moment")
     ids = batch["input_ids"][batch["attention_mask"].bool()]
     assert_same(found[words].rows, granted(torch.bincount(ids, minlength=99)))
     counts = torch.zeros(len(found[places].rows))
@@ -209,10 +210,10 @@ def test_tied_embeddings_are_measured_over_all_their_calls() -> None:
     batch["decoder_attention_mask"] = torch.ones_like(batch["decoder_input_ids"])
     batch["decoder_attention_mask"][0, 3:] = 0
     read = torch.cat([batch[f"{part}input_ids"][batch[f"{part}attention_mask"].bool()] for part in ("", "decoder_")])
-    found = collect(model, ["shared"], [batch], moments=True)["shared"]
+    found = collect(model, ["shared"], [batch], "input_moment")["shared"]
     assert_same(found.rows, granted(torch.bincount(read, minlength=99)))
     batch["labels"] = batch["decoder_input_ids"].contiguous()
-    assert collect(model, ["shared"], [batch], fisher=True)["shared"].rows is not None
+    assert collect(model, ["shared"], [batch], "fisher_rows")["shared"].rows is not None
 
 
 # Regularization
@@ -244,7 +245,7 @@ def test_fisher_rows_equal_brute_force_whatever_the_batches(name: str, scope: st
     model = classifier(name)
     batch, layers = examples(model), names(model, scope)
     expected = fisher_by_hand(model, layers, batch)
-    found = collect(model, layers, split(batch, size), fisher=True)
+    found = collect(model, layers, split(batch, size), "fisher_rows")
     for layer in layers:
         assert_same(found[layer].rows, expected[layer], 1e-3)
         assert found[layer].inputs is None
@@ -254,8 +255,8 @@ def test_fisher_rows_do_not_depend_on_how_batches_are_cut() -> None:
     model = classifier("bert")
     batch = examples(model)
     uneven = [*split({k: v[:5] for k, v in batch.items()}, 3), {k: v[5:] for k, v in batch.items()}]
-    one = collect(model, names(model), [batch], fisher=True)
-    for layer, statistics in collect(model, names(model), uneven, fisher=True).items():
+    one = collect(model, names(model), [batch], "fisher_rows")
+    for layer, statistics in collect(model, names(model), uneven, "fisher_rows").items():
         assert_same(statistics.rows, one[layer].rows, 1e-5)
 
 
@@ -267,20 +268,9 @@ def test_fisher_rows_of_frozen_parameters(frozen: str) -> None:
     part = {"all": model, "embeddings": model.bert.embeddings, "one layer": model.bert.encoder.layer[1]}[frozen]
     part.requires_grad_(False)
     flags = [parameter.requires_grad for parameter in model.parameters()]
-    for layer, statistics in collect(model, layers, split(batch, 3), fisher=True).items():
+    for layer, statistics in collect(model, layers, split(batch, 3), "fisher_rows").items():
         assert_same(statistics.rows, expected[layer], 1e-3)
     assert [parameter.requires_grad for parameter in model.parameters()] == flags
-
-
-def test_moments_and_fisher_rows_in_one_pass() -> None:
-    model = classifier("bert")
-    batch, layers = examples(model), names(model)
-    both = collect(model, layers, split(batch, 3), moments=True, fisher=True)
-    moments = collect(model, layers, split(batch, 3), moments=True)
-    fisher = collect(model, layers, split(batch, 3), fisher=True)
-    for layer in layers:
-        assert_same(raw(both[layer]), raw(moments[layer]), 1e-6)
-        assert_same(both[layer].rows, fisher[layer].rows, 1e-6)
 
 
 def test_repeated_tokens_add_up_before_the_square() -> None:
@@ -288,7 +278,7 @@ def test_repeated_tokens_add_up_before_the_square() -> None:
     batch = examples(model)
     batch["input_ids"] = torch.full_like(batch["input_ids"], 7)
     name = "bert.embeddings.word_embeddings"
-    rows = collect(model, [name], [batch], fisher=True)[name].rows
+    rows = collect(model, [name], [batch], "fisher_rows")[name].rows
     assert_same(rows, fisher_by_hand(model, [name], batch)[name], 1e-3)
     assert rows is not None
     assert rows.nonzero().flatten().tolist() == [7]
@@ -299,7 +289,8 @@ def test_repeated_tokens_add_up_before_the_square() -> None:
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("fails", [False, True], ids=["ends", "fails"])
-def test_the_model_is_left_as_it_was(training: bool, fails: bool) -> None:
+@pytest.mark.parametrize("metric", ["input_moment", "fisher_rows", "fisher"])
+def test_the_model_is_left_as_it_was(training: bool, fails: bool, metric: MetricName) -> None:
     model = classifier("bert").train(training)
     model.bert.embeddings.requires_grad_(False)
     batch = examples(model)
@@ -315,9 +306,9 @@ def test_the_model_is_left_as_it_was(training: bool, fails: bool) -> None:
 
     if fails:
         with pytest.raises(RuntimeError, match="the file ended"):
-            collect(model, names(model, "all"), batches(), moments=True, fisher=True)
+            collect(model, names(model, "all"), batches(), metric)
     else:
-        collect(model, names(model, "all"), batches(), moments=True, fisher=True)
+        collect(model, names(model, "all"), batches(), metric)
     assert all(module.training is training for module in model.modules())
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert {name: p.requires_grad for name, p in model.named_parameters()} == flags
@@ -331,13 +322,13 @@ def test_modes_of_parts_are_left_as_they_were() -> None:
     model = classifier("bert").train()
     model.bert.embeddings.eval()
     modes = [module.training for module in model.modules()]
-    collect(model, names(model), [examples(model)], moments=True)
+    collect(model, names(model), [examples(model)], "input_moment")
     assert [module.training for module in model.modules()] == modes
 
 
 def test_progress_counts_batches() -> None:
     model, done = classifier("bert"), []
-    collect(model, names(model), split(examples(model), 2), moments=True, progress=done.append)
+    collect(model, names(model), split(examples(model), 2), "input_moment", progress=done.append)
     assert done == [1, 2, 3]
 
 
@@ -347,7 +338,7 @@ def test_progress_counts_batches() -> None:
 def test_no_batches() -> None:
     model = classifier("bert")
     with pytest.raises(DataError, match="calibration data is empty"):
-        collect(model, names(model), iter([]), moments=True)
+        collect(model, names(model), iter([]), "input_moment")
 
 
 def test_no_labels() -> None:
@@ -355,7 +346,7 @@ def test_no_labels() -> None:
     batch = examples(model)
     del batch["labels"]
     with pytest.raises(DataError, match=r"BertForSequenceClassification.*labels"):
-        collect(model, names(model), [batch], fisher=True)
+        collect(model, names(model), [batch], "fisher_rows")
 
 
 class Two(nn.Module):
@@ -368,33 +359,35 @@ class Two(nn.Module):
     def forward(self, x: Tensor) -> tf.utils.ModelOutput:
         if self.called:
             self.unused(x)
-        return tf.modeling_outputs.SequenceClassifierOutput(loss=self.used(x).square().mean())
+        logits = self.used(x)
+        return tf.modeling_outputs.SequenceClassifierOutput(loss=logits.square().mean(), logits=logits)
 
 
-@pytest.mark.parametrize("kind", ["moments", "fisher"])
-def test_a_layer_that_is_never_reached(kind: str) -> None:
+@pytest.mark.parametrize("metric", ["input_moment", "fisher_rows", "fisher"])
+def test_a_layer_that_is_never_reached(metric: MetricName) -> None:
     batch = {"x": torch.ones(2, 4)}
-    assert set(collect(Two(), ["used", "unused"], [batch], **{kind: True})) == {"used"}
-    with pytest.raises(DataError, match="'unused'"):
-        collect(Two(), ["unused"], [batch], **{kind: True})
+    assert set(collect(Two(), ["used", "unused"], [batch], metric)) == {"used"}
+    with pytest.raises(DataError, match=r"'unused'|depends on its weights"):
+        collect(Two(), ["unused"], [batch], metric)
     assert "exclude 'unused'" in unreached(Two(), ["used", "unused"], iter([batch]))["unused"]
 
 
 def test_fisher_rows_are_of_layers_that_the_loss_depends_on() -> None:
     model, layers, batch = Two(called=True), ["used", "unused"], {"x": torch.ones(2, 4)}
-    assert set(collect(model, layers, [batch], moments=True)) == {"used", "unused"}
-    assert set(collect(model, layers, [batch], fisher=True)) == {"used"}
+    assert set(collect(model, layers, [batch], "input_moment")) == {"used", "unused"}
+    assert set(collect(model, layers, [batch], "fisher_rows")) == {"used"}
     assert not unreached(model, layers, [batch])
-    assert "exclude 'unused'" in unreached(model, layers, [batch], fisher=True)["unused"]
+    for metric in ("fisher_rows", "fisher"):
+        assert unreached(model, layers, [batch], metric) == {"unused": UNSHOWN}
     with pytest.raises(DataError, match="'unused'"):
-        collect(model, ["unused"], [batch], fisher=True)
+        collect(model, ["unused"], [batch], "fisher_rows")
 
 
-@pytest.mark.parametrize("kind", ["moments", "fisher"])
+@pytest.mark.parametrize("metric", ["input_moment", "fisher_rows", "fisher"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_values_that_are_not_finite(kind: str, value: float) -> None:
+def test_values_that_are_not_finite(metric: MetricName, value: float) -> None:
     with pytest.raises(DataError, match="'used' sees NaN or infinite"):
-        collect(Two(), ["used"], [{"x": torch.full((2, 4), value)}], **{kind: True})
+        collect(Two(), ["used"], [{"x": torch.full((2, 4), value)}], metric)
 
 
 def test_padding_does_not_count_where_positions_are_folded_into_the_batch() -> None:
@@ -403,7 +396,7 @@ def test_padding_does_not_count_where_positions_are_folded_into_the_batch() -> N
     mask = torch.ones_like(ids)
     mask[1, 5:] = 0
     names = [m.name for m in find_matrices(model)[0]]
-    measured = collect(model, names, [{"input_ids": ids, "attention_mask": mask}], moments=True)
+    measured = collect(model, names, [{"input_ids": ids, "attention_mask": mask}], "input_moment")
     counts = {name: statistics.inputs.count for name, statistics in measured.items() if statistics.inputs}
     assert set(counts.values()) == {12}
 
@@ -414,9 +407,9 @@ def test_fisher_rows_of_a_language_model_are_those_of_single_examples() -> None:
     labels = ids.clone()
     labels[0, 2:] = -100  # the mean over tokens weighs this example's few tokens otherwise in a batch than alone
     names = [m.name for m in find_matrices(model)[0] if m.dense is None]
-    together = collect(model, names, [{"input_ids": ids, "labels": labels}], fisher=True)
+    together = collect(model, names, [{"input_ids": ids, "labels": labels}], "fisher_rows")
     alone = [{"input_ids": ids[i : i + 1], "labels": labels[i : i + 1]} for i in range(3)]
-    single = collect(model, names, alone, fisher=True)
+    single = collect(model, names, alone, "fisher_rows")
     for name in names:
         torch.testing.assert_close(together[name].rows, single[name].rows)
 
@@ -430,7 +423,7 @@ def test_data_as_people_have_it() -> None:
     mask = torch.ones_like(ids)
     batch = {"input_ids": ids, "attention_mask": mask}
     layers = names(model)
-    expected = collect(model, layers, [batch], moments=True)
+    expected = collect(model, layers, [batch], "input_moment")
     rows = datasets.Dataset.from_dict({"text": ["a"] * 4, "input_ids": ids.tolist(), "attention_mask": mask.tolist()})
     for data in (
         batch,
@@ -442,14 +435,71 @@ def test_data_as_people_have_it() -> None:
         rows,
         rows.with_format("torch"),
     ):
-        for layer, statistics in collect(model, layers, data, moments=True).items():
+        for layer, statistics in collect(model, layers, data, "input_moment").items():
             torch.testing.assert_close(raw(statistics), raw(expected[layer]), rtol=1e-4, atol=1e-4)
+
+
+def test_layers_that_share_a_moment_part_when_they_read_other_things() -> None:
+    class Twice(nn.Module):
+        """Reads one tensor with two layers, then others; one of them reads it twice."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.q, self.k = nn.Linear(4, 3), nn.Linear(4, 3)
+
+        def forward(self, x: Tensor, other: Tensor) -> Tensor:
+            return self.q(x) + self.k(x) + self.q(other) + self.k(3 * other) + self.k(x) + self.k(x)
+
+    torch.manual_seed(0)
+    model, x, other = Twice(), torch.randn(5, 4), torch.randn(5, 4)
+    for metric in ("input_moment", "fisher"):
+        found = collect(model, ["q", "k"], [{"x": x, "other": other}] * 2, metric)
+        for name, inputs in (("q", [x, other]), ("k", [x, 3 * other, x, x])):
+            moment = found[name].inputs
+            assert moment is not None
+            assert moment.count == 2 * 5 * len(inputs)
+            expected = 2 * sum(part.T @ part for part in inputs)
+            torch.testing.assert_close(moment.symmetric().float(), expected, rtol=1e-2, atol=1e-2)
+    assert found["k"].tokens / found["q"].tokens == 2
+
+
+def test_roots_of_long_texts_are_positive_definite() -> None:
+    """Sums in float32 are wrong by more than so many tokens leave of the shrinkage."""
+    generator = torch.Generator().manual_seed(0)
+    width, count = 256, 10**9
+    strong = torch.randn(width, 1, generator=generator)
+    noise = torch.randn(width, width, generator=generator)
+    total = (strong @ strong.T) * count * (1 + torch.finfo(torch.float32).eps * (noise + noise.T))
+    root = SecondMoment(total, count).root()
+    assert torch.isfinite(root).all()
+
+
+def test_roots_are_kept_until_more_is_counted() -> None:
+    moment = SecondMoment.zeros(4, torch.device("cpu"))
+    moment.add(torch.randn(9, 4))
+    first = moment.root()
+    assert moment.root() is first
+    moment.add(torch.randn(9, 4))
+    torch.testing.assert_close(moment.root() @ moment.root().T, moment.moment())
+    others = [SecondMoment(torch.eye(4) * size, 1) for size in range(1, 9)]
+    for other in others:
+        torch.testing.assert_close(other.root() @ other.root().T, other.moment())
+
+
+def test_too_few_tokens_are_told() -> None:
+    model = tiny.MODELS["bert"].build()
+    (wide, *_) = [name for name in names(model) if name.endswith("output.dense")]
+    for rows, length, said in ((1, 5, True), (8, 20, False)):
+        statistics = collect(model, [wide], [tiny.text(rows, length)], "input_moment")
+        line = too_few_tokens(statistics)
+        assert (line is not None) == said
+    assert too_few_tokens({}) is None
 
 
 def test_rows_of_a_data_set_may_differ_in_length() -> None:
     model = tiny.MODELS["bert"].build()
     rows = datasets.Dataset.from_dict({"input_ids": [[5, 6, 7], [8, 9]]})
-    (statistics,) = collect(model, names(model)[:1], rows, moments=True).values()
+    (statistics,) = collect(model, names(model)[:1], rows, "input_moment").values()
     assert statistics.inputs is not None
     assert statistics.inputs.count == 5
 
@@ -471,10 +521,10 @@ def test_data_that_is_none() -> None:
         (datasets.Dataset.from_dict({"text": ["a"]}), "columns text"),
     ):
         with pytest.raises(DataError, match=message):
-            collect(model, names(model), data, moments=True)
+            collect(model, names(model), data, "input_moment")
 
 
-def test_parts_that_data_does_not_reach_stay_dense_in_plan_and_compress() -> None:
+def images_and_text() -> tf.PreTrainedModel:
     vision = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
     text = {**vision, "num_key_value_heads": 2, "vocab_size": 51}
     config = tf.LlavaConfig(
@@ -482,8 +532,12 @@ def test_parts_that_data_does_not_reach_stay_dense_in_plan_and_compress() -> Non
         text_config=tf.LlamaConfig(**text),
         image_token_index=50,
     )
-    model = tf.LlavaForConditionalGeneration(config).eval()
-    batches = [{"input_ids": torch.randint(5, 49, (2, 7))}]
+    return tf.LlavaForConditionalGeneration(config).eval()
+
+
+def test_parts_that_data_does_not_reach_stay_dense_in_plan_and_compress() -> None:
+    model = images_and_text()
+    batches = [{"input_ids": torch.randint(5, 49, (8, 20))}]
     told = factorformer.plan(model, "whitened", ratio=1.3, calibration=batches)
     by_loss = factorformer.plan(model, "fisher", ratio=1.3, calibration=batches)
     blind = factorformer.plan(model, "whitened", ratio=2)

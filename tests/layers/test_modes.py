@@ -19,11 +19,19 @@ def test_products_are_those_of_float32() -> None:
 
 
 def test_the_setting_is_left_as_it_was() -> None:
-    before = torch.get_float32_matmul_precision()
+    products = torch.backends.mkldnn.matmul
+    before = products.fp32_precision
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"), fast_float32(CPU, rounding=True):
         torch.ones(2, 3) @ torch.ones(2, 3)
-    assert torch.get_float32_matmul_precision() == before
+    assert products.fp32_precision == before
     with fast_float32(CPU, rounding=True):
-        assert torch.get_float32_matmul_precision() == "medium"
+        assert products.fp32_precision == "bf16"
     with fast_float32(torch.device("meta"), rounding=True):
-        assert torch.get_float32_matmul_precision() == before
+        assert products.fp32_precision == before
+    try:
+        products.fp32_precision = "ieee"  # a setting of the user's
+        with fast_float32(CPU, rounding=True):
+            assert products.fp32_precision == "bf16"
+        assert products.fp32_precision == "ieee"
+    finally:
+        products.fp32_precision = before

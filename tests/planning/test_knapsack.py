@@ -18,7 +18,7 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 
 from factorformer.errors import BudgetError
 from factorformer.layers.matrix import Matrix
-from factorformer.planning import Entry, Option, Unit
+from factorformer.planning import Entry, Option, Unit, knapsack
 from factorformer.planning.allocate import TOLERANCE
 from factorformer.planning.knapsack import GAP, by_loss
 from factorformer.structures import Dense, KroneckerSum, LowRank, Structure
@@ -186,7 +186,7 @@ def test_reasons_name_the_runner_up() -> None:
 
     assert "kronecker_sum would have 3.00 times" in reason(Option(LowRank(2), 5, 1), Option(kronecker, 5, 3))
     assert "kronecker_sum would cost more" in reason(Option(LowRank(2), 5, 2), Option(kronecker, 8, 3))
-    assert reason(Option(LowRank(2), 5, 2)).endswith("whose error is worth what it costs")
+    assert reason(Option(LowRank(2), 5, 2)).endswith("the only structure tried")
     assert reason(Option(LowRank(2), 5, 2), ratio=1).partition(": ")[2].startswith("low_rank(rank=2)")
     assert reason(Option(LowRank(2), 12, 2), ratio=1).endswith("nothing else costs less")
     (entry,) = by_loss([Matrix("a", shape, dense="excluded")], {"a": [Option(None, 10, 0)]}, 1, 0)
@@ -229,3 +229,18 @@ def test_a_ratio_between_two_sizes_names_the_nearest() -> None:
 def test_nothing_to_factorize() -> None:
     with pytest.raises(BudgetError, match=r"ratio is 1, .*at most 1"):
         by_loss([Matrix("a", (16, 16), dense="excluded")], {"a": [Option(None, 10, 0)]}, 2, 0)
+
+
+def test_plans_that_would_take_too_long_are_those_of_the_price(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is looked at has a bound, and without it a plan is within what the price says."""
+    draw = random.Random(0)
+    matrices = [Matrix(f"m{i}", (64, 64)) for i in range(12)]
+    options = {
+        m.name: options_of([(i * 100 + draw.randrange(50), 1000 / i + draw.random()) for i in range(1, 9)], 2000)
+        for m in matrices
+    }
+    best = by_loss(matrices, options, 4.0, 0)
+    monkeypatch.setattr(knapsack, "MOST", 10)
+    quick = by_loss(matrices, options, 4.0, 0)
+    losses = [sum(o.loss for o in chosen(entries, options)) for entries in (best, quick)]
+    assert losses[0] <= losses[1] <= 1.1 * losses[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import datasets
@@ -102,7 +103,8 @@ def test_classification_metrics_are_those_of_sklearn(classes: int) -> None:
 def test_a_perfect_classifier_scores_one() -> None:
     references = np.array([0, 1, 1, 0])
     found = score(np.eye(2)[references], references, Labels("classification", ("no", "yes")))
-    assert found == {"accuracy": 1, "macro_f1": 1, "matthews": 1, "f1": 1}
+    loss = -math.log(math.e / (math.e + 1))  # logits of 0 and 1
+    assert found == {"accuracy": 1, "macro_f1": 1, "matthews": 1, "f1": 1, "loss": pytest.approx(loss)}
 
 
 def test_regression_metrics_are_those_of_scipy() -> None:

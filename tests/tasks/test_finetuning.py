@@ -16,6 +16,7 @@ import transformers as tf
 
 import factorformer
 from factorformer.errors import DataError, ModelError
+from factorformer.layers import modes
 from factorformer.layers.nn import FactorizedMatrix
 from factorformer.tasks.data import Columns, Labels, batches, encode
 from factorformer.tasks.evaluation import compare_embeddings, embed, evaluate, predict
@@ -87,6 +88,25 @@ def test_the_precision_of_the_training_ends_with_it(
         hidden = model.base_model(**{k: v for k, v in inputs.items() if k != "labels"}).last_hidden_state
         assert torch.equal(model(**inputs).logits, type(model).forward(model, **inputs).logits)
     assert hidden.dtype == torch.float32
+
+
+def test_products_are_those_of_onednn_where_it_rounds_nothing(
+    tokenizer: tf.PreTrainedTokenizerBase,
+    make_classifier: Make,
+    labelled: datasets.Dataset,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    before, seen = torch.backends.mkldnn.matmul.fp32_precision, []
+
+    class Note(tf.TrainerCallback):
+        def on_step_end(self, *args: Any, **others: Any) -> None:
+            seen.append(torch.backends.mkldnn.matmul.fp32_precision)
+
+    for exact in (True, False):
+        monkeypatch.setattr(modes, "_multiplies_float32", lambda exact=exact: exact)
+        train(make_classifier(), tokenizer, labelled, dataclasses.replace(FAST, epochs=1), callbacks=[Note()])
+    assert seen == ["bf16"] * 6 + [before] * 6
+    assert torch.backends.mkldnn.matmul.fp32_precision == before
 
 
 def test_training_is_reproducible(

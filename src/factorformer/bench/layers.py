@@ -18,7 +18,7 @@ from factorformer.layers.nn import FactorizedLinear, new_factors
 from factorformer.planning import Entry
 from factorformer.planning.evidence.times import interleaved
 from factorformer.progress import Progress, silent
-from factorformer.structures import Factors, Shape, Structure, int8
+from factorformer.structures import Dense, Factors, Shape, Structure, int8
 
 TOKENS = (1, 16, 128, 1024)
 """Rows of input at which products are timed by default."""
@@ -215,6 +215,8 @@ def _advice(shape: Shape, kind: str, ratios: Mapping[str, float], others: Sequen
     keep = f"to keep {'it' if one else 'them'} dense: " + " ".join(f"--exclude '{p}'" for p in dict.fromkeys(patterns))
     if not others:
         keep = "none of the factors of this plan pay here: another method or a larger ratio may"
+    if kind == Dense.kind:
+        kind, keep = "dense in int8", "what `factorformer export` makes of int8 is faster"
     return (
         f"{len(ratios)} {shape[0]}x{shape[1]} {'matrix' if one else 'matrices'} as {kind} "
         f"{'takes' if one else 'take'} {least if least == most else f'{least} to {most}'} as long as dense at {tokens} "

@@ -21,7 +21,7 @@ from factorformer.files import RESULT_FILE, output_directory, whole_file
 from factorformer.hf.attachment import described
 from factorformer.hf.source import copy_companions, find, load_model, place_of_weights, read_config
 from factorformer.layers.surgery import find_matrices
-from factorformer.planning import Entry, Plan
+from factorformer.planning import TOLERANCE, Entry, Plan
 from factorformer.report import Result
 from factorformer.report.result import BEFORE
 from factorformer.tasks.classification import Head, head_labels
@@ -146,11 +146,21 @@ PREDICTED = {
 
 
 def predictions(plan: Plan) -> dict[str, float]:
-    """Predicted values of a plan, as metrics."""
+    """Predicted values of a plan, as metrics: the loss that compression costs, before any training."""
     found = {} if plan.predicted is None else {PREDICTED[plan.objective or ""]: plan.predicted}
     if plan.milliseconds is not None:
         found |= dict(zip((f"{BEFORE}latency_products", "latency_products"), plan.milliseconds, strict=True))
     return found
+
+
+def off_target(plan: Plan) -> str | None:
+    """A line about a ratio that is not the one that was asked for; None if it is, within the tolerance of plans."""
+    if plan.budget != "bytes" or abs(plan.ratio / plan.target - 1) <= TOLERANCE:
+        return None
+    asked = f"the ratio is {plan.ratio:.4g} in place of {plan.target:g}"
+    if any(entry.spec is None and entry.matrix.int8 for entry in plan.entries):
+        return f"{asked}: matrices are in int8 or in floats as a whole, and no other choice comes nearer from above"
+    return f"{asked}: with all matrices in int8 the model takes no more than that"
 
 
 def hold_out(data: datasets.Dataset, seed: int, options: str = "--eval") -> tuple[datasets.Dataset, datasets.Dataset]:

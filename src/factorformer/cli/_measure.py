@@ -74,11 +74,17 @@ def measure(
 
 
 def compare(before: Measured | None, after: Measured | None) -> dict[str, float]:
-    """All metrics: of the original under the prefix `original_`, of the result, and of how far the two agree."""
+    """All metrics: of the original under the prefix `original_`, of the result, and of how far the two agree.
+
+    What plans predict is among them: the rise of the loss, or 1 - cosine of embeddings.
+    """
     earlier, later = before or Measured(), after or Measured()
     metrics = {**{BEFORE + name: value for name, value in earlier.metrics.items()}, **later.metrics}
+    if "loss" in earlier.metrics and "loss" in later.metrics:
+        metrics["loss_rise"] = later.metrics["loss"] - earlier.metrics["loss"]
     if earlier.tokens is not None and later.tokens is not None:
         metrics["next_token_agreement"] = float((earlier.tokens == later.tokens).float().mean())
     if earlier.embeddings is not None and later.embeddings is not None:
         metrics |= compare_embeddings(earlier.embeddings, later.embeddings)
+        metrics["cosine_loss"] = 1 - metrics["embedding_cosine"]
     return metrics

@@ -82,8 +82,8 @@ Method = Annotated[
     weights_option(
         "--method",
         metavar="NAME",
-        help="One of `factorformer methods`. By default the data-aware fit if there is calibration data, "
-        "and the plain one where there is none.",
+        help="One of `factorformer methods`. By default 'fisher' if there is calibration data, and 'svd' where there "
+        "is none.",
     ),
 ]
 Ratio = Annotated[
@@ -91,8 +91,8 @@ Ratio = Annotated[
     weights_option(
         "--ratio",
         callback=finite,
-        help="Bytes of the original tensors in scope over the bytes of what replaces them; met within 1 %. "
-        "By default 3, and 10 with --int8 and in `train`.",
+        help="Bytes of the original tensors in scope over the bytes of what replaces them; met within 1 %, or exceeded "
+        "where --int8 alone takes less. By default 3, and 10 with --int8 and in `train`.",
     ),
 ]
 Budget = Annotated[
@@ -143,7 +143,8 @@ RankMultiple = Annotated[
     weights_option(
         "--rank-multiple",
         min=1,
-        help="Ranks of low-rank matrices are multiples of this, by default 1.",
+        help="Ranks of low-rank matrices are multiples of this, by default 1. For methods that make such matrices; "
+        "other structures, of which 'auto' makes some, stay as they are.",
     ),
 ]
 Share = Annotated[

@@ -88,8 +88,8 @@ def compress(
 ) -> None:
     """Replace the weight matrices of a model by smaller factors, train them if there is data, and save the result.
 
-    [bold]Without --train[/bold] this is post-training compression: it takes seconds, and everything beside the weights
-    (tokenizer, pooling of a sentence encoder) is copied as it is. Give it some text with --calibration.
+    [bold]Without --train[/bold] this is post-training compression: it takes seconds to minutes, and everything beside
+    the weights (tokenizer, pooling of a sentence encoder) is copied as it is. Give it some text with --calibration.
 
     [bold]With --train and --label[/bold] the compressed model is fine-tuned on a task. MODEL may be fine-tuned already,
     which is better; otherwise it gets a new head.

@@ -34,7 +34,7 @@ from factorformer.cli._options import (
     note,
     place_of,
 )
-from factorformer.errors import FactorformerError, OutputError
+from factorformer.errors import DataError, FactorformerError, OutputError
 from factorformer.files import check_file
 
 PlanFile = Annotated[
@@ -95,19 +95,30 @@ def plan(
         check_dense,
         columns_of,
         encode_table,
+        off_target,
         plain_columns,
         predictions,
         read_table,
     )
+    from factorformer.fitting.statistics import too_few_tokens
     from factorformer.hf.source import find, load_model, load_tokenizer, read_config
     from factorformer.progress import bars
     from factorformer.report import Result
     from factorformer.tasks.data import check_lengths
 
-    if calibration is None:
-        note_unused("without --calibration", "text", "words", "max_length", "calibration_rows", "seed")
     unit = "bytes" if budget is None else budget.value
     chosen = recipes.default_method(calibrated=calibration is not None) if method is None else method
+    needs = recipes.get(chosen).needs
+    if needs == "labelled text" and calibration is not None:
+        raise DataError(
+            f"method '{chosen}' measures the model on labels, which `plan` does not read: leave out --calibration, or "
+            "plan and compress at once with `factorformer compress --label`"
+        )
+    if needs == "nothing" and calibration is not None:
+        note(f"method '{chosen}' measures nothing: --calibration is not used")
+        calibration = None
+    if calibration is None:
+        note_unused("without --calibration", "text", "words", "max_length", "calibration_rows", "seed")
     compression.check_options(chosen, ratio, None if share is None else share.value, unit, rank_multiple or 1)
     started = time.perf_counter()
     path = find(model)
@@ -122,9 +133,11 @@ def plan(
     if tokenizer is not None and rows is not None:
         check_lengths(loaded, rows, "the calibration data")
         data = calibration_batches(loaded, tokenizer, rows, calibration_rows, seed)
-    if method is None:
+    if method is None and calibration is None:
         with_data, without = (recipes.default_method(calibrated=calibrated) for calibrated in (True, False))
         note(f"method: left to compress, which takes '{with_data}' with calibration data and '{without}' without")
+    elif method is None:
+        note(f"method: {chosen} (the default with calibration data)")
     if budget is not None and budget.value == "milliseconds":
         note(f"milliseconds are those of this machine's {loaded.device.type}")
     with bars() as progress:
@@ -141,7 +154,11 @@ def plan(
             int8=int8,
             calibration=data,
             progress=progress,
+            keep_statistics=True,
         )
+    for line in (off_target(made), too_few_tokens(made.statistics)):
+        if line is not None:
+            note(line)
     warnings = slower_than_dense(made.entries, loaded.device)
     for line in warnings:
         note(f"slower: {line}")

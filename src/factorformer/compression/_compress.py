@@ -15,19 +15,21 @@ from factorformer import planning, recipes
 from factorformer.compression._replacement import check_fits, replace_matrices, replace_weights
 from factorformer.compression._report import Report
 from factorformer.errors import DataError, ModelError
+from factorformer.fitting import MetricName
 from factorformer.fitting import statistics as calibrate
-from factorformer.fitting.batches import Calibration, as_batches
+from factorformer.fitting.batches import Calibration, as_batches, placed
 from factorformer.fitting.matrices import Factors, fit_group, fit_matrix, fit_target, measure
 from factorformer.fitting.moments import LayerStatistics
 from factorformer.fitting.sequential import fit_sequentially
+from factorformer.layers.dense import dense_weight, is_transposed
 from factorformer.layers.dummies import accepted
 from factorformer.layers.matrix import Matrix
 from factorformer.layers.modes import evaluating
 from factorformer.layers.quantization import quantize
-from factorformer.layers.surgery import unchanged_on_error
+from factorformer.layers.surgery import find_blocks, unchanged_on_error
 from factorformer.planning import Entry, Plan, left_dense
 from factorformer.progress import Progress, silent
-from factorformer.structures import Structure
+from factorformer.structures import Dense, Structure, int8
 
 
 def compress(
@@ -39,11 +41,15 @@ def compress(
     statistics: Mapping[str, LayerStatistics] | None = None,
     keep_statistics: bool = False,
     hold_floats: bool = False,
+    new_head: bool = False,
 ) -> Report:
     """Replace the planned matrices by fitted factors, in place. A Hugging Face model then saves as a compressed one.
 
     A model around one, such as a `SentenceTransformer`, saves as one too. Pass the model that is going to be saved: one
     that is compressed from inside, through its `base_model`, does not know of it.
+
+    Under `fisher` and `auto`, matrices of the plan that stay dense get new weights as well, which make up for errors of
+    the matrices before them; the report says how many. To keep one as it is, exclude it from the plan.
 
     All factors are fitted before the first layer is replaced, and the result has to run on what the dense model has run
     on: an error leaves the model as it was. Matrices that the calibration data does not reach stay dense, and the
@@ -56,10 +62,11 @@ def compress(
             or a tokenized `datasets.Dataset` serves too.
         progress: progress callback.
         statistics: what `plan` measured with `keep_statistics`, so that it is not measured again.
+        keep_statistics: leave what calibration measured in the report; a moment takes as much memory as a square matrix
+            of float32 as wide as the layer's input or output.
         hold_floats: leave factors that the plan wants in int8 as floats that products round, to train on; `quantize`
             ends that.
-        keep_statistics: leave what calibration measured in the report; a moment takes as much memory as a square matrix
-            of float64 as wide as the layer's input.
+        new_head: whether the model's head has learned nothing yet, so that it tells nothing of the curvature.
 
     Raises:
         DataError: the method needs calibration data (or labels) that was not given.
@@ -83,13 +90,21 @@ def compress(
         batches = list(data) if recipe.sequential else []
         trial, calibration = _first(iter(batches) if recipe.sequential else data)
         names = [entry.matrix.name for entry in plan.factorized]
-        measured = statistics or measure(model, names, recipe.metric, calibration, progress)
-        plan, notes = _without_unreached(plan, measured)
+        measured = statistics or measure(model, names, recipe.metric, calibration, progress, new_head)
+        plan, notes = _without_unreached(plan, measured, recipe.metric)
+        few = calibrate.too_few_tokens(measured)
+        notes += () if few is None else (few,)
     calibrated = time.perf_counter()
     fitted, errors, refitted = {}, {}, {}
     if batches:
         fitted, errors, refitted = _fit_in_order(model, plan, measured, batches, progress)
-        notes += _out_of_order(plan, fitted)
+        blocks = tuple(f"{block}." for block in find_blocks(model))
+        notes += _out_of_order(plan, [name for name in fitted if name.startswith(blocks)])
+        if refitted:
+            notes += (
+                f"{len(refitted)} matrices that stay dense, such as '{next(iter(refitted))}', have new weights, which "
+                "make up for errors of the matrices before them",
+            )
     fitted, errors = _fit(model, plan, measured, progress, fitted, errors)
     with unchanged_on_error(model):
         replace_matrices(model, plan, fitted)
@@ -112,36 +127,58 @@ def _fit_in_order(
 ) -> tuple[dict[str, Factors], dict[str, float], dict[str, Tensor]]:
     """Factors and errors of matrices in blocks, each fitted to what the model compressed so far gives it to read.
 
-    Matrices that stay dense make up for the errors before them too: their new weights come third.
+    What is no part of a block, such as embeddings, comes first. Matrices that stay dense make up for the errors before
+    them too: their new weights come third.
     """
     fitted: dict[str, Factors] = {}
     errors: dict[str, float] = {}
     refitted: dict[str, Tensor] = {}
-    entries = {entry.matrix.name: entry for entry in plan.entries if entry.matrix.dense is None}
+    replaced: dict[str, Tensor] = {}
+    entries = {
+        entry.matrix.name: entry
+        for entry in plan.entries
+        if entry.matrix.dense is None and entry.cause is not planning.Cause.UNMEASURED
+    }
+    blocks = tuple(f"{block}." for block in find_blocks(model))
+    for name, entry in entries.items():
+        if entry.spec is None or name.startswith(blocks) or name in plan.sharing or entry.shares is not None:
+            continue
+        fitted[name], errors[name] = fit_matrix(model, name, entry.spec, statistics)
+        stored = int8.quantize(fitted[name]) if entry.matrix.int8 else fitted[name]
+        dense = entry.spec.to_dense(entry.matrix.shape, stored)
+        layer = model.get_submodule(name)
+        replaced[f"{name}.weight"] = dense.T if is_transposed(layer) else dense
+        progress("fit", len(fitted), len(plan.factorized))
 
     def fit(name: str, target: Tensor, root: Tensor) -> Tensor:
         matrix, spec = entries[name].matrix, entries[name].spec
         target = target.to(model.get_submodule(name).get_parameter("weight").dtype)
         if spec is None:
+            if not fitted:  # nothing before it has an error
+                return dense_weight(model.get_submodule(name))
             refitted[name] = target
             return target
         fitted[name], errors[name], dense = fit_target(matrix, target, root, spec, statistics[name])
         progress("fit", len(fitted), len(plan.factorized))
         return dense
 
-    fit_sequentially(model, entries, batches, fit)
+    fit_sequentially(model, entries, batches, fit, replaced)
     return fitted, errors, refitted
 
 
 def _out_of_order(plan: Plan, fitted: Collection[str]) -> tuple[str, ...]:
     """A line about matrices that were not fitted to what they read in the compressed model, if there are any."""
-    able = [e.matrix.name for e in plan.factorized if e.matrix.role != "embedding" and e.shares is None]
+    able = [
+        entry.matrix.name
+        for entry in plan.factorized
+        if entry.matrix.role != "embedding" and entry.shares is None and not isinstance(entry.spec, Dense)
+    ]
     others = [name for name in able if name not in fitted and name not in plan.sharing]
     if not others:
         return ()
     return (
-        f"fitted to what the dense model gives them to read, not the compressed one: {len(others)} of {len(able)} "
-        f"matrices, such as '{others[0]}', which no chain of blocks comes to once for all tokens",
+        f"fitted to inputs of the dense model, not of the compressed one: {len(others)} of {len(able)} matrices, such "
+        f"as '{others[0]}' (blocks of this model cannot be run one after the other, or not on all tokens)",
     )
 
 
@@ -179,10 +216,9 @@ def _first(batches: Iterator[dict[str, Any]]) -> tuple[dict[str, Any] | None, It
 
 def _check_runs(model: nn.Module, batch: Mapping[str, Any]) -> None:
     """Raise `ModelError` if a compressed model does not run on what its dense self has run on."""
-    device = next(model.parameters()).device
     try:
         with evaluating(model), torch.no_grad():
-            model(**{key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()})
+            model(**placed(batch, next(model.parameters()).device))
     except Exception as error:
         raise ModelError(
             f"{type(model).__name__} does not run with factors in the place of its matrices, and was left as it was: "
@@ -190,9 +226,15 @@ def _check_runs(model: nn.Module, batch: Mapping[str, Any]) -> None:
         ) from error
 
 
-def _without_unreached(plan: Plan, statistics: Mapping[str, LayerStatistics]) -> tuple[Plan, tuple[str, ...]]:
-    """The plan with what calibration did not measure left dense, groups that share factors as a whole, and notes."""
-    missing = {entry.matrix.name for entry in plan.factorized} - statistics.keys()
+def _without_unreached(
+    plan: Plan, statistics: Mapping[str, LayerStatistics], metric: MetricName
+) -> tuple[Plan, tuple[str, ...]]:
+    """The plan with what calibration did not measure left dense, groups that share factors as a whole, and notes.
+
+    Matrices that are to be dense in int8 need no measurements.
+    """
+    planned = {entry.matrix.name for entry in plan.factorized if not isinstance(entry.spec, Dense)}
+    missing = planned - statistics.keys()
     for entries in plan.sharing.values():
         members = {entry.matrix.name for entry in entries}
         missing |= members if members & missing else set()
@@ -200,6 +242,8 @@ def _without_unreached(plan: Plan, statistics: Mapping[str, LayerStatistics]) ->
         return plan, ()
     measured = [name for name in statistics if name not in missing]
     reasons = calibrate.unreached_parts([e.matrix.name for e in plan.factorized if e.matrix.name in missing], measured)
+    if metric == "fisher":  # reached by the data, perhaps, but by no gradient
+        reasons = dict.fromkeys(reasons, calibrate.UNSHOWN)
     entries = tuple(
         dataclasses.replace(
             entry, spec=None, shares=None, reason=reasons[entry.matrix.name], cause=planning.Cause.UNMEASURED

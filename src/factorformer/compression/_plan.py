@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import get_args
 
 from torch import nn
@@ -43,6 +43,7 @@ def plan(
     calibration: Calibration | None = None,
     progress: Progress = silent,
     keep_statistics: bool = False,
+    new_head: bool = False,
 ) -> Plan:
     """Decide what every weight matrix becomes, without changing anything.
 
@@ -52,8 +53,8 @@ def plan(
 
     Args:
         model: a Transformer.
-        method: a name that `factorformer methods` lists; None leaves the choice to `compress`: data-aware with
-            calibration data, plain without.
+        method: a name that `factorformer methods` lists; None takes `fisher` with calibration data, and without leaves
+            the choice to `compress`.
         ratio: bytes of the original tensors in scope over the bytes of what replaces them, or another cost if `budget`
             says so; by default 3, and 10 in int8, which by itself gives 4.
         scope: `blocks` for the linear layers of the Transformer blocks, `all` for the whole model with embeddings; None
@@ -68,17 +69,19 @@ def plan(
             row, and count them so. Dense ones take a quarter of the bytes of float32. At ratios below that methods that
             allocate by loss leave those matrices in floats that rounding harms most, as many as fit whole; other
             methods exceed such ratios.
-        rank_multiple: ranks of low-rank matrices are multiples of this.
+        rank_multiple: ranks of low-rank matrices are multiples of this; for methods that make such.
         calibration: batches as for `compress`; with them the cheap fits minimize the error that the method minimizes,
             and without them the plain error of the weights. With them allocation by loss is by the predicted
             rise of the loss, and what they do not reach stays dense.
         progress: progress callback.
         keep_statistics: leave what calibration measured in the plan, for `compress`; a moment takes as much memory as
             a square matrix as wide as the layer's input or output.
+        new_head: whether the model's head has learned nothing yet: what an error does is then measured at the hidden
+            states below it.
 
     Raises:
         MethodError: an unknown method or budget, a budget that the method does not count, or a method whose matrices
-            have nothing to share.
+            have nothing to share, or no ranks to be multiples.
         BudgetError: a ratio that cannot be met within 1 %; the message names the nearest that can.
         ModelError: a pattern that matches nothing, or a weight that is not finite.
         DataError: calibration data that the model cannot run on, or that lacks labels if the method needs them.
@@ -97,18 +100,26 @@ def plan(
     matrices, rest = find_matrices(model, scope, include, exclude, int8=int8, batch=data[0] if data else None)
     if data is not None and recipe.metric != "plain":
         able = [matrix.name for matrix in matrices if matrix.dense is None]
-        unreached = calibrate.unreached(model, able, data, fisher=recipe.metric == "fisher_rows")
+        # Plans by loss find by themselves what no gradient reaches.
+        metric = "plain" if recipe.allocation == "by_loss" else recipe.metric
+        unreached = calibrate.unreached(model, able, data, metric, new_head=new_head)
         matrices = [dataclasses.replace(m, dense=unreached.get(m.name, m.dense)) for m in matrices]
     _check_any(matrices, include is not None)
+    _check_multiple(matrices, rank_multiple)
     allocate = planning.ALLOCATIONS[recipe.allocation]
     candidates = planning.candidates_of(recipe.structure, rank_multiple)
     if allocate is None:
-        draft = Plan(method, scope, ratio, (), rest, budget)
-        made = plan_by_loss(model, recipe.structures, recipe.metric, draft, matrices, data, progress, rank_multiple)
+        # Its sizes are those for this fit, and its prediction that of this fit.
+        draft = Plan(method if data is None else name, scope, ratio, (), rest, budget)
+        with _naming(rank_multiple):
+            made = plan_by_loss(
+                model, recipe.structures, recipe.metric, draft, matrices, data, progress, rank_multiple, new_head
+            )
         return made if keep_statistics else dataclasses.replace(made, statistics={})
     groups = planning.find_groups(matrices, share)
     stacks = planning.stacked(matrices, groups)
-    entries = allocate(stacks, candidates, ratio, rest)
+    with _naming(rank_multiple):
+        entries = allocate(stacks, candidates, ratio, rest)
     if recipe.training != "from scratch" and _can_choose(model, entries):
         choices = _choose(model, entries, groups, recipe.metric, data, progress)
 
@@ -119,6 +130,28 @@ def plan(
         with contextlib.suppress(BudgetError):
             entries = [_explained(entry, choices) for entry in allocate(stacks, sizes, ratio, rest)]
     return Plan(method, scope, ratio, planning.expand(matrices, groups, entries), rest)
+
+
+def _check_multiple(matrices: Sequence[Matrix], multiple: int) -> None:
+    """Raise `BudgetError` if no rank that makes a matrix smaller is a multiple."""
+    able = [matrix.shape for matrix in matrices if matrix.dense is None]
+    largest = max(out * inner // (out + inner) for out, inner in able)
+    if multiple > largest:
+        raise BudgetError(
+            f"ranks cannot be multiples of {multiple}: above {largest} none makes a matrix in scope smaller; ask for "
+            "multiples of less"
+        )
+
+
+@contextlib.contextmanager
+def _naming(multiple: int) -> Iterator[None]:
+    """Say in errors about budgets that ranks are to be multiples, if they are."""
+    try:
+        yield
+    except BudgetError as error:
+        if multiple == 1:
+            raise
+        raise BudgetError(f"{error}, or leave out that ranks are multiples of {multiple}") from error
 
 
 def _check_any(matrices: Sequence[Matrix], included: bool) -> None:
@@ -140,13 +173,12 @@ def check_options(method: str, ratio: float | None, share: Share | None, budget:
 
     Raises:
         MethodError: an unknown method or budget, a budget that the method does not count, or a method whose matrices
-            have nothing to share.
+            have nothing to share, or no ranks to be multiples.
         BudgetError: a ratio that no model can meet, or a multiple of ranks below 1.
     """
     _check_share(share, method, recipes.get(method).structure)
     _check_budget(budget, method)
-    if not isinstance(rank_multiple, int) or rank_multiple < 1:
-        raise BudgetError(f"ranks can be multiples of a whole number from 1 on; got {rank_multiple}")
+    _check_has_ranks(method, rank_multiple)
     if ratio is not None and not 1 <= ratio < math.inf:
         raise BudgetError(f"ratio must be at least 1 (original bytes / compressed bytes), and finite; got {ratio}")
 
@@ -159,6 +191,22 @@ def _check_budget(budget: Unit, method: str) -> None:
         raise MethodError(
             f"a budget in {budget} needs a method that weighs sizes by what they cost and lose, and '{method}' gives "
             f"every matrix its part of the bytes; methods that do: {', '.join(able)}"
+        )
+
+
+def _check_has_ranks(method: str, multiple: int) -> None:
+    if not isinstance(multiple, int) or isinstance(multiple, bool) or multiple < 1:
+        raise BudgetError(f"ranks can be multiples of a whole number from 1 on; got {multiple}")
+    able = [
+        name
+        for name, recipe in recipes.RECIPES.items()
+        if recipe.allocation != "dynamic"
+        and any(structure.is_multiple is not Structure.is_multiple for structure in recipe.structures)
+    ]
+    if multiple > 1 and method not in able:
+        raise MethodError(
+            f"rank_multiple={multiple} is for low-rank matrices of planned ranks, which '{method}' does not make; "
+            f"methods that do: {', '.join(able)}"
         )
 
 

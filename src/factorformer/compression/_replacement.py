@@ -17,7 +17,10 @@ from factorformer.planning import Plan
 def check_fits(plan: Plan, model: nn.Module) -> None:
     """Raise `ModelError` unless a plan is of this model, and changes it."""
     if not plan.factorized:
-        raise ModelError("the plan keeps every matrix dense: there is nothing to compress")
+        raise ModelError(
+            f"the plan, for a ratio of {plan.target:g}, keeps every matrix dense: there is nothing to compress; plan "
+            "for a larger ratio"
+        )
     int8 = any(entry.matrix.int8 for entry in plan.factorized)
     matrices = {matrix.name: matrix for matrix in find_matrices(model, "all", int8=int8)[0]}
     for entry in plan.factorized:

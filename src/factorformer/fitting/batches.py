@@ -48,6 +48,11 @@ def real_tokens(model: nn.Module, path: str, batch: Batch, x: Tensor, positions:
     return x.flatten(0, len(positions) - 1)
 
 
+def placed(batch: Batch, device: torch.device) -> dict[str, Any]:
+    """A batch with its tensors on a device."""
+    return {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
+
+
 def as_batches(model: nn.Module, data: Calibration) -> Iterator[dict[str, Any]]:
     """Calibration data as keyword arguments of a model.
 

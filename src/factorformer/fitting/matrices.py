@@ -27,18 +27,13 @@ def measure(
     metric: MetricName,
     calibration: Iterable[Batch],
     progress: Progress,
+    new_head: bool = False,
 ) -> dict[str, LayerStatistics]:
     """The statistics that a metric needs of these layers; none if it is plain."""
     if metric == "plain":
         return {}
     return calibrate.collect(
-        model,
-        names,
-        calibration,
-        moments=metric == "input_moment",
-        fisher=metric == "fisher_rows",
-        both_sides=metric == "fisher",
-        progress=lambda done: progress("calibrate", done, None),
+        model, names, calibration, metric, new_head=new_head, progress=lambda done: progress("calibrate", done, None)
     )
 
 

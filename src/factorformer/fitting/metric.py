@@ -50,6 +50,8 @@ class Metric:
             rows, size = statistics.rows.double(), float(statistics.rows.mean())
             rows = (rows / max(size, torch.finfo(torch.float64).tiny) + 1e-3).sqrt()
         columns = None if statistics.inputs is None else statistics.inputs.root()
+        if statistics.inputs is not None and statistics.inputs.mean_square() == 0:  # it reads nothing but zeros
+            size = 0.0
         return cls(rows, columns, statistics.tokens * size / 2)
 
     @classmethod

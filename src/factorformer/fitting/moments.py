@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import weakref
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from factorformer.errors import ModelError
 from factorformer.fitting.linalg import square_root
 from factorformer.layers.modes import exact_products, fast_float32
 
@@ -22,7 +25,16 @@ and 1 did worse.
 """
 
 
-@dataclasses.dataclass
+ATTEMPTS = (1, 1e2, 1e4, 1e6)
+"""What the weight of the identity is multiplied by, until there is a root: sums of float32 are known no better."""
+
+ROOTS = 4
+"""Square roots that are kept: those of one matrix are asked for again and again."""
+
+_roots: weakref.WeakKeyDictionary[SecondMoment, tuple[int, Tensor]] = weakref.WeakKeyDictionary()
+
+
+@dataclasses.dataclass(eq=False)
 class SecondMoment:
     """Second moment `C = X^T X / n` of vectors `X: (n, width)`.
 
@@ -57,15 +69,18 @@ class SecondMoment:
         """Mean of the diagonal of `C`: the mean square of an entry of the vectors."""
         return float(self.total.diagonal().double().mean()) / max(self.count, 1)
 
-    def moment(self) -> Float[Tensor, "width width"]:
+    def moment(self, more: float = 1.0) -> Float[Tensor, "width width"]:
         """`C` in float64, regularized so that it is positive definite.
 
         Fewer vectors than entries leave directions unseen, whose error would then cost nothing. As in Ledoit and Wolf
         (2004) the estimate is shrunk towards a multiple of the identity. The weight of that, ours,
         `SHRINKAGE * width / (width + count)`, falls as directions are seen more often.
+
+        Args:
+            more: times that weight.
         """
         width = len(self.total)
-        weight = SHRINKAGE * width / (width + self.count)
+        weight = min(more * SHRINKAGE * width / (width + self.count), SHRINKAGE)
         moment = self.symmetric() * ((1 - weight) / max(self.count, 1))
         scale = self.mean_square()
         # Vectors of zeros only make no direction matter more than another.
@@ -74,7 +89,19 @@ class SecondMoment:
 
     def root(self) -> Float[Tensor, "width width"]:
         """Lower-triangular square root of `moment()`, in float64."""
-        return square_root(self.moment())
+        known = _roots.get(self)
+        if known is None or known[0] != self.count:
+            while len(_roots) >= ROOTS:
+                del _roots[next(iter(_roots))]
+            known = _roots[self] = self.count, self._root()
+        return known[1]
+
+    def _root(self) -> Tensor:
+        *attempts, last = ATTEMPTS
+        for more in attempts:
+            with contextlib.suppress(ModelError):
+                return square_root(self.moment(more))
+        return square_root(self.moment(last))
 
 
 @dataclasses.dataclass(frozen=True)

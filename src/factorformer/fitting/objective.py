@@ -47,7 +47,7 @@ class Objective:
 def objective(model: nn.Module, batch: Batch, output: Any, generator: torch.Generator) -> Objective:
     """What to differentiate of a model's output.
 
-    - The loss, where the batch holds labels and the model makes one of them.
+    - The loss, where the batch holds labels and the model makes one of them that is no squared error.
     - The log-likelihood of labels drawn from the prediction, where the model gives logits.
     - The product with a random direction of the normalized mean of the last hidden states of real tokens, or of another
       output of an encoder.
@@ -64,14 +64,15 @@ def objective(model: nn.Module, batch: Batch, output: Any, generator: torch.Gene
     named = dict(output) if isinstance(output, Mapping) else {"output": output}
     config = getattr(model, "config", None)
     loss = named.get("loss")
-    if isinstance(loss, Tensor) and loss.requires_grad and "labels" in batch:
-        units = _labelled(model, batch["labels"], loss)
-        return Objective("loss", units, 1, lambda: loss.sum() * units)
-    logits = [value for key, value in named.items() if _is_logits(key, value)]
+    if isinstance(loss, Tensor) and loss.requires_grad and "labels" in batch and not _is_regression(config, named):
+        units, scale = _labelled(model, batch["labels"], loss)
+        return Objective("loss", units, 1, lambda: loss.sum() * scale)
+    predicted = {key: value for key, value in named.items() if _is_logits(key, value)}
     mask = _mask(config, batch)
-    if logits:
+    if predicted:
+        logits, ends = list(predicted.values()), set(predicted) == {"start_logits", "end_logits"}
         units, draws = _units(logits[0], mask)
-        return Objective("loss", units, draws, lambda: _likelihood(config, logits, mask, generator))
+        return Objective("loss", units, draws, lambda: _likelihood(config, logits, mask, generator, ends))
     states = _vectors(named, mask)
     if states is None:
         raise DataError(
@@ -98,24 +99,44 @@ def _mask(config: Any, batch: Batch) -> Tensor | None:
     return mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
 
 
-def _labelled(model: nn.Module, labels: Tensor, loss: Tensor) -> float:
-    """How many labels a mean loss is of."""
+def _is_regression(config: Any, named: Mapping[str, Any]) -> bool:
+    """Whether the loss is a squared error, whose curvature does not depend on labels."""
+    logits = named.get("logits")
+    alone = isinstance(logits, Tensor) and logits.dim() == 2 and logits.shape[1] == 1
+    return alone or getattr(config, "problem_type", None) == "regression"
+
+
+def _labelled(model: nn.Module, labels: Tensor, loss: Tensor) -> tuple[float, float]:
+    """How many units a mean loss is of, and what to multiply it by so that gradients are those of sums over units."""
+    if labels.dim() == 2 and labels.is_floating_point():  # a mean over labels too, each of which is drawn by itself
+        return float(len(labels)), len(labels) * labels.shape[1] ** 0.5
     if labels.dim() < 2 or loss.dim() or labels.is_floating_point():
-        return float(len(labels) if loss.dim() == 0 else 1)
-    shifted = labels[:, 1:] if type(model).__name__.endswith("ForCausalLM") else labels
-    return float((shifted != IGNORED).sum())
+        units = float(len(labels) if loss.dim() == 0 else 1)
+        return units, units
+    # A decoder alone predicts its own input, of which the first token is not predicted.
+    decodes = getattr(model, "can_generate", bool)() and not getattr(model.config, "is_encoder_decoder", False)
+    units = float(((labels[:, 1:] if decodes else labels) != IGNORED).sum())
+    return units, units
 
 
 def _units(logits: Tensor, mask: Tensor | None) -> tuple[float, int]:
     """Rows or tokens that are predicted, and draws for each."""
     if logits.dim() < 3:
         return float(len(logits)), DRAWS
+    if logits.dim() == 4:  # images have classes in front
+        return float(logits[:, 0].numel()), 1
     real = mask is not None and mask.shape == logits.shape[:2]
     return float(mask.sum() if real and mask is not None else logits[..., 0].numel()), 1
 
 
-def _likelihood(config: Any, logits: list[Tensor], mask: Tensor | None, generator: torch.Generator) -> Tensor:
-    """The sum of the negative log-likelihoods of labels that are drawn from the predictions."""
+def _likelihood(
+    config: Any, logits: list[Tensor], mask: Tensor | None, generator: torch.Generator, ends: bool
+) -> Tensor:
+    """The sum of the negative log-likelihoods of labels that are drawn from the predictions.
+
+    Its gradients have the curvature of what transformers takes for the loss, which is a mean over labels of a row, over
+    the two ends of a span, and of squared errors.
+    """
     total = logits[0].new_zeros((), dtype=torch.float32)
     problem = getattr(config, "problem_type", None)
     for values in logits:
@@ -123,15 +144,17 @@ def _likelihood(config: Any, logits: list[Tensor], mask: Tensor | None, generato
         if values.dim() > 2 and mask is not None and mask.shape == values.shape[:2]:
             values = values[mask.bool().to(values.device)]
         if values.dim() == 2 and (values.shape[1] == 1 or problem == "regression"):
-            total = total + (values * torch.randn(values.shape, generator=generator).to(values.device)).sum()
+            noise = torch.randn(values.shape, generator=generator).to(values.device)
+            total = total + (values * noise).sum() * (2 / values.shape[1]) ** 0.5
         elif values.dim() == 2 and problem == "multi_label_classification":
             drawn = torch.rand(values.shape, generator=generator).to(values.device) < values.detach().sigmoid()
-            total = total + F.binary_cross_entropy_with_logits(values, drawn.float(), reduction="sum")
+            each = F.binary_cross_entropy_with_logits(values, drawn.float(), reduction="sum")
+            total = total + each / values.shape[1] ** 0.5
         else:
-            flat = values.movedim(1, -1) if values.dim() == 4 else values  # images have classes in front
+            flat = values.movedim(1, -1) if values.dim() == 4 else values
             flat = flat.reshape(-1, flat.shape[-1])
             total = total + F.cross_entropy(flat, _sample(flat.detach(), generator), reduction="sum")
-    return total
+    return total / 2**0.5 if ends else total
 
 
 def _sample(logits: Tensor, generator: torch.Generator) -> Tensor:

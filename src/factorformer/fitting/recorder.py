@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -10,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from factorformer.errors import DataError
-from factorformer.fitting.batches import Batch, real_tokens
+from factorformer.errors import DataError, FactorformerError
+from factorformer.fitting.batches import Batch, placed, real_tokens
 from factorformer.fitting.fisher import fisher_rows
 from factorformer.fitting.moments import LayerStatistics, SecondMoment
 from factorformer.fitting.objective import objective
@@ -33,6 +35,15 @@ WIDE = 2**14
 """Outputs beyond which only the diagonal of the moment of their gradients is kept: those of vocabularies."""
 
 
+@dataclasses.dataclass
+class _Read:
+    """A tensor, and the layers that have read it one after the other."""
+
+    tensor: Tensor
+    path: str
+    names: list[str]
+
+
 class Recorder:
     """Second moments of the inputs of layers, and how often rows of embeddings are looked up, in forward passes."""
 
@@ -40,15 +51,17 @@ class Recorder:
     """Whether backward passes are needed."""
 
     def __init__(self, model: nn.Module, layers: Sequence[str], *, moments: bool = True) -> None:
-        self.model = model
+        self.model: nn.Module = model
+        self.runs: nn.Module = model
         self.layers = {name: model.get_submodule(name) for name in layers}
         self.want_moments = moments
         self.inputs: dict[str, SecondMoment] = {}
         self.rows: dict[str, Tensor] = {}
+        self.seen: set[str] = set()
         self.reached: set[str] = set()
         self._batch: Batch = {}
         self._size = 0
-        self._last: tuple[Tensor, SecondMoment] | None = None
+        self._pending: _Read | None = None
 
     @contextlib.contextmanager
     def attached(self) -> Iterator[None]:
@@ -60,7 +73,13 @@ class Recorder:
             if self._counts(module, layer)
         ]
         try:
-            with evaluating(self.model), self._differentiable(), torch.set_grad_enabled(self.gradients):
+            # What was made in inference mode cannot be differentiated, and nor can layers that are called there.
+            with (
+                torch.inference_mode(False),
+                evaluating(self.model),
+                self._differentiable(),
+                torch.set_grad_enabled(self.gradients),
+            ):
                 yield
         finally:
             for handle in handles:
@@ -89,27 +108,29 @@ class Recorder:
             raise DataError(f"no layer is reached by the calibration data: not '{name}', nor any other in scope")
 
     def _hook(self, name: str, path: str) -> Callable[[nn.Module, Any, Any], Tensor]:
-        return lambda module, inputs, output: self._see(name, path, module, inputs[0], output)
+        def see(module: nn.Module, inputs: Any, output: Any) -> Tensor:
+            self.seen.add(name)
+            return self._see(name, path, module, inputs[0], output)
+
+        return see
 
     def run(self, batch: Batch) -> None:
         """One forward pass, and what follows it."""
-        self._run(batch)
-
-    def _run(self, batch: Batch) -> None:
-        device = next(self.model.parameters()).device
-        batch = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
+        batch = placed(batch, next(self.model.parameters()).device)
         self._size = next((len(v) for v in batch.values() if isinstance(v, Tensor) and v.dim()), 1)
-        self._batch, self._last = batch, None
+        self._batch, self._pending = batch, None
         try:
-            with self._products():
-                output = self.model(**batch)
+            with self._products(), _with_names(self.runs):
+                output = self.runs(**batch)
+            self._count_pending()
+            self._finish(output)
+        except FactorformerError:
+            raise
         except (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
             given = ", ".join(f"{k} {tuple(v.shape) if isinstance(v, Tensor) else v}" for k, v in batch.items())
             raise DataError(
                 f"{type(self.model).__name__} cannot run on a calibration batch of {given}: {error}"
             ) from error
-        self._last = None
-        self._finish(output)
 
     def _finish(self, output: object) -> None:
         """What follows a forward pass: nothing."""
@@ -135,12 +156,29 @@ class Recorder:
 
     def _add_moment(self, name: str, path: str, x: Tensor) -> None:
         # Query, key and value are called in a row with one tensor object: its second moment is computed once.
-        last = self._last
-        if last is not None and last[0] is x and self.inputs.setdefault(name, last[1]) is last[1]:
+        if self._pending is not None and self._pending.tensor is x and name not in self._pending.names:
+            self._pending.names.append(name)
+        else:
+            self._count_pending()
+            self._pending = _Read(x, path, [name])
+
+    def _count_pending(self) -> None:
+        """Add what some layers have read to the moment that they share; those that read other things have their own."""
+        read, self._pending = self._pending, None
+        if read is None:
             return
-        known = self.inputs.setdefault(name, SecondMoment.zeros(x.shape[-1], x.device))
-        known.add(self._without_padding(path, x.detach(), x.shape[:-1]))
-        self._last = (x, known)
+        vectors = self._without_padding(read.path, read.tensor.detach(), read.tensor.shape[:-1])
+        left = list(read.names)
+        while left:
+            known = self.inputs.get(left[0])
+            together = [name for name in left if self.inputs.get(name) is known]
+            left = [name for name in left if name not in together]
+            if known is None:
+                known = SecondMoment.zeros(vectors.shape[1], vectors.device)
+            elif any(moment is known and name not in together for name, moment in self.inputs.items()):
+                known = SecondMoment(known.total.clone(), known.count)
+            known.add(vectors)
+            self.inputs |= dict.fromkeys(together, known)
 
     def _add_rows(self, name: str, rows: Tensor) -> None:
         """Add up the importance of rows."""
@@ -165,18 +203,32 @@ class Recorder:
         return LayerStatistics(self.inputs.get(name), None if rows is None else _granted(rows))
 
 
+@contextlib.contextmanager
+def _with_names(model: nn.Module) -> Iterator[None]:
+    """Outputs by name, also of models that return tuples otherwise."""
+    config = getattr(model, "config", None)
+    given = getattr(config, "return_dict", True)
+    try:
+        if not given:
+            setattr(config, "return_dict", True)  # noqa: B010  # of any configuration
+        yield
+    finally:
+        if not given:
+            setattr(config, "return_dict", given)  # noqa: B010
+
+
 def _granted(rows: Tensor) -> Tensor:
     """Look-ups, where words that calibration never saw will be met: each counts as a tenth of the mean word."""
     return rows + UNSEEN * rows.mean()
 
 
 class FisherRowsRecorder(Recorder):
-    """Squared gradients of the rows of weights, with the second moments of inputs if they are wanted."""
+    """Squared gradients of the rows of weights."""
 
     gradients = True
 
-    def __init__(self, model: nn.Module, layers: Sequence[str], *, moments: bool = False) -> None:
-        super().__init__(model, layers, moments=moments)
+    def __init__(self, model: nn.Module, layers: Sequence[str]) -> None:
+        super().__init__(model, layers, moments=False)
         self.examples = 0
         self._calls: dict[str, list[tuple[Tensor, Tensor]]] = {}
 
@@ -184,7 +236,8 @@ class FisherRowsRecorder(Recorder):
         # Gradients with respect to outputs exist only downstream of something that requires them.
         return requiring_gradients([p for layer in self.layers.values() for p in layer.parameters()], True)
 
-    def _run(self, batch: Batch) -> None:
+    def run(self, batch: Batch) -> None:
+        """A forward pass and its gradients; one for each example where the loss mixes them."""
         size = next((len(v) for v in batch.values() if isinstance(v, Tensor) and v.dim()), 1)
         labels = batch.get("labels")
         # A loss over tokens is a mean over those of the whole batch: only alone has an example its own.
@@ -192,14 +245,12 @@ class FisherRowsRecorder(Recorder):
         for row in range(size) if alone else [slice(None)]:
             part = slice(row, row + 1) if isinstance(row, int) else row
             self._calls = {}
-            super()._run({k: v[part] if isinstance(v, Tensor) and v.dim() else v for k, v in batch.items()})
+            super().run({k: v[part] if isinstance(v, Tensor) and v.dim() else v for k, v in batch.items()})
 
     def _see(self, name: str, path: str, module: nn.Module, x: Tensor, output: Tensor) -> Tensor:
         if isinstance(module, nn.Embedding) and self._for_each_row(x) is not x:
             x, output = self._for_each_row(x), output.expand(self._size, -1, -1)
         self._calls.setdefault(name, []).append((x.detach(), output))
-        if self.want_moments and not isinstance(module, nn.Embedding):
-            self._add_moment(name, path, x)
         return output
 
     def _finish(self, output: object) -> None:
@@ -219,19 +270,26 @@ class FisherRowsRecorder(Recorder):
 
     def _statistics_of(self, name: str) -> LayerStatistics:
         rows = self.rows.get(name)
-        return LayerStatistics(self.inputs.get(name), None if rows is None else rows.clamp_min(0) / self.examples)
+        return LayerStatistics(None, None if rows is None else rows.clamp_min(0) / self.examples)
 
 
 class FisherRecorder(Recorder):
     """Second moments of inputs and of gradients at outputs: the two sides of the Kronecker-factored Fisher information.
 
     Gradients are taken of nothing but outputs: no weight gets one, and the graph begins at the first layers.
+
+    Args:
+        model, layers: as for all.
+        new_head: whether the head has learned nothing yet; the model below it runs alone then.
     """
 
     gradients = True
 
-    def __init__(self, model: nn.Module, layers: Sequence[str]) -> None:
+    def __init__(self, model: nn.Module, layers: Sequence[str], *, new_head: bool = False) -> None:
         super().__init__(model, layers)
+        self.new_head = new_head
+        if new_head and isinstance(model, PreTrainedModel):
+            self.runs = getattr(model, model.base_model_prefix, model)
         self.outputs: dict[str, SecondMoment] = {}
         self.squares: dict[str, Tensor] = {}
         self.looked_up: dict[str, SecondMoment] = {}
@@ -244,16 +302,33 @@ class FisherRecorder(Recorder):
 
     @contextlib.contextmanager
     def _products(self) -> Iterator[None]:
-        length = max((v.shape[1] for v in self._batch.values() if isinstance(v, Tensor) and v.dim() > 1), default=0)
+        tensors = [value for value in self._batch.values() if isinstance(value, Tensor)]
+        lengths = [value.shape[1] for value in tensors if value.dim() == 2 and not value.is_floating_point()]
+        others = any(value.is_floating_point() and value.dim() > 2 for value in tensors)  # images, or sound
         # The backward pass of fused attention on CPUs takes about four times as long as its parts, for sentences.
-        plain = sdpa_kernel(SDPBackend.MATH) if length <= SHORT else contextlib.nullcontext()
+        short = bool(lengths) and max(lengths) <= SHORT and not others
+        plain = sdpa_kernel(SDPBackend.MATH) if short else contextlib.nullcontext()
         with fast_products(self.model), plain:
             yield
 
     def _differentiable(self) -> contextlib.AbstractContextManager[None]:
         return requiring_gradients(self.model.parameters(), False)
 
+    def run(self, batch: Batch) -> None:
+        """A forward pass, and a backward pass for each draw."""
+        super().run({key: value for key, value in batch.items() if not (self.new_head and key == "labels")})
+
+    def check(self, batches: int) -> None:
+        """Raise `DataError` for no batches, none that reached a layer, or none with anything to predict."""
+        super().check(batches)
+        if self.units == 0:
+            raise DataError(
+                "the calibration data holds nothing to predict: all labels are left out, or all tokens are padding"
+            )
+
     def _see(self, name: str, path: str, module: nn.Module, x: Tensor, output: Tensor) -> Tensor:
+        if not torch.is_grad_enabled():  # a part that the model itself does not differentiate
+            return output
         self._add_inputs(name, path, module, x)
         if not output.requires_grad:
             output = output.detach().requires_grad_().clone()  # what follows may change it in place
@@ -275,11 +350,13 @@ class FisherRecorder(Recorder):
             self.outputs.setdefault(name, SecondMoment.zeros(width, device)).add(vectors)
 
     def _finish(self, output: object) -> None:
-        content = next(v for v in self._batch.values() if isinstance(v, Tensor))
         # The same draws for the same batch, in whatever order batches come.
-        number = zlib.crc32(content.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        number = 0
+        for _, value in sorted(self._batch.items()):
+            if isinstance(value, Tensor):
+                number = zlib.crc32(value.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes(), number)
         generator = torch.Generator().manual_seed(number)
-        goal = objective(self.model, self._batch, output, generator)
+        goal = objective(self.runs, self._batch, output, generator)
         self.units, self.objective, self._draws = self.units + goal.units, goal.name, goal.draws
         for draw in range(goal.draws):
             goal.draw().backward(retain_graph=draw + 1 < goal.draws)
@@ -293,8 +370,11 @@ class FisherRecorder(Recorder):
         inputs, outputs, squares = self.inputs.get(name), self.outputs.get(name), self.squares.get(name)
         if inputs is None or (outputs is None and squares is None):
             return None
-        rows = None if squares is None else squares / inputs.count
-        return LayerStatistics(inputs, rows, outputs, inputs.count / self.units, self.objective)
+        if outputs is None:
+            assert squares is not None
+            return LayerStatistics(inputs, squares / inputs.count, None, inputs.count / self.units, self.objective)
+        # Of several calls, gradients may have come to some.
+        return LayerStatistics(inputs, None, outputs, outputs.count / self._draws / self.units, self.objective)
 
     def _of_look_ups(self, name: str) -> LayerStatistics | None:
         gradients = self.looked_up.get(name)
@@ -329,4 +409,4 @@ def _together(first: LayerStatistics, second: LayerStatistics) -> LayerStatistic
     assert first.inputs is not None
     assert second.inputs is not None
     count = min(first.inputs.count, second.inputs.count)
-    return LayerStatistics(SecondMoment(moment * (count / total), count), rows, None, 1.0, first.objective)
+    return LayerStatistics(SecondMoment(moment * (count / (total or 1)), count), rows, None, 1.0, first.objective)

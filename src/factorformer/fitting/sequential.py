@@ -12,14 +12,14 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import Cache
 
-from factorformer.fitting.batches import Batch, real_tokens
+from factorformer.fitting.batches import Batch, placed, real_tokens
 from factorformer.fitting.linalg import square_root
 from factorformer.fitting.moments import SecondMoment
 from factorformer.fitting.watch import Reached, Stage, Watch
@@ -32,6 +32,9 @@ COMPENSATION = 0.5
 
 FitOne = Callable[[str, Tensor, Tensor], Tensor]
 """A matrix by name, its target and the root of the metric of its inputs -> its approximation, multiplied out."""
+
+REPEATS = 0.01
+"""How far a block may be from what it made of the same hidden states before, relative to what it does to them."""
 
 SHRINKAGE = 0.03
 """Weight of the identity in both moments: the more, the nearer a target stays to `W`."""
@@ -60,70 +63,102 @@ class _Call:
         return any(value is PREVIOUS for value in (*self.args, *self.kwargs.values()))
 
 
+class _CannotRepeat(Exception):
+    """A block does not run alone, or does something else than in the model."""
+
+
 def fit_sequentially(
     model: nn.Module,
     names: Iterable[str],
     batches: Sequence[Batch],
     fit: FitOne,
-) -> set[str]:
+    replaced: Mapping[str, Tensor] | None = None,
+) -> None:
     """Fit those of the matrices that stand in blocks which can be run one after the other.
 
     That is where each block is called once in a forward pass, and runs on the hidden states that the one before it
     returned; an encoder and a decoder are two such chains. A matrix whose inputs are not those of all tokens, such as
-    an expert's, or that is called more than once, is not fitted.
+    an expert's, that is called more than once, or whose weight has other places in the model too, is not fitted.
 
     Args:
         model: not changed.
         names: of matrices.
         batches: of calibration data.
-        fit: called once for each matrix, in the order of the model.
-
-    Returns:
-        Names of the matrices that were fitted.
+        fit: called once for each of these matrices, in the order of the model.
+        replaced: weights outside of blocks that differ in the compressed model, such as those of embeddings, by the
+            names of parameters.
     """
-    wanted = set(names)
-    fitted: set[str] = set()
-    with evaluating(model), torch.no_grad():
-        chains = _chains(model, batches)
-        if chains is None:
-            return fitted
-        dense: list[Tensor] = []
-        compressed: list[Tensor] = []
+    wanted = set(names) - _in_many_places(model)
+    changed = dict(replaced or {})
+    with evaluating(model), _without_cache(model), torch.no_grad(), contextlib.suppress(_CannotRepeat):
+        chains = _chains(model, batches, {})
+        now, dense, compressed = chains, [], []
         for position, first in enumerate(chains[0]):
-            calls = [chain[position] for chain in chains]
             if first.hidden is not None:
-                dense = [call.hidden for call in calls if call.hidden is not None]
-                compressed = list(dense)
-            block = _Block(model, first.block, calls, batches)
+                # What a chain begins with, and reads besides hidden states, has errors of its own by now.
+                now = _chains(model, batches, changed) if changed else chains
+                dense, compressed = _starts(chains, position), _starts(now, position)
+            calls = [chain[position] for chain in chains]
+            block = _Block(model, first.block, calls, [chain[position] for chain in now], batches)
             inside = [name for name in wanted if name.startswith(f"{first.block}.")]
-            stages, dense = block.dense(inside, dense)
-            if first.output is not None and not torch.allclose(first.output, dense[0], rtol=1e-3, atol=1e-3):
-                return fitted  # the block does something else when it is called again
+            stages, after = block.dense(inside, dense)
+            _check_same(first, dense[0], after[0])
             for stage in stages:
                 moments = block.moments(stage, compressed)
                 for name in stage.names:
                     weight = dense_weight(model.get_submodule(name))
                     block.replace(name, fit(name, moments.target(weight), moments.root))
-                    fitted.add(name)
-            compressed = block.run(compressed)
-    return fitted
+            dense, compressed = after, block.run(compressed)
+            changed |= {f"{first.block}.{name}": weight for name, weight in block.replaced.items()}
 
 
-def _chains(model: nn.Module, batches: Sequence[Batch]) -> list[list[_Call]] | None:
-    """Calls of blocks for each batch, in their order; None where blocks are not all called once."""
+def _in_many_places(model: nn.Module) -> set[str]:
+    """Layers whose weight other layers have too, or that the model holds under several names."""
+    places: dict[int, list[str]] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        for name, parameter in module.named_parameters(recurse=False):
+            if name == "weight":
+                places.setdefault(id(parameter), []).append(path)
+    return {path for paths in places.values() if len(paths) > 1 for path in paths}
+
+
+def _chains(model: nn.Module, batches: Sequence[Batch], weights: Mapping[str, Tensor]) -> list[list[_Call]]:
+    """Calls of blocks for each batch, in their order."""
     blocks = find_blocks(model)
-    chains = []
+    chains: list[list[_Call]] = []
     for batch in batches:
-        calls = _calls(model, blocks, batch, len(chains[0]) if chains else None)
+        calls = _calls(model, blocks, batch, weights, len(chains[0]) if chains else None)
         names = [call.block for call in calls]
         alike = not chains or names == [call.block for call in chains[0]]
         if not names or len(set(names)) < len(names) or not alike or not all(call.continues for call in calls):
-            return None
+            raise _CannotRepeat
         chains.append(calls)
-    return chains or None
+    if not chains:
+        raise _CannotRepeat
+    return chains
 
 
-def _calls(model: nn.Module, blocks: Sequence[str], batch: Batch, count: int | None) -> list[_Call]:
+def _starts(chains: Sequence[Sequence[_Call]], position: int) -> list[Tensor]:
+    """What a chain begins with, for each batch."""
+    found = [chain[position].hidden for chain in chains]
+    if any(hidden is None for hidden in found):
+        raise _CannotRepeat
+    return [hidden for hidden in found if hidden is not None]
+
+
+def _check_same(call: _Call, hidden: Tensor, output: Tensor) -> None:
+    """That a block has made of hidden states again what it made of them in the model."""
+    if call.output is None:
+        return
+    known, again = call.output.float(), output.float()
+    change = known - hidden.float() if known.shape == hidden.shape else known
+    if known.shape != again.shape or float((known - again).norm()) > REPEATS * float(change.norm()):
+        raise _CannotRepeat
+
+
+def _calls(
+    model: nn.Module, blocks: Sequence[str], batch: Batch, weights: Mapping[str, Tensor], count: int | None
+) -> list[_Call]:
     """The first calls of blocks in a forward pass; if no number of them is given, all, with their outputs."""
     calls: list[_Call] = []
     previous: list[Tensor | None] = [None]
@@ -134,8 +169,12 @@ def _calls(model: nn.Module, blocks: Sequence[str], batch: Batch, count: int | N
             known = next((value for value in given if value is previous[0] and value is not None), None)
             hidden = next((v for v in given if isinstance(v, Tensor) and v.is_floating_point()), None)
             place = hidden if known is None else known
-            exchanged = [PREVIOUS if isinstance(value, Tensor) and value is place else value for value in args]
-            named = {k: PREVIOUS if isinstance(v, Tensor) and v is place else v for k, v in kwargs.items()}
+
+            def kept(value: Any) -> Any:
+                # A cache would grow with every call.
+                return None if isinstance(value, Cache) else PREVIOUS if value is place and place is not None else value
+
+            exchanged, named = [kept(value) for value in args], {key: kept(v) for key, v in kwargs.items()}
             calls.append(_Call(name, exchanged, named, hidden if known is None else None, None))
 
         return hook
@@ -153,7 +192,7 @@ def _calls(model: nn.Module, blocks: Sequence[str], batch: Batch, count: int | N
         handles += [module.register_forward_hook(after)]
     try:
         with contextlib.suppress(Reached), fast_products(model):
-            model(**{**_placed(model, batch), **_without_cache(model)})
+            torch.func.functional_call(model, dict(weights), (), placed(batch, next(model.parameters()).device))
     finally:
         for handle in handles:
             handle.remove()
@@ -167,11 +206,14 @@ class _Block:
         model: that it is a part of.
         name: of the block.
         calls: of it, one for each batch.
+        now: the same in the model as it is compressed so far.
         batches: what they are of.
     """
 
-    def __init__(self, model: nn.Module, name: str, calls: Sequence[_Call], batches: Sequence[Batch]) -> None:
-        self.model, self.name, self.calls, self.batches = model, name, calls, batches
+    def __init__(
+        self, model: nn.Module, name: str, calls: Sequence[_Call], now: Sequence[_Call], batches: Sequence[Batch]
+    ) -> None:
+        self.model, self.name, self.calls, self.now, self.batches = model, name, calls, now, batches
         self.module = model.get_submodule(name)
         self.replaced: dict[str, Tensor] = {}
 
@@ -186,17 +228,19 @@ class _Block:
         own = layer.get_parameter("weight")
         self.replaced[f"{name.removeprefix(f'{self.name}.')}.weight"] = weight.to(own.dtype)
 
-    def call(self, position: int, hidden: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
+    def call(self, call: _Call, hidden: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
         """The output for one batch."""
-        call = self.calls[position]
         args = tuple(hidden if value is PREVIOUS else value for value in call.args)
         kwargs = {key: hidden if value is PREVIOUS else value for key, value in call.kwargs.items()}
-        with fast_products(self.model):
-            return _first(torch.func.functional_call(self.module, dict(weights), args, kwargs))
+        try:
+            with fast_products(self.model):
+                return _first(torch.func.functional_call(self.module, dict(weights), args, kwargs))
+        except (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            raise _CannotRepeat from error
 
     def run(self, hidden: Sequence[Tensor]) -> list[Tensor]:
         """What the block, as it is compressed so far, makes of hidden states."""
-        return [self.call(position, states, self.replaced) for position, states in enumerate(hidden)]
+        return [self.call(call, states, self.replaced) for call, states in zip(self.now, hidden, strict=True)]
 
     def dense(self, names: Sequence[str], hidden: Sequence[Tensor]) -> tuple[list[Stage], list[Tensor]]:
         """One pass as it was.
@@ -209,7 +253,7 @@ class _Block:
         outputs: list[Tensor] = []
         for position, states in enumerate(hidden):
             with Watch({self.layer(name): name for name in names}) as watch:
-                outputs.append(self.call(position, states, {}))
+                outputs.append(self.call(self.calls[position], states, {}))
             stages = stages or watch.stages(states)
             for stage in stages:
                 stage.inputs.append(self.real(stage.name, position, watch.read[stage.name][0]))
@@ -224,7 +268,7 @@ class _Block:
             layer = self.layer(stage.name)
             watch = Watch({layer: stage.name}, until="added" if stage.residual else "read")
             with contextlib.suppress(Reached), watch:
-                self.call(position, states, self.replaced)
+                self.call(self.now[position], states, self.replaced)
             found = self.real(stage.name, position, watch.read[stage.name][0])
             moments = moments or _Moments.zeros(found.shape[1], found.device)
             moments.add(found, stage.inputs[position])
@@ -289,7 +333,7 @@ class _Moments:
         return SHRINKAGE * (self.inner.mean_square() or 1.0)
 
     def target(self, weight: Tensor) -> Tensor:
-        """`(W E[x x'^T] + E[(r - r') x'^T]) C'^-1`, in float64."""
+        """`(W E[x x'^T] + 1/2 E[(r - r') x'^T]) C'^-1`, `(out, in)`, in float64."""
         weight = weight.double()
         wanted = weight @ self.cross.double() * self.share + self.least * weight
         if self.residual is not None:
@@ -301,11 +345,15 @@ def _first(output: Any) -> Tensor:
     return output if isinstance(output, Tensor) else output[0]
 
 
-def _placed(model: nn.Module, batch: Batch) -> dict[str, Any]:
-    device = next(model.parameters()).device
-    return {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
-
-
-def _without_cache(model: nn.Module) -> dict[str, bool]:
-    """A cache would grow with every call of a block."""
-    return {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
+@contextlib.contextmanager
+def _without_cache(model: nn.Module) -> Iterator[None]:
+    """A decoder that keeps nothing of what it has read."""
+    configs: list[Any] = [getattr(module, "config", None) for module in model.modules()]
+    caching = [config for config in configs if getattr(config, "use_cache", None)]
+    try:
+        for config in caching:
+            config.use_cache = False
+        yield
+    finally:
+        for config in caching:
+            config.use_cache = True

@@ -53,7 +53,9 @@ class Watch(TorchFunctionMode):
         self.layers, self.until = layers, until
         self.read: dict[str, list[Tensor]] = {}
         self.added: dict[str, Tensor] = {}
-        self._outputs: list[tuple[str, Tensor]] = []
+        self._outputs: list[tuple[str, Tensor, int]] = []
+        self._called: dict[str, int] = {}
+        self._made = 0  # functions that were called so far; tensors bear the number of the one that made them
         self._handles: list[Any] = []
 
     def __enter__(self) -> Watch:
@@ -72,23 +74,33 @@ class Watch(TorchFunctionMode):
     def _before(self, name: str) -> Callable[..., None]:
         def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
             self.read.setdefault(name, []).append(args[0])
+            self._called[name] = self._made
             if self.until == "read":
                 raise Reached
 
         return hook
 
     def _after(self, name: str) -> Callable[..., None]:
-        return lambda _, __, output: self._outputs.append((name, output))
+        return lambda _, __, output: self._outputs.append((name, output, self._called[name]))
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in ADDITIONS and len(args) == 2 and all(isinstance(value, Tensor) for value in args):
+        if func in ADDITIONS and len(args) == 2 and not kwargs and all(isinstance(value, Tensor) for value in args):
             for output, other in (args, args[::-1]):
-                name = next((name for name, known in self._outputs if known is output), None)
-                if name is not None and other.shape == output.shape and name not in self.added:
+                name, called = next(((n, when) for n, known, when in self._outputs if known is output), (None, 0))
+                # What was made after the layer was called may be made of its output, as in some activations.
+                before = getattr(other, "_made", 0) <= called
+                if name is not None and before and other.shape == output.shape and name not in self.added:
                     self.added[name] = other.clone() if func in (Tensor.add_, Tensor.__iadd__) else other
                     if self.until == "added":
                         raise Reached
-        return func(*args, **(kwargs or {}))
+        result = func(*args, **(kwargs or {}))
+        self._made += 1
+        in_place = getattr(func, "__name__", "").endswith("_")
+        for value in result if isinstance(result, (tuple, list)) else [result]:
+            # Some functions return what they were given, such as dropout that is switched off.
+            if isinstance(value, Tensor) and (in_place or not any(value is given for given in args)):
+                value._made = self._made  # pyright: ignore[reportAttributeAccessIssue]
+        return result
 
     def stages(self, hidden: Tensor) -> list[Stage]:
         """Layers that read one tensor, of those that are called once, for every token of the hidden states."""

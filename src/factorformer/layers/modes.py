@@ -87,20 +87,21 @@ def fast_float32(device: torch.device, *, rounding: bool = False) -> Iterator[No
         device: of the matrices; nothing changes on others than CPUs.
         rounding: allow it to round factors to bfloat16, with sums in float32.
     """
-    if device.type != "cpu" or not (rounding or _multiplies_float32()):
+    products = getattr(torch.backends.mkldnn, "matmul", None)  # older versions of PyTorch have none
+    if device.type != "cpu" or products is None or not (rounding or _multiplies_float32()):
         yield
         return
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("medium")
+    before = products.fp32_precision
+    products.fp32_precision = "bf16"
     try:
         yield
     finally:
-        torch.set_float32_matmul_precision(before)
+        products.fp32_precision = before
 
 
 @functools.cache
 def _multiplies_float32() -> bool:
     """Whether oneDNN rounds nothing although it is allowed to."""
-    fine = torch.full((256, 256), 1 + 2**-12)
-    with fast_float32(fine.device, rounding=True):
-        return bool(torch.equal(fine @ torch.eye(256), fine))
+    fine = torch.full((256, 256), 1 + 2**-12, dtype=torch.float32, device="cpu")
+    with exact_products(fine.device), fast_float32(fine.device, rounding=True):
+        return bool(torch.equal(fine @ torch.eye(256, dtype=torch.float32, device="cpu"), fine))

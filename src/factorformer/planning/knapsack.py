@@ -11,17 +11,19 @@ from collections.abc import Collection, Mapping, Sequence
 import numpy
 from numpy.typing import NDArray
 
+from factorformer.fitting.statistics import UNSHOWN
 from factorformer.layers.matrix import Matrix
 from factorformer.planning.allocate import KEPT, NO_SIZE, TOLERANCE, meet
 from factorformer.planning.plan import Cause, Entry, Unit
 from factorformer.structures import Dense, Structure
 
-UNMEASURED = "the model's output on the calibration data does not show its effect, left dense"
-
 ROUNDING = 1e-9
 """A budget that is met exactly is met, whatever floating point makes of it."""
 
 IN_FLOATS = "the budget allows floats, and rounding to int8 would lose more here than elsewhere"
+
+MOST = 10**8
+"""Partial choices that are looked at, at most: a few seconds' worth. Curves of real models need far fewer."""
 
 GAP = 1e-3
 """How much more than the best choice within the budget a plan may lose, relative to it."""
@@ -93,7 +95,7 @@ def by_loss(
     }
     ladders = {name: _Ladder.of(choice) for name, choice in choices.items()}
     stays = {
-        matrix.name: Entry.whole(matrix, UNMEASURED, Cause.UNMEASURED)
+        matrix.name: Entry.whole(matrix, UNSHOWN, Cause.UNMEASURED)
         if matrix.name in unmeasured
         else Entry.whole(matrix, NO_SIZE, Cause.UNABLE)
         for matrix in matrices
@@ -228,12 +230,16 @@ def _closer(
     cheapest = math.fsum(ladder.frontier[0].cost for ladder in ladders.values())
     costs, losses, least = numpy.zeros(1), numpy.zeros(1), 0.0
     steps: list[tuple[list[Option], NDArray[numpy.int64]]] = []
+    tried = 0
     for ladder in ladders.values():
         priced = [option.loss + price * option.cost for option in ladder.frontier]
         lowest = min(priced)
         able = [o for o, value in zip(ladder.frontier, priced, strict=True) if value - lowest <= beyond]
         cheapest -= ladder.frontier[0].cost
         least += lowest
+        tried += len(costs) * len(able)
+        if tried > MOST:
+            return chosen
         every_cost = (costs[:, None] + [option.cost for option in able]).ravel()
         every_loss = (losses[:, None] + [option.loss for option in able]).ravel()
         open_ = (every_loss + price * every_cost - least <= beyond) & (every_cost + cheapest <= budget)
@@ -289,7 +295,7 @@ def _runner_up(chosen: Option, options: Sequence[Option]) -> str:
     """The best option of another structure at no greater cost, and how much more it loses."""
     others = [option for option in options if option.spec is not None and option.kind != chosen.kind]
     if not others:
-        return "whose error is worth what it costs"
+        return "the only structure tried"
     affordable = [option for option in others if option.cost <= chosen.cost]
     if not affordable:
         return f"where {' and '.join(sorted({option.kind for option in others}))} would cost more"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
 from collections.abc import Iterable, Mapping
@@ -97,8 +98,8 @@ class Plan:
     """What `compress` will do to every matrix in scope.
 
     Args:
-        method: a name of `recipes.RECIPES`; None takes the data-aware default where there is calibration data, and the
-            plain fit where there is none.
+        method: a name of `recipes.RECIPES`; None takes `fisher` where there is calibration data, and `svd` where there
+            is none.
         scope: `blocks` counts and changes the Transformer blocks only, `all` the whole model.
         target: the ratio that was asked for, in the unit of the budget.
         entries: one for each matrix in scope.
@@ -170,6 +171,7 @@ class Plan:
             "predicted": self.predicted,
             "objective": self.objective,
             "milliseconds": None if self.milliseconds is None else list(self.milliseconds),
+            "predicted_for": self._fingerprint(),
             "rest": dataclasses.asdict(self.rest),
             "entries": [
                 {
@@ -183,9 +185,14 @@ class Plan:
             ],
         }
 
+    def _fingerprint(self) -> str:
+        """Another one if a matrix becomes something else."""
+        specs = {entry.matrix.name: entry.spec and entry.spec.to_dict() for entry in self.entries}
+        return hashlib.sha256(json.dumps([self.method, specs], sort_keys=True).encode()).hexdigest()[:16]
+
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> Plan:
-        """Read back what `to_dict` wrote.
+        """Read back what `to_dict` wrote; without its prediction if it was edited since.
 
         Raises:
             MethodError: another format version, or content that is not a plan.
@@ -195,7 +202,9 @@ class Plan:
         fields = read_fields(cls, content, "the plan", entries=list, rest=dict, statistics=None)
         fields["rest"] = Cost(**read_fields(Cost, fields["rest"], "the plan"))
         fields["entries"] = tuple(_entry(item) for item in fields["entries"])
-        return cls(**fields)
+        plan = cls(**fields)
+        edited = content.get("predicted_for") != plan._fingerprint()
+        return dataclasses.replace(plan, predicted=None, objective=None) if edited else plan
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the plan as JSON; the file appears whole or not at all.

@@ -50,7 +50,7 @@ def _summary(result: Result) -> Table:
     for name in dict.fromkeys(name.removeprefix(BEFORE) for name in result.metrics):
         old, new = result.metrics.get(BEFORE + name), result.metrics.get(name)
         ratio = _ratio(old, new) if old and new and name.startswith(AMOUNTS) else ""
-        label = name.replace("_", " ")
+        label = name.replace("_", " ") + (" (before training)" if name.startswith("predicted") else "")
         table.add_row(label, *([_number(new)] if dense else [_number(old), _number(new), ratio]))
     return table
 
@@ -81,7 +81,11 @@ def _number(value: float | None) -> str:
         return ""
     if not math.isfinite(value):
         return "undefined"
-    return f"{value:,}" if isinstance(value, int) else f"{value:.4f}" if abs(value) < 1 else f"{value:,.2f}"
+    if isinstance(value, int):
+        return f"{value:,}"
+    if value != 0 and abs(value) < 1e-3:
+        return f"{value:.1e}"
+    return f"{value:.4f}" if abs(value) < 1 else f"{value:,.2f}"
 
 
 def _ratio(before: float, after: float) -> str:

@@ -10,12 +10,14 @@ from typing import Any
 import datasets
 import numpy as np
 import torch
+import torch.nn.functional as F
 from scipy.stats import ConstantInputWarning, pearsonr, spearmanr
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from factorformer.errors import DataError, ModelError
+from factorformer.layers.modes import fast_float32
 from factorformer.progress import Progress, silent
 from factorformer.tasks.data import IGNORED, indexed_batches
 from factorformer.tasks.labels import Labels
@@ -38,7 +40,7 @@ def _outputs(
     done = 0
     for rows, batch in indexed_batches(tokenizer, data, batch_size):
         labels = batch.pop("labels", None)
-        with torch.inference_mode():
+        with torch.inference_mode(), fast_float32(model.device):
             logits = model(**{key: value.to(model.device) for key, value in batch.items()}).logits
         yield rows, logits.float().cpu(), labels
         done += len(rows)
@@ -126,9 +128,10 @@ def score(logits: np.ndarray, references: np.ndarray, labels: Labels) -> dict[st
         labels: what they mean.
 
     Returns:
-        Classes: accuracy, macro-F1 and Matthews correlation, and with two classes the F1 of the second, as MRPC reports
-        it. Several labels a text: micro- and macro-F1, and accuracy of whole sets. Classes of words: accuracy and
-        macro-F1. Regression: Pearson and Spearman correlation, and mean squared error.
+        Classes: accuracy, macro-F1 and Matthews correlation, with two classes the F1 of the second, as MRPC reports
+        it, and the cross-entropy in nats. Several labels a text: micro- and macro-F1, and accuracy of whole sets.
+        Classes of words: accuracy, macro-F1, and the cross-entropy. Regression: Pearson and Spearman correlation, and
+        mean squared error.
     """
     if labels.kind == "regression":
         predicted = logits[:, 0].astype(np.float64)
@@ -149,6 +152,7 @@ def score(logits: np.ndarray, references: np.ndarray, labels: Labels) -> dict[st
     metrics = {
         "accuracy": float(accuracy_score(references, predicted)),
         "macro_f1": float(f1_score(references, predicted, average="macro")),
+        "loss": float(F.cross_entropy(torch.from_numpy(logits).double(), torch.from_numpy(references).long())),
     }
     if labels.kind == "tokens":
         return metrics
@@ -185,7 +189,7 @@ def embed(
     device = model.device
     result: list[Tensor] = []
     order: list[int] = []
-    with torch.inference_mode():
+    with torch.inference_mode(), fast_float32(device):
         for rows, batch in indexed_batches(tokenizer, data, batch_size):
             inputs = {key: value.to(device) for key, value in batch.items() if key != "labels"}
             hidden = base(**inputs).last_hidden_state

@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from factorformer.errors import DataError, ModelError
-from factorformer.layers.modes import evaluating
+from factorformer.layers.modes import evaluating, fast_float32
 from factorformer.progress import Progress, silent
 from factorformer.tasks.architectures import Task
 from factorformer.tasks.data import IGNORED
@@ -161,7 +161,7 @@ def predict(
     rows = rows.select_columns(["input_ids", "labels"])
     loss, right = 0.0, 0
     likeliest: list[Tensor] = []
-    with evaluating(model), torch.inference_mode():
+    with evaluating(model), torch.inference_mode(), fast_float32(model.device):
         for start in range(0, len(order), batch_size):
             batch = collate([rows[row] for row in order[start : start + batch_size]]).to(model.device)
             labels = batch.pop("labels")

@@ -74,7 +74,7 @@ def check_file(path: Path) -> None:
 
 
 def read_rows(path: Path, wanted: Iterable[str] | None, note: Callable[[str], None]) -> Rows:
-    """Rows of a text file. Cells of CSV and TSV stay the strings that they are.
+    """Rows of a text file. Cells of CSV and TSV stay the strings that they are; empty lines of plain text are no rows.
 
     Args:
         path: ends in one of `TEXT_FORMATS`, maybe followed by one of `COMPRESSED`.
@@ -90,8 +90,10 @@ def read_rows(path: Path, wanted: Iterable[str] | None, note: Callable[[str], No
         if kind in (".csv", ".tsv"):
             return _read_table(path, text, tabs=kind == ".tsv", wanted=kept)
         if kind == ".txt":
-            lines = [line.removesuffix("\n") for line in text]
-            return Rows(["text"], {"text": lines}, range(1, len(lines) + 1))
+            lines = {number: line.removesuffix("\n") for number, line in enumerate(text, 1) if line.strip()}
+            if not lines:
+                raise DataError(f"'{path}' has no text: every line is empty")
+            return Rows(["text"], {"text": list(lines.values())}, array("q", lines))
         return _read_json(path, text, kept)
 
 

@@ -19,6 +19,7 @@ from transformers.trainer_utils import TrainOutput
 
 from factorformer.errors import DivergedError, MethodError
 from factorformer.hf.compat import own_forward
+from factorformer.layers.modes import fast_float32
 from factorformer.progress import Progress
 
 _POSITIVE = (lambda number: 0 < number < math.inf, "a finite number above 0")
@@ -126,7 +127,7 @@ def run(trainer: Trainer, checkpoint: Path | None = None) -> TrainOutput:
     """Train, from a checkpoint if there is one; nothing is printed, and the model's `forward` is its own afterwards."""
     trainer.remove_callback(PrinterCallback)
     assert isinstance(trainer.model, nn.Module)
-    with own_forward(trainer.model):
+    with own_forward(trainer.model), fast_float32(trainer.args.device):
         return trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
 
 

@@ -12,7 +12,7 @@ import torch
 from transformers import DataCollatorWithPadding, PreTrainedModel, PreTrainedTokenizerBase
 
 from factorformer.errors import DataError
-from factorformer.layers.modes import evaluating
+from factorformer.layers.modes import evaluating, fast_float32
 from factorformer.progress import Progress, silent
 from factorformer.tasks.reading import read_lines
 from factorformer.tasks.tokenization import token_ids
@@ -106,7 +106,7 @@ def translate(
     order = sorted(range(len(ids)), key=lambda row: len(ids[row]), reverse=True)
     collate, generate = DataCollatorWithPadding(tokenizer), cast(Any, model).generate
     result = [""] * len(ids)
-    with evaluating(model), torch.inference_mode():
+    with evaluating(model), torch.inference_mode(), fast_float32(model.device):
         for start in range(0, len(order), batch):
             rows = order[start : start + batch]
             inputs = collate([{"input_ids": ids[row]} for row in rows])

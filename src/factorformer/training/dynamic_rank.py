@@ -99,6 +99,7 @@ class DynamicRank:
             then, and the values of tensors are for the caller to load. No calibration is needed.
         changed: called with the model after matrices were factorized or became smaller.
         progress: progress callback, for calibration and fits.
+        new_head: whether the model's head has learned nothing yet, so that it tells nothing of the curvature.
 
     Raises:
         DataError: the method needs calibration data that was not given.
@@ -116,6 +117,7 @@ class DynamicRank:
         resume_from: str | os.PathLike[str] | None = None,
         changed: Callable[[nn.Module], None] | None = None,
         progress: Progress = silent,
+        new_head: bool = False,
     ) -> None:
         self.model, self.settings, self.changed = model, settings or DynamicRankSettings(), changed
         self.budget = sum(entry.compressed.bytes for entry in plan.factorized)
@@ -129,7 +131,7 @@ class DynamicRank:
             saved = RankCheckpoint.load(resume_from, model, plan, dataclasses.asdict(self.settings), self.budget)
             self.units, self.history, self.done, self.finished = saved.units, saved.history, saved.done, saved.finished
         else:
-            self.units = all_units(model, plan, calibration, self.settings.ema_decay, progress)
+            self.units = all_units(model, plan, calibration, self.settings.ema_decay, progress, new_head)
             self.history = RankHistory(
                 [units.matrix.name for units in self.units],
                 [units.full.kind for units in self.units],

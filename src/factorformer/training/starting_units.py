@@ -54,6 +54,7 @@ def all_units(
     calibration: Iterable[Batch] | None,
     decay: float,
     progress: Progress,
+    new_head: bool = False,
 ) -> list[Units]:
     """The matrices of a plan at full rank, or factorized at the largest size of their structure.
 
@@ -63,6 +64,7 @@ def all_units(
         calibration: batches of keyword arguments for the model, if the method needs them.
         decay: of the moving averages of importance.
         progress: progress callback, for calibration and fits.
+        new_head: whether the model's head has learned nothing yet, so that it tells nothing of the curvature.
 
     Raises:
         DataError: the method needs calibration data that was not given.
@@ -74,7 +76,7 @@ def all_units(
     if recipe.metric != "plain":
         if calibration is None:
             raise DataError(f"method '{method}' needs calibration data ({recipe.needs}): pass calibration batches")
-        statistics = measure(model, names, recipe.metric, calibration, progress)
+        statistics = measure(model, names, recipe.metric, calibration, progress, new_head)
         _warn_of_unreached(names, statistics)
     result: list[Units] = []
     fitted: list[tuple[Entry, Structure, dict[str, Tensor]]] = []

@@ -42,7 +42,7 @@ def test_low_rank_is_exact_in_the_metric_of_the_fit(name: str, calibrated: bool)
     model = MODELS[name].build()
     matrices = [m for m in find_matrices(model, "all")[0] if m.dense is None]
     names = [m.name for m in matrices]
-    statistics = collect(model, names, [MODELS[name].inputs()], moments=True) if calibrated else {}
+    statistics = collect(model, names, [MODELS[name].inputs()], "input_moment") if calibrated else {}
     curves = measure_curves(model, matrices, [LowRank], statistics, 2)
     assert list(curves) == names
     for matrix in matrices[::3]:
@@ -69,7 +69,7 @@ def test_other_errors_come_near_those_of_fits(structure: type, calibrated: bool)
     model = MODELS["bert"].build()
     matrices = [m for m in find_matrices(model)[0] if m.dense is None]
     batch = text(16, 20)
-    statistics = collect(model, [m.name for m in matrices], [batch], moments=True) if calibrated else {}
+    statistics = collect(model, [m.name for m in matrices], [batch], "input_moment") if calibrated else {}
     curves = measure_curves(model, matrices, [structure], statistics, 2)
     for matrix in matrices[::3]:
         curve = curves[matrix.name]
@@ -134,7 +134,7 @@ def test_a_weight_that_is_not_finite_is_named() -> None:
 def test_int8_adds_its_rounding() -> None:
     model = MODELS["bert"].build()
     matrices = [m for m in find_matrices(model, int8=True)[0] if m.dense is None]
-    statistics = collect(model, [m.name for m in matrices], [text(16, 20)], both_sides=True)
+    statistics = collect(model, [m.name for m in matrices], [text(16, 20)], "fisher")
     curves = measure_curves(model, matrices, EVERY, statistics, 6)
     for matrix in matrices[::3]:
         curve, metric = curves[matrix.name], Metric.of(statistics[matrix.name])

@@ -19,10 +19,12 @@ from tests.tiny import MODELS, text
 import factorformer
 from factorformer import Plan, recipes
 from factorformer.errors import BudgetError, DataError, MethodError, ModelError
+from factorformer.fitting import Metric, fit
+from factorformer.fitting.statistics import UNSHOWN
+from factorformer.layers.dense import dense_weight
 from factorformer.layers.surgery import find_matrices
 from factorformer.planning import Cause, Unit, left_dense
 from factorformer.planning.evidence.curves import measure_curves
-from factorformer.planning.knapsack import UNMEASURED
 from factorformer.structures import DenseSparse, KroneckerSum, LowRank
 from factorformer.tasks.data import Columns, batches, encode, read, sample
 
@@ -298,10 +300,76 @@ def test_what_the_output_does_not_show_stays_whole() -> None:
             (entry,) = [entry for entry in plan.entries if entry.cause is Cause.UNMEASURED]
             assert entry.matrix.name == "pooler.dense"
             assert str(entry.spec) == ("dense" if int8 else "None")
-            assert entry.reason == UNMEASURED
-    assert any(UNMEASURED.removesuffix(", left dense") in line for line in left_dense(plan.entries, 10_000))
-    with pytest.raises(BudgetError, match="effect: 1 matrix"):
+            assert entry.reason == UNSHOWN
+            report = factorformer.compress(copy.deepcopy(model), plan, [text(8)])
+            assert report.compressed == plan.compressed
+            assert not any("pooler" in note for note in report.notes)
+    assert any(UNSHOWN.removesuffix(", left dense") in line for line in left_dense(plan.entries, 10_000))
+    with pytest.raises(BudgetError, match="depend on it: 1 matrix"):
         factorformer.plan(model, "fisher", 500, scope="all", calibration=[text(8)])
+
+
+def test_dynamic_ranks_leave_whole_what_the_output_does_not_show() -> None:
+    model = tf.BertModel(MODELS["bert"].build().config).eval()
+    plan = factorformer.plan(model, "rankdyna_fisher", 1.5, scope="all", calibration=[text(8)])
+    (entry,) = [entry for entry in plan.entries if entry.matrix.name == "pooler.dense"]
+    assert entry.spec is None
+    assert entry.reason == UNSHOWN
+    assert factorformer.compress(model, plan, [text(8)]).compressed == plan.compressed
+
+
+def test_what_is_predicted_is_what_fits_lose_and_more_for_few_tokens() -> None:
+    model, data = MODELS["bert"].build(), [text(8)]
+    plan = factorformer.plan(model, "fisher", 1.5, calibration=data, keep_statistics=True)
+    expected = 0.0
+    for entry in plan.factorized:
+        statistics = plan.statistics[entry.matrix.name]
+        assert statistics.inputs is not None
+        assert statistics.outputs is not None
+        weight, metric = dense_weight(model.get_submodule(entry.matrix.name)), Metric.of(statistics)
+        assert entry.spec is not None
+        _, error = fit(weight, entry.spec, metric)
+        rise = metric.scale * float(metric.apply(weight).double().square().sum()) * error**2
+        width, tokens = (len(statistics.inputs.total) + len(statistics.outputs.total)) / 2, statistics.inputs.count
+        expected += rise * (1 + 2.5 * width / tokens)
+    assert plan.predicted == pytest.approx(expected, rel=0.01)
+
+
+def test_a_prediction_is_of_one_plan_alone() -> None:
+    model, data = MODELS["bert"].build(), [text(8)]
+    plan = factorformer.plan(model, None, 1.5, calibration=data)
+    assert plan.method == "fisher"  # whose sizes and prediction it has
+    content = plan.to_dict()
+    assert Plan.from_dict(json.loads(json.dumps(content))) == dataclasses.replace(plan, statistics={})
+    entry = next(entry for entry in content["entries"] if entry["spec"] is not None)
+    entry["spec"]["rank"] += 1
+    edited = Plan.from_dict(content)
+    assert edited.predicted is None
+    assert edited.objective is None
+
+
+def test_a_head_that_is_new_tells_nothing() -> None:
+    classifier, data = tf.BertForSequenceClassification(MODELS["bert"].build().config).eval(), [text(8)]
+    alone = factorformer.plan(classifier.base_model, "fisher", 1.5, calibration=data)
+    labelled = [batch | {"labels": torch.zeros(8, dtype=torch.long)} for batch in data]
+    plan = factorformer.plan(classifier, "fisher", 1.5, calibration=labelled, new_head=True)
+    assert plan.objective == alone.objective == "1 - cosine"
+    assert plan.predicted == pytest.approx(alone.predicted)
+    assert [entry.spec for entry in plan.entries] == [entry.spec for entry in alone.entries]
+    assert factorformer.plan(classifier, "fisher", 1.5, calibration=data).objective == "loss"
+
+
+def test_multiples_are_for_ranks_that_are_planned() -> None:
+    model = MODELS["bert"].build()
+    for method in ("kronecker", "dense_sparse_plain", "rankdyna"):
+        with pytest.raises(MethodError, match=rf"'{method}' does not make; .*: svd, fwsvd, whitened, fisher, auto$"):
+            factorformer.plan(model, method, 2, rank_multiple=4)
+    with pytest.raises(BudgetError, match=r"multiples of a whole number.*True"):
+        factorformer.plan(model, "svd", 2, rank_multiple=True)
+    with pytest.raises(BudgetError, match="multiples of 1000: above 21 none"):
+        factorformer.plan(model, "svd", 2, rank_multiple=1000)
+    with pytest.raises(BudgetError, match=r"leave out that ranks are multiples of 20$"):
+        factorformer.plan(model, "fisher", 3, rank_multiple=20, calibration=[text(8)])
 
 
 def test_mistakes_have_one_error() -> None:

@@ -15,6 +15,7 @@ from factorformer.cli._inputs import (
     calibration_batches,
     fit_plan,
     load_teacher,
+    off_target,
     predictions,
     save,
     saved,
@@ -27,6 +28,7 @@ from factorformer.cli._options import note
 from factorformer.hf.source import load_model
 from factorformer.layers.quantization import quantize
 from factorformer.planning import Plan, left_dense
+from factorformer.planning.evidence.prediction import WEIGHTS
 from factorformer.progress import Progress, bars
 from factorformer.report import Result, inventory
 from factorformer.tasks.classification import load_classifier
@@ -49,7 +51,7 @@ def run(job: CompressJob) -> Result:
         rows, size = job.calibration_rows, job.settings.batch_size
         calibration = calibration_batches(model, inputs.tokenizer, inputs.calibration, rows, job.settings.seed, size)
     begun = time.perf_counter()
-    plan, warnings = _plan(job, model, calibration)
+    plan, warnings = _plan(job, model, calibration, inputs.fresh)
     seconds = {} if job.plan is not None else {"plan": time.perf_counter() - begun}
     with bars() as progress:
         before = None if inputs.fresh else _measure(inputs, model, progress, "evaluate original")
@@ -95,11 +97,13 @@ def _load(job: CompressJob, inputs: Inputs) -> PreTrainedModel:
 
 
 def _plan(
-    job: CompressJob, model: PreTrainedModel, calibration: list[dict[str, Tensor]] | None
+    job: CompressJob, model: PreTrainedModel, calibration: list[dict[str, Tensor]] | None, new_head: bool
 ) -> tuple[Plan, list[str]]:
     """The plan, and warnings about it, which are printed as well."""
     if job.plan is not None:
         plan = fit_plan(job.plan, model)
+        if calibration is not None and plan.objective == WEIGHTS:  # made without text, for another fit
+            plan = dataclasses.replace(plan, predicted=None, objective=None)
     else:
         with bars() as progress:
             plan = compression.plan(
@@ -116,7 +120,10 @@ def _plan(
                 calibration=calibration,
                 progress=progress,
                 keep_statistics=True,
+                new_head=new_head,
             )
+    if (line := off_target(plan)) is not None:
+        note(line)
     for line in left_dense(plan.entries, plan.original.bytes):
         note(f"left dense: {line}")
     warnings = list(slower_than_dense(plan.entries, model.device))
@@ -142,7 +149,7 @@ def _fit(
     ranks, straight, seconds = None, None, {}
     if training and recipe.allocation == "dynamic":
         begun = time.perf_counter()
-        ranks = DynamicRank(model, plan, calibration, progress=progress)
+        ranks = DynamicRank(model, plan, calibration, progress=progress, new_head=inputs.fresh)
         seconds["start"] = time.perf_counter() - begun
     else:
         through = training and recipe.training == "straight-through"
@@ -152,7 +159,14 @@ def _fit(
         dense = copy.deepcopy(model) if through else None
         known, plan = plan.statistics, dataclasses.replace(plan, statistics={})
         report = compression.compress(
-            model, plan, calibration, progress, statistics=known, keep_statistics=through, hold_floats=training
+            model,
+            plan,
+            calibration,
+            progress,
+            statistics=known,
+            keep_statistics=through,
+            hold_floats=training,
+            new_head=inputs.fresh,
         )
         straight = None if dense is None else StraightThrough(model, report.statistics, dense)
         seconds |= report.seconds

@@ -95,7 +95,8 @@ def _check_method(job: CompressJob) -> None:
     options = (job.method, job.ratio, job.budget, job.scope, job.include, job.exclude, job.share, job.rank_multiple)
     if job.plan is not None and (job.int8 or any(option is not None for option in options)):
         raise MethodError(
-            "--plan holds method, budget, scope, patterns, sharing and int8 already: leave these options out"
+            "--plan holds method, ratio, budget, scope, patterns, sharing, multiples of ranks and int8 already: leave "
+            "these options out"
         )
     if recipes.get(job.chosen).training == "from scratch":
         raise MethodError(

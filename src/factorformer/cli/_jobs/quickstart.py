@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from factorformer import compression
-from factorformer.cli._inputs import write
+from factorformer.cli._inputs import predictions, write
 from factorformer.cli._options import note
 from factorformer.errors import CheckpointError
 from factorformer.files import RESULT_FILE, check_output, output_directory
@@ -80,15 +80,19 @@ def demonstrate(target: Path, *, overwrite: bool) -> Result:
         small = _copy(dense)
         fit_on = sample(data["train"], CALIBRATION_ROWS, settings.seed).remove_columns("labels")
         texts = list(batches(tokenizer, fit_on, BATCH_SIZE))
+        begun = time.perf_counter()
         plan = compression.plan(small, ratio=RATIO, calibration=texts, progress=progress, keep_statistics=True)
+        seconds["plan"] = time.perf_counter() - begun
         report = compression.compress(small, plan, texts, progress, statistics=plan.statistics)
+        for line in report.notes:
+            note(line)
         settings = dataclasses.replace(settings, epochs=COMPRESSED_EPOCHS)
         seconds |= report.seconds
         seconds["train"] = train(
             small, tokenizer, data["train"], settings, teacher=dense, progress=progress, phase="train compressed"
         )
         metrics = evaluate(small, tokenizer, data["test"], labels, progress, "evaluate compressed")
-        metrics |= {BEFORE + name: value for name, value in original.items()}
+        metrics |= {BEFORE + name: value for name, value in original.items()} | predictions(plan)
         metrics |= _latencies(dense, small, tokenizer, data["test"], progress)
     metrics["majority_accuracy"] = majority
     found = {
