@@ -152,7 +152,7 @@ def compressed(of: Encoder | Decoder, method: str, ratio: float, args: Any) -> d
         model, method, ratio, scope=args.scope, calibration=of.calibration, int8=args.int8, keep_statistics=True
     )
     planned = time.perf_counter()
-    factorformer.compress(model, plan, of.calibration, statistics=plan.statistics or None)
+    factorformer.compress(model, plan, of.calibration)
     done = time.perf_counter()
     rise = of.rise(model)
     return {
@@ -310,7 +310,7 @@ def main() -> None:
         rows: list[dict[str, Any]] = []
         for kind, allocation, plan in plans(of, args.ratios, args.include):
             model, began = copy.deepcopy(of.model), time.perf_counter()
-            factorformer.compress(model, plan, of.calibration, statistics=plan.statistics)
+            factorformer.compress(model, plan, of.calibration)
             rise = of.rise(model)
             rows.append(
                 {

@@ -140,7 +140,8 @@ class Bench:
     def carried_out(self, plan: Plan) -> PreTrainedModel:
         """What `factorformer.compress` makes, without measuring the same statistics again for every plan."""
         model, fisher = copy.deepcopy(self.model), recipes.get(plan.method or "fisher").metric == "fisher"
-        factorformer.compress(model, plan, self.calibration, statistics=self.statistics if fisher else None)
+        plan = dataclasses.replace(plan, statistics=self.statistics if fisher else {})
+        factorformer.compress(model, plan, self.calibration)
         return model
 
     def run(self, method: str, ratio: float) -> dict[str, Any]:

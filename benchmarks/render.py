@@ -445,6 +445,25 @@ def fits() -> list[str]:
     return markdown(header, table) + measured_with([row["machine"] for row in rows])
 
 
+def predicted_plans() -> list[str]:
+    """Of each model: rank correlation of predicted and measured rises, and by how much small ones are off."""
+    rows = [row for row in rows_of("fits.jsonl") if "plans" in row]
+    table = []
+    for row in rows:
+        found = row["summary"]
+        ratios = ", ".join(f"{ratio:g}x" for ratio in sorted({plan["ratio"] for plan in row["plans"]}))
+        line = [row["model"], ratios, f"{found['plans']}", f"{found['spearman']:.3f}", f"{found['of_plans']}"]
+        for allocation in ("uniform", "by_loss"):
+            some = [
+                plan for plan in row["plans"] if plan["allocation"] == allocation and plan["rise"] <= found["up_to"]
+            ]
+            factors = [plan["predicted"] / plan["rise"] for plan in some]
+            line.append(f"{min(factors):.2f} to {max(factors):.2f}")
+        table.append(line)
+    header = ["model", "ratios", "plans", "rank correlation", "with a rise up to 0.3", "predicted / measured, uniform"]
+    return markdown([*header, "by loss"], table) + measured_with([row["machine"] for row in rows])
+
+
 def splits() -> list[str]:
     """Of each matrix and ratio, the best dense-sparse sizes by the plain metric, beside low rank of as many bytes."""
     found = content_of("dictionary.json")["splits"]
@@ -524,6 +543,7 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "steps": steps,
     "planning": planning,
     "fits": fits,
+    "predicted-plans": predicted_plans,
     "splits": splits,
     "sparse-sst2": lambda: before_and_after("sst2", (2.8, 5.0), SPARSE, **SIX),
     "sparse-banking77": lambda: before_and_after("banking77", (2.8, 5.0), SPARSE, **SIX),

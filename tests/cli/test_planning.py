@@ -29,7 +29,7 @@ def test_a_plan_by_loss_predicts_its_error(run: Any, base: Path, tables: Path, t
     assert planned["metrics"]["predicted_cosine_loss"] == factorformer.Plan.load(file).predicted
     changed = [layer for layer in planned["layers"] if layer["structure"] is not None]
     assert changed
-    assert all(re.match(r"adds \S+ to the 1 - cosine", layer["note"]) for layer in changed)
+    assert all(re.match(r"adds \S+ to 1 - cosine", layer["note"]) for layer in changed)
     # Carried out as it is.
     text = ("--calibration", tables / "texts.txt", "--calibration-rows", 16, "--json")
     carried = content_of(run("compress", base, tmp_path / "small", "--plan", file, *text))

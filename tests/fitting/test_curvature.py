@@ -36,8 +36,7 @@ def both_sides(model: nn.Module, layers: list[str], batches: object) -> dict[str
 
 def full(moment: SecondMoment | None) -> Tensor:
     assert moment is not None
-    lower = moment.total.double().tril()
-    return (lower + lower.tril(-1).T) / moment.count
+    return moment.symmetric() / moment.count
 
 
 def root(width: int, seed: int) -> Tensor:

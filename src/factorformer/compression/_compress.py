@@ -38,7 +38,6 @@ def compress(
     calibration: Calibration | None = None,
     progress: Progress = silent,
     *,
-    statistics: Mapping[str, LayerStatistics] | None = None,
     keep_statistics: bool = False,
     hold_floats: bool = False,
     new_head: bool = False,
@@ -57,11 +56,10 @@ def compress(
 
     Args:
         model: the dense model that the plan was made for.
-        plan: from `plan` or `Plan.load`.
+        plan: from `plan` or `Plan.load`. What it holds of statistics (`keep_statistics`) is not measured again.
         calibration: batches of keyword arguments for the model, with labels if the method needs them; one batch alone
             or a tokenized `datasets.Dataset` serves too.
         progress: progress callback.
-        statistics: what `plan` measured with `keep_statistics`, so that it is not measured again.
         keep_statistics: leave what calibration measured in the report; a moment takes as much memory as a square matrix
             of float32 as wide as the layer's input or output.
         hold_floats: leave factors that the plan wants in int8 as floats that products round, to train on; `quantize`
@@ -90,7 +88,8 @@ def compress(
         batches = list(data) if recipe.sequential else []
         trial, calibration = _first(iter(batches) if recipe.sequential else data)
         names = [entry.matrix.name for entry in plan.factorized]
-        measured = statistics or measure(model, names, recipe.metric, calibration, progress, new_head)
+        measured = plan.statistics or measure(model, names, recipe.metric, calibration, progress, new_head)
+        plan = dataclasses.replace(plan, statistics={})
         plan, notes = _without_unreached(plan, measured, recipe.metric)
         few = calibrate.too_few_tokens(measured)
         notes += () if few is None else (few,)

@@ -18,7 +18,8 @@ class Report:
         method: the method that was carried out.
         scope: what `original` and `compressed` count.
         original, compressed: cost of everything in scope, before and after.
-        errors: relative error of each factorized matrix, under the metric of the fit; empty where nothing was fitted.
+        errors: relative error of each factorized matrix, under the metric of the fit and, where matrices are fitted in
+            order, to their targets, which make up for errors before them; empty where nothing was fitted.
         seconds: wall time of calibration and fit, or of initialization.
         plan: what was carried out: the plan given, without what calibration data does not reach.
         notes: what a user should know of it, a line each.

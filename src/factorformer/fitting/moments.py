@@ -108,8 +108,8 @@ class SecondMoment:
 class LayerStatistics:
     """Statistics of one layer; a field that was not asked for is None.
 
-    With `A` the second moment of the input and `G` that of the gradient of the loss at the output, both for each token,
-    the loss rises by about `1/2 tr(G dW A dW^T)` for each token that it is a mean over (the Kronecker-factored Fisher
+    With `A` the second moment of the input and `G` that of the gradient of the loss at the output, both means over
+    tokens, the loss rises by about `1/2 n tr(G dW A dW^T)` with `n` from `tokens` (the Kronecker-factored Fisher
     information: Martens and Grosse, ICML 2015).
 
     Args:

@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from factorformer.errors import DataError, FactorformerError
 from factorformer.fitting.batches import Batch, placed, real_tokens
-from factorformer.fitting.fisher import fisher_rows
+from factorformer.fitting.fisher_rows import fisher_rows
 from factorformer.fitting.moments import LayerStatistics, SecondMoment
 from factorformer.fitting.objective import objective
 from factorformer.layers.modes import evaluating, fast_products, requiring_gradients

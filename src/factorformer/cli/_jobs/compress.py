@@ -157,13 +157,11 @@ def _fit(
             note(f"method '{job.chosen}' has no supports to learn at this ratio: all matrices are dense in int8")
             through = False
         dense = copy.deepcopy(model) if through else None
-        known, plan = plan.statistics, dataclasses.replace(plan, statistics={})
         report = compression.compress(
             model,
             plan,
             calibration,
             progress,
-            statistics=known,
             keep_statistics=through,
             hold_floats=training,
             new_head=inputs.fresh,

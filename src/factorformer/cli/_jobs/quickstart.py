@@ -83,7 +83,7 @@ def demonstrate(target: Path, *, overwrite: bool) -> Result:
         begun = time.perf_counter()
         plan = compression.plan(small, ratio=RATIO, calibration=texts, progress=progress, keep_statistics=True)
         seconds["plan"] = time.perf_counter() - begun
-        report = compression.compress(small, plan, texts, progress, statistics=plan.statistics)
+        report = compression.compress(small, plan, texts, progress)
         for line in report.notes:
             note(line)
         settings = dataclasses.replace(settings, epochs=COMPRESSED_EPOCHS)

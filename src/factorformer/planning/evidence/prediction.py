@@ -110,9 +110,8 @@ class Prediction:
         """The entry with a reason that says how much its matrix adds to the loss."""
         if entry.spec is None or entry.matrix.name not in self.curves:
             return entry
-        return dataclasses.replace(
-            entry, reason=f"adds {self.expected(entry):.2g} to the {self.objective}; {entry.reason}"
-        )
+        what = self.objective if self.objective.startswith("1") else f"the {self.objective}"
+        return dataclasses.replace(entry, reason=f"adds {self.expected(entry):.2g} to {what}; {entry.reason}")
 
 
 def _optimism(statistics: LayerStatistics) -> float:
