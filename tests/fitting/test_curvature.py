@@ -10,14 +10,14 @@ import torch
 import torch.nn.functional as F
 import transformers as tf
 from tests import tiny
-from tests.fitting.test_statistics import classifier, examples, names, split
+from tests.fitting.test_statistics import examples, names, split
 from torch import Tensor, nn
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from factorformer.errors import DataError
 from factorformer.fitting import Metric, fit
 from factorformer.fitting.moments import LayerStatistics, SecondMoment
-from factorformer.fitting.objective import Objective, objective
+from factorformer.fitting.objective import TEMPERATURE, Objective, objective
 from factorformer.fitting.statistics import collect
 from factorformer.structures import Dense, DenseSparse, KroneckerSum, LowRank, Structure
 
@@ -55,8 +55,10 @@ def exact(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("exact")
 @pytest.mark.parametrize("name", ["bert", "albert", "gpt2"])
 def test_moments_of_gradients_equal_brute_force(name: str) -> None:
-    model = classifier(name)
-    batch, layers = examples(model), names(model)
+    model = tiny.MODELS[name].build()
+    batch = examples(model)
+    batch["labels"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+    layers, shift = names(model), int(name == "gpt2")
     outputs: dict[str, list[Tensor]] = {layer: [] for layer in layers}
     handles = [
         model.get_submodule(layer).register_forward_hook(lambda _, __, y, layer=layer: outputs[layer].append(y))
@@ -64,13 +66,18 @@ def test_moments_of_gradients_equal_brute_force(name: str) -> None:
     ]
     expected: dict[str, Tensor] = {}
     calls: dict[str, int] = {}
+    predicted = 0
     for row, single in enumerate(split(batch, 1)):
         for seen in outputs.values():
             seen.clear()
-        loss = model(**single).loss
+        units = int((single["labels"][:, shift:] != -100).sum())
+        loss, predicted = model(**single).loss * units, predicted + units
         real = batch["attention_mask"][row].bool()
         for layer in layers:
-            for gradient in torch.autograd.grad(loss, outputs[layer], retain_graph=True):
+            for output in outputs[layer]:
+                gradient = (
+                    torch.autograd.grad(loss, output, retain_graph=True)[0] if units else torch.zeros_like(output)
+                )
                 g = gradient[0][real].double()
                 expected[layer] = expected.get(layer, 0) + g.T @ g
                 calls[layer] = calls.get(layer, 0) + len(g)
@@ -84,7 +91,7 @@ def test_moments_of_gradients_equal_brute_force(name: str) -> None:
             torch.testing.assert_close(
                 full(found[layer].outputs), target, rtol=0, atol=2e-2 * float(target.abs().max())
             )
-            assert found[layer].tokens == calls[layer] / len(batch["input_ids"])
+            assert found[layer].tokens == calls[layer] / predicted
             assert found[layer].objective == "loss"
 
 
@@ -239,7 +246,7 @@ def test_predicted_rises_of_several_labels_are_those_of_their_mean() -> None:
 
 
 def test_predicted_rises_are_those_of_a_softmax() -> None:
-    """With one input for all rows, the two sides are independent, and the divergence is known."""
+    """With one input for all tokens, the two sides are independent, and the divergence is known."""
 
     class Classifier(nn.Module):
         def __init__(self) -> None:
@@ -247,18 +254,39 @@ def test_predicted_rises_are_those_of_a_softmax() -> None:
             self.linear = nn.Linear(6, 20)
 
         def forward(self, x: Tensor) -> SequenceClassifierOutput:
-            return SequenceClassifierOutput(logits=self.linear(x))
+            return SequenceClassifierOutput(logits=self.linear(x)[:, None])
 
     torch.manual_seed(0)
     model = Classifier()
-    x = torch.randn(1, 6).expand(4000, 6)
+    x = torch.randn(1, 6).expand(16000, 6)
     (statistics,) = both_sides(model, ["linear"], [{"x": x}]).values()
     error = 0.05 * torch.randn(20, 6)
-    logits = model(x[:1]).logits.detach()
+    logits = model(x[:1]).logits[0].detach()
     before, after = logits.log_softmax(-1), (logits + x[:1] @ error.T).log_softmax(-1)
     divergence = float((before.exp() * (before - after)).sum())
     # Shrinkage adds a little in the directions that no input has: it is taken off.
     assert _rise(statistics, error @ (x[0][:, None] * x[0]) / x[0].square().sum()) == pytest.approx(divergence, rel=0.1)
+
+
+def test_classifiers_are_taken_for_less_certain_than_they_are_of_rows_that_they_know() -> None:
+    class Classifier(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(6, 3)
+
+        def forward(self, x: Tensor, labels: Tensor | None = None) -> SequenceClassifierOutput:
+            logits = self.linear(x)
+            return SequenceClassifierOutput(None if labels is None else F.cross_entropy(logits, labels), logits)
+
+    torch.manual_seed(0)
+    model = Classifier()
+    with torch.no_grad():
+        model.linear.weight.mul_(10)
+    x = torch.randn(1, 6).expand(4000, 6)
+    p = (model(x[:1]).logits.detach()[0] / TEMPERATURE).softmax(-1).double()
+    for batch in ({"x": x}, {"x": x, "labels": torch.zeros(4000, dtype=torch.long)}):
+        (statistics,) = both_sides(model, ["linear"], [batch]).values()
+        torch.testing.assert_close(full(statistics.outputs), p.diag() - p[:, None] * p, rtol=0, atol=0.02)
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=str)

@@ -23,6 +23,10 @@ from factorformer.fitting.batches import Batch
 DRAWS = 4
 """Labels or directions that are drawn for a row where a row has one alone; a token of many needs no more than one."""
 
+TEMPERATURE = 4.0
+"""By what the logits of classifiers are divided before labels are drawn: of rows that they were trained on they are
+too certain to show what matters to others. Ours, of 1, 2 and 4 on MiniLM fine-tuned on sst2 and banking77."""
+
 IGNORED = -100
 """A label that the losses of transformers pass over."""
 
@@ -47,7 +51,7 @@ class Objective:
 def objective(model: nn.Module, batch: Batch, output: Any, generator: torch.Generator) -> Objective:
     """What to differentiate of a model's output.
 
-    - The loss, where the batch holds labels and the model makes one of them that is no squared error.
+    - The loss, where the batch holds labels of tokens, and where all that the model gives is a loss.
     - The log-likelihood of labels drawn from the prediction, where the model gives logits.
     - The product with a random direction of the normalized mean of the last hidden states of real tokens, or of another
       output of an encoder.
@@ -64,10 +68,11 @@ def objective(model: nn.Module, batch: Batch, output: Any, generator: torch.Gene
     named = dict(output) if isinstance(output, Mapping) else {"output": output}
     config = getattr(model, "config", None)
     loss = named.get("loss")
-    if isinstance(loss, Tensor) and loss.requires_grad and "labels" in batch and not _is_regression(config, named):
-        units, scale = _labelled(model, batch["labels"], loss)
-        return Objective("loss", units, 1, lambda: loss.sum() * scale)
     predicted = {key: value for key, value in named.items() if _is_logits(key, value)}
+    of_rows = any(value.dim() == 2 for value in predicted.values())
+    if isinstance(loss, Tensor) and loss.requires_grad and "labels" in batch and not of_rows:
+        units = _labelled(model, batch["labels"], loss)
+        return Objective("loss", units, 1, lambda: loss.sum() * units)
     mask = _mask(config, batch)
     if predicted:
         logits, ends = list(predicted.values()), set(predicted) == {"start_logits", "end_logits"}
@@ -99,24 +104,13 @@ def _mask(config: Any, batch: Batch) -> Tensor | None:
     return mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
 
 
-def _is_regression(config: Any, named: Mapping[str, Any]) -> bool:
-    """Whether the loss is a squared error, whose curvature does not depend on labels."""
-    logits = named.get("logits")
-    alone = isinstance(logits, Tensor) and logits.dim() == 2 and logits.shape[1] == 1
-    return alone or getattr(config, "problem_type", None) == "regression"
-
-
-def _labelled(model: nn.Module, labels: Tensor, loss: Tensor) -> tuple[float, float]:
-    """How many units a mean loss is of, and what to multiply it by so that gradients are those of sums over units."""
-    if labels.dim() == 2 and labels.is_floating_point():  # a mean over labels too, each of which is drawn by itself
-        return float(len(labels)), len(labels) * labels.shape[1] ** 0.5
+def _labelled(model: nn.Module, labels: Tensor, loss: Tensor) -> float:
+    """How many labels a mean loss is of."""
     if labels.dim() < 2 or loss.dim() or labels.is_floating_point():
-        units = float(len(labels) if loss.dim() == 0 else 1)
-        return units, units
+        return float(len(labels) if loss.dim() == 0 else 1)
     # A decoder alone predicts its own input, of which the first token is not predicted.
     decodes = getattr(model, "can_generate", bool)() and not getattr(model.config, "is_encoder_decoder", False)
-    units = float(((labels[:, 1:] if decodes else labels) != IGNORED).sum())
-    return units, units
+    return float(((labels[:, 1:] if decodes else labels) != IGNORED).sum())
 
 
 def _units(logits: Tensor, mask: Tensor | None) -> tuple[float, int]:
@@ -140,7 +134,7 @@ def _likelihood(
     total = logits[0].new_zeros((), dtype=torch.float32)
     problem = getattr(config, "problem_type", None)
     for values in logits:
-        values = values.float()
+        of_rows, values = values.dim() == 2, values.float()
         if values.dim() > 2 and mask is not None and mask.shape == values.shape[:2]:
             values = values[mask.bool().to(values.device)]
         if values.dim() == 2 and (values.shape[1] == 1 or problem == "regression"):
@@ -152,8 +146,9 @@ def _likelihood(
             total = total + each / values.shape[1] ** 0.5
         else:
             flat = values.movedim(1, -1) if values.dim() == 4 else values
-            flat = flat.reshape(-1, flat.shape[-1])
-            total = total + F.cross_entropy(flat, _sample(flat.detach(), generator), reduction="sum")
+            softer = TEMPERATURE if of_rows and not ends else 1.0
+            flat = flat.reshape(-1, flat.shape[-1]) / softer
+            total = total + softer * F.cross_entropy(flat, _sample(flat.detach(), generator), reduction="sum")
     return total / 2**0.5 if ends else total
 
 
