@@ -249,9 +249,9 @@ class Bench:
         assert ratio is not None
         recipe, int8 = recipes.get(method), bool(options.pop("int8", False))
         if recipe.allocation == "dynamic":
-            options.pop("dense", None)
+            fresh = not options.pop("dense", None)
             plan = factorformer.plan(model, method, ratio, int8=int8)
-            return model, DynamicRank(model, plan, batches, DynamicRankSettings(**options))
+            return model, DynamicRank(model, plan, batches, DynamicRankSettings(**options), new_head=fresh)
         dense = model
         path = (
             self.args.work

@@ -415,16 +415,23 @@ def steps() -> list[str]:
 
 
 def planning() -> list[str]:
-    found = content_of("planning.json")
-    cells = {(row["task"], row["method"], row["ratio"]): row for row in found["rows"]}
-    columns = [(task, method) for task in TASKS for method in ("whitened", "fisher", "auto")]
-    table = []
+    """Accuracy before fine-tuning, beside that of plans by sensitivity, which an earlier version made."""
+    found, earlier = content_of("planning.json"), content_of("planning_by_sensitivity.json")
+    cells = {(row["task"], row["method"], row["ratio"]): row["accuracy"] for row in found["rows"]}
+    before = {(row["task"], row["method"], row["ratio"]): row["accuracy"] for row in earlier["rows"]}
+    dense = [f"{100 * found['dense'][task]:.1f}" for task in TASKS]
+    table = [["dense", *(cell for value in dense for cell in (value, "", value, value))]]
     for ratio in sorted({ratio for _, _, ratio in cells}):
-        rows = [cells[task, method, ratio] for task, method in columns]
-        table.append([f"{ratio:g}x", *(f"{100 * row['accuracy']:.1f} ({row['predicted']:.2f})" for row in rows)])
-    dense = ["dense", *(f"{100 * found['dense'][task]:.1f}" for task, _ in columns)]
-    header = ["ratio", *(f"{task} `{method}`" for task, method in columns)]
-    return markdown(header, [dense, *table]) + measured_with([found["machine"]])
+        line = [f"{ratio:g}x"]
+        for task in TASKS:
+            line += [
+                f"{100 * of[task, method, ratio]:.1f}"
+                for of, method in ((cells, "whitened"), (before, "auto"), (cells, "fisher"), (cells, "auto"))
+            ]
+        table.append(line)
+    columns = ("`whitened`", "`auto` by sensitivity", "`fisher`", "`auto`")
+    header = ["ratio", *(f"{task} {column}" for task in TASKS for column in columns)]
+    return markdown(header, table) + measured_with([found["machine"], earlier["machine"]])
 
 
 # Fits and embeddings
