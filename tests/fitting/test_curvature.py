@@ -49,7 +49,7 @@ def root(width: int, seed: int) -> Tensor:
 @pytest.fixture
 def exact(monkeypatch: pytest.MonkeyPatch) -> None:
     """Products as precise as those by hand, on every processor."""
-    monkeypatch.setattr("factorformer.fitting.recorder.fast_products", lambda _: contextlib.nullcontext())
+    monkeypatch.setattr("factorformer.fitting.gradient_recorders.fast_products", lambda _: contextlib.nullcontext())
 
 
 @pytest.mark.usefixtures("exact")
@@ -169,7 +169,7 @@ def test_what_the_loss_does_not_depend_on_is_not_measured() -> None:
 
 
 def test_a_tied_head_counts_with_the_embedding(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("factorformer.fitting.recorder.WIDE", 64)
+    monkeypatch.setattr("factorformer.fitting.gradient_recorders.WIDE", 64)
     model = tf.LlamaForCausalLM(tf.LlamaConfig(**tiny._DECODER, tie_word_embeddings=True)).eval()
     (name,) = [n for n in names(model, "all") if "embed" in n]
     (measured,) = both_sides(model, [name], [tiny.text(8)]).values()
@@ -350,7 +350,7 @@ def test_attention_is_taken_apart_for_short_texts_alone(monkeypatch: pytest.Monk
         taken.append(backend)
         return contextlib.nullcontext()
 
-    monkeypatch.setattr("factorformer.fitting.recorder.sdpa_kernel", kernel)
+    monkeypatch.setattr("factorformer.fitting.gradient_recorders.sdpa_kernel", kernel)
     for name, short in (("bert", True), ("vit", False), ("whisper", False)):
         taken.clear()
         model = tiny.MODELS[name].build()
@@ -387,7 +387,7 @@ def test_every_batch_has_draws_of_its_own(monkeypatch: pytest.MonkeyPatch) -> No
         seeds.append(generator.initial_seed())
         return objective(model, batch, output, generator)  # type: ignore[arg-type]
 
-    monkeypatch.setattr("factorformer.fitting.recorder.objective", noted)
+    monkeypatch.setattr("factorformer.fitting.gradient_recorders.objective", noted)
     model = tiny.MODELS["bert"].build()
     mask = {"attention_mask": torch.ones(2, 7).long()}
     both_sides(model, names(model), [mask | {"input_ids": tiny.text(2, 7, seed)["input_ids"]} for seed in range(3)])

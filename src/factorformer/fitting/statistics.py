@@ -14,9 +14,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from torch import nn
 
 from factorformer.fitting.batches import Calibration, as_batches
+from factorformer.fitting.gradient_recorders import FisherRecorder, FisherRowsRecorder
 from factorformer.fitting.metric import MetricName
 from factorformer.fitting.moments import LayerStatistics
-from factorformer.fitting.recorder import FisherRecorder, FisherRowsRecorder, Recorder
+from factorformer.fitting.recorder import Recorder
 
 UNSHOWN = "the model's output on the calibration data does not depend on it, left dense"
 """Of a layer that data reaches, and no gradient: why it is not made smaller."""
