@@ -17,7 +17,7 @@ import jaxtyping  # noqa: E402
 ROOT = Path(__file__).resolve().parents[1]
 
 # Modules that name shapes have every annotation checked whenever a function of theirs is called; an int is a fine
-# float (PEP 484). Those of the others are left to pyright: checked as well, they would take a third of all time.
+# float (PEP 484). Those of the others are left to pyright: checked as well, they would take a quarter of all time.
 SOURCES = ROOT / "src"
 jaxtyping.install_import_hook(
     [

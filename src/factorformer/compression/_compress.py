@@ -18,7 +18,7 @@ from factorformer.errors import DataError, ModelError
 from factorformer.fitting import MetricName
 from factorformer.fitting import statistics as calibrate
 from factorformer.fitting.batches import Calibration, as_batches, placed
-from factorformer.fitting.matrices import Factors, fit_group, fit_matrix, fit_target, measure
+from factorformer.fitting.matrices import Factors, as_stored, fit_group, fit_matrix, fit_target, measure
 from factorformer.fitting.moments import LayerStatistics
 from factorformer.fitting.sequential import fit_sequentially
 from factorformer.layers.dense import dense_weight, is_transposed
@@ -29,7 +29,7 @@ from factorformer.layers.quantization import quantize
 from factorformer.layers.surgery import find_blocks, unchanged_on_error
 from factorformer.planning import Entry, Plan, left_dense
 from factorformer.progress import Progress, silent
-from factorformer.structures import Dense, Structure, int8
+from factorformer.structures import Dense, Structure
 
 
 def compress(
@@ -96,8 +96,8 @@ def compress(
     calibrated = time.perf_counter()
     fitted, errors, refitted = {}, {}, {}
     if batches:
-        fitted, errors, refitted = _fit_in_order(model, plan, measured, batches, progress)
         blocks = tuple(f"{block}." for block in find_blocks(model))
+        fitted, errors, refitted = _fit_in_order(model, plan, measured, batches, blocks, progress)
         notes += _out_of_order(plan, [name for name in fitted if name.startswith(blocks)])
         if refitted:
             notes += (
@@ -122,6 +122,7 @@ def _fit_in_order(
     plan: Plan,
     statistics: Mapping[str, LayerStatistics],
     batches: Sequence[Mapping[str, Any]],
+    blocks: tuple[str, ...],
     progress: Progress,
 ) -> tuple[dict[str, Factors], dict[str, float], dict[str, Tensor]]:
     """Factors and errors of matrices in blocks, each fitted to what the model compressed so far gives it to read.
@@ -138,13 +139,11 @@ def _fit_in_order(
         for entry in plan.entries
         if entry.matrix.dense is None and entry.cause is not planning.Cause.UNMEASURED
     }
-    blocks = tuple(f"{block}." for block in find_blocks(model))
     for name, entry in entries.items():
         if entry.spec is None or name.startswith(blocks) or name in plan.sharing or entry.shares is not None:
             continue
         fitted[name], errors[name] = fit_matrix(model, name, entry.spec, statistics)
-        stored = int8.quantize(fitted[name]) if entry.matrix.int8 else fitted[name]
-        dense = entry.spec.to_dense(entry.matrix.shape, stored)
+        dense = as_stored(entry.matrix, entry.spec, fitted[name])
         layer = model.get_submodule(name)
         replaced[f"{name}.weight"] = dense.T if is_transposed(layer) else dense
         progress("fit", len(fitted), len(plan.factorized))

@@ -65,8 +65,12 @@ def fit_target(
         factors, error = fit(target, spec, metric)
     except FactorformerError as problem:
         raise type(problem)(f"layer '{matrix.name}': {problem}") from problem
-    stored = int8.quantize(factors) if matrix.int8 else factors
-    return factors, error, spec.to_dense(matrix.shape, stored)
+    return factors, error, as_stored(matrix, spec, factors)
+
+
+def as_stored(matrix: Matrix, spec: Structure, factors: Factors) -> Tensor:
+    """The product of factors `(out, in)`, rounded as they will be."""
+    return spec.to_dense(matrix.shape, int8.quantize(factors) if matrix.int8 else factors)
 
 
 def fit_stack(

@@ -23,7 +23,7 @@ ROUNDING = 1e-9
 IN_FLOATS = "the budget allows floats, and rounding to int8 would lose more here than elsewhere"
 
 MOST = 10**8
-"""Partial choices that are looked at, at most: a few seconds' worth. Curves of real models need far fewer."""
+"""Partial choices that are looked at, at most: beyond them the choice that the price makes stands."""
 
 GAP = 1e-3
 """How much more than the best choice within the budget a plan may lose, relative to it."""

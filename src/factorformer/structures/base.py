@@ -12,7 +12,7 @@ import functools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -201,16 +201,14 @@ class Structure(ABC):
 
     def parameters(self, shape: Shape) -> int:
         """Count of stored values (integers that index or encode are not parameters)."""
-        return _stored(self, shape).values
+        return _parameters(self, shape)
 
     def bytes(self, shape: Shape, dtype: torch.dtype = torch.float32, scale: torch.dtype = torch.float32) -> int:
         """Stored bytes of all factors, indices included, when values are of type `dtype`, and scales of int8 `scale`.
 
         Scales have the floating type of the model.
         """
-        stored = _stored(self, shape)
-        scales = stored.rows * scale.itemsize if dtype == torch.int8 else 0
-        return stored.values * dtype.itemsize + stored.integers + scales
+        return _bytes(self, shape, dtype, scale)
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready description; `structures.from_dict` reads it back."""
@@ -221,24 +219,17 @@ class Structure(ABC):
         return f"{self.kind}({fields})"
 
 
-class _Stored(NamedTuple):
-    """What the factors of a matrix hold: values, the rows that they are in, and bytes of integers."""
-
-    values: int
-    rows: int
-    integers: int
+# Planners ask for the same few sizes of every layer, again and again.
 
 
 @functools.lru_cache(maxsize=2**16)
-def _stored(spec: Structure, shape: Shape) -> _Stored:
-    """Planners ask for the same few sizes of every layer, again and again."""
-    tensors = spec.tensors(shape).values()
-    values = [tensor for tensor in tensors if tensor.dtype is None]
-    return _Stored(
-        sum(math.prod(tensor.size) for tensor in values),
-        sum(tensor.size[0] for tensor in values),
-        sum(tensor.bytes(torch.float32) for tensor in tensors if tensor.dtype is not None),
-    )
+def _parameters(spec: Structure, shape: Shape) -> int:
+    return sum(math.prod(t.size) for t in spec.tensors(shape).values() if t.dtype is None)
+
+
+@functools.lru_cache(maxsize=2**16)
+def _bytes(spec: Structure, shape: Shape, dtype: torch.dtype, scale: torch.dtype) -> int:
+    return sum(t.bytes(dtype, scale) for t in spec.tensors(shape).values())
 
 
 def require_positive(name: str, value: int) -> None:
