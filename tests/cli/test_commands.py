@@ -116,10 +116,10 @@ def test_calibration_text_makes_the_fit_data_aware(run: Any, base: Path, tables:
 
 
 def test_healing_without_labels(run: Any, base: Path, tables: Path, tmp_path: Path) -> None:
-    common = ("compress", base, "--ratio", 3, "--train", tables / "texts.txt", "--eval", tables / "texts.txt")
+    common = ("compress", base, "--ratio", 6, "--train", tables / "texts.txt", "--eval", tables / "texts.txt")
     scores = [
         result_of(run(*common[:2], tmp_path / name, *common[2:], "--distill", base, *rest, "--json"))["metrics"]
-        for name, *rest in (("short", "--lr", 0), ("long", "--lr", 3e-3, "--epochs", 8))
+        for name, *rest in (("short", "--lr", 0), ("long", "--lr", 1e-3, "--epochs", 8))
     ]
     assert scores[1]["embedding_cosine"] > scores[0]["embedding_cosine"]
     assert (tmp_path / "long" / "modules.json").exists()

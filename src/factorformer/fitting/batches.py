@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
+import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -38,14 +39,33 @@ def real_tokens(model: nn.Module, path: str, batch: Batch, x: Tensor, positions:
         x: `(*positions, width)` or `positions`.
         positions: what a mask may be of.
     """
+    mask = real_mask(model, path, batch, positions)
+    return x.flatten(0, len(positions) - 1) if mask is None else x[mask.to(x.device)]
+
+
+def real_mask(model: nn.Module, path: str, batch: Batch, positions: torch.Size) -> Tensor | None:
+    """Which positions hold real tokens, of the shape of `positions`; None where the batch does not say.
+
+    Args:
+        model, path, batch, positions: as for `real_tokens`.
+    """
     config = getattr(model, "config", None)
     decoding = getattr(config, "is_encoder_decoder", False) and "decoder" in path and not _CROSSING.search(path)
     mask = batch.get("decoder_attention_mask" if decoding else "attention_mask")
     if mask is not None and mask.shape == positions:
-        return x[mask.to(x.device).bool()]
+        return mask.bool()
     if mask is not None and positions == (mask.numel(),):  # OPT folds batch and positions into one dimension
-        return x[mask.to(x.device).flatten().bool()]
-    return x.flatten(0, len(positions) - 1)
+        return mask.flatten().bool()
+    return None
+
+
+def fingerprint(batch: Batch) -> int:
+    """A number for what the tensors of a batch hold."""
+    number = 0
+    for _, value in sorted(batch.items()):
+        if isinstance(value, Tensor):
+            number = zlib.crc32(value.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes(), number)
+    return number
 
 
 def placed(batch: Batch, device: torch.device) -> dict[str, Any]:

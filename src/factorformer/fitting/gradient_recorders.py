@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import zlib
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -13,7 +12,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from factorformer.errors import DataError
-from factorformer.fitting.batches import Batch
+from factorformer.fitting.batches import Batch, fingerprint
 from factorformer.fitting.fisher_rows import fisher_rows
 from factorformer.fitting.moments import LayerStatistics, SecondMoment
 from factorformer.fitting.objective import objective
@@ -139,10 +138,14 @@ class FisherRecorder(Recorder):
             output = output.detach().requires_grad_().clone()  # what follows may change it in place
         if isinstance(module, nn.Embedding) and self._for_each_row(x) is not x:
             output = output.expand(self._size, *output.shape[1:])
-        output.register_hook(lambda gradient: self._add_gradient(name, path, module, gradient))
+        kept = self._kept(name, module, x)
+        output.register_hook(lambda gradient: self._add_gradient(name, path, module, gradient, kept))
         return output
 
-    def _add_gradient(self, name: str, path: str, module: nn.Module, gradient: Tensor) -> None:
+    def _kept(self, name: str, module: nn.Module, x: Tensor) -> Tensor | None:
+        """What is needed of an input once the gradient is there: nothing."""
+
+    def _add_gradient(self, name: str, path: str, module: nn.Module, gradient: Tensor, kept: Tensor | None) -> None:
         self.reached.add(name)
         vectors = self._without_padding(path, gradient.detach(), gradient.shape[:-1])
         width, device = vectors.shape[1], vectors.device
@@ -156,15 +159,15 @@ class FisherRecorder(Recorder):
 
     def _finish(self, output: object) -> None:
         # The same draws for the same batch, in whatever order batches come.
-        number = 0
-        for _, value in sorted(self._batch.items()):
-            if isinstance(value, Tensor):
-                number = zlib.crc32(value.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes(), number)
-        generator = torch.Generator().manual_seed(number)
+        generator = torch.Generator().manual_seed(fingerprint(self._batch))
         goal = objective(self.runs, self._batch, output, generator)
         self.units, self.objective, self._draws = self.units + goal.units, goal.name, goal.draws
         for draw in range(goal.draws):
             goal.draw().backward(retain_graph=draw + 1 < goal.draws)
+            self._drawn()
+
+    def _drawn(self) -> None:
+        """What follows a backward pass: nothing."""
 
     def _statistics_of(self, name: str) -> LayerStatistics:
         parts = [self._of_product(name), self._of_look_ups(name)]

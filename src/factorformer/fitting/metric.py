@@ -52,7 +52,7 @@ class Metric:
         columns = None if statistics.inputs is None else statistics.inputs.root()
         if statistics.inputs is not None and statistics.inputs.mean_square() == 0:  # it reads nothing but zeros
             size = 0.0
-        return cls(rows, columns, statistics.tokens * size / 2)
+        return cls(rows, columns, statistics.dependence * statistics.tokens * size / 2)
 
     @classmethod
     def of_stack(cls, members: Sequence[Member], statistics: Mapping[str, LayerStatistics]) -> Metric:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from torch import nn
 
 from factorformer.fitting.batches import Calibration, as_batches
+from factorformer.fitting.dependence import Sample, with_dependence
 from factorformer.fitting.gradient_recorders import FisherRecorder, FisherRowsRecorder
 from factorformer.fitting.metric import MetricName
 from factorformer.fitting.moments import LayerStatistics
@@ -39,7 +40,8 @@ def collect(
       example. The model's loss is taken to be a mean over the examples of a batch; where labels are of tokens, examples
       run one by one.
     - `fisher`: the second moments of inputs and of the gradients at outputs (Kronecker-factored Fisher information) of
-      what `objective` differentiates.
+      what `objective` differentiates, and from a few batches, run again, how far their product is from what it stands
+      for.
 
     Args:
         model: left as it was, mode and gradients included.
@@ -56,15 +58,18 @@ def collect(
         DataError: no batches, none that reaches any of the layers, a missing loss, or values that are not finite.
     """
     recorder = _recorder(model, layers, metric, new_head)
-    done = 0
+    done, sample = 0, Sample()
     with recorder.attached():
         for batch in as_batches(model, batches):
             recorder.run(batch)
+            if metric == "fisher":
+                sample.add(batch)
             done += 1
             if progress is not None:
                 progress(done)
     recorder.check(done)
-    return recorder.statistics()
+    found = recorder.statistics()
+    return with_dependence(model, found, sample.batches, new_head) if metric == "fisher" else found
 
 
 def _recorder(model: nn.Module, layers: Sequence[str], metric: MetricName, new_head: bool) -> Recorder:

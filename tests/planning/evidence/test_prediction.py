@@ -20,11 +20,13 @@ import factorformer
 from factorformer import Plan, recipes
 from factorformer.errors import BudgetError, DataError, MethodError, ModelError
 from factorformer.fitting import Metric, fit
+from factorformer.fitting.objective import COSINE
 from factorformer.fitting.statistics import UNSHOWN
 from factorformer.layers.dense import dense_weight
 from factorformer.layers.surgery import find_matrices
 from factorformer.planning import Cause, Unit, left_dense
 from factorformer.planning.evidence.curves import measure_curves
+from factorformer.planning.evidence.prediction import levelled
 from factorformer.structures import DenseSparse, KroneckerSum, LowRank
 from factorformer.tasks.data import Columns, batches, encode, read, sample
 
@@ -318,21 +320,26 @@ def test_dynamic_ranks_leave_whole_what_the_output_does_not_show() -> None:
     assert factorformer.compress(model, plan, [text(8)]).compressed == plan.compressed
 
 
-def test_what_is_predicted_is_what_fits_lose_and_more_for_few_tokens() -> None:
-    model, data = MODELS["bert"].build(), [text(8)]
-    plan = factorformer.plan(model, "fisher", 1.5, calibration=data, keep_statistics=True)
-    expected = 0.0
-    for entry in plan.factorized:
-        statistics = plan.statistics[entry.matrix.name]
-        assert statistics.inputs is not None
-        assert statistics.outputs is not None
-        weight, metric = dense_weight(model.get_submodule(entry.matrix.name)), Metric.of(statistics)
-        assert entry.spec is not None
-        _, error = fit(weight, entry.spec, metric)
-        rise = metric.scale * float(metric.apply(weight).double().square().sum()) * error**2
-        width, tokens = (len(statistics.inputs.total) + len(statistics.outputs.total)) / 2, statistics.inputs.count
-        expected += rise * (1 + 2.5 * width / tokens)
-    assert plan.predicted == pytest.approx(expected, rel=0.01)
+def test_what_is_predicted_is_what_fits_lose() -> None:
+    encoder = tf.BertModel(MODELS["bert"].build().config).eval()
+    for model, unit in ((MODELS["bert"].build(), "loss"), (encoder, COSINE)):
+        plan = factorformer.plan(model, "fisher", 1.5, calibration=[text(8)], keep_statistics=True)
+        expected = 0.0
+        for entry in plan.factorized:
+            statistics = plan.statistics[entry.matrix.name]
+            weight, metric = dense_weight(model.get_submodule(entry.matrix.name)), Metric.of(statistics)
+            assert entry.spec is not None
+            _, error = fit(weight, entry.spec, metric)
+            expected += metric.scale * float(metric.apply(weight).double().square().sum()) * error**2
+        assert plan.objective == unit
+        assert plan.predicted == pytest.approx(levelled(expected) if unit == COSINE else expected, rel=0.01)
+
+
+def test_small_rises_add_up_and_large_ones_level_off() -> None:
+    assert levelled(0.0) == 0
+    assert levelled(1e-4) == pytest.approx(1e-4, rel=1e-3)
+    assert 0.1 < levelled(0.25) < 0.2
+    assert levelled(0.25) < levelled(1.0) < 0.5
 
 
 def test_a_prediction_is_of_one_plan_alone() -> None:

@@ -1,0 +1,162 @@
+"""How far the Fisher information of a layer is from the product of its two moments.
+
+The product takes tokens for independent of each other, and the input of a layer for independent of the gradient at its
+output. Neither is so: an encoder that pools its tokens gives all of them one gradient, and attention gives most of it
+to few. One number for each matrix mends what this does to its price. With `D = sum_t g_t x_t^T`, the gradient of the
+weight for one row of a batch, `x~` and `g~` whitened by the moments,
+
+    dependence = E || sum_t g~_t x~_t^T ||_F^2 / (n E |g~|^2 E |x~|^2)
+
+is 1 where both hold, with `n` the tokens of a row. Instead of whitened vectors their projections on `SKETCH` random
+directions are taken, which keep norms on average. The two extremes for shared weights are the expand and reduce of
+Eschenhagen et al. (NeurIPS 2023); George et al. (NeurIPS 2018) have a scale for each direction instead of one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from factorformer.fitting.batches import Batch, fingerprint, real_mask
+from factorformer.fitting.gradient_recorders import FisherRecorder
+from factorformer.fitting.metric import Metric
+from factorformer.fitting.moments import LayerStatistics
+from factorformer.layers.dense import dense_shape
+
+SKETCH = 64
+"""Random directions that whitened vectors are projected on."""
+
+BATCHES = 2
+"""Batches that are run again: those of the smallest fingerprints, in whatever order all come."""
+
+
+class Sample:
+    """A few of many batches, the same in whatever order they come."""
+
+    def __init__(self) -> None:
+        self._kept: list[tuple[int, Batch]] = []
+
+    def add(self, batch: Batch) -> None:
+        """Keep a batch if it is among the first by fingerprint."""
+        self._kept = sorted([*self._kept, (fingerprint(batch), batch)], key=lambda pair: pair[0])[:BATCHES]
+
+    @property
+    def batches(self) -> list[Batch]:
+        """Those that were kept."""
+        return [batch for _, batch in self._kept]
+
+
+def with_dependence(
+    model: nn.Module, statistics: Mapping[str, LayerStatistics], batches: Sequence[Batch], new_head: bool = False
+) -> dict[str, LayerStatistics]:
+    """Statistics that know how far their product is from the Fisher information.
+
+    Args:
+        model: left as it was.
+        statistics: both moments of layers, by name.
+        batches: some of those that moments are of.
+        new_head: as for `collect`.
+    """
+    recorder = _DependenceRecorder(model, statistics, new_head)
+    with recorder.attached():
+        for batch in batches:
+            recorder.run(batch)
+    return {
+        name: dataclasses.replace(known, dependence=recorder.dependence(name)) for name, known in statistics.items()
+    }
+
+
+@dataclasses.dataclass
+class _Sums:
+    """Of one use of a weight: squared norms of all that it read, and of all gradients, and how many there were."""
+
+    inputs: float = 0.0
+    gradients: float = 0.0
+    count: int = 0
+
+
+class _DependenceRecorder(FisherRecorder):
+    """Gradients of weights, projected, for each row of a batch."""
+
+    def __init__(self, model: nn.Module, statistics: Mapping[str, LayerStatistics], new_head: bool) -> None:
+        super().__init__(model, list(statistics), new_head=new_head)
+        self._rows: dict[str, Tensor] = {}
+        self._columns: dict[str, Tensor] = {}
+        shared: dict[int, Tensor] = {}
+        for name, known in statistics.items():
+            layer, metric = self.layers[name], Metric.of(known)
+            shape, device = dense_shape(layer), next(layer.parameters()).device
+            assert shape is not None
+            self._rows[name] = _unscaled(metric.rows, _directions(shape[0], 1, device))
+            if id(known.inputs) not in shared:
+                columns = None if metric.columns is None else metric.columns.T
+                shared[id(known.inputs)] = _unscaled(columns, _directions(shape[1], 2, device))
+            self._columns[name] = shared[id(known.inputs)]
+        self._gradients: dict[str, Tensor] = {}
+        self._together = dict.fromkeys(statistics, 0.0)
+        self._apart: dict[str, dict[bool, _Sums]] = {name: {} for name in statistics}
+
+    def dependence(self, name: str) -> float:
+        """Of one layer; 1 where nothing is known."""
+        apart = sum(sums.inputs * sums.gradients / sums.count for sums in self._apart[name].values())
+        return self._together[name] / apart if apart > 0 else 1.0
+
+    def _add_inputs(self, name: str, path: str, module: nn.Module, x: Tensor) -> None:
+        """Nothing: moments are known."""
+
+    def _kept(self, name: str, module: nn.Module, x: Tensor) -> Tensor:
+        """What a layer reads, projected: `(..., SKETCH)`."""
+        if isinstance(module, nn.Embedding):
+            return self._rows[name][self._for_each_row(x)]
+        return (x.detach().to(self._columns[name]) @ self._columns[name]).float()  # autocast makes it bfloat16
+
+    def _add_gradient(self, name: str, path: str, module: nn.Module, gradient: Tensor, kept: Tensor | None) -> None:
+        positions, size = gradient.shape[:-1], self._size
+        mask = real_mask(self.model, path, self._batch, positions)
+        if kept is None or not self._by_rows(positions, mask):
+            return
+        looked_up = isinstance(module, nn.Embedding)
+        written = gradient.detach().float() @ (self._columns if looked_up else self._rows)[name]
+        if mask is not None:
+            real = mask.to(written.device)[..., None]
+            written, kept = written * real, kept * real
+        sums = self._apart[name].setdefault(looked_up, _Sums())
+        sums.inputs += float(kept.square().sum())
+        sums.gradients += float(written.square().sum())
+        sums.count += positions.numel() if mask is None else int(mask.sum())
+        rows, columns = (kept, written) if looked_up else (written, kept)
+        of_rows = rows.reshape(size, -1, SKETCH).transpose(1, 2) @ columns.reshape(size, -1, SKETCH)
+        self._gradients[name] = self._gradients[name] + of_rows if name in self._gradients else of_rows
+
+    def _by_rows(self, positions: torch.Size, mask: Tensor | None) -> bool:
+        """Whether it is known which row of the batch each token is of: rows are outermost."""
+        if self._size == 1 or positions[0] == self._size:
+            return True
+        folded = mask is not None if len(positions) == 1 else True
+        return positions[0] % self._size == 0 and folded
+
+    def _drawn(self) -> None:
+        """All gradients of a draw are there."""
+        for name, gradient in self._gradients.items():
+            self._together[name] += float(gradient.square().sum())
+        self._gradients = {}
+
+
+def _unscaled(root: Tensor | None, directions: Tensor) -> Tensor:
+    """Directions for vectors as they are, such that what they see is whitened."""
+    if root is None:
+        return directions
+    wide = directions.to(root)
+    solved = wide / root[:, None] if root.dim() == 1 else torch.linalg.solve_triangular(root, wide, upper=True)
+    return solved.to(directions)
+
+
+def _directions(width: int, seed: int, device: torch.device) -> Tensor:
+    """`(width, SKETCH)`; norms of projections are those of vectors on average, and exactly where there are so few."""
+    if width <= SKETCH:
+        return torch.eye(width, SKETCH, device=device)
+    drawn = torch.randn(width, SKETCH, generator=torch.Generator().manual_seed(seed))
+    return (drawn / SKETCH**0.5).to(device)
