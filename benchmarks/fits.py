@@ -9,11 +9,11 @@ A model is a directory, or `minilm` for the embedded one. Sentence encoders are 
 banking77 and judged by the mean cosine between embeddings of test questions before and after; language models on
 windows of 512 tokens of WikiText-2, and judged by the loss on windows of its test text.
 
-`--plans` carries out some twenty plans of three structures, uniform and by loss, and compares the rises of the loss
-that were predicted with those that are measured. `--cost` times the calibration pass against a forward and backward
-pass over the same text. `--coupling` fits the dictionaries of a uniform plan twice: with the metric of the longer side
-as it is, which couples rows, and with its diagonal alone. `--unordered` fits every matrix to what it reads in the dense
-model.
+`--plans` carries out plans of three structures, uniform and by loss, and compares the rises of the loss that were
+predicted with those that are measured; each is a row, and a run skips those that are there already. `--cost` times the
+calibration pass against a forward and backward pass over the same text. `--coupling` fits the dictionaries of a uniform
+plan twice: with the metric of the longer side as it is, which couples rows, and with its diagonal alone. `--unordered`
+fits every matrix to what it reads in the dense model.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ import json
 import math
 import time
 from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from common import append_line, default_data, machine, options, start
-from scipy.stats import spearmanr
+from common import append_line, default_data, machine, options, read_lines, start
 from torch import Tensor
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging
@@ -52,9 +52,6 @@ from factorformer.tasks import data as task_data
 
 WINDOW = 512
 """Tokens that a language model is given."""
-
-LARGEST = 0.3
-"""Rises of the loss up to which predictions should be right."""
 
 Batch = dict[str, Tensor]
 
@@ -169,17 +166,18 @@ def compressed(of: Encoder | Decoder, method: str, ratio: float, args: Any) -> d
     }
 
 
-def plans(of: Encoder | Decoder, ratios: list[float], include: list[str] | None) -> list[tuple[str, str, Plan]]:
+def plans(
+    of: Encoder | Decoder, ratios: list[float], include: list[str] | None, wanted: Sequence[str]
+) -> Iterator[tuple[str, str, Plan]]:
     """Plans of each structure alone, uniform and by loss, with what predicts them; statistics are measured once."""
     found, rest = find_matrices(of.model, include=include)
     matrices = [matrix for matrix in found if matrix.dense is None]
     rest = rest + total(matrix.cost(None) for matrix in found if matrix.dense is not None)
     names = [matrix.name for matrix in matrices]
     statistics = calibration.collect(of.model, names, of.calibration, "fisher")
-    made: list[tuple[str, str, Plan]] = []
     for ratio in ratios:
-        known = Prediction.of(of.model, matrices, list(STRUCTURES.values()), statistics, ratio)
-        for kind in STRUCTURES:
+        known = Prediction.of(of.model, matrices, [STRUCTURES[kind] for kind in wanted], statistics, ratio)
+        for kind in wanted:
 
             def sizes(matrix: Matrix, kind: str = kind, known: Prediction = known) -> tuple[Structure, ...]:
                 return known.curves[matrix.name].sizes[kind]
@@ -197,9 +195,11 @@ def plans(of: Encoder | Decoder, ratios: list[float], include: list[str] | None)
                 ("by_loss", planning.by_loss(matrices, choices, ratio, rest.bytes)),
             ):
                 rise = known.rise(entries)
-                plan = Plan("auto", "blocks", ratio, entries, rest, predicted=rise, statistics=statistics)
-                made.append((kind, allocation, plan))
-    return made
+                yield (
+                    kind,
+                    allocation,
+                    Plan("auto", "blocks", ratio, entries, rest, predicted=rise, statistics=statistics),
+                )
 
 
 def cost(of: Encoder | Decoder, rounds: int = 5) -> dict[str, Any]:
@@ -228,20 +228,6 @@ def cost(of: Encoder | Decoder, rounds: int = 5) -> dict[str, Any]:
     ratios = sorted(a / b for a, b in zip(*seconds.values(), strict=True))
     medians = {name: round(sorted(some)[rounds // 2], 2) for name, some in seconds.items()}
     return {"seconds": medians, "ratio": round(ratios[rounds // 2], 2), "batches": len(some)}
-
-
-def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Rank correlation, and how far predictions are off where rises are small."""
-    small = [row for row in rows if row["rise"] <= LARGEST]
-    factors = sorted(row["predicted"] / row["rise"] for row in small)
-    correlation: Any = spearmanr([r["predicted"] for r in rows], [r["rise"] for r in rows])[0]
-    return {
-        "plans": len(rows),
-        "spearman": round(float(correlation), 4),
-        "predicted_over_measured": [round(f, 2) for f in (factors[0], factors[len(factors) // 2], factors[-1])],
-        "up_to": LARGEST,
-        "of_plans": len(small),
-    }
 
 
 def coupling(of: Encoder | Decoder, ratio: float) -> dict[str, Any]:
@@ -286,6 +272,7 @@ def main() -> None:
     parser.add_argument("--texts", type=int, help="texts, or windows of tokens, for calibration")
     parser.add_argument("--judged", type=int, help="texts, or windows of tokens, that the result is judged on")
     parser.add_argument("--include", nargs="*", help="of --plans: names of the matrices, others stay dense")
+    parser.add_argument("--structures", nargs="+", default=list(STRUCTURES), choices=STRUCTURES, help="of --plans")
     parser.add_argument("--plans", action="store_true", help="compare predictions with measurements over many plans")
     parser.add_argument("--cost", action="store_true", help="time the calibration pass")
     parser.add_argument("--coupling", action="store_true", help="compare coupled rows of dictionaries with others")
@@ -295,6 +282,8 @@ def main() -> None:
     torch.manual_seed(0)
     of = subject(args)
     common = {"model": Path(args.model).name, "calibration": sum(len(b["input_ids"]) for b in of.calibration)}
+    if args.plans:
+        common |= {"include": args.include, "judged": args.judged}
     print(json.dumps({"dense": of.value(0.0), "unit": of.unit}), flush=True)
 
     def keep(row: dict[str, Any]) -> None:
@@ -307,23 +296,21 @@ def main() -> None:
         for ratio in args.ratios:
             keep({"coupling": coupling(of, ratio)})
     elif args.plans:
-        rows: list[dict[str, Any]] = []
-        for kind, allocation, plan in plans(of, args.ratios, args.include):
+        known = [row["plan"] for row in read_lines(args.output) if "plan" in row and row | common == row]
+        done = {(plan["structure"], plan["allocation"], plan["ratio"]) for plan in known}
+        for kind, allocation, plan in plans(of, args.ratios, args.include, args.structures):
+            if (kind, allocation, plan.target) in done:
+                continue
             model, began = copy.deepcopy(of.model), time.perf_counter()
             factorformer.compress(model, plan, of.calibration)
             rise = of.rise(model)
-            rows.append(
-                {
-                    "structure": kind,
-                    "allocation": allocation,
-                    "ratio": plan.target,
-                    "rise": round(rise, 4),
-                    "predicted": round(plan.predicted or 0, 4),
-                    "seconds": round(time.perf_counter() - began, 1),
-                }
-            )
-            print(json.dumps(rows[-1]), flush=True)
-        keep({"include": args.include, "plans": rows, "summary": summary(rows)})
+            found = {"structure": kind, "allocation": allocation, "ratio": plan.target, "rise": round(rise, 4)}
+            found |= {
+                "predicted": round(plan.predicted or 0, 4),
+                "seconds": round(time.perf_counter() - began, 1),
+                "structures": kinds(plan),
+            }
+            keep({"plan": found})
     else:
         for ratio in args.ratios:
             for method in args.methods:

@@ -20,6 +20,8 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from scipy.stats import spearmanr
+
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
 PAGES = (HERE.parent / "README.md", *sorted((HERE.parent / "docs").glob("*.md")))
@@ -436,6 +438,9 @@ def planning() -> list[str]:
 
 # Fits and embeddings
 
+SMALL_RISE = 0.3
+"""Rises of the loss up to which predictions should be right."""
+
 
 def fits() -> list[str]:
     """Of each model and method: what it keeps, the rise of the loss and what was predicted, and the seconds it took."""
@@ -454,21 +459,58 @@ def fits() -> list[str]:
 
 def predicted_plans() -> list[str]:
     """Of each model: rank correlation of predicted and measured rises, and by how much small ones are off."""
-    rows = [row for row in rows_of("fits.jsonl") if "plans" in row]
+    rows = [row for row in rows_of("fits.jsonl") if "plan" in row]
     table = []
-    for row in rows:
-        found = row["summary"]
-        ratios = ", ".join(f"{ratio:g}x" for ratio in sorted({plan["ratio"] for plan in row["plans"]}))
-        line = [row["model"], ratios, f"{found['plans']}", f"{found['spearman']:.3f}", f"{found['of_plans']}"]
+    for model in dict.fromkeys(row["model"] for row in rows):
+        plans = [row["plan"] for row in rows if row["model"] == model]
+        correlation: Any = spearmanr([plan["predicted"] for plan in plans], [plan["rise"] for plan in plans])[0]
+        ratios = ", ".join(f"{ratio:g}x" for ratio in sorted({plan["ratio"] for plan in plans}))
+        small = [plan for plan in plans if plan["rise"] <= SMALL_RISE]
+        line = [model, ratios, f"{len(plans)}", f"{correlation:.3f}", f"{len(small)}"]
         for allocation in ("uniform", "by_loss"):
-            some = [
-                plan for plan in row["plans"] if plan["allocation"] == allocation and plan["rise"] <= found["up_to"]
-            ]
-            factors = [plan["predicted"] / plan["rise"] for plan in some]
+            factors = [plan["predicted"] / plan["rise"] for plan in small if plan["allocation"] == allocation]
             line.append(f"{min(factors):.2f} to {max(factors):.2f}")
         table.append(line)
     header = ["model", "ratios", "plans", "rank correlation", "with a rise up to 0.3", "predicted / measured, uniform"]
     return markdown([*header, "by loss"], table) + measured_with([row["machine"] for row in rows])
+
+
+def fine_tuned() -> list[str]:
+    """Accuracy before and after fine-tuning by seeds, of plans by loss and of dynamic ranks."""
+    new = [("now", row) for row in rows_of("accuracy_fits.jsonl")]
+    old = [("earlier", row) for row in accuracies(dense_epochs=3.0, precision="bf16", train_rows=4000)]
+    wanted = {
+        "dense": "dense",
+        "auto": "`auto`",
+        "fisher": "`fisher`",
+        "rankdyna": "`rankdyna`",
+        "rankdyna_fisher": "`rankdyna_fisher`",
+    }
+    table, machines = [], []
+    for ratio, suffix in ((None, ""), (5.0, ""), (10.0, ":int8=1")):
+        for method, label in wanted.items():
+            for when, rows in (("earlier", old), ("now", new)):
+                found = [row for _, row in rows if row["method"] == method + suffix and row["ratio"] == ratio]
+                if not found or (method == "dense") != (ratio is None) or (method == "dense" and when == "earlier"):
+                    continue
+                epochs = min(row["epochs"] for row in found)  # the dense model is scored again for other epochs
+                size = "1x" if ratio is None else f"{ratio:g}x" + (", int8" if suffix else "")
+                of = " of an earlier version" if when == "earlier" else ""
+                line = [size, label + of, "3" if ratio is None else f"{epochs:g}" if epochs == 6 else f"3 + {epochs:g}"]
+                for task in TASKS:
+                    seeds = sorted((r for r in found if (r["task"], r["epochs"]) == (task, epochs)), key=_seed)
+                    line += [percent(row.get("before_training") for row in seeds), percent(r["metric"] for r in seeds)]
+                    line.append(f"{100 * sum(r['metric'] for r in seeds) / len(seeds):.1f}" if len(seeds) > 1 else "")
+                    machines += [row["machine"] for row in seeds]
+                table.append(line)
+    header = ["ratio", "method", "epochs"]
+    for task in TASKS:
+        header += [f"{task} before fine-tuning", f"{task} after", "mean"]
+    return markdown(header, table) + measured_with(machines)
+
+
+def _seed(row: Row) -> int:
+    return row["seed"]
 
 
 def splits() -> list[str]:
@@ -551,6 +593,7 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "planning": planning,
     "fits": fits,
     "predicted-plans": predicted_plans,
+    "fine-tuned": fine_tuned,
     "splits": splits,
     "sparse-sst2": lambda: before_and_after("sst2", (2.8, 5.0), SPARSE, **SIX),
     "sparse-banking77": lambda: before_and_after("banking77", (2.8, 5.0), SPARSE, **SIX),
