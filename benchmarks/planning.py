@@ -131,7 +131,7 @@ class Bench:
             dense = entry.spec.to_dense(entry.matrix.shape, factors)
         metric = Metric.of(statistics)
         error = dense_weight(self.model.get_submodule(name)) - dense
-        return metric.scale * float(metric.apply(error).square().sum())
+        return self.prediction(plan.target).others[name] * metric.scale * float(metric.apply(error).square().sum())
 
     def carried_out(self, plan: Plan) -> PreTrainedModel:
         """What `factorformer.compress` makes, without measuring the same statistics again for every plan."""

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+from collections.abc import Iterator
 
 import pytest
 import torch
 from tests import tiny
 from tests.fitting.test_statistics import examples, names, split
 from torch import Tensor, nn
-from transformers.modeling_outputs import BaseModelOutput
+from transformers.modeling_outputs import BaseModelOutput, TokenClassifierOutput
 from transformers.pytorch_utils import Conv1D
 
 from factorformer.fitting import Metric
 from factorformer.fitting.dependence import BATCHES, Sample, with_dependence
-from factorformer.fitting.metric import divided
+from factorformer.fitting.moments import LayerStatistics
+from factorformer.fitting.objective import objective
 from factorformer.fitting.statistics import collect
 
 
@@ -26,58 +28,82 @@ def exact(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("factorformer.fitting.gradient_recorders.fast_products", lambda _: contextlib.nullcontext())
 
 
-def whitened(gradient: Tensor, metric: Metric) -> Tensor:
-    """`R^-T D L^-T` of a gradient `D: (out, in)`."""
+@pytest.fixture
+def given(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Labels as they are in the batch."""
+    monkeypatch.setattr("factorformer.fitting.dependence.objective", lambda *args, drawn: objective(*args))
+
+
+def expected_dependence(
+    model: nn.Module, name: str, statistics: LayerStatistics, batch: tiny.Inputs, weight: nn.Parameter, shift: int
+) -> float:
+    """By hand: the gradient of a weight for each row, and what its uses read and get as gradients."""
+    metric, used = Metric.of(statistics), []
+    handles = [
+        module.register_forward_hook(lambda module, x, y: used.append((module, x[0], y)))
+        for module in model.modules()
+        if getattr(module, "weight", None) is weight
+    ]
+    together, apart = 0.0, {True: [0.0, 0.0, 0], False: [0.0, 0.0, 0]}
+    for row, single in enumerate(split(batch, 1)):
+        used.clear()
+        real = batch["attention_mask"][row].bool()
+        loss = model(**single).loss * int((single["labels"][:, shift:] != -100).sum())
+        total = torch.zeros(weight.shape[::-1] if isinstance(used[0][0], Conv1D) else weight.shape, dtype=torch.float64)
+        gradients = torch.autograd.grad(loss, [y for _, _, y in used]) if len(single["labels"][0, shift:]) else []
+        for (module, x, _), gradient in zip(used, gradients, strict=True):
+            g, looked_up = gradient[0][real].double(), isinstance(module, nn.Embedding)
+            if looked_up:
+                x = nn.functional.one_hot(x[0], len(weight))[real].double() if len(x) == 1 else x
+            else:
+                x = x[0][real].detach().double()
+            rows, columns = (x, g) if looked_up else (g, x)
+            total += rows.T @ columns
+            sizes = [
+                float(whitened_rows(rows, metric).square().sum()),
+                float(whitened_columns(columns, metric).square().sum()),
+            ]
+            sums = apart[looked_up]
+            sums[0], sums[1], sums[2] = sums[0] + sizes[0], sums[1] + sizes[1], sums[2] + len(g)
+        together += float(whitened_columns(whitened_rows(total.T, metric).T, metric).square().sum())
+    for handle in handles:
+        handle.remove()
+    return together / sum(first * second / count for first, second, count in apart.values() if count)
+
+
+def whitened_rows(vectors: Tensor, metric: Metric) -> Tensor:
+    """`R^-T u` of vectors along rows of the weight."""
     assert metric.rows is not None
+    if metric.rows.dim() == 1:
+        return vectors / metric.rows
+    return torch.linalg.solve_triangular(metric.rows.T, vectors.T, upper=False).T
+
+
+def whitened_columns(vectors: Tensor, metric: Metric) -> Tensor:
+    """`L^-1 v`."""
     assert metric.columns is not None
-    rows = torch.linalg.solve_triangular(metric.rows.T, gradient.double(), upper=False)
-    return torch.linalg.solve_triangular(metric.columns, rows.T, upper=False).T
+    return torch.linalg.solve_triangular(metric.columns, vectors.T, upper=False).T
 
 
-@pytest.mark.parametrize("name", ["bert", "albert", "gpt2"])
-def test_gradients_of_rows_equal_brute_force(name: str) -> None:
-    """Padding, layers that are called several times, and weights that lie the other way round."""
+@pytest.mark.usefixtures("given")
+@pytest.mark.parametrize("wide", [False, True])
+@pytest.mark.parametrize("name", ["bert", "albert", "gpt2", "llama-tied"])
+def test_gradients_of_rows_equal_brute_force(name: str, wide: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Padding, layers that are called several times, tied heads, and weights that lie the other way round."""
+    if wide:
+        monkeypatch.setattr("factorformer.fitting.gradient_recorders.WIDE", 64)  # of heads the diagonal alone
     model = tiny.MODELS[name].build()
     batch = examples(model)
     batch["labels"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
-    layers, shift = names(model), int(name == "gpt2")
+    batch = {key: value[:5] for key, value in batch.items()}  # of the last row nothing is predicted
+    layers, shift = names(model, "all"), int(name in ("gpt2", "llama-tied"))
     found = collect(model, layers, [batch], "fisher")
-    seen: dict[str, list[tuple[Tensor, Tensor]]] = {layer: [] for layer in layers}
-    handles = [
-        model.get_submodule(layer).register_forward_hook(lambda _, x, y, layer=layer: seen[layer].append((x[0], y)))
-        for layer in layers
-    ]
-    together, inputs, outputs = (dict.fromkeys(layers, 0.0) for _ in range(3))
-    counts = dict.fromkeys(layers, 0)
-    for row, single in enumerate(split(batch, 1)):
-        for calls in seen.values():
-            calls.clear()
-        units = int((single["labels"][:, shift:] != -100).sum())
-        loss, real = model(**single).loss, batch["attention_mask"][row].bool()
-        for layer in layers:
-            module, metric = model.get_submodule(layer), Metric.of(found[layer])
-            gradient = torch.zeros(module.weight.shape)
-            for x, y in seen[layer]:
-                g = torch.zeros_like(y)
-                if units:
-                    (g,) = torch.autograd.grad(loss * units, y, retain_graph=True)
-                flat, g = x[0][real].detach(), g[0][real]
-                gradient = gradient + (flat.T @ g if isinstance(module, Conv1D) else g.T @ flat)
-                assert metric.rows is not None
-                inputs[layer] += float(
-                    torch.linalg.solve_triangular(metric.columns, flat.double().T, upper=False).square().sum()
-                )
-                outputs[layer] += float(
-                    torch.linalg.solve_triangular(metric.rows.T, g.double().T, upper=False).square().sum()
-                )
-                counts[layer] += len(g)
-            gradient = gradient.T if isinstance(module, Conv1D) else gradient
-            together[layer] += float(whitened(gradient, metric).square().sum())
-    for handle in handles:
-        handle.remove()
-    for layer in layers:
-        expected = together[layer] * counts[layer] / inputs[layer] / outputs[layer]
-        assert found[layer].dependence == pytest.approx(expected, rel=0.01), layer
+    for layer, measured in found.items():
+        weight = model.get_submodule(layer).weight
+        if "position" in layer or layer.endswith("wpe"):
+            continue  # looked up once for all rows
+        expected = expected_dependence(model, layer, measured, batch, weight, shift)
+        assert measured.dependence == pytest.approx(expected, rel=0.01), layer
     if name == "albert":  # of the others, weights that learned nothing make no tokens alike
         assert max(abs(measured.dependence - 1) for measured in found.values()) > 0.1
 
@@ -131,22 +157,113 @@ def test_projections_keep_norms(monkeypatch: pytest.MonkeyPatch) -> None:
         assert measured.dependence == pytest.approx(expected[name].dependence, rel=0.5)
 
 
-def test_embeddings_and_tied_heads_are_measured() -> None:
-    for name in ("bert", "llama-tied", "gpt2"):
-        model = tiny.MODELS[name].build()
-        found = collect(model, names(model, "all"), [tiny.text(8, 12)], "fisher")
-        assert all(0.05 < measured.dependence < 20 for measured in found.values()), name
-        assert all(measured.dependence != 1.0 for measured in found.values()), name
+class Arranged(Pooled):
+    """The same in another layout of positions."""
 
+    def __init__(self, layout: str) -> None:
+        super().__init__()
+        self.layout = layout
 
-def test_tokens_of_unknown_rows_are_left_out() -> None:
-    class Routed(Pooled):
-        def forward(self, x: Tensor) -> BaseModelOutput:
+    def forward(self, x: Tensor, attention_mask: Tensor | None = None) -> BaseModelOutput:
+        if self.layout == "folded":
+            return BaseModelOutput(last_hidden_state=self.linear(x.flatten(0, 1)).view(len(x), -1, 20))
+        if self.layout == "positions first":
+            return BaseModelOutput(last_hidden_state=self.linear(x.transpose(0, 1)).transpose(0, 1))
+        if self.layout == "windows":
+            return BaseModelOutput(last_hidden_state=self.linear(x.view(2 * len(x), -1, 12)).view(len(x), -1, 20))
+        if self.layout == "routed":
             flat = x.flatten(0, 1)
             return BaseModelOutput(last_hidden_state=self.linear(flat[:-1]).mean(0).expand(len(x), -1))
+        return super().forward(x)
 
-    x = torch.randn(4, 6, 12, generator=torch.Generator().manual_seed(0))
-    assert collect(Routed(), ["linear"], [{"x": x}], "fisher")["linear"].dependence == 1.0
+
+def test_rows_are_told_apart_in_every_layout() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(5, 1, 12, generator=generator) + 0.3 * torch.randn(5, 6, 12, generator=generator)
+    mask, found = torch.ones(5, 6).long(), {}
+    for layout in ("plain", "folded", "positions first", "windows", "routed"):
+        torch.manual_seed(0)
+        batch = {"x": x} | ({"attention_mask": mask} if layout == "folded" else {})
+        torch.manual_seed(1)
+        found[layout] = collect(Arranged(layout), ["linear"], [batch], "fisher")["linear"].dependence
+    assert found.pop("routed") == 1.0  # which row a token is of is not known
+    torch.manual_seed(1)
+    assert found.pop("folded") == pytest.approx(
+        collect(Arranged("plain"), ["linear"], [{"x": x, "attention_mask": mask}], "fisher")["linear"].dependence
+    )
+    assert found["plain"] > 2
+    assert list(found.values()) == pytest.approx([found["plain"]] * len(found), rel=1e-3)
+
+
+def test_padding_that_is_no_number_changes_nothing() -> None:
+    x = torch.randn(4, 1, 12, generator=torch.Generator().manual_seed(0)).repeat(1, 5, 1)
+    mask = (torch.arange(5) < torch.tensor([5, 3, 4, 2])[:, None]).long()
+
+    class Careful(Pooled):
+        def forward(self, x: Tensor, attention_mask: Tensor) -> BaseModelOutput:
+            return BaseModelOutput(last_hidden_state=self.linear(x).masked_fill(attention_mask[..., None] == 0, 0))
+
+    found = []
+    for padding in (0.0, float("nan"), float("inf")):
+        torch.manual_seed(0)
+        given = x.masked_fill(mask[..., None] == 0, padding)
+        found.append(collect(Careful(), ["linear"], [{"attention_mask": mask, "x": given}], "fisher")["linear"])
+    assert found[0].dependence > 2
+    assert found[1].dependence == pytest.approx(found[0].dependence, rel=0.2)  # other draws
+    assert found[2].dependence == pytest.approx(found[0].dependence, rel=0.2)
+
+
+def test_labels_of_a_row_that_are_alike_are_not_taken_for_curvature() -> None:
+    class Tagger(Pooled):
+        def forward(self, x: Tensor, labels: Tensor | None = None) -> TokenClassifierOutput:
+            logits = 0.1 * self.linear(x)
+            loss = None if labels is None else nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
+            return TokenClassifierOutput(loss=loss, logits=logits)
+
+    generator = torch.Generator().manual_seed(0)
+    x = 1 + 0.3 * torch.randn(40, 30, 12, generator=generator)
+    labels = torch.randint(20, (40, 1), generator=generator).expand(-1, 30)
+    for given in ({}, {"labels": labels}):
+        assert collect(Tagger(), ["linear"], [{"x": x} | given], "fisher")["linear"].dependence < 1.5
+
+
+def test_layers_that_the_sample_does_not_reach_are_taken_for_independent() -> None:
+    class Sometimes(Pooled):
+        def __init__(self) -> None:
+            super().__init__()
+            self.other = nn.Linear(12, 20)
+
+        def forward(self, x: Tensor, both: bool = False) -> BaseModelOutput:
+            states = self.linear(x) + (self.other(x) if both else 0)
+            return BaseModelOutput(last_hidden_state=states)
+
+    batches = [{"x": torch.randn(3, 4, 12), "both": False} for _ in range(3)]
+    sample = Sample()
+    for batch in batches:
+        sample.add(batch)
+    left = next(batch for batch in batches if not any(torch.equal(batch["x"], kept["x"]) for kept in sample.batches))
+    left["both"] = True
+    found = collect(Sometimes(), ["linear", "other"], batches, "fisher")
+    assert found["other"].dependence == 1.0
+    assert found["linear"].dependence != 1.0
+
+
+def test_batches_may_be_filled_again() -> None:
+    model = tiny.MODELS["bert"].build()
+    batches = [tiny.text(2, 5, seed) for seed in range(4)]
+
+    def refilled() -> Iterator[tiny.Inputs]:
+        buffer = {key: value.clone() for key, value in batches[0].items()}
+        for batch in batches:
+            for key, value in batch.items():
+                buffer[key].copy_(value)
+            yield buffer
+
+    expected, found = (
+        collect(model, names(model), batches, "fisher"),
+        collect(model, names(model), refilled(), "fisher"),
+    )
+    assert {n: s.dependence for n, s in found.items()} == {n: s.dependence for n, s in expected.items()}
 
 
 def test_a_few_batches_are_run_again_in_whatever_order_they_come() -> None:
@@ -173,4 +290,6 @@ def test_nothing_but_the_scale_is_new() -> None:
         assert dataclasses.replace(again[name], dependence=measured.dependence) == measured
         one, other = (Metric.of(dataclasses.replace(measured, dependence=value)) for value in (1.0, 3.0))
         assert other.scale == pytest.approx(3 * one.scale)
-        assert torch.equal(divided(torch.eye(len(one.rows)), one.rows), divided(torch.eye(len(one.rows)), other.rows))  # type: ignore[arg-type]
+        assert one.rows is not None
+        assert other.rows is not None
+        assert torch.equal(one.rows, other.rows)

@@ -15,6 +15,7 @@ Eschenhagen et al. (NeurIPS 2023); George et al. (NeurIPS 2018) have a scale for
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -24,7 +25,9 @@ from factorformer.fitting.batches import Batch, fingerprint, real_mask
 from factorformer.fitting.gradient_recorders import FisherRecorder
 from factorformer.fitting.metric import Metric
 from factorformer.fitting.moments import LayerStatistics
+from factorformer.fitting.objective import Objective, objective
 from factorformer.layers.dense import dense_shape
+from factorformer.layers.modes import exact_products
 
 SKETCH = 64
 """Random directions that whitened vectors are projected on."""
@@ -41,7 +44,12 @@ class Sample:
 
     def add(self, batch: Batch) -> None:
         """Keep a batch if it is among the first by fingerprint."""
-        self._kept = sorted([*self._kept, (fingerprint(batch), batch)], key=lambda pair: pair[0])[:BATCHES]
+        number = fingerprint(batch)
+        if len(self._kept) == BATCHES and number >= self._kept[-1][0]:
+            return
+        # Whoever makes batches may fill the same tensors again.
+        copied = {key: value.clone() if isinstance(value, Tensor) else value for key, value in batch.items()}
+        self._kept = sorted([*self._kept, (number, copied)], key=lambda pair: pair[0])[:BATCHES]
 
     @property
     def batches(self) -> list[Batch]:
@@ -88,8 +96,8 @@ class _DependenceRecorder(FisherRecorder):
         shared: dict[int, Tensor] = {}
         for name, known in statistics.items():
             layer, metric = self.layers[name], Metric.of(known)
-            shape, device = dense_shape(layer), next(layer.parameters()).device
-            assert shape is not None
+            shape, device = dense_shape(layer), _device(known)
+            assert shape is not None, f"'{name}' is no layer that can be factorized"
             self._rows[name] = _unscaled(metric.rows, _directions(shape[0], 1, device))
             if id(known.inputs) not in shared:
                 columns = None if metric.columns is None else metric.columns.T
@@ -102,7 +110,11 @@ class _DependenceRecorder(FisherRecorder):
     def dependence(self, name: str) -> float:
         """Of one layer; 1 where nothing is known."""
         apart = sum(sums.inputs * sums.gradients / sums.count for sums in self._apart[name].values())
-        return self._together[name] / apart if apart > 0 else 1.0
+        return self._together[name] / apart if 0 < apart < math.inf else 1.0
+
+    def _goal(self, output: object, generator: torch.Generator) -> Objective:
+        """With labels that are drawn where there are logits: given ones pull all tokens of a row in one direction."""
+        return objective(self.runs, self._batch, output, generator, drawn=True)
 
     def _add_inputs(self, name: str, path: str, module: nn.Module, x: Tensor) -> None:
         """Nothing: moments are known."""
@@ -111,38 +123,52 @@ class _DependenceRecorder(FisherRecorder):
         """What a layer reads, projected: `(..., SKETCH)`."""
         if isinstance(module, nn.Embedding):
             return self._rows[name][self._for_each_row(x)]
-        return (x.detach().to(self._columns[name]) @ self._columns[name]).float()  # autocast makes it bfloat16
+        with exact_products(x.device):
+            return x.detach().float() @ self._columns[name]
 
     def _add_gradient(self, name: str, path: str, module: nn.Module, gradient: Tensor, kept: Tensor | None) -> None:
-        positions, size = gradient.shape[:-1], self._size
+        positions, looked_up = gradient.shape[:-1], isinstance(module, nn.Embedding)
         mask = real_mask(self.model, path, self._batch, positions)
-        if kept is None or not self._by_rows(positions, mask):
-            return
-        looked_up = isinstance(module, nn.Embedding)
         written = gradient.detach().float() @ (self._columns if looked_up else self._rows)[name]
+        assert kept is not None
         if mask is not None:
-            real = mask.to(written.device)[..., None]
-            written, kept = written * real, kept * real
+            padding = ~mask.to(written.device)[..., None]
+            written, kept = written.masked_fill(padding, 0), kept.masked_fill(padding, 0)
+        gradients, inputs = self._by_rows(written, mask is not None), self._by_rows(kept, mask is not None)
+        if gradients is None or inputs is None:
+            return
         sums = self._apart[name].setdefault(looked_up, _Sums())
         sums.inputs += float(kept.square().sum())
         sums.gradients += float(written.square().sum())
         sums.count += positions.numel() if mask is None else int(mask.sum())
-        rows, columns = (kept, written) if looked_up else (written, kept)
-        of_rows = rows.reshape(size, -1, SKETCH).transpose(1, 2) @ columns.reshape(size, -1, SKETCH)
+        rows, columns = (inputs, gradients) if looked_up else (gradients, inputs)
+        of_rows = rows.transpose(1, 2) @ columns
         self._gradients[name] = self._gradients[name] + of_rows if name in self._gradients else of_rows
 
-    def _by_rows(self, positions: torch.Size, mask: Tensor | None) -> bool:
-        """Whether it is known which row of the batch each token is of: rows are outermost."""
-        if self._size == 1 or positions[0] == self._size:
-            return True
-        folded = mask is not None if len(positions) == 1 else True
-        return positions[0] % self._size == 0 and folded
+    def _by_rows(self, vectors: Tensor, folded: bool) -> Tensor | None:
+        """`(rows of the batch, tokens, SKETCH)`; None where it is not known which row a token is of.
+
+        Args:
+            vectors: `(*positions, SKETCH)`, in which rows are outermost, or second to positions.
+            folded: whether a single dimension is known to hold both.
+        """
+        size, positions = self._size, vectors.shape[:-1]
+        if len(positions) > 1 and positions[0] != size == positions[1]:  # Longformer, XLNet
+            return vectors.transpose(0, 1).flatten(1, -2)
+        known = size == 1 or positions[0] == size or len(positions) > 1 or folded
+        return vectors.reshape(size, -1, SKETCH) if known and positions[0] % size == 0 else None
 
     def _drawn(self) -> None:
         """All gradients of a draw are there."""
         for name, gradient in self._gradients.items():
             self._together[name] += float(gradient.square().sum())
         self._gradients = {}
+
+
+def _device(statistics: LayerStatistics) -> torch.device:
+    """Where a layer is when it runs."""
+    assert statistics.inputs is not None
+    return statistics.inputs.total.device
 
 
 def _unscaled(root: Tensor | None, directions: Tensor) -> Tensor:

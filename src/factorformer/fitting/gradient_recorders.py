@@ -15,7 +15,7 @@ from factorformer.errors import DataError
 from factorformer.fitting.batches import Batch, fingerprint
 from factorformer.fitting.fisher_rows import fisher_rows
 from factorformer.fitting.moments import LayerStatistics, SecondMoment
-from factorformer.fitting.objective import objective
+from factorformer.fitting.objective import Objective, objective
 from factorformer.fitting.recorder import Recorder, granted
 from factorformer.layers.modes import fast_products, requiring_gradients
 
@@ -160,11 +160,15 @@ class FisherRecorder(Recorder):
     def _finish(self, output: object) -> None:
         # The same draws for the same batch, in whatever order batches come.
         generator = torch.Generator().manual_seed(fingerprint(self._batch))
-        goal = objective(self.runs, self._batch, output, generator)
+        goal = self._goal(output, generator)
         self.units, self.objective, self._draws = self.units + goal.units, goal.name, goal.draws
         for draw in range(goal.draws):
             goal.draw().backward(retain_graph=draw + 1 < goal.draws)
             self._drawn()
+
+    def _goal(self, output: object, generator: torch.Generator) -> Objective:
+        """What is differentiated."""
+        return objective(self.runs, self._batch, output, generator)
 
     def _drawn(self) -> None:
         """What follows a backward pass: nothing."""

@@ -119,7 +119,7 @@ class LayerStatistics:
         outputs: `G`.
         tokens: real tokens that a layer sees for each unit that the loss is a mean over.
         objective: in what the loss is, `loss` or `1 - cosine`; empty where gradients were not measured.
-        dependence: by what factor it rises more than that: tokens depend on each other, and gradients on inputs.
+        dependence: by what factor it rises instead: tokens depend on each other, and gradients on inputs.
     """
 
     inputs: SecondMoment | None = None

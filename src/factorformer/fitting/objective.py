@@ -51,7 +51,9 @@ class Objective:
     draw: Callable[[], Tensor]
 
 
-def objective(model: nn.Module, batch: Batch, output: Any, generator: torch.Generator) -> Objective:
+def objective(
+    model: nn.Module, batch: Batch, output: Any, generator: torch.Generator, drawn: bool = False
+) -> Objective:
     """What to differentiate of a model's output.
 
     - The loss, where the batch holds labels of tokens, and where all that the model gives is a loss.
@@ -64,6 +66,7 @@ def objective(model: nn.Module, batch: Batch, output: Any, generator: torch.Gene
         batch: what the output is of.
         output: with a graph.
         generator: of the draws, on the CPU.
+        drawn: draw labels where the model gives logits, even if the batch has some.
 
     Raises:
         DataError: the model gives no tensor that depends on its weights.
@@ -72,8 +75,8 @@ def objective(model: nn.Module, batch: Batch, output: Any, generator: torch.Gene
     config = getattr(model, "config", None)
     loss = named.get("loss")
     predicted = {key: value for key, value in named.items() if _is_logits(key, value)}
-    of_rows = any(value.dim() == 2 for value in predicted.values())
-    if isinstance(loss, Tensor) and loss.requires_grad and "labels" in batch and not of_rows:
+    draws = (drawn and bool(predicted)) or any(value.dim() == 2 for value in predicted.values())
+    if isinstance(loss, Tensor) and loss.requires_grad and "labels" in batch and not draws:
         units = _labelled(model, batch["labels"], loss)
         return Objective("loss", units, 1, lambda: loss.sum() * units)
     mask = _mask(config, batch)

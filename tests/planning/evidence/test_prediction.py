@@ -320,7 +320,7 @@ def test_dynamic_ranks_leave_whole_what_the_output_does_not_show() -> None:
     assert factorformer.compress(model, plan, [text(8)]).compressed == plan.compressed
 
 
-def test_what_is_predicted_is_what_fits_lose() -> None:
+def test_what_is_predicted_is_what_fits_lose_and_more_for_few_tokens() -> None:
     encoder = tf.BertModel(MODELS["bert"].build().config).eval()
     for model, unit in ((MODELS["bert"].build(), "loss"), (encoder, COSINE)):
         plan = factorformer.plan(model, "fisher", 1.5, calibration=[text(8)], keep_statistics=True)
@@ -330,9 +330,15 @@ def test_what_is_predicted_is_what_fits_lose() -> None:
             weight, metric = dense_weight(model.get_submodule(entry.matrix.name)), Metric.of(statistics)
             assert entry.spec is not None
             _, error = fit(weight, entry.spec, metric)
-            expected += metric.scale * float(metric.apply(weight).double().square().sum()) * error**2
+            rise = metric.scale * float(metric.apply(weight).double().square().sum()) * error**2
+            assert statistics.inputs is not None
+            assert statistics.outputs is not None
+            width = (len(statistics.inputs.total) + len(statistics.outputs.total)) / 2
+            expected += rise * (0.6 + 5 * width / statistics.inputs.count)
         assert plan.objective == unit
         assert plan.predicted == pytest.approx(levelled(expected) if unit == COSINE else expected, rel=0.01)
+        shares = [float(entry.reason.split()[1]) for entry in plan.factorized]
+        assert sum(shares) == pytest.approx(plan.predicted, rel=0.02)
 
 
 def test_small_rises_add_up_and_large_ones_level_off() -> None:
