@@ -477,40 +477,31 @@ def predicted_plans() -> list[str]:
 
 def fine_tuned() -> list[str]:
     """Accuracy before and after fine-tuning by seeds, of plans by loss and of dynamic ranks."""
-    new = [("now", row) for row in rows_of("accuracy_fits.jsonl")]
-    old = [("earlier", row) for row in accuracies(dense_epochs=3.0, precision="bf16", train_rows=4000)]
-    wanted = {
-        "dense": "dense",
-        "auto": "`auto`",
-        "fisher": "`fisher`",
-        "rankdyna": "`rankdyna`",
-        "rankdyna_fisher": "`rankdyna_fisher`",
-    }
+    earlier = accuracies(dense_epochs=3.0, precision="bf16", train_rows=4000)
+    today = rows_of("accuracy_fits.jsonl")
+    lines: list[tuple[str, str, list[Row]]] = [("1x", "dense", [row for row in today if row["method"] == "dense"])]
+    for ratio, suffix, size in ((5.0, "", "5x"), (10.0, ":int8=1", "10x, int8")):
+        for method in ("auto", "fisher", "rankdyna", "rankdyna_fisher"):
+            for version, rows in ((" of an earlier version", earlier), ("", today)):
+                found = [row for row in rows if (row["method"], row["ratio"]) == (method + suffix, ratio)]
+                lines.append((size, f"`{method}`{version}", found))
     table, machines = [], []
-    for ratio, suffix in ((None, ""), (5.0, ""), (10.0, ":int8=1")):
-        for method, label in wanted.items():
-            for when, rows in (("earlier", old), ("now", new)):
-                found = [row for _, row in rows if row["method"] == method + suffix and row["ratio"] == ratio]
-                if not found or (method == "dense") != (ratio is None) or (method == "dense" and when == "earlier"):
-                    continue
-                epochs = min(row["epochs"] for row in found)  # the dense model is scored again for other epochs
-                size = "1x" if ratio is None else f"{ratio:g}x" + (", int8" if suffix else "")
-                of = " of an earlier version" if when == "earlier" else ""
-                line = [size, label + of, "3" if ratio is None else f"{epochs:g}" if epochs == 6 else f"3 + {epochs:g}"]
-                for task in TASKS:
-                    seeds = sorted((r for r in found if (r["task"], r["epochs"]) == (task, epochs)), key=_seed)
-                    line += [percent(row.get("before_training") for row in seeds), percent(r["metric"] for r in seeds)]
-                    line.append(f"{100 * sum(r['metric'] for r in seeds) / len(seeds):.1f}" if len(seeds) > 1 else "")
-                    machines += [row["machine"] for row in seeds]
-                table.append(line)
-    header = ["ratio", "method", "epochs"]
+    for size, label, rows in lines:
+        if not rows:
+            continue
+        epochs = min(row["epochs"] for row in rows)  # the dense model is scored again for other epochs
+        line = [size, label, "6" if epochs == 6 else "3" if label == "dense" else "3 + 3"]
+        for task in TASKS:
+            cells = [row for row in rows if (row["task"], row["epochs"]) == (task, epochs)]
+            cells.sort(key=lambda row: row["seed"])
+            line += [percent(row.get("before_training") for row in cells), percent(row["metric"] for row in cells)]
+            line.append(f"{100 * sum(row['metric'] for row in cells) / len(cells):.1f}" if len(cells) > 1 else "")
+            machines += [row["machine"] for row in cells]
+        table.append(line)
+    header = ["blocks", "method", "epochs"]
     for task in TASKS:
         header += [f"{task} before fine-tuning", f"{task} after", "mean"]
     return markdown(header, table) + measured_with(machines)
-
-
-def _seed(row: Row) -> int:
-    return row["seed"]
 
 
 def splits() -> list[str]:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from factorformer.fitting.batches import Batch, fingerprint, real_mask
 from factorformer.fitting.gradient_recorders import FisherRecorder
 from factorformer.fitting.metric import Metric
-from factorformer.fitting.moments import LayerStatistics
+from factorformer.fitting.moments import LayerStatistics, SecondMoment
 from factorformer.fitting.objective import Objective, objective
 from factorformer.layers.dense import dense_shape
 from factorformer.layers.modes import exact_products
@@ -95,13 +95,20 @@ class _DependenceRecorder(FisherRecorder):
         self._columns: dict[str, Tensor] = {}
         shared: dict[int, Tensor] = {}
         for name, known in statistics.items():
-            layer, metric = self.layers[name], Metric.of(known)
-            shape, device = dense_shape(layer), _device(known)
+            shape = dense_shape(self.layers[name])
+            assert known.inputs is not None, f"the moments of '{name}' were not measured"
             assert shape is not None, f"'{name}' is no layer that can be factorized"
-            self._rows[name] = _unscaled(metric.rows, _directions(shape[0], 1, device))
+            device = known.inputs.total.device
+            rows = _directions(shape[0], 1, device)
+            if known.outputs is not None:
+                rows = _whitening(known.outputs, rows)
+            elif known.rows is not None:
+                diagonal = Metric.of(dataclasses.replace(known, inputs=None)).rows
+                assert diagonal is not None
+                rows = (rows / diagonal[:, None]).float()
+            self._rows[name] = rows
             if id(known.inputs) not in shared:
-                columns = None if metric.columns is None else metric.columns.T
-                shared[id(known.inputs)] = _unscaled(columns, _directions(shape[1], 2, device))
+                shared[id(known.inputs)] = _whitening(known.inputs, _directions(shape[1], 2, device))
             self._columns[name] = shared[id(known.inputs)]
         self._gradients: dict[str, Tensor] = {}
         self._together = dict.fromkeys(statistics, 0.0)
@@ -109,12 +116,12 @@ class _DependenceRecorder(FisherRecorder):
 
     def dependence(self, name: str) -> float:
         """Of one layer; 1 where nothing is known."""
-        apart = sum(sums.inputs * sums.gradients / sums.count for sums in self._apart[name].values())
+        apart = sum(sums.inputs * sums.gradients / max(sums.count, 1) for sums in self._apart[name].values())
         return self._together[name] / apart if 0 < apart < math.inf else 1.0
 
     def _goal(self, output: object, generator: torch.Generator) -> Objective:
-        """With labels that are drawn where there are logits: given ones pull all tokens of a row in one direction."""
-        return objective(self.runs, self._batch, output, generator, drawn=True)
+        """One draw, of labels too where there are logits: given ones pull all tokens of a row in one direction."""
+        return dataclasses.replace(objective(self.runs, self._batch, output, generator, drawn=True), draws=1)
 
     def _add_inputs(self, name: str, path: str, module: nn.Module, x: Tensor) -> None:
         """Nothing: moments are known."""
@@ -165,19 +172,12 @@ class _DependenceRecorder(FisherRecorder):
         self._gradients = {}
 
 
-def _device(statistics: LayerStatistics) -> torch.device:
-    """Where a layer is when it runs."""
-    assert statistics.inputs is not None
-    return statistics.inputs.total.device
-
-
-def _unscaled(root: Tensor | None, directions: Tensor) -> Tensor:
-    """Directions for vectors as they are, such that what they see is whitened."""
-    if root is None:
-        return directions
-    wide = directions.to(root)
-    solved = wide / root[:, None] if root.dim() == 1 else torch.linalg.solve_triangular(root, wide, upper=True)
-    return solved.to(directions)
+def _whitening(moment: SecondMoment, directions: Tensor) -> Tensor:
+    """Directions for vectors as they are, such that what they see is whitened, `L^-T S` for a moment `L L^T`."""
+    root, failed = torch.linalg.cholesky_ex(moment.moment(dtype=torch.float32))
+    if int(failed):
+        root = moment.root()
+    return torch.linalg.solve_triangular(root.T, directions.to(root), upper=True).float()
 
 
 def _directions(width: int, seed: int, device: torch.device) -> Tensor:

@@ -60,17 +60,17 @@ class SecondMoment:
                 self.total[first:, first : first + BLOCK].addmm_(vectors[:, first:].T, block)
         self.count += len(vectors)
 
-    def symmetric(self) -> Float[Tensor, "width width"]:
-        """`X^T X` in float64, both triangles."""
-        lower = self.total.double().tril()
+    def symmetric(self, dtype: torch.dtype = torch.float64) -> Float[Tensor, "width width"]:
+        """`X^T X`, both triangles."""
+        lower = self.total.to(dtype).tril()
         return lower + lower.tril(-1).T
 
     def mean_square(self) -> float:
         """Mean of the diagonal of `C`: the mean square of an entry of the vectors."""
         return float(self.total.diagonal().double().mean()) / max(self.count, 1)
 
-    def moment(self, more: float = 1.0) -> Float[Tensor, "width width"]:
-        """`C` in float64, regularized so that it is positive definite.
+    def moment(self, more: float = 1.0, dtype: torch.dtype = torch.float64) -> Float[Tensor, "width width"]:
+        """`C`, regularized so that it is positive definite.
 
         Fewer vectors than entries leave directions unseen, whose error would then cost nothing. As in Ledoit and Wolf
         (2004) the estimate is shrunk towards a multiple of the identity. The weight of that, ours,
@@ -78,10 +78,11 @@ class SecondMoment:
 
         Args:
             more: times that weight.
+            dtype: of the result.
         """
         width = len(self.total)
         weight = min(more * SHRINKAGE * width / (width + self.count), SHRINKAGE)
-        moment = self.symmetric() * ((1 - weight) / max(self.count, 1))
+        moment = self.symmetric(dtype) * ((1 - weight) / max(self.count, 1))
         scale = self.mean_square()
         # Vectors of zeros only make no direction matter more than another.
         moment.diagonal().add_(weight * scale if scale > 0 else 1)
