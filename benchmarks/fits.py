@@ -195,11 +195,8 @@ def plans(
                 ("by_loss", planning.by_loss(matrices, choices, ratio, rest.bytes)),
             ):
                 rise = known.rise(entries)
-                yield (
-                    kind,
-                    allocation,
-                    Plan("auto", "blocks", ratio, entries, rest, predicted=rise, statistics=statistics),
-                )
+                plan = Plan("auto", "blocks", ratio, entries, rest, predicted=rise, statistics=statistics)
+                yield kind, allocation, plan
 
 
 def cost(of: Encoder | Decoder, rounds: int = 5) -> dict[str, Any]:

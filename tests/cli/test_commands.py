@@ -116,6 +116,7 @@ def test_calibration_text_makes_the_fit_data_aware(run: Any, base: Path, tables:
 
 
 def test_healing_without_labels(run: Any, base: Path, tables: Path, tmp_path: Path) -> None:
+    # At a ratio that leaves something to heal, and a rate that does not undo the fit.
     common = ("compress", base, "--ratio", 6, "--train", tables / "texts.txt", "--eval", tables / "texts.txt")
     scores = [
         result_of(run(*common[:2], tmp_path / name, *common[2:], "--distill", base, *rest, "--json"))["metrics"]
