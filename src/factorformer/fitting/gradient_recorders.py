@@ -99,7 +99,8 @@ class FisherRecorder(Recorder):
         self.looked_up: dict[str, SecondMoment] = {}
         self.units = 0.0
         self.objective = ""
-        self._draws = 1
+        self._tokens: dict[str, float] = {}
+        self._draws, self._drawn_before = 1, 0
 
     def _counts(self, module: nn.Module, layer: nn.Module) -> bool:
         return isinstance(module, (nn.Linear, nn.Embedding, Conv1D)) and module.weight is layer.weight
@@ -149,6 +150,10 @@ class FisherRecorder(Recorder):
         self.reached.add(name)
         vectors = self._without_padding(path, gradient.detach(), gradient.shape[:-1])
         width, device = vectors.shape[1], vectors.device
+        self._tokens[name] = self._tokens.get(name, 0.0) + len(vectors) / self._draws
+        if self._draws > 1 and len(vectors) > self._size and width <= WIDE:
+            # Tokens of a row have much of their gradients in common: each draw counts every second one.
+            vectors = vectors[self._drawn_before % 2 :: 2]
         if isinstance(module, nn.Embedding):
             self.looked_up.setdefault(name, SecondMoment.zeros(width, device)).add(vectors)
         elif width > WIDE:
@@ -163,6 +168,7 @@ class FisherRecorder(Recorder):
         goal = self._goal(output, generator)
         self.units, self.objective, self._draws = self.units + goal.units, goal.name, goal.draws
         for draw in range(goal.draws):
+            self._drawn_before = draw
             goal.draw().backward(retain_graph=draw + 1 < goal.draws)
             self._drawn()
 
@@ -186,7 +192,7 @@ class FisherRecorder(Recorder):
             assert squares is not None
             return LayerStatistics(inputs, squares / inputs.count, None, inputs.count / self.units, self.objective)
         # Of several calls, gradients may have come to some.
-        return LayerStatistics(inputs, None, outputs, outputs.count / self._draws / self.units, self.objective)
+        return LayerStatistics(inputs, None, outputs, self._tokens[name] / self.units, self.objective)
 
     def _of_look_ups(self, name: str) -> LayerStatistics | None:
         gradients = self.looked_up.get(name)

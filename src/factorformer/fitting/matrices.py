@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -38,12 +39,30 @@ def measure(
 
 
 def fit_matrix(
-    model: nn.Module, name: str, spec: Structure, statistics: Mapping[str, LayerStatistics], rounds: int | None = None
+    model: nn.Module,
+    name: str,
+    spec: Structure,
+    metric: Metric | Mapping[str, LayerStatistics],
+    rounds: int | None = None,
 ) -> tuple[Factors, float]:
-    """Factors of one matrix, and their error."""
+    """Factors of one matrix, and their error, under a metric or that of what was measured of it."""
+    if not isinstance(metric, Metric):
+        metric = metric_of(name, metric)
+    with naming(name):
+        return fit(dense_weight(model.get_submodule(name)), spec, metric, rounds=rounds)
+
+
+def metric_of(name: str, statistics: Mapping[str, LayerStatistics]) -> Metric:
+    """What was measured of one matrix."""
+    with naming(name):
+        return Metric.of(statistics.get(name))
+
+
+@contextlib.contextmanager
+def naming(name: str) -> Iterator[None]:
+    """Errors that name the layer."""
     try:
-        weight = dense_weight(model.get_submodule(name))
-        return fit(weight, spec, Metric.of(statistics.get(name)), rounds=rounds)
+        yield
     except FactorformerError as error:
         raise type(error)(f"layer '{name}': {error}") from error
 
@@ -61,10 +80,8 @@ def fit_target(
         statistics: of the gradients at its outputs.
     """
     metric = dataclasses.replace(Metric.of(dataclasses.replace(statistics, inputs=None)), columns=root)
-    try:
+    with naming(matrix.name):
         factors, error = fit(target, spec, metric)
-    except FactorformerError as problem:
-        raise type(problem)(f"layer '{matrix.name}': {problem}") from problem
     return factors, error, as_stored(matrix, spec, factors)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
@@ -16,6 +17,40 @@ from factorformer.layers.matrix import Member
 from factorformer.layers.modes import fast_float32
 
 MetricName = Literal["plain", "fisher_rows", "input_moment", "fisher"]
+
+
+STABLE = 1e-5
+"""Added to the diagonal of a coupling, which is 1, before its inverse is taken: it is rounded to float32."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Coupling:
+    """How errors of the rows of a weight matter together, or those of its columns: a metric `C`, apart from its scale.
+
+    Args:
+        spread: roots of the diagonal of `C`, float64, `(width,)`.
+        moment: `C` over the spreads of both sides, so that its diagonal is 1, `(width, width)`.
+    """
+
+    spread: Float[Tensor, " width"]
+    moment: Float[Tensor, "width width"]
+
+    @classmethod
+    def of(cls, root: Float[Tensor, "width width"], dtype: torch.dtype) -> Coupling:
+        """From `R` with `R^T R = C`."""
+        spread = root.norm(dim=0)
+        unit = (root / spread).to(dtype)
+        return cls(spread, unit.T @ unit)
+
+    @functools.cached_property
+    def added(self) -> Float[Tensor, " width"]:
+        """The root of what each one adds to all others, `1 / (C^-1)_ii`, relative to its spread."""
+        stable = self.moment.clone()
+        stable.diagonal().add_(STABLE)
+        root, failed = torch.linalg.cholesky_ex(stable)
+        if int(failed):
+            root = torch.linalg.cholesky(stable.double())
+        return torch.cholesky_inverse(root).diagonal().rsqrt().to(self.moment.dtype)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +69,18 @@ class Metric:
     rows: Float[Tensor, " out"] | Float[Tensor, "out out"] | None = None
     columns: Float[Tensor, "inner inner"] | None = None
     scale: float = 1.0
+    _couplings: dict[tuple[str, torch.dtype], Coupling] = dataclasses.field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
+
+    def coupling(self, side: Literal["rows", "columns"], dtype: torch.dtype) -> Coupling | None:
+        """Of the rows of a weight, or of its columns; None where nothing couples them. Made once."""
+        root = self.rows if side == "rows" else self.columns
+        if root is None or root.dim() == 1:
+            return None
+        if (side, dtype) not in self._couplings:
+            self._couplings[side, dtype] = Coupling.of(root if side == "rows" else root.T, dtype)
+        return self._couplings[side, dtype]
 
     @classmethod
     def of(cls, statistics: LayerStatistics | None) -> Metric:

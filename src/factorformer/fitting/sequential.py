@@ -215,6 +215,7 @@ class _Block:
     ) -> None:
         self.model, self.name, self.calls, self.now, self.batches = model, name, calls, now, batches
         self.module = model.get_submodule(name)
+        self.products = fast_products(model)
         self.replaced: dict[str, Tensor] = {}
 
     def layer(self, name: str) -> nn.Module:
@@ -233,7 +234,7 @@ class _Block:
         args = tuple(hidden if value is PREVIOUS else value for value in call.args)
         kwargs = {key: hidden if value is PREVIOUS else value for key, value in call.kwargs.items()}
         try:
-            with fast_products(self.model):
+            with self.products:
                 return _first(torch.func.functional_call(self.module, dict(weights), args, kwargs))
         except (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
             raise _CannotRepeat from error

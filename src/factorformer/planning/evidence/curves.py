@@ -10,10 +10,9 @@ import numpy
 import torch
 from torch import nn
 
-from factorformer.errors import FactorformerError
 from factorformer.fitting import QUICK, Metric
 from factorformer.fitting.linalg import truncation_errors
-from factorformer.fitting.matrices import fit_matrix
+from factorformer.fitting.matrices import fit_matrix, metric_of, naming
 from factorformer.fitting.moments import LayerStatistics
 from factorformer.layers.dense import dense_weight
 from factorformer.layers.matrix import Matrix
@@ -138,8 +137,12 @@ def measure_curves(
         if progress is not None:
             progress(done)
 
+    metrics: dict[str, Metric] = {}
+
     def error(matrix: Matrix, spec: Structure, rounds: int = QUICK) -> float:
-        found = fit_matrix(model, matrix.name, spec, statistics, rounds)[1]
+        if matrix.name not in metrics:
+            metrics[matrix.name] = metric_of(matrix.name, statistics)
+        found = fit_matrix(model, matrix.name, spec, metrics[matrix.name], rounds)[1]
         step()
         return found
 
@@ -151,6 +154,7 @@ def measure_curves(
         alike.setdefault((matrix.shape, matrix.dtype, matrix.role), []).append(matrix)
     curves: dict[str, Curve] = {}
     for members in alike.values():
+        metrics.clear()  # of a kind few matrices are fitted, each many times
         relative, sizes = _of_kind(model, members, structures, bare, ratio, error)
         rounding = _rounding(model, bare[members[len(members) // 2].name], sizes, statistics, ratio)
         for matrix in members:
@@ -201,12 +205,12 @@ def _rounding(
     weight = dense_weight(model.get_submodule(matrix.name))
     if weight.is_meta:
         return dict.fromkeys([*sizes, Dense.kind], ROUNDING)
-    metric = Metric.of(statistics.get(matrix.name))
-    found = {Dense.kind: fit_matrix(model, matrix.name, Dense(), statistics)[1] ** 2}
+    metric = metric_of(matrix.name, statistics)
+    found = {Dense.kind: fit_matrix(model, matrix.name, Dense(), metric)[1] ** 2}
     for kind, specs in sizes.items():
         if specs:
             spec = min(specs, key=lambda spec: abs(_part(matrix, spec) - 1 / ratio))
-            factors, error = fit_matrix(model, matrix.name, spec, statistics, None if kind in bare.exact else QUICK)
+            factors, error = fit_matrix(model, matrix.name, spec, metric, None if kind in bare.exact else QUICK)
             rounded = metric.relative_error(weight, spec.to_dense(matrix.shape, int8.quantize(factors)))
             found[kind] = max(rounded**2 - error**2, 0.0)
     return found
@@ -226,9 +230,9 @@ def _bare_curve(
         usual = torch.exp(-4 * ranks * sum(matrix.shape) / math.prod(matrix.shape))
         closed = [s.kind for s in structures if s.truncated(weight, weight, plain=True) is weight]
         return Curve(matrix, 0.0, usual, dict.fromkeys(closed, usual), {}, {})
-    metric = Metric.of(statistics.get(matrix.name))
+    metric = metric_of(matrix.name, statistics)
     exact: dict[str, torch.Tensor] = {}
-    try:
+    with naming(matrix.name):
         scaled = metric.apply(weight)
         low_rank = truncation_errors(scaled).cpu()
         for structure in structures:
@@ -237,8 +241,6 @@ def _bare_curve(
             same = structure.truncated(weight, scaled, plain=metric.rows is None and metric.columns is None)
             if same is not None:
                 exact[structure.kind] = low_rank if same is scaled else truncation_errors(same).cpu()
-    except FactorformerError as error:
-        raise type(error)(f"layer '{matrix.name}': {error}") from error
     energy = metric.scale * float(torch.linalg.vector_norm(scaled, dtype=torch.float64).square())
     return Curve(matrix, energy, low_rank, exact, {}, {})
 
