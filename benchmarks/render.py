@@ -457,6 +457,33 @@ def fits() -> list[str]:
     return markdown(header, table) + measured_with([row["machine"] for row in rows])
 
 
+def ordered() -> list[str]:
+    """Of each model and ratio: the rise where matrices are fitted to the dense inputs, and where in order."""
+    rows = [row for row in rows_of("fits.jsonl") if row.get("method") == "fisher" and not row["int8"]]
+    found = {(row["model"], row["ratio"], row.get("in_order", True)): row for row in rows}
+    pairs = [(found[model, ratio, True], row) for (model, ratio, order), row in sorted(found.items()) if not order]
+    table = []
+    for with_order, without in pairs:
+        rises = [f"{row['rise']:.3f}" for row in (without, with_order)]
+        table.append(
+            [without["model"], f"{without['ratio']:g}x", *rises, f"{with_order['rise'] / without['rise']:.2f}"]
+        )
+    header = ["model", "ratio", "rise, inputs of the dense model", "rise, in order", "of it"]
+    return markdown(header, table) + measured_with([row["machine"] for pair in pairs for row in pair])
+
+
+def fits_int8() -> list[str]:
+    """MiniLM in int8 at small and large ratios: what it keeps, and how many matrices became what."""
+    rows = [row for row in rows_of("fits.jsonl") if row.get("int8")]
+    table = []
+    for row in sorted(rows, key=lambda row: row["ratio"]):
+        kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(row["structures"].items()))
+        kept = [f"{row['mean cosine']:.4f}", f"{row['predicted']:.4f}", f"{row['rise']:.4f}"]
+        table.append([f"{row['ratio']:g}x", f"`{row['method']}`", f"{row['measured_ratio']:.2f}x", *kept, kinds])
+    header = ["ratio", "method", "reached", "cosine", "predicted rise", "rise", "matrices"]
+    return markdown(header, table) + measured_with([row["machine"] for row in rows])
+
+
 def predicted_plans() -> list[str]:
     """Of each model: rank correlation of predicted and measured rises, and by how much small ones are off."""
     rows = [row for row in rows_of("fits.jsonl") if "plan" in row]
@@ -583,6 +610,8 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "steps": steps,
     "planning": planning,
     "fits": fits,
+    "fits-order": ordered,
+    "fits-int8": fits_int8,
     "predicted-plans": predicted_plans,
     "fine-tuned": fine_tuned,
     "splits": splits,

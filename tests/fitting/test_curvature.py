@@ -16,6 +16,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 
 from factorformer.errors import DataError
 from factorformer.fitting import Metric, fit
+from factorformer.fitting.batches import fingerprint
 from factorformer.fitting.moments import LayerStatistics, SecondMoment
 from factorformer.fitting.objective import TEMPERATURE, Objective, objective
 from factorformer.fitting.statistics import collect
@@ -93,6 +94,47 @@ def test_moments_of_gradients_equal_brute_force(name: str) -> None:
             )
             assert found[layer].tokens == calls[layer] / predicted
             assert found[layer].objective == "loss"
+
+
+class Pooled(nn.Module):
+    """An encoder of one layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(6, 4)
+
+    def forward(self, x: Tensor, attention_mask: Tensor) -> dict[str, Tensor]:
+        return {"last_hidden_state": self.linear(x).tanh()}
+
+
+@pytest.mark.usefixtures("exact")
+@pytest.mark.parametrize(("rows", "tokens", "batches", "tolerance"), [(1, 6, 1, 1e-5), (3, 5, 400, 0.05)])
+def test_draws_that_count_half_of_the_tokens_add_up(rows: int, tokens: int, batches: int, tolerance: float) -> None:
+    """Tokens of one row of equal inputs have one gradient, whose draws a half of them know; others on average."""
+    torch.manual_seed(0)
+    model, data = Pooled(), []
+    for _ in range(batches):
+        x = torch.randn(rows, 1 if rows == 1 else tokens, 6).expand(rows, tokens, 6).contiguous()
+        mask = torch.ones(rows, tokens, dtype=torch.long)
+        mask[: rows - 1, -2:] = 0
+        data.append({"x": x, "attention_mask": mask})
+    seen: list[Tensor] = []
+    handle = model.linear.register_forward_hook(lambda _, __, y: seen.append(y))
+    expected, count = torch.zeros(4, 4), 0
+    for batch in data:
+        output = model(**batch)
+        goal = objective(model, batch, output, torch.Generator().manual_seed(fingerprint(batch)))
+        for _ in range(goal.draws):
+            gradient = torch.autograd.grad(goal.draw(), seen[-1], retain_graph=True)[0][batch["attention_mask"].bool()]
+            expected, count = expected + gradient.T @ gradient, count + len(gradient)
+    handle.remove()
+    found = both_sides(model, ["linear"], data)["linear"]
+    assert found.outputs is not None
+    assert found.outputs.count == count
+    assert found.tokens == pytest.approx(count / goal.draws / rows / batches)
+    torch.testing.assert_close(
+        full(found.outputs).float(), expected / count, rtol=0, atol=tolerance * float(expected.max() / count)
+    )
 
 
 def test_the_order_of_batches_changes_nothing() -> None:

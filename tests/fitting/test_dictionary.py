@@ -79,6 +79,46 @@ def unit_atoms(atoms: int, width: int) -> Tensor:
     return torch.nn.functional.normalize(normal(atoms, width, seed=3), dim=1)
 
 
+@pytest.mark.parametrize("nonzeros", [0, 1, 5, 12])
+def test_the_largest_scores_are_found_in_every_type_and_layout(nonzeros: int) -> None:
+    scores = normal(12, 40).square()
+    scores[:, 3] = 0  # of rows that are zero, any entries will do
+    for given in (scores, scores.float(), scores.T.contiguous().T, scores.float().T.contiguous().T):
+        mask = largest(given.T, nonzeros)
+        best = given.T.sort(dim=1, descending=True).values
+        assert mask.sum(1).tolist() == [nonzeros] * 40
+        for row in range(40):
+            kept = given.T[row][mask[row]].sort(descending=True).values
+            assert torch.equal(kept, best[row, :nonzeros])
+
+
+def test_rows_with_equal_scores_and_rows_that_are_not_finite_keep_as_many() -> None:
+    scores = torch.ones(2, 6)
+    scores[1] = float("nan")
+    assert largest(scores, 2).sum(1).tolist() == [2, 2]
+
+
+def test_couplings_are_made_once_and_bounded() -> None:
+    x = normal(50, 8, seed=7)
+    x[:, 1] = x[:, 0]  # as if two channels were one
+    metric = Metric(columns=square_root(x.T @ x / 50 + 1e-12 * torch.eye(8)))
+    coupling = metric.coupling("columns", torch.float32)
+    assert coupling is metric.coupling("columns", torch.float32)
+    assert metric.coupling("rows", torch.float32) is None
+    fresh = dataclasses.replace(metric, columns=square_root(torch.eye(8).double())).coupling("columns", torch.float32)
+    precise = metric.coupling("columns", torch.float64)
+    assert coupling is not None
+    assert precise is not None
+    assert fresh is not None
+    torch.testing.assert_close(fresh.moment, torch.eye(8))
+    torch.testing.assert_close(precise.moment, (x.T @ x / x.norm(dim=0) / x.norm(dim=0)[:, None]), rtol=0, atol=1e-6)
+    inverse = torch.linalg.inv(precise.moment + 1e-5 * torch.eye(8))
+    torch.testing.assert_close(precise.added, inverse.diagonal().rsqrt(), rtol=1e-6, atol=0)
+    torch.testing.assert_close(coupling.added.double(), precise.added, rtol=2e-2, atol=0)
+    assert 1e-5**0.5 <= float(coupling.added.min()) < 0.01
+    assert float(coupling.added.max()) <= 1
+
+
 def test_values_on_a_support_are_those_of_least_squares() -> None:
     target, dictionary = normal(20, 16), unit_atoms(12, 16)
     projected, gram = target @ dictionary.T, dictionary @ dictionary.T

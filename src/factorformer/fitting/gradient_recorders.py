@@ -15,7 +15,7 @@ from factorformer.errors import DataError
 from factorformer.fitting.batches import Batch, fingerprint
 from factorformer.fitting.fisher_rows import fisher_rows
 from factorformer.fitting.moments import LayerStatistics, SecondMoment
-from factorformer.fitting.objective import Objective, objective
+from factorformer.fitting.objective import COSINE, Objective, objective
 from factorformer.fitting.recorder import Recorder, granted
 from factorformer.layers.modes import fast_products, requiring_gradients
 
@@ -99,8 +99,8 @@ class FisherRecorder(Recorder):
         self.looked_up: dict[str, SecondMoment] = {}
         self.units = 0.0
         self.objective = ""
-        self._tokens: dict[str, float] = {}
         self._draws, self._drawn_before = 1, 0
+        self._orders: dict[int, Tensor] = {}
 
     def _counts(self, module: nn.Module, layer: nn.Module) -> bool:
         return isinstance(module, (nn.Linear, nn.Embedding, Conv1D)) and module.weight is layer.weight
@@ -150,23 +150,30 @@ class FisherRecorder(Recorder):
         self.reached.add(name)
         vectors = self._without_padding(path, gradient.detach(), gradient.shape[:-1])
         width, device = vectors.shape[1], vectors.device
-        self._tokens[name] = self._tokens.get(name, 0.0) + len(vectors) / self._draws
-        if self._draws > 1 and len(vectors) > self._size and width <= WIDE:
-            # Tokens of a row have much of their gradients in common: each draw counts every second one.
-            vectors = vectors[self._drawn_before % 2 :: 2]
+        times = 1
+        if self.objective == COSINE and self._draws % 2 == 0 and len(vectors) > self._size and width <= WIDE:
+            # Tokens that are pooled have much of their gradients in common: each draw counts a half of them twice.
+            vectors, times = vectors[self._half(len(vectors), vectors.device)], 2
         if isinstance(module, nn.Embedding):
-            self.looked_up.setdefault(name, SecondMoment.zeros(width, device)).add(vectors)
+            self.looked_up.setdefault(name, SecondMoment.zeros(width, device)).add(vectors, times)
         elif width > WIDE:
             squares = vectors.float().square().sum(0).double() / self._draws
             self.squares[name] = self.squares[name] + squares if name in self.squares else squares
         else:
-            self.outputs.setdefault(name, SecondMoment.zeros(width, device)).add(vectors)
+            self.outputs.setdefault(name, SecondMoment.zeros(width, device)).add(vectors, times)
+
+    def _half(self, count: int, device: torch.device) -> Tensor:
+        """A half of so many tokens, drawn at random, and at every other draw the other half."""
+        if count not in self._orders:
+            self._orders[count] = torch.randperm(count, generator=torch.Generator().manual_seed(count)).to(device)
+        return self._orders[count].tensor_split(2)[self._drawn_before % 2]
 
     def _finish(self, output: object) -> None:
         # The same draws for the same batch, in whatever order batches come.
         generator = torch.Generator().manual_seed(fingerprint(self._batch))
         goal = self._goal(output, generator)
         self.units, self.objective, self._draws = self.units + goal.units, goal.name, goal.draws
+        self._orders = {}
         for draw in range(goal.draws):
             self._drawn_before = draw
             goal.draw().backward(retain_graph=draw + 1 < goal.draws)
@@ -192,7 +199,7 @@ class FisherRecorder(Recorder):
             assert squares is not None
             return LayerStatistics(inputs, squares / inputs.count, None, inputs.count / self.units, self.objective)
         # Of several calls, gradients may have come to some.
-        return LayerStatistics(inputs, None, outputs, self._tokens[name] / self.units, self.objective)
+        return LayerStatistics(inputs, None, outputs, outputs.count / self._draws / self.units, self.objective)
 
     def _of_look_ups(self, name: str) -> LayerStatistics | None:
         gradients = self.looked_up.get(name)

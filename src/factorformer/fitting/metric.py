@@ -20,7 +20,7 @@ MetricName = Literal["plain", "fisher_rows", "input_moment", "fisher"]
 
 
 STABLE = 1e-5
-"""Added to the diagonal of a coupling, which is 1, before its inverse is taken: it is rounded to float32."""
+"""Added to the diagonal of a coupling, which is 1, before its inverse is taken: both are rounded to float32."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +50,8 @@ class Coupling:
         root, failed = torch.linalg.cholesky_ex(stable)
         if int(failed):
             root = torch.linalg.cholesky(stable.double())
-        return torch.cholesky_inverse(root).diagonal().rsqrt().to(self.moment.dtype)
+        # In float32 the inverse of a matrix that is nearly singular may be far outside of its bounds.
+        return torch.cholesky_inverse(root).diagonal().clamp(1, 1 / STABLE).rsqrt().to(self.moment.dtype)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -51,14 +51,14 @@ class SecondMoment:
         """Of no vectors yet."""
         return cls(torch.zeros(width, width, device=device))
 
-    def add(self, vectors: Float[Tensor, "n width"]) -> None:
-        """Count more vectors: products and sums in the type of `total`."""
+    def add(self, vectors: Float[Tensor, "n width"], times: int = 1) -> None:
+        """Count more vectors, each so many times: products and sums in the type of `total`."""
         rounded, vectors = vectors.dtype == torch.bfloat16, vectors.to(self.total.dtype)
         with exact_products(vectors.device), fast_float32(vectors.device, rounding=rounded):
             for first in range(0, len(self.total), BLOCK):
                 block = vectors[:, first : first + BLOCK]
-                self.total[first:, first : first + BLOCK].addmm_(vectors[:, first:].T, block)
-        self.count += len(vectors)
+                self.total[first:, first : first + BLOCK].addmm_(vectors[:, first:].T, block, alpha=times)
+        self.count += times * len(vectors)
 
     def symmetric(self, dtype: torch.dtype = torch.float64) -> Float[Tensor, "width width"]:
         """`X^T X`, both triangles."""

@@ -10,7 +10,7 @@ from typing import Literal
 
 import torch
 
-from factorformer.structures import Shape, Structure
+from factorformer.structures import Dense, Shape, Structure
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,6 +84,11 @@ class Matrix:
     def floating(self) -> torch.dtype:
         """The type of dense values, and of the scales of those in int8."""
         return getattr(torch, self.dtype)
+
+    @property
+    def whole(self) -> Structure | None:
+        """What it is where it is not factorized: dense in int8, or None for dense in floats."""
+        return Dense() if self.int8 else None
 
     def bytes(self, spec: Structure | None, without: Collection[str] = ()) -> int:
         """Stored bytes under a structure, or dense for None, without factors stored elsewhere."""

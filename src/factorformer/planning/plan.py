@@ -69,7 +69,7 @@ class Entry:
         if matrix.dense is not None:
             chosen = any(matrix.dense == reason for reason in LeftOut)
             return cls(matrix, None, matrix.dense, cause=Cause.PATTERNS if chosen else Cause.UNABLE)
-        return cls(matrix, Dense() if matrix.int8 else None, reason, cause=cause)
+        return cls(matrix, matrix.whole, reason, cause=cause)
 
     @property
     def original(self) -> Cost:

@@ -223,6 +223,10 @@ class DynamicRank:
         counts = [units.count for units in self.units]
         if counts != before:
             self.history.add(step, counts, [float(score.mean()) for score in scores])
+        whole = {id(units) for units in self.units if isinstance(units, DenseUnits)}
+        if self.finished:
+            self.units = [units.stored(optimizer) if isinstance(units, DenseUnits) else units for units in self.units]
+        if counts != before or whole - {id(units) for units in self.units}:
             self._follow()
             self.tell()
         if self.finished:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 
@@ -73,6 +74,11 @@ class Importance:
         """Forget the units that were removed."""
         if self.average is not None:
             self.average = self.average[kept.to(self.average.device)]
+
+    def join(self) -> None:
+        """Make one unit of all."""
+        if self.average is not None:
+            self.average = self.average.sum().reshape(1)
 
 
 class Units(ABC):
@@ -180,7 +186,8 @@ class DenseUnits(Units):
     As long as factors of the groups that it would keep are larger than the matrix, removing the others frees neither
     bytes nor time. It stays dense and whole then, and all its groups go on competing; below that rank it is replaced by
     its factors, of equal norm for each group. Averages of gradients in the optimizer's state are then carried over
-    exactly, for they are linear in the gradient, and averages of their squares as if entries were independent.
+    exactly, for they are linear in the gradient, and averages of their squares as if entries were independent. In a
+    plan in int8, a matrix that is whole in the end is `stored` in int8 as well.
 
     Args:
         model, matrix, importance: as for `Units`.
@@ -252,8 +259,15 @@ class DenseUnits(Units):
     def ready(self) -> bool:
         return self.weight.grad is not None
 
+    @functools.cached_property
+    def largest(self) -> int:
+        """The largest number of groups whose factors are smaller than the whole matrix."""
+        whole = self.matrix.bytes(self.matrix.whole)
+        counts = range(largest_rank(self.matrix.shape), 0, -1)
+        return next((count for count in counts if self.matrix.bytes(LowRank(count)) < whole), 0)
+
     def bytes(self, count: int) -> int:
-        return self.matrix.bytes(None if count > largest_rank(self.matrix.shape) else LowRank(count))
+        return self.matrix.bytes(self.matrix.whole if count > self.largest else LowRank(count))
 
     def _turn(self, tensor: Tensor) -> Float[Tensor, "short long"]:
         return tensor.T if self.turned else tensor
@@ -271,7 +285,7 @@ class DenseUnits(Units):
 
     @torch.no_grad()
     def keep(self, kept: Tensor, optimizer: Optimizer | None) -> Units:
-        if len(kept) > largest_rank(self.matrix.shape):
+        if len(kept) > self.largest:
             return self
         basis, dual = self.groups()
         self.importance.keep(kept)
@@ -289,6 +303,26 @@ class DenseUnits(Units):
         units = FactorUnits(self.model, self.matrix, self.full, self.importance)
         if optimizer is not None:
             substitute(optimizer, weight, units.parameters, states[::-1] if self.tall else states)
+        return units
+
+    @torch.no_grad()
+    def stored(self, optimizer: Optimizer | None) -> Units:
+        """What stands for the matrix once it is known to stay whole: in a plan in int8 a factor that products round."""
+        whole = self.matrix.whole
+        if whole is None:
+            return self
+        weight, transposed = self.weight, is_transposed(self.model.get_submodule(self.matrix.name))
+
+        def as_factor(tensor: Tensor) -> Tensor:
+            return (tensor.T if transposed else tensor).unsqueeze(1).contiguous()
+
+        state = {} if optimizer is None else optimizer.state.get(weight, {})
+        states = [converted(state, weight, lambda _, tensor: as_factor(tensor))]
+        factorize(self.model, self.matrix, whole, {"weight": as_factor(weight.detach())})
+        self.importance.join()
+        units = FactorUnits(self.model, self.matrix, whole, self.importance)
+        if optimizer is not None:
+            substitute(optimizer, weight, units.parameters, states)
         return units
 
     def _carried(self, weight: Tensor, state: State, first: Tensor, second: Tensor) -> list[State]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
@@ -137,12 +138,12 @@ def measure_curves(
         if progress is not None:
             progress(done)
 
-    metrics: dict[str, Metric] = {}
+    @functools.cache
+    def metric(name: str) -> Metric:
+        return metric_of(name, statistics)
 
     def error(matrix: Matrix, spec: Structure, rounds: int = QUICK) -> float:
-        if matrix.name not in metrics:
-            metrics[matrix.name] = metric_of(matrix.name, statistics)
-        found = fit_matrix(model, matrix.name, spec, metrics[matrix.name], rounds)[1]
+        found = fit_matrix(model, matrix.name, spec, metric(matrix.name), rounds)[1]
         step()
         return found
 
@@ -154,9 +155,9 @@ def measure_curves(
         alike.setdefault((matrix.shape, matrix.dtype, matrix.role), []).append(matrix)
     curves: dict[str, Curve] = {}
     for members in alike.values():
-        metrics.clear()  # of a kind few matrices are fitted, each many times
+        metric.cache_clear()  # of a kind few matrices are fitted, each many times
         relative, sizes = _of_kind(model, members, structures, bare, ratio, error)
-        rounding = _rounding(model, bare[members[len(members) // 2].name], sizes, statistics, ratio)
+        rounding = _rounding(model, bare[members[len(members) // 2].name], sizes, metric, ratio)
         for matrix in members:
             curves[matrix.name] = dataclasses.replace(
                 bare[matrix.name], relative=relative, sizes=sizes, rounding=rounding
@@ -195,7 +196,7 @@ def _rounding(
     model: nn.Module,
     bare: Curve,
     sizes: Mapping[str, Sequence[Structure]],
-    statistics: Mapping[str, LayerStatistics],
+    metric_named: Callable[[str], Metric],
     ratio: float,
 ) -> dict[str, float]:
     """What int8 adds to the squared error of each structure, near the common size, and to the dense matrix."""
@@ -205,7 +206,7 @@ def _rounding(
     weight = dense_weight(model.get_submodule(matrix.name))
     if weight.is_meta:
         return dict.fromkeys([*sizes, Dense.kind], ROUNDING)
-    metric = metric_of(matrix.name, statistics)
+    metric = metric_named(matrix.name)
     found = {Dense.kind: fit_matrix(model, matrix.name, Dense(), metric)[1] ** 2}
     for kind, specs in sizes.items():
         if specs:
