@@ -137,7 +137,9 @@ def subject(args: Any) -> Encoder | Decoder:
 
 
 def kinds(plan: Plan) -> dict[str, int]:
-    return dict(Counter("dense" if entry.spec is None else entry.spec.kind for entry in plan.entries))
+    """How many matrices are of which structure."""
+    floats = "dense in floats" if any(entry.matrix.int8 for entry in plan.entries) else "dense"
+    return dict(Counter(floats if entry.spec is None else entry.spec.kind for entry in plan.entries))
 
 
 def compressed(of: Encoder | Decoder, method: str, ratio: float, args: Any) -> dict[str, Any]:

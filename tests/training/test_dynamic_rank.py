@@ -139,6 +139,8 @@ def test_in_int8_matrices_that_stay_whole_take_a_byte_a_value(ratio: float, tmp_
     assert {id(p) for group in optimizer.param_groups for p in group["params"]} == {id(p) for p in model.parameters()}
     assert all(optimizer.state[p]["exp_avg"].shape == p.shape for name in whole for p in _parameters(model, name))
     learn(model, ranks, inputs, optimizer=optimizer)  # they are trained on, rounded in products
+    entries = {entry.matrix.name: entry for entry in inventory(model).entries}
+    assert all(entries[name].spec is None for name in whole), "as large as ever"
     ranks.save(tmp_path)
     again = tf.GPT2LMHeadModel(model.config).eval()
     resumed = DynamicRank(again, plan, settings=QUICK, resume_from=tmp_path)

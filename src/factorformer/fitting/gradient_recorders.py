@@ -15,7 +15,7 @@ from factorformer.errors import DataError
 from factorformer.fitting.batches import Batch, fingerprint
 from factorformer.fitting.fisher_rows import fisher_rows
 from factorformer.fitting.moments import LayerStatistics, SecondMoment
-from factorformer.fitting.objective import COSINE, Objective, objective
+from factorformer.fitting.objective import Objective, objective
 from factorformer.fitting.recorder import Recorder, granted
 from factorformer.layers.modes import fast_products, requiring_gradients
 
@@ -99,8 +99,8 @@ class FisherRecorder(Recorder):
         self.looked_up: dict[str, SecondMoment] = {}
         self.units = 0.0
         self.objective = ""
-        self._draws, self._drawn_before = 1, 0
-        self._orders: dict[int, Tensor] = {}
+        self._draws, self._drawn_before, self._pooled = 1, 0, False
+        self._orders: dict[tuple[int, torch.device], Tensor] = {}
 
     def _counts(self, module: nn.Module, layer: nn.Module) -> bool:
         return isinstance(module, (nn.Linear, nn.Embedding, Conv1D)) and module.weight is layer.weight
@@ -151,7 +151,7 @@ class FisherRecorder(Recorder):
         vectors = self._without_padding(path, gradient.detach(), gradient.shape[:-1])
         width, device = vectors.shape[1], vectors.device
         times = 1
-        if self.objective == COSINE and self._draws % 2 == 0 and len(vectors) > self._size and width <= WIDE:
+        if self._pooled and self._draws % 2 == 0 and len(vectors) > self._size and width <= WIDE:
             # Tokens that are pooled have much of their gradients in common: each draw counts a half of them twice.
             vectors, times = vectors[self._half(len(vectors), vectors.device)], 2
         if isinstance(module, nn.Embedding):
@@ -164,16 +164,17 @@ class FisherRecorder(Recorder):
 
     def _half(self, count: int, device: torch.device) -> Tensor:
         """A half of so many tokens, drawn at random, and at every other draw the other half."""
-        if count not in self._orders:
-            self._orders[count] = torch.randperm(count, generator=torch.Generator().manual_seed(count)).to(device)
-        return self._orders[count].tensor_split(2)[self._drawn_before % 2]
+        if (count, device) not in self._orders:
+            order = torch.randperm(count, generator=torch.Generator().manual_seed(count))
+            self._orders[count, device] = order.to(device)
+        return self._orders[count, device].tensor_split(2)[self._drawn_before % 2]
 
     def _finish(self, output: object) -> None:
         # The same draws for the same batch, in whatever order batches come.
         generator = torch.Generator().manual_seed(fingerprint(self._batch))
         goal = self._goal(output, generator)
         self.units, self.objective, self._draws = self.units + goal.units, goal.name, goal.draws
-        self._orders = {}
+        self._orders, self._pooled = {}, goal.pooled
         for draw in range(goal.draws):
             self._drawn_before = draw
             goal.draw().backward(retain_graph=draw + 1 < goal.draws)

@@ -43,12 +43,14 @@ class Objective:
         units: tokens or rows that it is a sum over.
         draws: gradients to take the second moment of.
         draw: a scalar with a graph.
+        pooled: whether it depends on the mean over the tokens of each row, so that they share most of their gradients.
     """
 
     name: str
     units: float
     draws: int
     draw: Callable[[], Tensor]
+    pooled: bool = False
 
 
 def objective(
@@ -84,18 +86,19 @@ def objective(
         logits, ends = list(predicted.values()), set(predicted) == {"start_logits", "end_logits"}
         units, draws = _units(logits[0], mask)
         return Objective("loss", units, draws, lambda: _likelihood(config, logits, mask, generator, ends))
-    states = _vectors(named, mask)
+    states = _states(named)
     if states is None:
         raise DataError(
             f"{type(model).__name__} returned no tensor that depends on its weights: calibrate on data that it makes "
             "hidden states or logits of"
         )
-    unit = F.normalize(states.float(), dim=-1)
+    vectors = _pooled(states, mask)
+    unit = F.normalize(vectors.float(), dim=-1)
 
     def direction() -> Tensor:
         return (unit * torch.randn(unit.shape, generator=generator).to(unit.device)).sum()
 
-    return Objective(COSINE, len(unit), DRAWS, direction)
+    return Objective(COSINE, len(unit), DRAWS, direction, pooled=states.dim() > 2)
 
 
 def _is_logits(name: str, value: object) -> bool:
@@ -165,13 +168,11 @@ def _sample(logits: Tensor, generator: torch.Generator) -> Tensor:
     return torch.searchsorted(cumulative, chosen * cumulative[:, -1:]).squeeze(1).clamp_max(logits.shape[-1] - 1)
 
 
-def _vectors(named: Mapping[str, Any], mask: Tensor | None) -> Tensor | None:
-    """`(rows, width)`: what an encoder makes of each row."""
+def _states(named: Mapping[str, Any]) -> Tensor | None:
+    """What an encoder makes of each row, or of each of its tokens: `(rows, ..., width)`."""
     tensors = {k: v for k, v in named.items() if isinstance(v, Tensor) and v.requires_grad and v.dim() > 1}
-    for name in ("sentence_embedding", "last_hidden_state", "pooler_output", *tensors):
-        if name in tensors:
-            return _pooled(tensors[name], mask)
-    return None
+    names = ("sentence_embedding", "last_hidden_state", "pooler_output", *tensors)
+    return next((tensors[name] for name in names if name in tensors), None)
 
 
 def _pooled(states: Tensor, mask: Tensor | None) -> Tensor:

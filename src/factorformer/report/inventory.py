@@ -11,6 +11,7 @@ from factorformer.layers.matrix import Matrix, Scope
 from factorformer.layers.nn import FactorizedMatrix
 from factorformer.layers.surgery import find_blocks, find_matrices
 from factorformer.planning import Entry, Plan
+from factorformer.structures import Dense
 
 
 def inventory(model: PreTrainedModel, scope: Scope | None = None) -> Plan:
@@ -58,6 +59,8 @@ def _entry(model: PreTrainedModel, matrix: Matrix, owners: dict[int, str]) -> En
         return Entry(matrix, None, matrix.dense or "")
     dtype = str(module.values.dtype).removeprefix("torch.")
     found = dataclasses.replace(matrix, dtype=dtype, int8=module.quantized)
+    if found.whole is None and isinstance(module.spec, Dense):  # it trains for int8, and is as large as ever until then
+        return Entry(found, None, matrix.dense or "")
     owner = matrix.name
     for factor in module.spec.shareable if module.shared else ():
         owner = owners.setdefault(id(getattr(module, factor)), matrix.name)

@@ -112,9 +112,9 @@ def _warn_of_unreached(names: Sequence[str], statistics: Mapping[str, LayerStati
 
 
 def _largest(entry: Entry) -> Structure:
-    """The largest of the sizes that planners try that leaves room below the dense matrix."""
+    """The largest of the sizes that planners try that leaves room below the matrix as it is when whole."""
     assert entry.spec is not None
     matrix = entry.matrix
-    most = max(matrix.bytes(None) / ROOM, entry.compressed.bytes)
+    most = max(matrix.bytes(matrix.whole) / ROOM, entry.compressed.bytes)
     fitting = [spec for spec in entry.spec.candidates(matrix.shape, matrix.values) if matrix.bytes(spec) <= most]
     return max(fitting, key=matrix.bytes, default=entry.spec)
