@@ -10,7 +10,8 @@ banking77 and judged by the mean cosine between embeddings of test questions bef
 windows of 512 tokens of WikiText-2, and judged by the loss on windows of its test text.
 
 `--plans` carries out plans of three structures, uniform and by loss, and compares the rises of the loss that were
-predicted with those that are measured; each is a row, and a run skips those that are there already. `--cost` times the
+predicted with those that are measured; each is a row, and a run skips those that are there already; with `--predict`
+it gives them predictions of today, and the rise that was measured. `--cost` times the
 calibration pass against a forward and backward pass over the same text. `--coupling` fits the dictionaries of a uniform
 plan twice: with the metric of the longer side as it is, which couples rows, and with its diagonal alone. `--unordered`
 fits every matrix to what it reads in the dense model.
@@ -273,6 +274,7 @@ def main() -> None:
     parser.add_argument("--include", nargs="*", help="of --plans: names of the matrices, others stay dense")
     parser.add_argument("--structures", nargs="+", default=list(STRUCTURES), choices=STRUCTURES, help="of --plans")
     parser.add_argument("--plans", action="store_true", help="compare predictions with measurements over many plans")
+    parser.add_argument("--predict", action="store_true", help="with --plans: predict those again that are there")
     parser.add_argument("--cost", action="store_true", help="time the calibration pass")
     parser.add_argument("--coupling", action="store_true", help="compare coupled rows of dictionaries with others")
     parser.add_argument("--unordered", action="store_true", help="fit to what the dense model reads")
@@ -295,10 +297,14 @@ def main() -> None:
         for ratio in args.ratios:
             keep({"coupling": coupling(of, ratio)})
     elif args.plans:
-        known = [row["plan"] for row in read_lines(args.output) if "plan" in row and row | common == row]
-        done = {(plan["structure"], plan["allocation"], plan["ratio"]) for plan in known}
+        known = [row for row in read_lines(args.output) if "plan" in row and row | common == row]
+        done = {(row["plan"]["structure"], row["plan"]["allocation"], row["plan"]["ratio"]): row for row in known}
         for kind, allocation, plan in plans(of, args.ratios, args.include, args.structures):
-            if (kind, allocation, plan.target) in done:
+            before = done.get((kind, allocation, plan.target))
+            if before is not None:
+                if args.predict and before["plan"]["structures"] == kinds(plan):
+                    measured = before["plan"] | {"predicted": round(plan.predicted or 0, 4)}
+                    keep({"plan": measured, "measured_at": before["machine"]["commit"]})
                 continue
             model, began = copy.deepcopy(of.model), time.perf_counter()
             factorformer.compress(model, plan, of.calibration)

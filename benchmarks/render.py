@@ -486,8 +486,12 @@ def fits_int8() -> list[str]:
 
 def predicted_plans() -> list[str]:
     """Of each model: rank correlation of predicted and measured rises, and by how much small ones are off."""
-    rows = [row for row in rows_of("fits.jsonl") if "plan" in row]
-    table = []
+    last = {  # plans that were predicted again count once
+        (row["model"], row["plan"]["structure"], row["plan"]["allocation"], row["plan"]["ratio"]): row
+        for row in rows_of("fits.jsonl")
+        if "plan" in row
+    }
+    rows, table = list(last.values()), []
     for model in dict.fromkeys(row["model"] for row in rows):
         plans = [row["plan"] for row in rows if row["model"] == model]
         correlation: Any = spearmanr([plan["predicted"] for plan in plans], [plan["rise"] for plan in plans])[0]

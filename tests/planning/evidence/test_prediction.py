@@ -334,7 +334,7 @@ def test_what_is_predicted_is_what_fits_lose_and_more_for_few_tokens() -> None:
             assert statistics.inputs is not None
             assert statistics.outputs is not None
             width = (len(statistics.inputs.total) + len(statistics.outputs.total)) / 2
-            expected += rise * (0.6 + 5 * width / statistics.inputs.count)
+            expected += rise * (0.6 + 6 * width / statistics.inputs.count)
         assert plan.objective == unit
         assert plan.predicted == pytest.approx(levelled(expected) if unit == COSINE else expected, rel=0.01)
         shares = [float(entry.reason.split()[1]) for entry in plan.factorized]
