@@ -191,7 +191,8 @@ def test_rows_are_told_apart_in_every_layout() -> None:
         collect(Arranged("plain"), ["linear"], [{"x": x, "attention_mask": mask}], "fisher")["linear"].dependence
     )
     assert found["plain"] > 2
-    assert list(found.values()) == pytest.approx([found["plain"]] * len(found), rel=1e-3)
+    # In another order of positions, draws count other halves of the tokens.
+    assert list(found.values()) == pytest.approx([found["plain"]] * len(found), rel=1e-2)
 
 
 def test_padding_that_is_no_number_changes_nothing() -> None:

@@ -264,10 +264,13 @@ class DenseUnits(Units):
         """The largest number of groups whose factors are smaller than the whole matrix."""
         whole = self.matrix.bytes(self.matrix.whole)
         counts = range(largest_rank(self.matrix.shape), 0, -1)
-        return next((count for count in counts if self.matrix.bytes(LowRank(count)) < whole), 0)
+        return next((count for count in counts if self._in_factors(count) < whole), 0)
 
     def bytes(self, count: int) -> int:
-        return self.matrix.bytes(self.matrix.whole if count > self.largest else LowRank(count))
+        return self._in_factors(count) if count <= self.largest else self.matrix.bytes(self.matrix.whole)
+
+    def _in_factors(self, count: int) -> int:
+        return self.matrix.bytes(LowRank(count))
 
     def _turn(self, tensor: Tensor) -> Float[Tensor, "short long"]:
         return tensor.T if self.turned else tensor
