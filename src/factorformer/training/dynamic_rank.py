@@ -224,10 +224,10 @@ class DynamicRank:
         counts = [units.count for units in self.units]
         if counts != before:
             self.history.add(step, counts, [float(score.mean()) for score in scores])
-        whole = {id(units) for units in self.units if isinstance(units, DenseUnits)}
+        trained = self.units
         if self.finished:
-            self.units = [units.stored(optimizer) if isinstance(units, DenseUnits) else units for units in self.units]
-        if counts != before or whole - {id(units) for units in self.units}:
+            self.units = [units.stored(optimizer) if isinstance(units, DenseUnits) else units for units in trained]
+        if counts != before or self.units != trained:
             self._follow()
             self.tell()
         if self.finished:

@@ -8,10 +8,10 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from torch import Tensor, nn
 
-from factorformer.errors import DataError, FactorformerError, FactorformerWarning, ModelError
+from factorformer.errors import DataError, FactorformerWarning, ModelError
 from factorformer.fitting import Metric
 from factorformer.fitting.batches import Batch
-from factorformer.fitting.matrices import fit_matrix, measure
+from factorformer.fitting.matrices import fit_matrix, measure, naming
 from factorformer.fitting.moments import LayerStatistics
 from factorformer.fitting.statistics import unreached_parts
 from factorformer.layers.dense import dense_weight
@@ -84,11 +84,9 @@ def all_units(
         name, matrix = entry.matrix.name, entry.matrix
         assert entry.spec is not None
         if entry.spec.starts_dense:
-            try:
+            with naming(name):
                 weight = dense_weight(model.get_submodule(name))
                 result.append(DenseUnits.of(model, matrix, Importance(decay), weight, Metric.of(statistics.get(name))))
-            except FactorformerError as error:
-                raise type(error)(f"layer '{name}': {error}") from error
         else:
             full = _largest(entry)
             fitted.append((entry, full, fit_matrix(model, name, full, statistics)[0]))
