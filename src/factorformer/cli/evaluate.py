@@ -18,9 +18,27 @@ from factorformer.cli._options import (
     emit,
     place_of,
 )
+from factorformer.errors import MethodError
 
 Evaluated = Annotated[str, typer.Argument(metavar="DIR", show_default=False, help=MODELS)]
-DataFile = Annotated[str, typer.Option("--data", metavar="FILE", show_default=False, help="Rows to measure on.")]
+DataFiles = Annotated[
+    list[str],
+    typer.Option(
+        "--data",
+        metavar="FILE",
+        show_default=False,
+        help="Rows to measure on; with --against several files can be given.",
+    ),
+]
+Against = Annotated[
+    str | None,
+    typer.Option(
+        "--against",
+        metavar="ORIGINAL",
+        show_default=False,
+        help="The encoder that this one was made of: what are its embeddings good for, beside those of the original?",
+    ),
+]
 LabelColumn = Annotated[
     str | None,
     typer.Option(
@@ -35,7 +53,8 @@ LabelColumn = Annotated[
 
 def evaluate(
     model: Evaluated,
-    data: DataFile,
+    data: DataFiles,
+    against: Against = None,
     text: TextColumns = None,
     words: Words = False,
     label: LabelColumn = None,
@@ -53,11 +72,18 @@ def evaluate(
     Language models: the mean loss of a token in nats, perplexity, and how often the likeliest token is the next one,
     each text by itself.
 
+    Sentence encoders (--against): on texts, the mean cosine to the embeddings of the original, the rank correlation of
+    similarities, and the overlap of the ten nearest neighbours; with labels also how many texts have the class of their
+    nearest neighbour, and the accuracy of logistic regression on embeddings (5-fold cross-validation). On pairs of
+    texts, the area under the curve of their cosine, or its rank correlation with scores. Pooling is that of
+    the directory; intervals are those of a bootstrap over rows, at 95 %.
+
     \b
     [bold]Examples[/bold]
       factorformer evaluate small/ --data test.tsv
       factorformer evaluate small/ --data test.jsonl --text question --label intent
       factorformer evaluate chat/ --data texts.txt
+      factorformer evaluate small/ --against minilm --data sentences.txt --data intents.tsv --data pairs.tsv
     """
     from factorformer.cli._inputs import about, columns_of, encode_table, plain_columns, read_table
     from factorformer.cli._measure import check_measurable, measure
@@ -67,22 +93,33 @@ def evaluate(
     from factorformer.tasks.classification import check_head, is_causal, labels_for
     from factorformer.tasks.data import check_lengths
 
+    if against is not None:
+        from factorformer.cli._jobs.embeddings import EmbeddingJob, evaluate_embeddings
+
+        if words:
+            raise MethodError("--words is about classes of words, and --against about embeddings of texts: give one")
+        job = EmbeddingJob(model, against, data, text, label, max_length, place_of(device))
+        emit(evaluate_embeddings(job), as_json=as_json)
+        return
+    if len(data) > 1:
+        raise MethodError(f"--data was given {len(data)} times: several files are for --against alone")
+    (data_file,) = data
     path = find(model)
     config = read_config(path)
     plain = label is None and is_causal(config)
     columns, labels = columns_of(text, None if plain else label or "label", words), None
     head = None if plain else check_head(path, config)
-    columns = plain_columns(data, columns) if plain else columns
-    rows = read_table(data, columns)
+    columns = plain_columns(data_file, columns) if plain else columns
+    rows = read_table(data_file, columns)
     if head is not None and columns.label is not None:
-        with about(data):
+        with about(data_file):
             labels = labels_for(head, rows, columns.label)
     tokenizer = load_tokenizer(path)
-    encoded = encode_table(data, rows, columns, tokenizer, labels, max_length, config)
+    encoded = encode_table(data_file, rows, columns, tokenizer, labels, max_length, config)
     if plain:
-        check_measurable(config, encoded, data)
+        check_measurable(config, encoded, data_file)
     loaded = load_model(path, device=place_of(device), whole=not plain)
-    check_lengths(loaded, encoded, f"'{data}'")
+    check_lengths(loaded, encoded, f"'{data_file}'")
     started = time.perf_counter()
     with bars() as progress:
         metrics = measure(loaded, tokenizer, encoded, labels, progress, "evaluate").metrics

@@ -8,6 +8,8 @@
   "scope":           "blocks" or "all": what these three count,
   "method":          name of the method, or null for a model that was not compressed just now,
   "metrics":         {name: number}; "original_..." is the same metric of the model before compression,
+                                     "difference_..." how far it is from that, "..._low" and "..._high" the
+                                     ends of an interval of 95 %,
   "seconds":         {phase: number},
   "seed":            int or null,
   "versions":        {"factorformer", "torch", "transformers", "python": str},
@@ -43,6 +45,12 @@ from factorformer.training.rank_history import RankHistory
 
 BEFORE = "original_"
 """Prefix of a metric of the model before compression."""
+
+DIFFERENCE = "difference_"
+"""Prefix of how far a metric is from that of the original."""
+
+ENDS = ("_low", "_high")
+"""Suffixes of the ends of the interval of a metric, at 95 %."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from rich import box
 from rich.console import Console
@@ -13,7 +13,7 @@ from rich.table import Table
 from factorformer.layers.matrix import Scope
 from factorformer.planning import Entry
 from factorformer.report.ranks import ranks_table
-from factorformer.report.result import BEFORE, Result
+from factorformer.report.result import BEFORE, DIFFERENCE, ENDS, Result
 
 SCOPES: dict[Scope, str] = {"blocks": "the Transformer blocks", "all": "the whole model, embeddings included"}
 AMOUNTS = ("latency", "file_bytes")
@@ -47,12 +47,24 @@ def _summary(result: Result) -> Table:
     ):
         table.add_row(name, *([f"{old:,}"] if dense else [f"{old:,}", f"{new:,}", _ratio(old, new)]))
     table.add_section()
-    for name in dict.fromkeys(name.removeprefix(BEFORE) for name in result.metrics):
-        old, new = result.metrics.get(BEFORE + name), result.metrics.get(name)
+    metrics = result.metrics
+    ends = {name + end for name in metrics for end in ENDS if all(name + other in metrics for other in ENDS)}
+    names = (name.removeprefix(BEFORE).removeprefix(DIFFERENCE) for name in metrics if name not in ends)
+    for name in dict.fromkeys(names):
+        old, new = metrics.get(BEFORE + name), metrics.get(name)
         ratio = _ratio(old, new) if old and new and name.startswith(AMOUNTS) else ""
+        change = _estimate(metrics, DIFFERENCE + name) if DIFFERENCE + name in metrics else ratio
         label = name.replace("_", " ") + (" (before training)" if name.startswith("predicted") else "")
-        table.add_row(label, *([_number(new)] if dense else [_number(old), _number(new), ratio]))
+        values = [_estimate(metrics, BEFORE + name), _estimate(metrics, name), change]
+        table.add_row(label, *(values[1:2] if dense and DIFFERENCE + name not in metrics else values))
     return table
+
+
+def _estimate(metrics: Mapping[str, float], name: str) -> str:
+    """A metric, with its interval if it has one."""
+    low, high = (metrics.get(name + end) for end in ENDS)
+    between = "" if low is None or high is None else f" [{_number(low)}, {_number(high)}]"
+    return _number(metrics.get(name)) + escape(between)
 
 
 def _layers(entries: Iterable[Entry]) -> Table:

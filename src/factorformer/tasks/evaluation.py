@@ -182,9 +182,26 @@ def _statistic(test: Callable[..., Any], a: np.ndarray, b: np.ndarray) -> float:
 
 
 def embed(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, data: datasets.Dataset, batch_size: int = 32
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    data: datasets.Dataset,
+    batch_size: int = 32,
+    pool: Callable[[Tensor, Tensor], Tensor] = mean_pool,
+    progress: Progress = silent,
+    phase: str = "embed",
 ) -> Tensor:
-    """Mean-pooled last hidden states of every row, `(rows, width)`, in the order of the rows."""
+    """Pooled last hidden states of every row, `(rows, width)`, in the order of the rows.
+
+    Args:
+        model: an encoder; a head is left out.
+        tokenizer: pads rows.
+        data: from `data.encode`.
+        batch_size: rows at a time.
+        pool: hidden states `(rows, tokens, width)` and which tokens are real `(rows, tokens)`, as booleans, to one
+            vector for each row.
+        progress: told of `phase`, and how many rows are done.
+        phase: see there.
+    """
     base = model.base_model.eval()
     device = model.device
     result: list[Tensor] = []
@@ -193,8 +210,9 @@ def embed(
         for rows, batch in indexed_batches(tokenizer, data, batch_size):
             inputs = {key: value.to(device) for key, value in batch.items() if key != "labels"}
             hidden = base(**inputs).last_hidden_state
-            result.append(mean_pool(hidden, inputs["attention_mask"].bool()).float().cpu())
+            result.append(pool(hidden, inputs["attention_mask"].bool()).float().cpu())
             order += rows
+            progress(phase, len(order), len(data))
     return torch.cat(result)[torch.tensor(order).argsort()]
 
 

@@ -1,0 +1,190 @@
+"""The job of `evaluate --against`: what the embeddings of a compressed encoder are good for, beside the original's."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from factorformer.cli._inputs import about, encode_table, read_table
+from factorformer.cli._options import note
+from factorformer.errors import DataError, ModelError
+from factorformer.export.sentence import read_layout
+from factorformer.hf.source import find, load_model, load_tokenizer, read_config
+from factorformer.progress import Progress, bars
+from factorformer.report import Result, inventory
+from factorformer.report.result import BEFORE
+from factorformer.tasks import embeddings
+from factorformer.tasks.classification import is_causal
+from factorformer.tasks.data import Columns, check_lengths, read
+from factorformer.tasks.embeddings import Use
+from factorformer.tasks.evaluation import LEAST_TEXTS, embed
+from factorformer.tasks.reading import text_format
+from factorformer.training.distillation import mean_pool
+
+TEXTS = (("text",), ("sentence",), ("sentence1", "sentence2"), ("question1", "question2"), ("premise", "hypothesis"))
+"""Names of text columns that are looked for where none are given."""
+
+LABELS = ("label", "score")
+"""Names of columns of labels that are looked for."""
+
+
+@dataclasses.dataclass(frozen=True)
+class EmbeddingJob:
+    """What is measured.
+
+    Args:
+        model: compressed, or any other.
+        against: the original.
+        data: files, or data sets of the Hub.
+        text, label: columns, where they have other names than the usual ones.
+        max_length: tokens after which texts are cut.
+        device: where models run; None for a GPU if there is one.
+        seed: of what is drawn.
+    """
+
+    model: str
+    against: str
+    data: Sequence[str]
+    text: Sequence[str] | None
+    label: str | None
+    max_length: int
+    device: str | None
+    seed: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class _Table:
+    """A file: texts, or pairs of them, and what they are labelled with."""
+
+    source: str
+    columns: Columns
+    texts: tuple[list[str], ...]
+    labels: list[object] | None
+
+
+class _Encoder:
+    """A model and all that it takes to embed texts with it."""
+
+    def __init__(self, name: str, device: str | None) -> None:
+        self.name, self.path = name, find(name)
+        self.config = read_config(self.path)
+        if is_causal(self.config) or self.config.is_encoder_decoder:
+            raise ModelError(f"'{name}' is no encoder: --against compares what embeddings of sentence encoders say")
+        self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(self.path)
+        self.pooling = read_layout(self.path).pooling
+        self.device = device
+        self.model: PreTrainedModel | None = None
+
+    def load(self) -> PreTrainedModel:
+        """The model, read once."""
+        self.model = self.model or load_model(self.path, device=self.device)
+        return self.model
+
+    def pool(self, hidden: Tensor, mask: Tensor) -> Tensor:
+        """As its directory says, if that is one of sentence-transformers; else the mean."""
+        if self.pooling is None:
+            return mean_pool(hidden, mask)
+        vectors = self.pooling(hidden, mask.long())
+        for module in self.pooling.after:
+            vectors = module(vectors)
+        return vectors
+
+    def embed(self, table: _Table, max_length: int, progress: Progress) -> tuple[Tensor, ...]:
+        """`(rows, width)` of the texts, or of both texts of each pair."""
+        import datasets
+
+        model, found = self.load(), []
+        for column, texts in zip(table.columns.text, table.texts, strict=True):
+            rows = datasets.Dataset.from_dict({column: texts})
+            encoded = encode_table(
+                table.source, rows, Columns((column,)), self.tokenizer, None, max_length, self.config
+            )
+            if len(encoded) < len(texts):
+                raise DataError(f"'{table.source}': the tokenizer of '{self.name}' makes no token of a text")
+            check_lengths(model, encoded, f"'{table.source}'")
+            with torch.inference_mode():
+                phase = f"embed {Path(table.source).name} by {Path(self.name).name}"
+                found.append(embed(model, self.tokenizer, encoded, pool=self.pool, progress=progress, phase=phase))
+        return tuple(found)
+
+
+def evaluate_embeddings(job: EmbeddingJob) -> Result:
+    """Measure two encoders on the same texts.
+
+    Raises:
+        ModelError: one of them is no encoder, or cannot be read.
+        DataError: a file that cannot be read, or is too small to measure anything on.
+    """
+    tables = [_read(source, job.text, job.label) for source in job.data]
+    encoders = [_Encoder(name, job.device) for name in (job.against, job.model)]
+    metrics: dict[str, float] = {}
+    started = time.perf_counter()
+    with bars() as progress:
+        for name, table in zip(_names(job.data), tables, strict=True):
+            before, after = (encoder.embed(table, job.max_length, progress) for encoder in encoders)
+            with about(table.source):
+                metrics |= _flat(name, _uses(table, before, after, job.seed))
+    seconds = {"evaluate": time.perf_counter() - started}
+    return Result.of(inventory(encoders[1].load(), "all"), metrics=metrics, seconds=seconds, seed=job.seed)
+
+
+def _uses(table: _Table, before: tuple[Tensor, ...], after: tuple[Tensor, ...], seed: int) -> Mapping[str, Use]:
+    if len(table.texts) == 2:
+        assert table.labels is not None
+        return embeddings.pairs((before[0], before[1]), (after[0], after[1]), table.labels, seed)
+    found = embeddings.kept(before[0], after[0], seed)
+    return found if table.labels is None else found | embeddings.classes(before[0], after[0], table.labels, seed)
+
+
+def _flat(name: str, uses: Mapping[str, Use]) -> dict[str, float]:
+    """As metrics: of the original, of the model, and how far the second is from the first, each with its interval."""
+    metrics: dict[str, float] = {}
+    for measure, use in uses.items():
+        parts = {BEFORE: use.original, "": use.compressed, "difference_": use.difference}
+        for prefix, estimate in parts.items():
+            if estimate is not None:
+                key = f"{prefix}{name}_{measure}"
+                metrics |= {key: estimate.value, f"{key}_low": estimate.low, f"{key}_high": estimate.high}
+    return metrics
+
+
+def _names(sources: Sequence[str]) -> list[str]:
+    """Short names of files, each but once: `test`, or `mrpc_test` where several are called so."""
+    parts = [Path(source.replace(":", "/")).parts for source in sources]
+    stems = [Path(part[-1]).name.partition(".")[0] for part in parts]
+    names = [
+        stem if stems.count(stem) == 1 or len(part) < 2 else f"{part[-2]}_{stem}"
+        for stem, part in zip(stems, parts, strict=True)
+    ]
+    return [name if names.count(name) == 1 else f"{name}_{place}" for place, name in enumerate(names, 1)]
+
+
+def _read(source: str, text: Sequence[str] | None, label: str | None) -> _Table:
+    """A table with the columns that are asked for, or that have the usual names."""
+    if text_format(Path(source)) == ".txt":
+        columns = Columns(("text",))
+    else:
+        names = read(source, None, note).column_names
+        texts = tuple(text or next((found for found in TEXTS if set(found) <= set(names)), ()))
+        if not texts:
+            usual = "; ".join(" and ".join(found) for found in TEXTS)
+            raise DataError(
+                f"'{source}' has the columns {', '.join(names)}, and none of the usual ones for texts ({usual}): name "
+                "one, or the two of pairs, by --text"
+            )
+        columns = Columns(texts, label or next((found for found in LABELS if found in names), None))
+    rows = read_table(source, columns)
+    if len(columns.text) == 2 and columns.label is None:
+        raise DataError(f"'{source}' holds pairs of texts without labels: name their column by --label")
+    if len(rows) < LEAST_TEXTS:
+        raise DataError(
+            f"'{source}' has {len(rows)} rows: give at least {LEAST_TEXTS}, whose similarities can be ranked"
+        )
+    texts_of = tuple([str(value) for value in rows[column]] for column in columns.text)
+    return _Table(source, columns, texts_of, None if columns.label is None else list(rows[columns.label]))

@@ -1,0 +1,276 @@
+"""What sentence embeddings are good for: kept similarities and neighbours, classes and pairs of texts.
+
+Everything is measured of two models side by side, on the same rows, and intervals are those of a bootstrap over rows
+(texts, or pairs), paired: both models and their difference are computed on the same resamples.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from scipy.stats import rankdata
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import StratifiedKFold, cross_val_predict
+from torch import Tensor
+
+from factorformer.errors import DataError
+
+NEIGHBOURS = 10
+"""Nearest neighbours whose overlap is counted."""
+
+RESAMPLES = 1000
+"""Of the bootstrap."""
+
+LEVEL = 0.95
+"""Of intervals."""
+
+PAIRS = 200_000
+"""Pairs of texts, drawn at random where there are more, whose similarities are ranked."""
+
+FOLDS = 5
+"""Of the cross-validation of classifiers."""
+
+CHUNK = 2**24
+"""Similarities that are held at a time."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """A number, and the interval in which it would lie on other rows like these.
+
+    Args:
+        value: on all rows.
+        low, high: the interval of level `LEVEL`, by percentiles of the bootstrap.
+    """
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Use:
+    """One measure of what embeddings are good for.
+
+    Args:
+        original, compressed: of both models; `original` is None for what compares the two.
+        difference: of the second to the first; None likewise.
+    """
+
+    compressed: Estimate
+    original: Estimate | None = None
+    difference: Estimate | None = None
+
+
+def kept(
+    original: Float[Tensor, "rows width"], compressed: Float[Tensor, "rows other"], seed: int = 0
+) -> dict[str, Use]:
+    """How far the second embeddings say what the first do.
+
+    Returns:
+        `embedding_cosine`: mean cosine of the two embeddings of a text, if they are of one width;
+        `similarity_spearman`: rank correlation of the cosines between texts, over all pairs or `PAIRS` of them;
+        `neighbour_recall`: of the `NEIGHBOURS` texts that are nearest to a text by the first, the part that is by the
+        second.
+    """
+    first, second = unit(original), unit(compressed)
+    rows = len(first)
+    found: dict[str, Use] = {}
+    if first.shape == second.shape:
+        found["embedding_cosine"] = Use(_mean((first * second).sum(1).numpy(), seed))
+    one, other = _pairs(rows, seed)
+    similarities = [(e[one] * e[other]).sum(1).numpy() for e in (first, second)]
+
+    def correlation(counts: np.ndarray) -> float:
+        # Texts that are drawn twice make four pairs of each.
+        return _weighted_spearman(*similarities, counts[one] * counts[other])
+
+    found["similarity_spearman"] = Use(_bootstrap(correlation, rows, seed, resamples=RESAMPLES // 10))
+    found["neighbour_recall"] = Use(_mean(neighbour_recall(first, second), seed))
+    return found
+
+
+def neighbour_recall(original: Tensor, compressed: Tensor, neighbours: int = NEIGHBOURS) -> np.ndarray:
+    """For each text, which part of its nearest by the first embeddings is among the nearest by the second."""
+    count = min(neighbours, len(original) - 1)
+    parts = [
+        torch.eq(one[:, :, None], other[:, None, :]).any(dim=2).float().mean(1)
+        for one, other in zip(_nearest(original, count), _nearest(compressed, count), strict=True)
+    ]
+    return torch.cat(parts).numpy()
+
+
+def classes(original: Tensor, compressed: Tensor, labels: Sequence[Any], seed: int = 0) -> dict[str, Use]:
+    """How well embeddings tell classes apart.
+
+    Returns:
+        `nearest_neighbour_accuracy`: a text has the class of the one that is nearest to it;
+        `logistic_regression_accuracy`: of logistic regression on embeddings of norm 1, cross-validated on `FOLDS`
+        parts, the same for both models.
+
+    Raises:
+        DataError: a single class, or one with fewer texts than parts.
+    """
+    names, ids = np.unique(np.asarray([str(label) for label in labels]), return_inverse=True)
+    counts = np.bincount(ids)
+    if len(names) < 2 or counts.min() < FOLDS:
+        few = names[int(counts.argmin())]
+        raise DataError(
+            f"class '{few}' has {counts.min()} of {len(ids)} texts: classes are told apart by {FOLDS}-fold "
+            f"cross-validation, which needs two classes of at least {FOLDS} texts each"
+        )
+    right: dict[str, list[np.ndarray]] = {"nearest_neighbour_accuracy": [], "logistic_regression_accuracy": []}
+    for embeddings in (unit(original), unit(compressed)):
+        nearest = torch.cat(list(_nearest(embeddings, 1)))[:, 0].numpy()
+        right["nearest_neighbour_accuracy"].append(ids[nearest] == ids)
+        folds = StratifiedKFold(FOLDS, shuffle=True, random_state=seed)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ConvergenceWarning)
+            predicted = cross_val_predict(LogisticRegression(C=10, max_iter=200), embeddings.numpy(), ids, cv=folds)
+        right["logistic_regression_accuracy"].append(predicted == ids)
+    return {name: _both(*(r.astype(np.float64) for r in pair), seed=seed) for name, pair in right.items()}
+
+
+def pairs(
+    original: tuple[Tensor, Tensor], compressed: tuple[Tensor, Tensor], labels: Sequence[Any], seed: int = 0
+) -> dict[str, Use]:
+    """How well the cosine of two texts says whether, or how far, they mean the same.
+
+    Args:
+        original, compressed: embeddings of the first and of the second texts.
+        labels: two classes, of which the one that sorts last says that they do; or scores.
+        seed: of the bootstrap.
+
+    Returns:
+        `pair_auc`: with two classes, the area under the curve of the cosine; `pair_spearman`: with scores, the rank
+        correlation of the cosine with them.
+
+    Raises:
+        DataError: labels that are neither.
+    """
+    wanted = _scores(labels)
+    given = [(unit(one) * unit(other)).sum(1).numpy() for one, other in (original, compressed)]
+    two = len(np.unique(wanted)) == 2
+    statistic: Callable[[np.ndarray, np.ndarray, np.ndarray], float]
+    statistic = _weighted_auc if two else _weighted_spearman
+    uses = _paired(lambda cosines, counts: statistic(cosines, wanted, counts), given, seed)
+    return {"pair_auc" if two else "pair_spearman": uses}
+
+
+def unit(embeddings: Float[Tensor, "rows width"]) -> Float[Tensor, "rows width"]:
+    """At norm 1, in float32 on the CPU."""
+    return F.normalize(embeddings.float().cpu(), dim=1)
+
+
+def _scores(labels: Sequence[Any]) -> np.ndarray:
+    try:
+        values = np.asarray([float(label) for label in labels])
+    except (TypeError, ValueError):
+        names, ids = np.unique(np.asarray([str(label) for label in labels]), return_inverse=True)
+        if len(names) != 2:
+            raise DataError(
+                f"labels of pairs are scores, or two classes: these are {len(names)} names, such as '{names[0]}'"
+            ) from None
+        return ids.astype(np.float64)
+    if len(np.unique(values)) < 2 or not np.isfinite(values).all():
+        raise DataError("labels of pairs are scores, or two classes: these are all the same, or not finite")
+    return values
+
+
+def _nearest(embeddings: Tensor, count: int) -> Iterator[Tensor]:
+    """The numbers of the texts nearest to each, itself left out, for some texts at a time: `(some, count)`."""
+    some = max(1, CHUNK // len(embeddings))
+    for first in range(0, len(embeddings), some):
+        part = embeddings[first : first + some]
+        cosines = part @ embeddings.T
+        own = torch.arange(first, first + len(part))
+        cosines[own - first, own] = -2
+        yield cosines.topk(count, dim=1).indices
+
+
+def _pairs(rows: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """All pairs of different texts, or some of them."""
+    if rows * (rows - 1) // 2 <= PAIRS:
+        one, other = np.triu_indices(rows, 1)
+        return one, other
+    generator = np.random.default_rng(seed)
+    one = generator.integers(rows, size=PAIRS)
+    return one, (one + generator.integers(1, rows, size=PAIRS)) % rows
+
+
+def _weighted_spearman(a: np.ndarray, b: np.ndarray, weights: np.ndarray) -> float:
+    """Spearman's correlation of rows that count as often as their weights say."""
+    drawn = weights > 0
+    a, b, weights = a[drawn], b[drawn], weights[drawn].astype(np.float64)
+    first, second = _weighted_ranks(a, weights), _weighted_ranks(b, weights)
+    total = weights.sum()
+    first, second = first - weights @ first / total, second - weights @ second / total
+    scale = np.sqrt((weights @ first**2) * (weights @ second**2))
+    return float(weights @ (first * second) / scale) if scale > 0 else float("nan")
+
+
+def _weighted_ranks(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Mid-ranks in a sample in which each value is repeated."""
+    places = rankdata(values, method="dense").astype(np.int64) - 1
+    each = np.bincount(places, weights)
+    return (np.cumsum(each) - each / 2)[places]
+
+
+def _weighted_auc(cosines: np.ndarray, wanted: np.ndarray, weights: np.ndarray) -> float:
+    """The probability that a pair of the class that sorts last has the larger cosine (Mann and Whitney, 1947)."""
+    positive = wanted == wanted.max()
+    places = rankdata(cosines, method="dense").astype(np.int64) - 1
+    yes = np.bincount(places, weights * positive)
+    no = np.bincount(places, weights * ~positive, minlength=len(yes))
+    total = yes.sum() * no.sum()
+    return float((yes * (np.cumsum(no) - no / 2)).sum() / total) if total > 0 else float("nan")
+
+
+def _mean(values: np.ndarray, seed: int) -> Estimate:
+    return _bootstrap(lambda counts: float(counts @ values / counts.sum()), len(values), seed)
+
+
+def _both(original: np.ndarray, compressed: np.ndarray, seed: int) -> Use:
+    return _paired(lambda values, counts: float(counts @ values / counts.sum()), [original, compressed], seed)
+
+
+def _paired(statistic: Callable[[np.ndarray, np.ndarray], float], values: Sequence[np.ndarray], seed: int) -> Use:
+    """A statistic of both models, and its difference, on the same resamples."""
+    first, second = values
+    rows = len(first)
+    drawn = [(statistic(first, counts), statistic(second, counts)) for counts in _resamples(rows, seed, RESAMPLES)]
+    every = np.ones(rows)
+    whole = statistic(first, every), statistic(second, every)
+    columns = np.asarray(drawn)
+    return Use(
+        _interval(whole[1], columns[:, 1]),
+        _interval(whole[0], columns[:, 0]),
+        _interval(whole[1] - whole[0], columns[:, 1] - columns[:, 0]),
+    )
+
+
+def _bootstrap(statistic: Callable[[np.ndarray], float], rows: int, seed: int, resamples: int = RESAMPLES) -> Estimate:
+    drawn = np.asarray([statistic(counts) for counts in _resamples(rows, seed, resamples)])
+    return _interval(statistic(np.ones(rows)), drawn)
+
+
+def _resamples(rows: int, seed: int, count: int) -> Iterator[np.ndarray]:
+    """How often each row is drawn."""
+    generator = np.random.default_rng(seed)
+    for _ in range(count):
+        yield np.bincount(generator.integers(rows, size=rows), minlength=rows).astype(np.float64)
+
+
+def _interval(value: float, drawn: np.ndarray) -> Estimate:
+    tail = (1 - LEVEL) / 2
+    finite = drawn[np.isfinite(drawn)]
+    low, high = np.quantile(finite, [tail, 1 - tail]) if len(finite) else (value, value)
+    return Estimate(float(value), float(low), float(high))
