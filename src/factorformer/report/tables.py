@@ -35,7 +35,7 @@ def show(result: Result, console: Console) -> None:
 
 def _summary(result: Result) -> Table:
     before, after = result.original, result.compressed
-    dense = before == after
+    dense = before == after and not any(name.startswith(DIFFERENCE) for name in result.metrics)
     table = Table(box=box.SIMPLE_HEAD, title=f"Cost of {SCOPES[result.scope]}", title_justify="left")
     table.add_column(f"method {result.method}" if result.method else "")
     for column in ["dense"] if dense else ["original", "compressed", "ratio"]:
@@ -56,7 +56,7 @@ def _summary(result: Result) -> Table:
         change = _estimate(metrics, DIFFERENCE + name) if DIFFERENCE + name in metrics else ratio
         label = name.replace("_", " ") + (" (before training)" if name.startswith("predicted") else "")
         values = [_estimate(metrics, BEFORE + name), _estimate(metrics, name), change]
-        table.add_row(label, *(values[1:2] if dense and DIFFERENCE + name not in metrics else values))
+        table.add_row(label, *(values[1:2] if dense else values))
     return table
 
 

@@ -87,11 +87,11 @@ def kept(
     if first.shape == second.shape:
         found["embedding_cosine"] = Use(_mean((first * second).sum(1).numpy(), seed))
     one, other = _pairs(rows, seed)
-    similarities = [(e[one] * e[other]).sum(1).numpy() for e in (first, second)]
+    before, after = ((e[one] * e[other]).sum(1).numpy() for e in (first, second))
 
     def correlation(counts: np.ndarray) -> float:
-        # Texts that are drawn twice make four pairs of each.
-        return _weighted_spearman(*similarities, counts[one] * counts[other])
+        # Two texts that are drawn twice make four pairs.
+        return _weighted_spearman(before, after, counts[one] * counts[other])
 
     found["similarity_spearman"] = Use(_bootstrap(correlation, rows, seed, resamples=RESAMPLES // 10))
     found["neighbour_recall"] = Use(_mean(neighbour_recall(first, second), seed))
