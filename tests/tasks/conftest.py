@@ -2,11 +2,15 @@
 
 import gc
 
+import datasets
+import numpy as np
 import pytest
 from tests.hf.conftest import make_classifier, tokenizer
-from transformers import Trainer
+from transformers import PreTrainedTokenizerBase, Trainer
 
-__all__ = ["make_classifier", "tokenizer"]
+from factorformer.tasks.data import Columns, encode
+
+__all__ = ["make_classifier", "sentences", "tokenizer"]
 
 IMPORTED = (Trainer,)  # what most tests import sooner or later
 
@@ -16,3 +20,16 @@ def _what_was_imported_stays() -> None:
     """Garbage is collected before and after each training: without a look at all that was imported, this is quick."""
     gc.collect()
     gc.freeze()
+
+
+def sentences(rows: int = 48) -> datasets.Dataset:
+    """Texts of one to six words, which the two classes take from different halves of the vocabulary."""
+    generator = np.random.default_rng(0)
+    labels = generator.integers(0, 2, rows)
+    words = [30 * label + generator.integers(0, 30, generator.integers(1, 7)) for label in labels]
+    return datasets.Dataset.from_dict({"text": [" ".join(f"w{i}" for i in row) for row in words], "label": labels})
+
+
+@pytest.fixture
+def plain(tokenizer: PreTrainedTokenizerBase) -> datasets.Dataset:
+    return encode(tokenizer, sentences(), Columns(("text",)))

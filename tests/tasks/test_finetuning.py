@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import transformers as tf
+from tests.tasks.conftest import sentences
 
 import factorformer
 from factorformer.errors import DataError, ModelError
@@ -27,23 +28,10 @@ Make = Callable[..., tf.PreTrainedModel]
 FAST = TrainingSettings(epochs=4, learning_rate=5e-3, batch_size=8)
 
 
-def sentences(rows: int = 48) -> datasets.Dataset:
-    """Texts of one to six words, which the two classes take from different halves of the vocabulary."""
-    generator = np.random.default_rng(0)
-    labels = generator.integers(0, 2, rows)
-    words = [30 * label + generator.integers(0, 30, generator.integers(1, 7)) for label in labels]
-    return datasets.Dataset.from_dict({"text": [" ".join(f"w{i}" for i in row) for row in words], "label": labels})
-
-
 @pytest.fixture
 def labelled(tokenizer: tf.PreTrainedTokenizerBase) -> datasets.Dataset:
     rows = sentences()
     return encode(tokenizer, rows, Columns(("text",), "label"), Labels.of(rows, "label"))
-
-
-@pytest.fixture
-def plain(tokenizer: tf.PreTrainedTokenizerBase) -> datasets.Dataset:
-    return encode(tokenizer, sentences(), Columns(("text",)))
 
 
 def compressed(model: tf.PreTrainedModel, ratio: float = 2, scope: str = "blocks") -> tf.PreTrainedModel:

@@ -15,7 +15,8 @@ from factorformer.report.result import BEFORE
 from factorformer.tasks import language_modelling
 from factorformer.tasks.classification import is_causal
 from factorformer.tasks.data import Labels
-from factorformer.tasks.evaluation import LEAST_TEXTS, compare_embeddings, embed, evaluate
+from factorformer.tasks.evaluation import LEAST_TEXTS, Pool, compare_embeddings, embed, evaluate
+from factorformer.training.distillation import mean_pool
 
 LOGITS = 2**27
 """A language model's predictions of so many numbers are held at a time."""
@@ -62,12 +63,13 @@ def measure(
     labels: Labels | None,
     progress: Progress,
     phase: str,
+    pool: Pool = mean_pool,
 ) -> Measured:
-    """Metrics of a task; without labels perplexity and tokens of a language model, or embeddings."""
+    """Metrics of a task; without labels perplexity and tokens of a language model, or pooled embeddings."""
     if labels is not None:
         return Measured(evaluate(model, tokenizer, data, labels, progress, phase))
     if not is_causal(model.config):
-        return Measured(embeddings=embed(model, tokenizer, data))
+        return Measured(embeddings=embed(model, tokenizer, data, pool=pool, progress=progress, phase=phase))
     size = max(1, LOGITS // (max(data["length"]) * model.config.get_text_config().vocab_size))
     metrics, tokens = language_modelling.predict(model, tokenizer, data, "causal", min(size, 32), progress, phase)
     return Measured(metrics, tokens)

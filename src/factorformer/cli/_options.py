@@ -208,6 +208,20 @@ LearningRate = Annotated[float, training_option("--lr", min=0.0, callback=finite
 BatchSize = Annotated[
     int, training_option("--batch-size", min=1, max=LARGEST, help="Rows in a step: texts, pairs or blocks.")
 ]
+Minutes = Annotated[
+    float | None,
+    training_option(
+        "--minutes",
+        min=1e-3,
+        max=1e6,
+        callback=finite,
+        help="Train for so many minutes, in place of --epochs, where an encoder learns from --distill alone. Plan and "
+        "fits come on top.",
+    ),
+]
+Resume = Annotated[
+    bool, typer.Option("--resume", help="Go on with an interrupted run of the same command, from its last checkpoint.")
+]
 Seed = Annotated[int, training_option("--seed", min=0, max=2**32 - 1, help="Seed of all randomness.")]
 Distill = Annotated[
     str | None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Annotated
 
@@ -9,8 +10,8 @@ import typer
 
 from factorformer.cli._given import note_unused
 from factorformer.cli._options import (
+    LARGEST,
     AsJson,
-    BatchSize,
     Budget,
     CalibrationFile,
     CalibrationRows,
@@ -24,15 +25,16 @@ from factorformer.cli._options import (
     Include,
     Int8,
     LabelColumn,
-    LearningRate,
     MaxLength,
     Method,
+    Minutes,
     Model,
     Output,
     Overwrite,
     RankMultiple,
     Ratio,
     Regression,
+    Resume,
     Scope,
     Seed,
     Share,
@@ -40,9 +42,29 @@ from factorformer.cli._options import (
     TrainFile,
     Words,
     emit,
+    finite,
     place_of,
+    training_option,
 )
 
+LearningRate = Annotated[
+    float | None,
+    training_option(
+        "--lr",
+        min=0.0,
+        callback=finite,
+        help="Peak of the learning rate. By default 1e-4, and 1e-3 for an encoder that learns from --distill alone.",
+    ),
+]
+BatchSize = Annotated[
+    int | None,
+    training_option(
+        "--batch-size",
+        min=1,
+        max=LARGEST,
+        help="Rows in a step: texts or pairs. By default 32, and 64 for an encoder that learns from --distill alone.",
+    ),
+]
 PlanFile = Annotated[
     Path | None,
     typer.Option(
@@ -77,12 +99,14 @@ def compress(
     regression: Regression = False,
     max_length: MaxLength = 128,
     epochs: Epochs = 3.0,
-    lr: LearningRate = 1e-4,
-    batch_size: BatchSize = 32,
+    minutes: Minutes = None,
+    lr: LearningRate = None,
+    batch_size: BatchSize = None,
     seed: Seed = 0,
     distill: Distill = None,
     freeze_embeddings: FreezeEmbeddings = True,
     device: Device = DeviceChoice.auto,
+    resume: Resume = False,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
@@ -95,7 +119,8 @@ def compress(
     which is better; otherwise it gets a new head.
 
     [bold]With --train and --distill but no --label[/bold] the compressed model learns on plain text to embed as the
-    teacher does.
+    teacher does, for --epochs, or for the --minutes that there are. Ten times on the way the embeddings of held-out
+    texts are compared, and a checkpoint is written; after an interruption the same command goes on with --resume.
 
     [bold]Without --label[/bold] --eval is plain text, by default a part of the training file. 'embedding cosine' is the
     mean cosine between the embeddings of the original and the compressed model, and 'similarity spearman' the rank
@@ -109,7 +134,8 @@ def compress(
     \b
     [bold]Examples[/bold]
       factorformer compress minilm small/ --ratio 2 --calibration texts.txt
-      factorformer compress minilm small/ --train texts.txt --distill minilm
+      factorformer compress minilm small/ --train texts.txt --distill minilm \\
+          --int8 --scope all --ratio 10 --minutes 30
       factorformer compress minilm small/ --int8 --ratio 8 --calibration texts.txt
       factorformer compress dense/ small/ --ratio 2.8 --train train.tsv \\
           --eval dev.tsv --label label --distill dense/
@@ -118,14 +144,20 @@ def compress(
 
     check_output(output, overwrite=overwrite, inputs=(model, plan, calibration, train, evaluation, distill))
     if train is None:
-        note_unused("without --train", "epochs", "lr", "freeze_embeddings")
+        note_unused("without --train", "epochs", "minutes", "lr", "freeze_embeddings")
     if train is None and evaluation is None and calibration is None:
         note_unused("without data", "text", "words", "max_length", "batch_size", "calibration_rows", "seed")
     from factorformer.cli._inputs import columns_of
     from factorformer.cli._jobs.compress import CompressJob, run
+    from factorformer.cli._jobs.unfinished import is_unfinished
     from factorformer.planning import Plan
     from factorformer.tasks.finetuning import TrainingSettings
+    from factorformer.tasks.healing import HealingSettings
 
+    training = TrainingSettings(epochs, seed=seed, freeze_embeddings=freeze_embeddings)
+    healing = HealingSettings(epochs, seed=seed, freeze_embeddings=freeze_embeddings, minutes=minutes)
+    chosen = {"learning_rate": lr, "batch_size": batch_size}
+    chosen = {name: value for name, value in chosen.items() if value is not None}
     job = CompressJob(
         model=model,
         output=str(output),
@@ -146,9 +178,15 @@ def compress(
         calibration=calibration,
         calibration_rows=calibration_rows,
         max_length=max_length,
-        settings=TrainingSettings(epochs, lr, batch_size, seed, freeze_embeddings=freeze_embeddings),
+        settings=dataclasses.replace(training, **chosen),
+        healing=dataclasses.replace(healing, **chosen),
         distill=distill,
         device=place_of(device),
         overwrite=overwrite,
     )
-    emit(run(job), as_json=as_json)
+    try:
+        emit(run(job, resume=resume), as_json=as_json)
+    except KeyboardInterrupt as error:
+        if not is_unfinished(output):
+            raise
+        raise typer.Exit(130) from error  # what is kept was said already

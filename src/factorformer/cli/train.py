@@ -22,6 +22,7 @@ from factorformer.cli._options import (
     Output,
     Overwrite,
     Ratio,
+    Resume,
     ScopeChoice,
     Seed,
     TextColumns,
@@ -119,9 +120,6 @@ Precision = Annotated[
 DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Read the data, train the tokenizer, show the plan, and write nothing.")
 ]
-Resume = Annotated[
-    bool, typer.Option("--resume", help="Go on with an interrupted run of the same command, from its last checkpoint.")
-]
 
 
 def train(
@@ -183,8 +181,7 @@ def train(
         check_output(output, overwrite=overwrite, inputs=(config, *files.names))
     _check_method(method, ratio, include, exclude)
     from factorformer.cli._jobs.train import DENSE, TrainJob, preview, run
-    from factorformer.cli._jobs.unfinished import Unfinished
-    from factorformer.tasks.checkpoints import last_checkpoint
+    from factorformer.cli._jobs.unfinished import is_unfinished
     from factorformer.tasks.from_scratch import ScratchSettings
 
     place = place_of(device)
@@ -220,7 +217,7 @@ def train(
     try:
         emit(run(job, resume=resume, overwrite=overwrite), as_json=as_json)
     except KeyboardInterrupt as error:
-        if last_checkpoint(Unfinished(output).checkpoints) is None:
+        if not is_unfinished(output):
             raise
         raise typer.Exit(130) from error  # what is kept was said already
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from factorformer.errors import CheckpointError, ExportError, one_of
 from factorformer.hf import layout
 from factorformer.hf.source import find
+from factorformer.training.distillation import mean_pool
 
 MODES = ("cls", "max", "mean", "mean_sqrt_len_tokens", "weightedmean", "lasttoken")
 
@@ -133,6 +134,17 @@ class Layout:
     source: Path
     transformer: Path
     pooling: Pooling | None = None
+
+    def pool(
+        self, hidden: Float[Tensor, "batch length width"], mask: Bool[Tensor, "batch length"]
+    ) -> Float[Tensor, "batch pooled"]:
+        """What users get: as the directory says, and where it says nothing the mean over real tokens."""
+        if self.pooling is None:
+            return mean_pool(hidden, mask)
+        vectors = self.pooling(hidden, mask.long())
+        for module in self.pooling.after:
+            vectors = module(vectors)
+        return vectors
 
 
 def find_layout(model: str) -> Layout:

@@ -103,3 +103,13 @@ class DynamicRankCallback(TrainerCallback):
     ) -> None:
         """Meet the budget, if training was too short for it, and let go of the model."""
         self.ranks.finish(kwargs.get("optimizer"))
+
+
+def moving(straight: StraightThrough | None, ranks: DynamicRank | None) -> list[TrainerCallback]:
+    """The callbacks of those of the two that there are."""
+    callbacks: list[TrainerCallback] = []
+    if straight is not None:
+        callbacks.append(StraightThroughCallback(straight))
+    if ranks is not None:
+        callbacks.append(DynamicRankCallback(ranks))
+    return callbacks

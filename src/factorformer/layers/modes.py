@@ -10,6 +10,14 @@ from collections.abc import Iterable, Iterator
 
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+SHORT = 128
+"""Tokens up to which attention in bfloat16 goes back faster through its matrices than through the fused operator.
+
+Measured on AMD EPYC with AVX-512 in bfloat16, 2 cores, forward and backward pass of 2,048 tokens, 12 heads of width 32,
+in milliseconds: 43 fused and 5 by its matrices at 16 tokens, 24 and 12 at 64, 29 and 18 at 128, 24 and 41 at 256.
+"""
 
 
 @contextlib.contextmanager
@@ -97,6 +105,19 @@ def fast_float32(device: torch.device, *, rounding: bool = False) -> Iterator[No
         yield
     finally:
         products.fp32_precision = before
+
+
+def fast_attention(device: torch.device, tokens: int, *, rounded: bool) -> contextlib.AbstractContextManager[object]:
+    """Attention whose backward pass is fast on short texts.
+
+    Args:
+        device: of the model; nothing changes on others than CPUs.
+        tokens: of the longest text of a batch.
+        rounded: whether products are made in bfloat16; the fused operator is slow there alone.
+    """
+    if device.type == "cpu" and rounded and tokens <= SHORT:
+        return sdpa_kernel(SDPBackend.MATH)
+    return contextlib.nullcontext()
 
 
 @functools.cache

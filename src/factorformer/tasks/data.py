@@ -97,12 +97,13 @@ def _aligned(words: Sequence[int | None], labels: Sequence[int]) -> list[int]:
 
 
 def collator(
-    tokenizer: PreTrainedTokenizerBase, data: datasets.Dataset
+    tokenizer: PreTrainedTokenizerBase, data: datasets.Dataset, multiple: int | None = None
 ) -> DataCollatorWithPadding | DataCollatorForTokenClassification:
-    """What pads rows of encoded data to a batch; labels of words with them."""
+    """What pads rows of encoded data to a batch, of a length that is a multiple; labels of words with them."""
     labels = data.features.get("labels")
     by_word = isinstance(labels, datasets.List) and labels.feature.dtype.startswith("int")
-    return DataCollatorForTokenClassification(tokenizer) if by_word else DataCollatorWithPadding(tokenizer)
+    kind = DataCollatorForTokenClassification if by_word else DataCollatorWithPadding
+    return kind(tokenizer, pad_to_multiple_of=multiple)
 
 
 def batches(

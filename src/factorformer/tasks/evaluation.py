@@ -11,6 +11,7 @@ import datasets
 import numpy as np
 import torch
 import torch.nn.functional as F
+from jaxtyping import Bool, Float
 from scipy.stats import ConstantInputWarning, pearsonr, spearmanr
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 from torch import Tensor, nn
@@ -20,8 +21,12 @@ from factorformer.errors import DataError, ModelError
 from factorformer.layers.modes import fast_float32
 from factorformer.progress import Progress, silent
 from factorformer.tasks.data import IGNORED, indexed_batches
+from factorformer.tasks.embeddings import neighbour_recall, unit
 from factorformer.tasks.labels import Labels
 from factorformer.training.distillation import mean_pool
+
+Pool = Callable[[Float[Tensor, "rows tokens width"], Bool[Tensor, "rows tokens"]], Float[Tensor, "rows pooled"]]
+"""Hidden states, and which tokens are real, to one vector for each row."""
 
 LEAST_TEXTS = 3
 """Similarities of texts can be ranked from so many on."""
@@ -186,7 +191,7 @@ def embed(
     tokenizer: PreTrainedTokenizerBase,
     data: datasets.Dataset,
     batch_size: int = 32,
-    pool: Callable[[Tensor, Tensor], Tensor] = mean_pool,
+    pool: Pool = mean_pool,
     progress: Progress = silent,
     phase: str = "embed",
 ) -> Tensor:
@@ -197,8 +202,7 @@ def embed(
         tokenizer: pads rows.
         data: from `data.encode`.
         batch_size: rows at a time.
-        pool: hidden states `(rows, tokens, width)` and which tokens are real `(rows, tokens)`, as booleans, to one
-            vector for each row.
+        pool: what becomes of hidden states.
         progress: told of `phase`, and how many rows are done.
         phase: see there.
     """
@@ -221,15 +225,14 @@ def compare_embeddings(original: Tensor, compressed: Tensor) -> dict[str, float]
 
     Returns:
         `embedding_cosine`: mean cosine of each row's two embeddings; `similarity_spearman`: rank correlation, over all
-        pairs of rows, of the cosine similarities that the two models give; NaN below three rows.
+        pairs of rows, of the cosine similarities that the two models give, NaN below three rows; `neighbour_recall`: of
+        the ten rows that are nearest to a row in the original, the part that is in the compressed model.
     """
     cosine = nn.functional.cosine_similarity(original, compressed).mean()
     pairs = torch.triu_indices(len(original), len(original), 1)
-    similarities = [
-        (unit @ unit.T)[pairs[0], pairs[1]].numpy()
-        for unit in (nn.functional.normalize(e, dim=-1) for e in (original, compressed))
-    ]
+    similarities = [(e @ e.T)[pairs[0], pairs[1]].numpy() for e in (unit(original), unit(compressed))]
     return {
         "embedding_cosine": float(cosine),
         "similarity_spearman": rank_correlation(*similarities),
+        "neighbour_recall": float(neighbour_recall(unit(original), unit(compressed)).mean()),
     }

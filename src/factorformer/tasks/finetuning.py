@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import datasets
@@ -16,17 +15,14 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    Trainer,
     TrainerCallback,
 )
 
 from factorformer.errors import DataError, ModelError
-from factorformer.hf.callbacks import DynamicRankCallback, StraightThroughCallback
-from factorformer.layers.modes import requiring_gradients
-from factorformer.layers.nn import FactorizedMatrix
+from factorformer.hf.callbacks import moving
 from factorformer.progress import Progress, silent
 from factorformer.tasks.data import IGNORED, collator
-from factorformer.tasks.trainer import Settings, Watch, run, seeded
+from factorformer.tasks.trainer import FastTrainer, Settings, Watch, frozen_embeddings, run, seeded
 from factorformer.training.distillation import (
     WITHOUT_LABELS,
     DistillationWeights,
@@ -51,7 +47,7 @@ class TrainingSettings(Settings):
     freeze_embeddings: bool = True
 
 
-class DistillationTrainer(Trainer):
+class DistillationTrainer(FastTrainer):
     """A `Trainer` whose model also follows a teacher: logits, hidden states, pooled embeddings.
 
     Args:
@@ -153,13 +149,11 @@ def train(
     if teacher is not None:
         check_can_follow(model.config)
     weights = distillation or (DistillationWeights() if labelled else WITHOUT_LABELS)
-    acting: list[TrainerCallback] = [Watch(progress, phase)]
-    acting += [] if straight is None else [StraightThroughCallback(straight)]
-    acting += [] if ranks is None else [DynamicRankCallback(ranks)]
+    acting: list[TrainerCallback] = [Watch(progress, phase), *moving(straight, ranks)]
     frozen = settings.freeze_embeddings and (ranks is None or not ranks.holds(model.get_input_embeddings()))
     with (
         tempfile.TemporaryDirectory() as scratch,
-        _frozen_embeddings(model, frozen),
+        frozen_embeddings(model, frozen),
         seeded(settings.seed),
     ):
         common: dict[str, Any] = {
@@ -172,11 +166,13 @@ def train(
                 logging_strategy="epoch",
             ),
             "train_dataset": data,
-            "data_collator": collator(tokenizer, data),
+            "data_collator": collator(tokenizer, data, settings.multiple(model, max(data["length"]))),
             "callbacks": [*acting, *(callbacks or [])],
         }
         trainer = (
-            Trainer(**common) if teacher is None else DistillationTrainer(**common, teacher=teacher, weights=weights)
+            FastTrainer(**common)
+            if teacher is None
+            else DistillationTrainer(**common, teacher=teacher, weights=weights)
         )
         started = time.perf_counter()
         try:
@@ -189,15 +185,3 @@ def train(
         seconds = time.perf_counter() - started
     model.eval()
     return seconds
-
-
-@contextlib.contextmanager
-def _frozen_embeddings(model: PreTrainedModel, frozen: bool) -> Iterator[None]:
-    """Word embeddings without gradients, for as long as training lasts; tied output heads stay frozen with them.
-
-    Factorized embeddings are trained even so: the fit has just damaged them, and they have to recover.
-    """
-    embeddings = model.get_input_embeddings()
-    frozen = frozen and not isinstance(embeddings, FactorizedMatrix)
-    with requiring_gradients(embeddings.parameters() if frozen else (), False):
-        yield

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import dataclasses
 import time
+from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -23,40 +25,57 @@ from factorformer.cli._inputs import (
 )
 from factorformer.cli._jobs.compress_inputs import Inputs, read_inputs
 from factorformer.cli._jobs.compress_options import CompressJob, check
+from factorformer.cli._jobs.unfinished import Unfinished
 from factorformer.cli._measure import Measured, compare, measure
 from factorformer.cli._options import note
+from factorformer.errors import OutputError
 from factorformer.hf.source import load_model
+from factorformer.layers.modes import has_bfloat16_products
 from factorformer.layers.quantization import quantize
 from factorformer.planning import Plan, left_dense
 from factorformer.planning.evidence.prediction import WEIGHTS
 from factorformer.progress import Progress, bars
 from factorformer.report import Result, inventory
+from factorformer.tasks.checkpoints import last_checkpoint
 from factorformer.tasks.classification import load_classifier
 from factorformer.tasks.data import check_lengths
 from factorformer.tasks.finetuning import train
+from factorformer.tasks.healing import heal
 from factorformer.tasks.trainer import in_full_precision
 from factorformer.training.dynamic_rank import DynamicRank
 from factorformer.training.rank_history import RankHistory
 from factorformer.training.straight_through import StraightThrough
 
 
-def run(job: CompressJob) -> Result:
-    """Check, plan, fit, train, save, measure."""
+def run(job: CompressJob, *, resume: bool) -> Result:
+    """Check, plan, fit, train, save, measure; an encoder that learns from a teacher alone leaves checkpoints."""
     started = time.perf_counter()
     job = check(job)
     inputs = read_inputs(job)
+    if not inputs.heals:
+        if resume:
+            raise OutputError(
+                "--resume is for encoders that learn from --distill alone: other runs leave no checkpoint"
+            )
+        return _run(job, inputs, None, started)
+    unfinished = Unfinished(Path(job.output))
+    with unfinished.open(job.to_dict(), resume=resume, overwrite=job.overwrite):
+        return _run(job, inputs, unfinished, started)
+
+
+def _run(job: CompressJob, inputs: Inputs, unfinished: Unfinished | None, started: float) -> Result:
     model = _load(job, inputs)
     calibration = None
     if inputs.calibration is not None and inputs.tokenizer is not None:
         rows, size = job.calibration_rows, job.settings.batch_size
         calibration = calibration_batches(model, inputs.tokenizer, inputs.calibration, rows, job.settings.seed, size)
     begun = time.perf_counter()
-    plan, warnings = _plan(job, model, calibration, inputs.fresh)
+    plan, warnings = _plan(job, model, calibration, inputs.fresh, unfinished)
     seconds = {} if job.plan is not None else {"plan": time.perf_counter() - begun}
     with bars() as progress:
         before = None if inputs.fresh else _measure(inputs, model, progress, "evaluate original")
         restore = in_full_precision(model) if inputs.train is not None else None
-        plan, history, spent = _fit(job, inputs, model, plan, calibration, progress)
+        plan, history, spent = _fit(job, inputs, model, plan, calibration, unfinished, progress)
         if restore is not None:
             restore()
     seconds |= spent
@@ -97,10 +116,16 @@ def _load(job: CompressJob, inputs: Inputs) -> PreTrainedModel:
 
 
 def _plan(
-    job: CompressJob, model: PreTrainedModel, calibration: list[dict[str, Tensor]] | None, new_head: bool
+    job: CompressJob,
+    model: PreTrainedModel,
+    calibration: list[dict[str, Tensor]] | None,
+    new_head: bool,
+    unfinished: Unfinished | None,
 ) -> tuple[Plan, list[str]]:
-    """The plan, and warnings about it, which are printed as well."""
-    if job.plan is not None:
+    """The plan, that of the interrupted run if there is one, and warnings about it, which are printed as well."""
+    if unfinished is not None and unfinished.plan.exists():
+        plan = Plan.load(unfinished.plan)
+    elif job.plan is not None:
         plan = fit_plan(job.plan, model)
         if calibration is not None and plan.objective == WEIGHTS:  # made without text, for another fit
             plan = dataclasses.replace(plan, predicted=None, objective=None)
@@ -122,6 +147,8 @@ def _plan(
                 keep_statistics=True,
                 new_head=new_head,
             )
+    if unfinished is not None:
+        plan.save(unfinished.plan)
     if (line := off_target(plan)) is not None:
         note(line)
     for line in left_dense(plan.entries, plan.original.bytes):
@@ -138,6 +165,7 @@ def _fit(
     model: PreTrainedModel,
     plan: Plan,
     calibration: list[dict[str, Tensor]] | None,
+    unfinished: Unfinished | None,
     progress: Progress,
 ) -> tuple[Plan, RankHistory | None, dict[str, float]]:
     """Replace matrices by factors and train these, in place.
@@ -149,7 +177,8 @@ def _fit(
     ranks, straight, seconds = None, None, {}
     if training and recipe.allocation == "dynamic":
         begun = time.perf_counter()
-        ranks = DynamicRank(model, plan, calibration, progress=progress, new_head=inputs.fresh)
+        begun_from = None if unfinished is None else last_checkpoint(unfinished.checkpoints)
+        ranks = DynamicRank(model, plan, calibration, progress=progress, new_head=inputs.fresh, resume_from=begun_from)
         seconds["start"] = time.perf_counter() - begun
     else:
         through = training and recipe.training == "straight-through"
@@ -172,22 +201,47 @@ def _fit(
         for line in report.notes:
             note(line)
         del dense, report  # both are large
-    if inputs.train is not None and inputs.tokenizer is not None:
-        seconds["train"] = train(
-            model,
-            inputs.tokenizer,
-            inputs.train,
-            job.settings,
-            teacher=load_teacher(job.distill, model),
-            straight=straight,
-            ranks=ranks,
-            progress=progress,
-        )
+    if training:
+        seconds["train"] = _train(job, inputs, model, straight, ranks, unfinished, progress)
         quantize(model)
     return plan, None if ranks is None else ranks.history, seconds
+
+
+def _train(
+    job: CompressJob,
+    inputs: Inputs,
+    model: PreTrainedModel,
+    straight: StraightThrough | None,
+    ranks: DynamicRank | None,
+    unfinished: Unfinished | None,
+    progress: Progress,
+) -> float:
+    """Train what was compressed, in place; seconds."""
+    assert inputs.train is not None
+    assert inputs.tokenizer is not None
+    teacher = load_teacher(job.distill, model)
+    moving: dict[str, Any] = {"straight": straight, "ranks": ranks, "progress": progress}
+    if unfinished is None:
+        return train(model, inputs.tokenizer, inputs.train, job.settings, teacher=teacher, **moving)
+    assert teacher is not None
+    assert inputs.evaluation is not None
+    fast = model.device.type == "cpu" and has_bfloat16_products()
+    curve = heal(
+        model,
+        inputs.tokenizer,
+        inputs.train,
+        inputs.evaluation,
+        dataclasses.replace(job.healing, precision="bf16" if fast else "fp32"),
+        unfinished.checkpoints,
+        teacher=teacher,
+        pool=inputs.layout.pool,
+        report=note,
+        **moving,
+    )
+    return curve[-1]["seconds"]
 
 
 def _measure(inputs: Inputs, model: PreTrainedModel, progress: Progress, phase: str) -> Measured | None:
     if inputs.evaluation is None or inputs.tokenizer is None:
         return None
-    return measure(model, inputs.tokenizer, inputs.evaluation, inputs.labels, progress, phase)
+    return measure(model, inputs.tokenizer, inputs.evaluation, inputs.labels, progress, phase, inputs.layout.pool)

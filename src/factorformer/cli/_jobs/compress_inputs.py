@@ -21,9 +21,10 @@ from factorformer.cli._inputs import (
 )
 from factorformer.cli._jobs.compress_options import CompressJob
 from factorformer.cli._measure import check_measurable
-from factorformer.errors import DataError
+from factorformer.errors import DataError, MethodError
+from factorformer.export.sentence import Layout, read_layout
 from factorformer.hf.source import find, load_tokenizer, read_config
-from factorformer.tasks.classification import Head, check_head, find_head, labels_for
+from factorformer.tasks.classification import Head, check_head, find_head, is_causal, labels_for
 from factorformer.tasks.data import Columns, Labels, sample
 
 COMPARED = 1000
@@ -40,6 +41,8 @@ class Inputs:
         labels: of the task, in the order of the model's head; None without one.
         head: where the head to train comes from; None if none is trained.
         train, evaluation, calibration: encoded rows.
+        heals: whether the model is an encoder that learns from a teacher alone.
+        layout: of the model's directory, which says what users make of hidden states.
     """
 
     path: Path
@@ -49,6 +52,8 @@ class Inputs:
     train: datasets.Dataset | None
     evaluation: datasets.Dataset | None
     calibration: datasets.Dataset | None
+    heals: bool
+    layout: Layout
 
     @property
     def fresh(self) -> bool:
@@ -98,8 +103,20 @@ def read_inputs(job: CompressJob) -> Inputs:
     if labels is None and "evaluation" in data:
         check_measurable(config, data["evaluation"], job.evaluation or job.train or "")
         data["evaluation"] = sample(data["evaluation"], COMPARED, seed)
-    names = ("train", "evaluation", "calibration")
-    return Inputs(path, tokenizer, labels, head, *(data.get(name) for name in names))
+    heals = label is None and job.train is not None and not is_causal(config)
+    if job.healing.minutes is not None and job.train is not None and not heals:
+        raise MethodError(f"--minutes is for encoders, and '{job.model}' is a language model: give --epochs")
+    return Inputs(
+        path,
+        tokenizer,
+        labels,
+        head,
+        data.get("train"),
+        data.get("evaluation"),
+        data.get("calibration"),
+        heals,
+        read_layout(path) if heals else Layout(path, path),
+    )
 
 
 def _task(

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+from pathlib import Path
+from typing import Any
 
 from factorformer import compression, recipes
 from factorformer.cli._options import note
@@ -11,6 +14,7 @@ from factorformer.layers.matrix import Scope
 from factorformer.planning import Plan, Share, Unit
 from factorformer.tasks.data import Columns
 from factorformer.tasks.finetuning import TrainingSettings
+from factorformer.tasks.healing import HealingSettings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +41,7 @@ class CompressJob:
     calibration_rows: int
     max_length: int
     settings: TrainingSettings
+    healing: HealingSettings
     distill: str | None
     device: str
     overwrite: bool
@@ -51,6 +56,16 @@ class CompressJob:
     def needs(self) -> str:
         """What data the fit of the method needs."""
         return recipes.get(self.chosen).needs
+
+    def to_dict(self) -> dict[str, Any]:
+        """All options, and the sizes of the files, by which a resumed run is known to be the same."""
+        left_out = ("output", "overwrite", "device", "plan")
+        content = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in left_out}
+        content |= {name: dataclasses.asdict(content[name]) for name in ("columns", "settings", "healing")}
+        content["plan"] = None if self.plan is None else self.plan.to_dict()
+        files = (self.train, self.evaluation, self.calibration)
+        content["file_bytes"] = {name: Path(name).stat().st_size for name in files if name and Path(name).is_file()}
+        return json.loads(json.dumps(content))
 
 
 def check(job: CompressJob) -> CompressJob:
@@ -110,6 +125,8 @@ def _check_data(job: CompressJob) -> None:
     label = job.columns.label
     if job.distill is not None and job.train is None:
         raise DataError("--distill needs text to learn on: give --train")
+    if job.healing.minutes is not None and job.train is not None and label is not None:
+        raise MethodError("--minutes is for an encoder that learns from --distill alone: with --label give --epochs")
     if job.train is not None and label is None and job.distill is None:
         raise DataError("training needs labels or a teacher: give --label, or --distill with the original model")
     if label is not None and job.train is None and job.evaluation is None and job.calibration is None:

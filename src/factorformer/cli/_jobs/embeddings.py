@@ -25,7 +25,6 @@ from factorformer.tasks.data import Columns, check_lengths, read
 from factorformer.tasks.embeddings import Use
 from factorformer.tasks.evaluation import LEAST_TEXTS, embed
 from factorformer.tasks.reading import text_format
-from factorformer.training.distillation import mean_pool
 
 TEXTS = (("text",), ("sentence",), ("sentence1", "sentence2"), ("question1", "question2"), ("premise", "hypothesis"))
 """Names of text columns that are looked for where none are given."""
@@ -77,7 +76,7 @@ class _Encoder:
         if is_causal(self.config) or self.config.is_encoder_decoder:
             raise ModelError(f"'{name}' is no encoder: --against compares what embeddings of sentence encoders say")
         self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(self.path)
-        self.pooling = read_layout(self.path).pooling
+        self.layout = read_layout(self.path)
         self.device = device
         self.model: PreTrainedModel | None = None
 
@@ -85,15 +84,6 @@ class _Encoder:
         """The model, read once."""
         self.model = self.model or load_model(self.path, device=self.device)
         return self.model
-
-    def pool(self, hidden: Tensor, mask: Tensor) -> Tensor:
-        """As its directory says, if that is one of sentence-transformers; else the mean."""
-        if self.pooling is None:
-            return mean_pool(hidden, mask)
-        vectors = self.pooling(hidden, mask.long())
-        for module in self.pooling.after:
-            vectors = module(vectors)
-        return vectors
 
     def embed(self, table: _Table, max_length: int, progress: Progress) -> tuple[Tensor, ...]:
         """`(rows, width)` of the texts, or of both texts of each pair."""
@@ -110,7 +100,9 @@ class _Encoder:
             check_lengths(model, encoded, f"'{table.source}'")
             with torch.inference_mode():
                 phase = f"embed {Path(table.source).name} by {Path(self.name).name}"
-                found.append(embed(model, self.tokenizer, encoded, pool=self.pool, progress=progress, phase=phase))
+                found.append(
+                    embed(model, self.tokenizer, encoded, pool=self.layout.pool, progress=progress, phase=phase)
+                )
         return tuple(found)
 
 

@@ -17,7 +17,9 @@ from factorformer.tasks.checkpoints import differences, last_checkpoint, locked,
 
 
 class Unfinished:
-    """The files of a run that has not ended: options, tokenizer, checkpoints, in a hidden neighbour of the output.
+    """The files of a run that has not ended, in a hidden neighbour of the output: options, checkpoints, and more.
+
+    That is the tokenizer of a model from scratch, or the plan of one that is compressed.
 
     Args:
         output: the directory that the run is to make.
@@ -26,6 +28,7 @@ class Unfinished:
     def __init__(self, output: Path) -> None:
         self.output, self.folder = output, output.parent / f".{output.name}.training"
         self.checkpoints, self.tokenizer = self.folder / "checkpoints", self.folder / "tokenizer"
+        self.plan = self.folder / "plan.json"
         self._options = self.folder / "options.json"
 
     @contextlib.contextmanager
@@ -110,3 +113,8 @@ class Unfinished:
             note(f"checkpoints are kept in '{self.checkpoints}': start over with other options and --overwrite")
         else:
             note(f"checkpoints are kept in '{self.folder}': repeat the command with --resume to go on from there")
+
+
+def is_unfinished(output: Path) -> bool:
+    """Whether a run for this directory has a checkpoint from which it could go on."""
+    return last_checkpoint(Unfinished(output).checkpoints) is not None
