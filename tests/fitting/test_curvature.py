@@ -392,7 +392,8 @@ def test_attention_is_taken_apart_for_short_texts_alone(monkeypatch: pytest.Monk
         taken.append(backend)
         return contextlib.nullcontext()
 
-    monkeypatch.setattr("factorformer.fitting.gradient_recorders.sdpa_kernel", kernel)
+    monkeypatch.setattr("factorformer.layers.modes.sdpa_kernel", kernel)
+    monkeypatch.setattr("factorformer.layers.modes.has_bfloat16_products", lambda: True)
     for name, short in (("bert", True), ("vit", False), ("whisper", False)):
         taken.clear()
         model = tiny.MODELS[name].build()

@@ -182,20 +182,21 @@ def hold_out(data: datasets.Dataset, seed: int, options: str = "--eval") -> tupl
     return data.select(order[rows:]), data.select(order[:rows])
 
 
-def check_teacher(name: str, student: PretrainedConfig, head: Head | None) -> None:
+def check_teacher(name: str, student: PretrainedConfig, head: Head | None, *, pooled: bool = False) -> None:
     """Compare a teacher with the model that is to follow it, by their configurations.
 
     Args:
         name: of the teacher.
         student: of the model.
         head: for the labels of the task; None for plain text.
+        pooled: whether pooled embeddings are all that is learned: then numbers of layers may differ.
 
     Raises:
         ModelError: the two do not fit together, or are encoder-decoders; the message says where.
     """
     teacher = read_config(find(name))
     check_can_follow(student)
-    for field in ("vocab_size", "hidden_size", "num_hidden_layers"):
+    for field in ("vocab_size", "hidden_size") if pooled else ("vocab_size", "hidden_size", "num_hidden_layers"):
         theirs, ours = getattr(teacher, field, None), getattr(student, field, None)
         if theirs != ours:
             raise ModelError(f"the teacher '{name}' does not fit the model: its {field} is {theirs}, not {ours}")

@@ -7,7 +7,6 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -17,10 +16,7 @@ from factorformer.fitting.fisher_rows import fisher_rows
 from factorformer.fitting.moments import LayerStatistics, SecondMoment
 from factorformer.fitting.objective import Objective, objective
 from factorformer.fitting.recorder import Recorder, granted
-from factorformer.layers.modes import fast_products, requiring_gradients
-
-SHORT = 128
-"""Tokens up to which attention is computed step by step: the scores of longer texts would take much memory."""
+from factorformer.layers.modes import fast_attention, fast_products, requiring_gradients
 
 WIDE = 2**14
 """Outputs beyond which only the diagonal of the moment of their gradients is kept: those of vocabularies."""
@@ -110,11 +106,11 @@ class FisherRecorder(Recorder):
         tensors = [value for value in self._batch.values() if isinstance(value, Tensor)]
         lengths = [value.shape[1] for value in tensors if value.dim() == 2 and not value.is_floating_point()]
         others = any(value.is_floating_point() and value.dim() > 2 for value in tensors)  # images, or sound
-        # The backward pass of fused attention on CPUs takes about four times as long as its parts, for sentences.
-        short = bool(lengths) and max(lengths) <= SHORT and not others
-        plain = sdpa_kernel(SDPBackend.MATH) if short else contextlib.nullcontext()
-        with fast_products(self.model), plain:
-            yield
+        device = next(self.model.parameters()).device
+        with fast_products(self.model):
+            rounded = torch.is_autocast_enabled("cpu") and bool(lengths) and not others
+            with fast_attention(device, max(lengths, default=0), rounded=rounded):
+                yield
 
     def _differentiable(self) -> contextlib.AbstractContextManager[None]:
         return requiring_gradients(self.model.parameters(), False)

@@ -87,8 +87,9 @@ def read_inputs(job: CompressJob) -> Inputs:
             f"method '{job.chosen}' measures the model on labels, but '{job.model}' has no head trained for them: "
             "run `factorformer finetune` first and compress its output"
         )
+    heals = label is None and job.train is not None and not is_causal(config)
     if job.distill is not None:
-        check_teacher(job.distill, config, head)
+        check_teacher(job.distill, config, head, pooled=heals)
     tokenizer = load_tokenizer(path) if tables else None
     data: dict[str, datasets.Dataset] = {}
     for name, rows in tables.items():
@@ -103,7 +104,6 @@ def read_inputs(job: CompressJob) -> Inputs:
     if labels is None and "evaluation" in data:
         check_measurable(config, data["evaluation"], job.evaluation or job.train or "")
         data["evaluation"] = sample(data["evaluation"], COMPARED, seed)
-    heals = label is None and job.train is not None and not is_causal(config)
     if job.healing.minutes is not None and job.train is not None and not heals:
         raise MethodError(f"--minutes is for encoders, and '{job.model}' is a language model: give --epochs")
     return Inputs(

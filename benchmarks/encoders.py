@@ -1,0 +1,206 @@
+"""Sentence encoders in a tenth of their size and less, measured by what they are used for.
+
+    python benchmarks/encoders.py minilm --minutes 30
+    python benchmarks/encoders.py MPNET --ratios 10 20 --minutes 120
+
+A model is a directory, or `minilm` for the embedded one. Every contestant is made of it and of plain text (see
+`sentences.py`), and is a directory of so many bytes of weights:
+
+- `factorformer`: `compress --int8 --scope all --ratio R --train ... --distill ... --minutes M`, the whole file counted;
+- `int8`: all matrices dense in int8, nothing trained;
+- `layers`: the first and the last layers of the model and those at equal distances between, as many as fit the bytes,
+  dense in int8, healed on the same text for the same minutes; none where the table of embeddings alone takes more;
+- `model2vec`: static embeddings distilled from the model, of as many dimensions as fit the bytes in int8.
+
+Embeddings are compared with those of the original on 20,000 sentences that nothing was trained on, on pairs of mrpc
+(area under the curve), and on banking77 and sst2 (nearest neighbour, and logistic regression with cross-validation).
+Each contestant is a row; a run skips those that are there already.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import sentences
+import torch
+from common import append_line, default_data, machine, options, read_lines, start
+from torch import Tensor
+from transformers import AutoConfig, AutoModel, AutoTokenizer
+from transformers.utils import logging
+
+import factorformer
+from factorformer.export.sentence import find_layout
+from factorformer.hf import minilm
+from factorformer.hf.source import copy_companions
+from factorformer.tasks import data, embeddings, evaluation
+from factorformer.tasks.embeddings import Use
+
+PAIRS = ("mrpc", ("sentence1", "sentence2"))
+CLASSES = ("banking77", "sst2")
+FACTORFORMER = Path(sys.executable).with_name("factorformer")
+
+Embed = Callable[[Sequence[str]], Tensor]
+
+
+class Judge:
+    """Texts, and what the original makes of them."""
+
+    def __init__(self, folder: Path, corpus: list[str], original: Embed) -> None:
+        self.corpus = corpus
+        table = data.read(folder / PAIRS[0] / "test.tsv")
+        self.pairs, self.same = [list(table[column]) for column in PAIRS[1]], list(table["label"])
+        tables = {name: data.read(folder / name / "test.tsv") for name in CLASSES}
+        self.classes = {name: (list(table["text"]), list(table["label"])) for name, table in tables.items()}
+        self.wanted = self._embeddings(original)
+
+    def _embeddings(self, embed: Embed) -> dict[str, Tensor]:
+        texts = {"corpus": self.corpus, "first": self.pairs[0], "second": self.pairs[1]}
+        texts |= {name: found for name, (found, _) in self.classes.items()}
+        return {name: embed(found) for name, found in texts.items()}
+
+    def measure(self, embed: Embed) -> dict[str, dict[str, float]]:
+        """Each measure of a contestant, that of the original, and their difference, with the ends of intervals."""
+        found, wanted = self._embeddings(embed), self.wanted
+        uses = dict(embeddings.kept(wanted["corpus"], found["corpus"]))
+        pairs = ((e["first"], e["second"]) for e in (wanted, found))
+        uses["mrpc_auc"] = embeddings.pairs(*pairs, self.same)["pair_auc"]
+        for name, (_, labels) in self.classes.items():
+            uses |= {f"{name}_{key}": use for key, use in embeddings.classes(wanted[name], found[name], labels).items()}
+        return {name: _numbers(use) for name, use in uses.items()}
+
+
+def _numbers(use: Use) -> dict[str, float]:
+    found = {}
+    for prefix, estimate in (("", use.compressed), ("original_", use.original), ("difference_", use.difference)):
+        if estimate is not None:
+            found |= {f"{prefix}{end}": round(getattr(estimate, end), 4) for end in ("value", "low", "high")}
+    return found
+
+
+def encoder(path: Path) -> Embed:
+    """A model directory, pooled as it says."""
+    layout = find_layout(str(path))
+    tokenizer, model = AutoTokenizer.from_pretrained(path), AutoModel.from_pretrained(layout.transformer).eval()
+
+    def embed(texts: Sequence[str]) -> Tensor:
+        rows = data.encode(tokenizer, data.datasets.Dataset.from_dict({"text": list(texts)}), data.Columns(("text",)))
+        with torch.inference_mode():
+            return evaluation.embed(model, tokenizer, rows, 64, layout.pool)
+
+    return embed
+
+
+def weight_bytes(path: Path) -> int:
+    return sum(file.stat().st_size for file in path.rglob("*.safetensors"))
+
+
+def compressed(source: Path, output: Path, ratio: float, *more: object) -> dict[str, Any]:
+    """`factorformer compress` in a process of its own."""
+    command = [FACTORFORMER, "compress", source, output, "--int8", "--scope", "all"]
+    done = subprocess.run([str(a) for a in [*command, "--ratio", ratio, *more, "--json"]], stdout=subprocess.PIPE)
+    if done.returncode:
+        raise SystemExit(f"compress ended with {done.returncode}")
+    return json.loads(done.stdout)
+
+
+def fewer_layers(source: Path, output: Path, limit: int) -> int:
+    """Write a model of as many layers as fit into so many bytes in int8, and return their number; 0 for none."""
+    config = AutoConfig.from_pretrained(source)
+    with torch.device("meta"):
+        model = AutoModel.from_config(config)
+    layers = config.num_hidden_layers
+    each = sum(p.numel() for p in model.encoder.layer[0].parameters())
+    rest = sum(p.numel() for p in model.parameters()) - layers * each
+    count = min((limit - rest) // each, layers)
+    if count < 1:
+        return 0
+    chosen = [round(place * (layers - 1) / max(count - 1, 1)) for place in range(count)]
+    model = AutoModel.from_pretrained(source)
+    model.encoder.layer = torch.nn.ModuleList([model.encoder.layer[place] for place in chosen])
+    model.config.num_hidden_layers = count
+    model.save_pretrained(output)
+    copy_companions(source, output)
+    return count
+
+
+def static(source: Path, limit: int) -> tuple[Embed, int]:
+    """Static embeddings in so many bytes, and their dimension."""
+    from model2vec.distill import distill
+
+    size = AutoConfig.from_pretrained(source).hidden_size
+    tokens = len(AutoTokenizer.from_pretrained(source))
+    dimension = min(limit // tokens, size)
+    model = distill(str(source), pca_dims=dimension, quantize_to="int8")
+    return lambda texts: torch.from_numpy(model.encode(list(texts))), dimension
+
+
+def contestants(source: Path, folder: Path, args: Any) -> Iterator[tuple[dict[str, Any], Embed]]:
+    """Rows without their measures, and what embeds."""
+    original = weight_bytes(source)
+    text = folder / "learned.txt"
+    healing = ("--train", text, "--distill", source, "--minutes", args.minutes, "--seed", args.seed)
+    for ratio in args.ratios:
+        for name in args.contestants:
+            key = {"contestant": name, "ratio": ratio, "minutes": args.minutes, "seed": args.seed, "model": source.name}
+            if name == "int8":
+                key |= {"ratio": 4.0, "minutes": 0}
+            if any(all(row.get(k) == v for k, v in key.items()) for row in read_lines(args.output)):
+                continue
+            output, began = folder / f"{name}-{ratio:g}", time.perf_counter()
+            limit, more = int(original / ratio), {}
+            if name == "model2vec":
+                embed, more["dimension"] = static(source, limit)
+                more["bytes"] = more["dimension"] * len(AutoTokenizer.from_pretrained(source))
+            elif name == "layers":
+                dense = folder / f"layers-{ratio:g}-dense"
+                more["layers"] = fewer_layers(source, dense, limit)
+                if not more["layers"]:
+                    print(f"{ratio:g}x: the table of embeddings alone takes more than {limit:,} bytes in int8")
+                    continue
+                more["result"] = compressed(dense, output, 3.95, *healing, "--overwrite")
+            elif name == "int8":
+                more["result"] = compressed(source, output, 3.95, "--calibration", text, "--overwrite")
+            else:
+                more["result"] = compressed(source, output, ratio, *healing, *args.options, "--overwrite")
+            if name != "model2vec":
+                embed, more["bytes"] = encoder(output), weight_bytes(output)
+                more["seconds"] = more.pop("result")["seconds"]
+            yield {**key, **more, "total_seconds": round(time.perf_counter() - began)}, embed
+
+
+def main() -> None:
+    parser = options(__doc__, "encoders.jsonl")
+    parser.add_argument("model", help="a directory, or `minilm`")
+    parser.add_argument("--data", type=Path, default=default_data(), help="folder with one folder for each task")
+    parser.add_argument("--work", type=Path, required=True, help="folder for texts and models")
+    parser.add_argument("--ratios", nargs="+", type=float, default=[4.0, 10.0, 20.0, 32.0])
+    parser.add_argument("--contestants", nargs="+", default=["factorformer", "int8", "layers", "model2vec"])
+    parser.add_argument("--minutes", type=float, default=30)
+    parser.add_argument(
+        "--options", nargs="*", default=[], help="more options of `factorformer compress`, without `--`"
+    )
+    parser.add_argument("--seed", type=int, default=0)
+    args = start(parser)
+    args.options = [f"--{option}" if not option[0].isdigit() else option for option in args.options]
+    logging.set_verbosity_error()
+    data.datasets.disable_progress_bars()
+    source = minilm.directory() if args.model == "minilm" else Path(args.model)
+    folder = args.work / source.name
+    folder.mkdir(parents=True, exist_ok=True)
+    learned, judged = sentences.split(args.data)
+    (folder / "learned.txt").write_text("\n".join(learned) + "\n", encoding="utf-8")
+    judge = Judge(args.data, judged, encoder(source))
+    for row, embed in contestants(source, folder, args):
+        row |= {"uses": judge.measure(embed), "machine": machine(), "version": factorformer.__version__}
+        append_line(args.output, row)
+        print(json.dumps({k: v for k, v in row.items() if k != "machine"}), flush=True)
+
+
+if __name__ == "__main__":
+    main()
