@@ -554,3 +554,19 @@ def test_parts_that_data_does_not_reach_stay_dense_in_plan_and_compress() -> Non
     assert report.compressed == report.plan.compressed
     excluded = factorformer.plan(model, "whitened", ratio=1.3, exclude="model.vision_tower.*")
     assert factorformer.compress(model, excluded, calibration=batches).notes == ()
+
+
+@pytest.mark.parametrize("metric", ["input_moment", "fisher"])
+def test_tokens_count_as_often_as_in_all_the_text(metric: MetricName) -> None:
+    model, data = classifier("bert"), [tiny.text(4)]
+    words, places = "bert.embeddings.word_embeddings", "bert.embeddings.position_embeddings"
+    counts = torch.arange(99)
+    seen, found = (collect(model, [words, places], data, metric, token_counts=known) for known in (None, counts))
+    rows = found[words].rows
+    assert_same(found[places].rows, seen[places].rows)
+    assert_same(rows / rows.sum(), granted(counts / counts.sum()) / (1 + UNSEEN))
+    assert_same(rows.sum(), seen[words].rows.sum())
+    for wrong, message in ((counts[1:], "holds 98 numbers"), (-counts, "none negative"), (0 * counts, "the sum 0")):
+        with pytest.raises(DataError, match=message) as error:
+            collect(model, [words], data, metric, token_counts=wrong)
+        assert f"'{words}' has 99 rows" in str(error.value)

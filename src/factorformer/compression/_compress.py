@@ -41,6 +41,7 @@ def compress(
     keep_statistics: bool = False,
     hold_floats: bool = False,
     new_head: bool = False,
+    token_counts: Tensor | None = None,
 ) -> Report:
     """Replace the planned matrices by fitted factors, in place. A Hugging Face model then saves as a compressed one.
 
@@ -65,6 +66,7 @@ def compress(
         hold_floats: leave factors that the plan wants in int8 as floats that products round, to train on; `quantize`
             ends that.
         new_head: whether the model's head has learned nothing yet, so that it tells nothing of the curvature.
+        token_counts: as for `plan`.
 
     Raises:
         DataError: the method needs calibration data (or labels) that was not given.
@@ -88,7 +90,9 @@ def compress(
         batches = list(data) if recipe.sequential else []
         trial, calibration = _first(iter(batches) if recipe.sequential else data)
         names = [entry.matrix.name for entry in plan.factorized]
-        measured = plan.statistics or measure(model, names, recipe.metric, calibration, progress, new_head)
+        measured = plan.statistics or measure(
+            model, names, recipe.metric, calibration, progress, new_head, token_counts
+        )
         plan = dataclasses.replace(plan, statistics={})
         plan, notes = _without_unreached(plan, measured, recipe.metric)
         few = calibrate.too_few_tokens(measured)

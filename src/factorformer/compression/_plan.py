@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import get_args
 
-from torch import nn
+from torch import Tensor, nn
 
 from factorformer import planning, recipes
 from factorformer.errors import BudgetError, MethodError, one_of
@@ -44,6 +44,7 @@ def plan(
     progress: Progress = silent,
     keep_statistics: bool = False,
     new_head: bool = False,
+    token_counts: Tensor | None = None,
 ) -> Plan:
     """Decide what every weight matrix becomes, without changing anything.
 
@@ -78,6 +79,8 @@ def plan(
             a square matrix as wide as the layer's input or output.
         new_head: whether the model's head has learned nothing yet: what an error does is then measured at the hidden
             states below it.
+        token_counts: how often each token occurs in more text than that of calibration, `(vocabulary,)`: embeddings are
+            judged, and fitted, by these. Most words are not among the few that calibration reads.
 
     Raises:
         MethodError: an unknown method or budget, a budget that the method does not count, or a method whose matrices
@@ -113,7 +116,16 @@ def plan(
         draft = Plan(method if data is None else name, scope, ratio, (), rest, budget)
         with _naming(rank_multiple):
             made = plan_by_loss(
-                model, recipe.structures, recipe.metric, draft, matrices, data, progress, rank_multiple, new_head
+                model,
+                recipe.structures,
+                recipe.metric,
+                draft,
+                matrices,
+                data,
+                progress,
+                rank_multiple,
+                new_head,
+                token_counts,
             )
         return made if keep_statistics else dataclasses.replace(made, statistics={})
     groups = planning.find_groups(matrices, share)
@@ -121,7 +133,7 @@ def plan(
     with _naming(rank_multiple):
         entries = allocate(stacks, candidates, ratio, rest)
     if recipe.training != "from scratch" and _can_choose(model, entries):
-        choices = _choose(model, entries, groups, recipe.metric, data, progress)
+        choices = _choose(model, entries, groups, recipe.metric, data, progress, token_counts)
 
         def sizes(matrix: Matrix) -> Iterable[Structure]:
             return choices[matrix.name].ladder if matrix.name in choices else candidates(matrix)
@@ -243,12 +255,13 @@ def _choose(
     metric: MetricName,
     data: Sequence[Batch] | None,
     progress: Progress,
+    token_counts: Tensor | None,
 ) -> dict[str, planning.Choice]:
     """How each matrix, or stack of those that share factors, should divide its bytes: what a few cheap fits say."""
     stacks = [entry.matrix for entry in entries if entry.spec is not None]
     members = [member.matrix for stack in stacks for member in groups.get(stack.name, ())]
     names = [matrix.name for matrix in (*members, *(stack for stack in stacks if stack.name not in groups))]
-    statistics = {} if data is None else measure(model, names, metric, data, progress)
+    statistics = {} if data is None else measure(model, names, metric, data, progress, token_counts=token_counts)
 
     def error(matrix: Matrix, spec: Structure) -> float:
         members = groups.get(matrix.name)

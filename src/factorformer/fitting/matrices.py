@@ -29,12 +29,19 @@ def measure(
     calibration: Iterable[Batch],
     progress: Progress,
     new_head: bool = False,
+    token_counts: Tensor | None = None,
 ) -> dict[str, LayerStatistics]:
     """The statistics that a metric needs of these layers; none if it is plain."""
     if metric == "plain":
         return {}
     return calibrate.collect(
-        model, names, calibration, metric, new_head=new_head, progress=lambda done: progress("calibrate", done, None)
+        model,
+        names,
+        calibration,
+        metric,
+        new_head=new_head,
+        token_counts=token_counts,
+        progress=lambda done: progress("calibrate", done, None),
     )
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from factorformer.errors import DataError, FactorformerError
 from factorformer.fitting.batches import Batch, placed, real_tokens
 from factorformer.fitting.moments import LayerStatistics, SecondMoment
+from factorformer.layers.embeddings import embeddings_of
 from factorformer.layers.modes import evaluating
 
 UNSEEN = 0.1
@@ -171,6 +172,24 @@ class Recorder:
     def _add_rows(self, name: str, rows: Tensor) -> None:
         """Add up the importance of rows."""
         self.rows[name] = self.rows[name] + rows if name in self.rows else rows
+
+    def count_tokens(self, counts: Tensor) -> None:
+        """Let rows of the embeddings of tokens be looked up as often as counts say, in proportion.
+
+        Raises:
+            DataError: counts of another vocabulary, or none that is positive.
+        """
+        table = embeddings_of(self.model, "input_embeddings")
+        for name, layer in self.layers.items():
+            if name not in self.rows or table is None or getattr(layer, "weight", None) is not table.weight:
+                continue
+            seen, known = self.rows[name], counts.to(self.rows[name])
+            if len(known) != len(seen) or not bool((known >= 0).all()) or float(known.sum()) == 0:
+                raise DataError(
+                    f"token_counts holds {len(known)} numbers with the sum {float(known.sum()):g}, and layer '{name}' "
+                    f"has {len(seen)} rows: give one count for each, none negative and some positive"
+                )
+            self.rows[name] = known * (seen.sum() / known.sum())
 
     def _without_padding(self, path: str, x: Tensor, positions: torch.Size) -> Tensor:
         """Vectors, or indices, of real tokens, in one row."""

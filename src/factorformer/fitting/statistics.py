@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
-from torch import nn
+from torch import Tensor, nn
 
 from factorformer.fitting.batches import Calibration, as_batches
 from factorformer.fitting.dependence import Sample, with_dependence
@@ -31,6 +31,7 @@ def collect(
     metric: MetricName,
     *,
     new_head: bool = False,
+    token_counts: Tensor | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> dict[str, LayerStatistics]:
     """Run calibration batches through the model and measure what a metric needs of its layers.
@@ -49,6 +50,8 @@ def collect(
         batches: keyword arguments of the model; for `fisher_rows` with labels, so that the model returns a loss.
         metric: what is to be minimized; for `plain` nothing is measured but which layers are reached.
         new_head: whether the model's head has learned nothing yet: `fisher` then looks at the hidden states below it.
+        token_counts: how often each token occurs in more text than is run, `(vocabulary,)`; rows of the embeddings of
+            tokens then count by these, scaled to the look-ups that were seen.
         progress: called with the number of batches done.
 
     Returns:
@@ -68,6 +71,8 @@ def collect(
             if progress is not None:
                 progress(done)
     recorder.check(done)
+    if token_counts is not None:
+        recorder.count_tokens(token_counts)
     found = recorder.statistics()
     return with_dependence(model, found, sample.batches, new_head) if metric == "fisher" else found
 

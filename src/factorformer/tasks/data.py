@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import datasets
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import (
@@ -30,6 +32,7 @@ __all__ = [
     "check_ends",
     "check_lengths",
     "collator",
+    "count_tokens",
     "encode",
     "indexed_batches",
     "read",
@@ -133,6 +136,12 @@ def sample(data: datasets.Dataset, rows: int, seed: int = 0) -> datasets.Dataset
         return data
     generator = torch.Generator().manual_seed(seed)
     return data.select(torch.randperm(len(data), generator=generator)[:rows].tolist())
+
+
+def count_tokens(data: Iterable[datasets.Dataset], vocabulary: int) -> Tensor:
+    """How often each token occurs in encoded rows, `(vocabulary,)`; padding is none of them."""
+    ids = itertools.chain.from_iterable(itertools.chain.from_iterable(rows["input_ids"][:] for rows in data))
+    return torch.bincount(torch.from_numpy(np.fromiter(ids, np.int64)), minlength=vocabulary)
 
 
 def check_lengths(model: PreTrainedModel, data: datasets.Dataset, source: str = "the data") -> None:

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from factorformer import compression, recipes
@@ -30,6 +30,7 @@ from factorformer.cli._measure import Measured, compare, measure
 from factorformer.cli._options import note
 from factorformer.errors import OutputError
 from factorformer.hf.source import load_model
+from factorformer.layers.embeddings import embeddings_of
 from factorformer.layers.modes import has_bfloat16_products
 from factorformer.layers.quantization import quantize
 from factorformer.planning import Plan, left_dense
@@ -38,7 +39,7 @@ from factorformer.progress import Progress, bars
 from factorformer.report import Result, inventory
 from factorformer.tasks.checkpoints import last_checkpoint
 from factorformer.tasks.classification import load_classifier
-from factorformer.tasks.data import check_lengths
+from factorformer.tasks.data import check_lengths, count_tokens
 from factorformer.tasks.finetuning import train
 from factorformer.tasks.healing import heal
 from factorformer.tasks.trainer import in_full_precision
@@ -65,17 +66,21 @@ def run(job: CompressJob, *, resume: bool) -> Result:
 
 def _run(job: CompressJob, inputs: Inputs, unfinished: Unfinished | None, started: float) -> Result:
     model = _load(job, inputs)
-    calibration = None
+    calibration, counts = None, None
     if inputs.calibration is not None and inputs.tokenizer is not None:
         rows, size = job.calibration_rows, job.settings.batch_size
         calibration = calibration_batches(model, inputs.tokenizer, inputs.calibration, rows, job.settings.seed, size)
+        table = embeddings_of(model, "input_embeddings")
+        if isinstance(table, nn.Embedding):
+            text = [data for data in (inputs.train, inputs.calibration) if data is not None]
+            counts = count_tokens(text, table.num_embeddings)
     begun = time.perf_counter()
-    plan, warnings = _plan(job, model, calibration, inputs.fresh, unfinished)
+    plan, warnings = _plan(job, model, calibration, counts, inputs.fresh, unfinished)
     seconds = {} if job.plan is not None else {"plan": time.perf_counter() - begun}
     with bars() as progress:
         before = None if inputs.fresh else _measure(inputs, model, progress, "evaluate original")
         restore = in_full_precision(model) if inputs.train is not None else None
-        plan, history, spent = _fit(job, inputs, model, plan, calibration, unfinished, progress)
+        plan, history, spent = _fit(job, inputs, model, plan, calibration, counts, unfinished, progress)
         if restore is not None:
             restore()
     seconds |= spent
@@ -119,6 +124,7 @@ def _plan(
     job: CompressJob,
     model: PreTrainedModel,
     calibration: list[dict[str, Tensor]] | None,
+    counts: Tensor | None,
     new_head: bool,
     unfinished: Unfinished | None,
 ) -> tuple[Plan, list[str]]:
@@ -146,6 +152,7 @@ def _plan(
                 progress=progress,
                 keep_statistics=True,
                 new_head=new_head,
+                token_counts=counts,
             )
     if unfinished is not None:
         plan.save(unfinished.plan)
@@ -165,6 +172,7 @@ def _fit(
     model: PreTrainedModel,
     plan: Plan,
     calibration: list[dict[str, Tensor]] | None,
+    counts: Tensor | None,
     unfinished: Unfinished | None,
     progress: Progress,
 ) -> tuple[Plan, RankHistory | None, dict[str, float]]:
@@ -194,6 +202,7 @@ def _fit(
             keep_statistics=through,
             hold_floats=training,
             new_head=inputs.fresh,
+            token_counts=counts,
         )
         straight = None if dense is None else StraightThrough(model, report.statistics, dense)
         seconds |= report.seconds

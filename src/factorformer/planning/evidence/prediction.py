@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from factorformer.fitting import MetricName
 from factorformer.fitting.batches import Batch
@@ -149,6 +149,7 @@ def plan_by_loss(
     progress: Progress = silent,
     multiple: int = 1,
     new_head: bool = False,
+    token_counts: Tensor | None = None,
 ) -> Plan:
     """The draft with entries for all matrices, so that the predicted rise of the loss is smallest within its budget.
 
@@ -161,7 +162,7 @@ def plan_by_loss(
         calibration: batches as for `compress`; None if there are none.
         progress: progress callback.
         multiple: of ranks.
-        new_head: as for `collect`.
+        new_head, token_counts: as for `collect`.
 
     Raises:
         BudgetError: the ratio cannot be met within 1 %; the message names the nearest that can.
@@ -169,7 +170,9 @@ def plan_by_loss(
         DataError: calibration data that the model cannot run on.
     """
     names = [matrix.name for matrix in matrices if matrix.dense is None]
-    statistics = None if calibration is None else measure(model, names, metric, calibration, progress, new_head)
+    statistics = None
+    if calibration is not None:
+        statistics = measure(model, names, metric, calibration, progress, new_head, token_counts)
     prediction = Prediction.of(model, matrices, structures, statistics, draft.target, progress)
     unmeasured = [name for name in names if name not in prediction.curves]
     cost, timer = _prices(model, draft.budget, prediction, matrices, progress)
