@@ -123,13 +123,13 @@ def test_rows_that_are_held_out_are_not_calibrated_on(
 
         return called
 
-    for name, module in (("train", pipeline), ("embed", _measure), ("calibration_batches", pipeline)):
+    for name, module in (("heal", pipeline), ("embed", _measure), ("calibration_batches", pipeline)):
         monkeypatch.setattr(module, name, spy(name, getattr(module, name)))
     done = run("compress", base, tmp_path / "small", "--ratio", 2, "--train", texts, "--distill", base, "--epochs", 1)
     assert done.exit_code == 0, done.stderr
     assert len(seen["embed"]) == 6
-    assert len(seen["train"] | seen["embed"]) == 64
-    assert seen["calibration_batches"] == seen["train"]
+    assert len(seen["heal"] | seen["embed"]) == 64
+    assert seen["calibration_batches"] == seen["heal"]
     assert not seen["calibration_batches"] & seen["embed"]
 
 

@@ -18,7 +18,7 @@ from factorformer.errors import DivergedError
 from factorformer.layers.quantization import quantize
 from factorformer.tasks.evaluation import compare_embeddings, embed
 from factorformer.tasks.healing import HealingSettings, heal
-from factorformer.training.distillation import mean_pool, similarity_loss
+from factorformer.training.distillation import mean_pool
 
 Make = Callable[..., tf.PreTrainedModel]
 FAST = HealingSettings(epochs=12, learning_rate=5e-3, batch_size=8, points=3)
@@ -159,10 +159,3 @@ def test_divergence_is_said(
     settings = dataclasses.replace(FAST, learning_rate=1e30)
     with pytest.raises(DivergedError, match="learning rate 1e"):
         heal(compressed(teacher), tokenizer, plain, plain, settings, tmp_path, teacher=teacher, pool=mean_pool)
-
-
-def test_similarities_are_compared_between_different_texts() -> None:
-    student = torch.tensor([[1.0, 0.0], [0.0, 2.0]])
-    teacher = torch.tensor([[3.0, 0.0], [1.0, 1.0]])
-    assert float(similarity_loss(student, teacher)) == pytest.approx(10 * 0.5)
-    assert float(similarity_loss(student, 5 * student)) == 0

@@ -20,8 +20,9 @@ from torch.nn import functional as F
 import factorformer
 from factorformer.errors import DataError, ModelError, OutputError
 from factorformer.tasks.checkpoints import last_checkpoint
-from factorformer.tasks.from_scratch import EpochSampler, ScratchSettings, train
+from factorformer.tasks.from_scratch import ScratchSettings, train
 from factorformer.tasks.language_modelling import predict
+from factorformer.tasks.reproducible import EpochSampler
 from factorformer.tasks.tokenization import train_tokenizer
 from factorformer.tasks.translation import bleu, encode, read_parallel, translate
 

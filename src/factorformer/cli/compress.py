@@ -53,7 +53,7 @@ LearningRate = Annotated[
         "--lr",
         min=0.0,
         callback=finite,
-        help="Peak of the learning rate. By default 1e-4, and 1e-3 for an encoder that learns from --distill alone.",
+        help="Peak of the learning rate. By default 1e-4, and 5e-4 for an encoder that learns from --distill alone.",
     ),
 ]
 BatchSize = Annotated[
@@ -62,7 +62,7 @@ BatchSize = Annotated[
         "--batch-size",
         min=1,
         max=LARGEST,
-        help="Rows in a step: texts or pairs. By default 32, and 64 for an encoder that learns from --distill alone.",
+        help="Rows in a step: texts or pairs. By default 32, and 128 for an encoder that learns from --distill alone.",
     ),
 ]
 PlanFile = Annotated[

@@ -166,7 +166,7 @@ def train(
                 logging_strategy="epoch",
             ),
             "train_dataset": data,
-            "data_collator": collator(tokenizer, data, settings.multiple(model, max(data["length"]))),
+            "data_collator": collator(tokenizer, data, settings.multiple(model, data)),
             "callbacks": [*acting, *(callbacks or [])],
         }
         trainer = (

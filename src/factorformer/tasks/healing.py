@@ -22,7 +22,7 @@ from factorformer.tasks.data import check_lengths, collator
 from factorformer.tasks.evaluation import Pool, compare_embeddings, embed
 from factorformer.tasks.reproducible import ReproducibleTrainer, finish
 from factorformer.tasks.trainer import Settings, Watch, frozen_embeddings, seeded
-from factorformer.training.distillation import pooled_loss, similarity_loss
+from factorformer.training.distillation import pooled_loss
 from factorformer.training.dynamic_rank import DynamicRank
 from factorformer.training.straight_through import StraightThrough
 
@@ -39,16 +39,14 @@ class HealingSettings(Settings):
 
     Args:
         minutes: of training; if given, `epochs` does not count, and the learning rate falls with time.
-        similarity: how much the similarities within a batch count beside the embeddings.
         points: at which embeddings of held-out texts are compared and a checkpoint is written.
         freeze_embeddings: leave dense word embeddings as they are; factorized ones are trained in any case.
     """
 
-    learning_rate: float = 1e-3
-    batch_size: int = 64
+    learning_rate: float = 5e-4
+    batch_size: int = 128
     warmup: float = 0.03
     minutes: float | None = None
-    similarity: float = 1.0
     points: int = 10
     freeze_embeddings: bool = True
 
@@ -99,7 +97,7 @@ class HealingTrainer(ReproducibleTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """How far the embeddings of a batch, and their similarities, are from the teacher's."""
+        """How far the embeddings of a batch are from the teacher's."""
         model.eval()  # no dropout: embeddings are compared as users get them
         encoder = self.accelerator.unwrap_model(model)
         assert isinstance(encoder, PreTrainedModel)
@@ -108,8 +106,6 @@ class HealingTrainer(ReproducibleTrainer):
         outputs, student = self._embed(encoder, known, mask)
         target = self._target(rows, known, mask)
         loss = pooled_loss(student, target)
-        if self.settings.similarity > 0 and len(rows) > 1:
-            loss = loss + self.settings.similarity * similarity_loss(student, target)
         return (loss, outputs) if return_outputs else loss
 
     def _embed(self, encoder: PreTrainedModel, inputs: Mapping[str, Any], mask: Tensor) -> tuple[Any, Tensor]:
@@ -189,8 +185,8 @@ def heal(
 ) -> list[dict[str, float]]:
     """Train a compressed encoder in place to embed texts as another does: no labels, nothing but the embeddings.
 
-    The loss is one minus the cosine of the two embeddings of a text, plus the squared difference of the similarities
-    that the two models see within a batch. A run that was interrupted goes on from the last checkpoint in `output`.
+    The loss is one minus the cosine of the two embeddings of a text. A run that was interrupted goes on from the last
+    checkpoint in `output`.
 
     Args:
         model: compressed; int8 factors are held as floats that the forward pass rounds.
@@ -255,7 +251,7 @@ def heal(
                 save_total_limit=2,
             ),
             train_dataset=numbered,
-            data_collator=collator(tokenizer, data, settings.multiple(model, max(data["length"]))),
+            data_collator=collator(tokenizer, data, settings.multiple(model, data)),
             callbacks=acting,
             teacher=teacher,
             pool=pool,

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
+import datasets
 import numpy as np
 import torch
 from torch import nn
@@ -81,7 +82,7 @@ class Settings:
             if value is not None and not holds(value):
                 raise MethodError(f"{name.replace('_', ' ')} has to be {allowed}; got {value}")
 
-    def multiple(self, model: PreTrainedModel, longest: int) -> int | None:
+    def multiple(self, model: PreTrainedModel, data: datasets.Dataset) -> int | None:
         """What the lengths of batches should be multiples of; None where that gains nothing.
 
         oneDNN, which multiplies in bfloat16 on CPUs, prepares each product for the sizes of its factors, and forgets
@@ -89,11 +90,13 @@ class Settings:
 
         Args:
             model: that is trained.
-            longest: tokens of the longest row, which have to stay within the positions of the model.
+            data: encoded rows, which have to stay within the positions of the model.
         """
-        positions = most_tokens(model)
+        if self.precision != "bf16" or model.device.type != "cpu":
+            return None
+        positions, longest = most_tokens(model), max(len(ids) for ids in data["input_ids"][:])
         fits = positions is None or -(-longest // MULTIPLE) * MULTIPLE <= positions
-        return MULTIPLE if self.precision == "bf16" and model.device.type == "cpu" and fits else None
+        return MULTIPLE if fits else None
 
     def arguments(self, output: str | Path, *, on_cpu: bool, **others: Any) -> TrainingArguments:
         """The settings in the Trainer's terms.

@@ -30,11 +30,8 @@ class DistillationWeights:
     temperature: float = 2.0
 
 
-SIMILARITY_SCALE = 10.0
-"""Squared differences of cosines are small: so they are about as large as one minus the cosine of embeddings."""
-
 WITHOUT_LABELS = DistillationWeights(labels=0.0, logits=0.0, hidden=1.0, pooled=1.0)
-"""Healing on plain text: hidden states and pooled embeddings of the original model are the only targets."""
+"""On plain text, hidden states and pooled embeddings of the original model are the only targets."""
 
 
 def logit_loss(
@@ -91,10 +88,3 @@ def mean_pool(hidden: Float[Tensor, "batch t width"], mask: Bool[Tensor, "batch 
 def pooled_loss(student: Float[Tensor, "batch width"], teacher: Float[Tensor, "batch width"]) -> Float[Tensor, ""]:
     """One minus the mean cosine of pooled embeddings."""
     return 1 - F.cosine_similarity(student, teacher).mean()
-
-
-def similarity_loss(student: Float[Tensor, "batch width"], teacher: Float[Tensor, "batch width"]) -> Float[Tensor, ""]:
-    """Mean squared difference of the cosines between different texts of a batch, times `SIMILARITY_SCALE`."""
-    cosines = [unit @ unit.T for unit in (F.normalize(student, dim=1), F.normalize(teacher, dim=1))]
-    apart = ~torch.eye(len(student), dtype=torch.bool, device=student.device)
-    return SIMILARITY_SCALE * (cosines[0] - cosines[1])[apart].square().mean()
