@@ -140,14 +140,20 @@ def static(source: Path, limit: int) -> tuple[Embed, int]:
     return lambda texts: torch.from_numpy(model.encode(list(texts))), dimension
 
 
-def contestants(source: Path, folder: Path, args: Any) -> Iterator[tuple[dict[str, Any], Embed]]:
+def contestants(name_of_model: str, source: Path, folder: Path, args: Any) -> Iterator[tuple[dict[str, Any], Embed]]:
     """Rows without their measures, and what embeds."""
     original = weight_bytes(source)
     text = folder / "learned.txt"
     healing = ("--train", text, "--distill", source, "--minutes", args.minutes, "--seed", args.seed)
     for ratio in args.ratios:
         for name in args.contestants:
-            key = {"contestant": name, "ratio": ratio, "minutes": args.minutes, "seed": args.seed, "model": source.name}
+            key = {
+                "contestant": name,
+                "ratio": ratio,
+                "minutes": args.minutes,
+                "seed": args.seed,
+                "model": name_of_model,
+            }
             if name == "int8":
                 key |= {"ratio": 4.0, "minutes": 0}
             if any(all(row.get(k) == v for k, v in key.items()) for row in read_lines(args.output)):
@@ -191,12 +197,13 @@ def main() -> None:
     logging.set_verbosity_error()
     data.datasets.disable_progress_bars()
     source = minilm.directory() if args.model == "minilm" else Path(args.model)
-    folder = args.work / source.name
+    called = args.model if args.model == "minilm" else source.name
+    folder = args.work / called
     folder.mkdir(parents=True, exist_ok=True)
     learned, judged = sentences.split(args.data)
     (folder / "learned.txt").write_text("\n".join(learned) + "\n", encoding="utf-8")
     judge = Judge(args.data, judged, encoder(source))
-    for row, embed in contestants(source, folder, args):
+    for row, embed in contestants(called, source, folder, args):
         row |= {"uses": judge.measure(embed), "machine": machine(), "version": factorformer.__version__}
         append_line(args.output, row)
         print(json.dumps({k: v for k, v in row.items() if k != "machine"}), flush=True)

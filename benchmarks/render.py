@@ -438,6 +438,18 @@ def planning() -> list[str]:
 
 # Fits and embeddings
 
+KEPT = ("embedding_cosine", "similarity_spearman", "neighbour_recall")
+"""What an encoder keeps of the original's embeddings."""
+
+USES = {
+    "mrpc_auc": "mrpc, area",
+    "banking77_nearest_neighbour_accuracy": "banking77, nearest",
+    "banking77_logistic_regression_accuracy": "banking77, regression",
+    "sst2_nearest_neighbour_accuracy": "sst2, nearest",
+    "sst2_logistic_regression_accuracy": "sst2, regression",
+}
+"""What embeddings are used for."""
+
 SMALL_RISE = 0.3
 """Rises of the loss up to which predictions should be right."""
 
@@ -535,6 +547,28 @@ def fine_tuned() -> list[str]:
     return markdown(header, table) + measured_with(machines)
 
 
+def encoders() -> list[str]:
+    """Sentence encoders by bytes: what they keep of the original, and how much worse they are in points."""
+    rows = sorted(rows_of("encoders.jsonl"), key=lambda row: (row["model"], row["ratio"], row["contestant"]))
+    table = []
+    for row in rows:
+        uses = row["uses"]
+        line = [
+            row["model"],
+            f"{row['ratio']:g}x",
+            row["contestant"],
+            f"{row['bytes'] / 1e6:.1f}",
+            f"{row['minutes']:g}",
+        ]
+        line += [f"{uses[name]['value']:.3f}" for name in KEPT if name in uses] + [""] * (KEPT[0] not in uses)
+        for name in USES:
+            ends = [100 * uses[name][f"difference_{end}"] for end in ("value", "low", "high")]
+            line.append("{:+.1f} [{:+.1f}, {:+.1f}]".format(*ends))
+        table.append(line)
+    header = ["model", "file", "made by", "MB", "minutes", "cosine", "similarities", "recall@10", *USES.values()]
+    return markdown(header, table) + measured_with(row["machine"] for row in rows)
+
+
 def splits() -> list[str]:
     """Of each matrix and ratio, the best dense-sparse sizes by the plain metric, beside low rank of as many bytes."""
     found = content_of("dictionary.json")["splits"]
@@ -618,6 +652,7 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "fits-int8": fits_int8,
     "predicted-plans": predicted_plans,
     "fine-tuned": fine_tuned,
+    "encoders": encoders,
     "splits": splits,
     "sparse-sst2": lambda: before_and_after("sst2", (2.8, 5.0), SPARSE, **SIX),
     "sparse-banking77": lambda: before_and_after("banking77", (2.8, 5.0), SPARSE, **SIX),
