@@ -1,7 +1,7 @@
 """Sentence encoders in a tenth of their size and less, measured by what they are used for.
 
-    python benchmarks/encoders.py minilm --minutes 30
-    python benchmarks/encoders.py MPNET --ratios 10 20 --minutes 120
+    python benchmarks/encoders.py minilm --minutes 30 --work FOLDER
+    python benchmarks/encoders.py MPNET --ratios 10 20 --minutes 120 --work FOLDER
 
 A model is a directory, or `minilm` for the embedded one. Every contestant is made of it and of plain text (see
 `sentences.py`), and is a directory of so many bytes of weights:
@@ -90,8 +90,7 @@ def encoder(path: Path) -> Embed:
 
     def embed(texts: Sequence[str]) -> Tensor:
         rows = data.encode(tokenizer, data.datasets.Dataset.from_dict({"text": list(texts)}), data.Columns(("text",)))
-        with torch.inference_mode():
-            return evaluation.embed(model, tokenizer, rows, 64, layout.pool)
+        return evaluation.embed(model, tokenizer, rows, 64, layout.pool)
 
     return embed
 
@@ -154,9 +153,12 @@ def contestants(name_of_model: str, source: Path, folder: Path, args: Any) -> It
                 "seed": args.seed,
                 "model": name_of_model,
             }
+            if name == "factorformer" and args.options:
+                key["options"] = args.options
             if name == "int8":
                 key |= {"ratio": 4.0, "minutes": 0}
-            if any(all(row.get(k) == v for k, v in key.items()) for row in read_lines(args.output)):
+            known = ({k: row[k] for k in (*key, "options") if k in row} for row in read_lines(args.output))
+            if key in known:
                 continue
             output, began = folder / f"{name}-{ratio:g}", time.perf_counter()
             limit, more = int(original / ratio), {}

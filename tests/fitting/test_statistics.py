@@ -566,6 +566,9 @@ def test_tokens_count_as_often_as_in_all_the_text(metric: MetricName) -> None:
     assert_same(found[places].rows, seen[places].rows)
     assert_same(rows / rows.sum(), granted(counts / counts.sum()) / (1 + UNSEEN))
     assert_same(rows.sum(), seen[words].rows.sum())
+    labelled = [{**data[0], "labels": torch.zeros(len(data[0]["input_ids"]), dtype=torch.int64)}]
+    by_gradient = (collect(model, [words], labelled, "fisher_rows", token_counts=known) for known in (None, counts))
+    assert_same(*(known[words].rows for known in by_gradient))
     for wrong, message in ((counts[1:], "holds 98 numbers"), (-counts, "none negative"), (0 * counts, "the sum 0")):
         with pytest.raises(DataError, match=message) as error:
             collect(model, [words], data, metric, token_counts=wrong)

@@ -32,6 +32,9 @@ class FisherRowsRecorder(Recorder):
         self.examples = 0
         self._calls: dict[str, list[tuple[Tensor, Tensor]]] = {}
 
+    def count_tokens(self, counts: Tensor) -> None:
+        """Rows count by their gradients, however often they are looked up."""
+
     def _differentiable(self) -> contextlib.AbstractContextManager[None]:
         # Gradients with respect to outputs exist only downstream of something that requires them.
         return requiring_gradients([p for layer in self.layers.values() for p in layer.parameters()], True)

@@ -57,11 +57,8 @@ class DistillationTrainer(FastTrainer):
 
     def __init__(self, *args: Any, teacher: PreTrainedModel, weights: DistillationWeights, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.teacher = teacher.eval().requires_grad_(False)
-        nn.Module.to(self.teacher, self.args.device)
+        self.follow(teacher.requires_grad_(False))
         self.weights = weights
-        # The loss is a mean over the batch: the Trainer is to divide it by the accumulation steps.
-        self.model_accepts_loss_kwargs = False
 
     def compute_loss(
         self,

@@ -75,13 +75,10 @@ class HealingTrainer(ReproducibleTrainer):
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
-        self.teacher = teacher.eval()
-        nn.Module.to(self.teacher, self.args.device)
+        self.follow(teacher)
         self.pool, self.settings, self.measure = pool, settings, measure
         self.targets: Tensor | None = None
         self.known = torch.zeros(rows, dtype=torch.bool)
-        # The loss is a mean over the batch: the Trainer is to divide it by the accumulation steps.
-        self.model_accepts_loss_kwargs = False
 
     @property
     def part(self) -> float:
@@ -215,12 +212,11 @@ def heal(
     check_lengths(model, data, "the training data")
     check_lengths(model, held, "the held-out texts")
     wanted = embed(teacher, tokenizer, held, pool=pool)
-    began: list[HealingTrainer] = []
 
     def measure() -> dict[str, float]:
         found = compare_embeddings(wanted, embed(model, tokenizer, held, pool=pool))
         values = ", ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in found.items())
-        report(f"{phase}: after {began[0].clock.seconds / 60:.1f} minutes {values}")
+        report(f"{phase}: after {trainer.clock.seconds / 60:.1f} minutes {values}")
         return found
 
     an_epoch = math.ceil(len(data) / settings.batch_size)
@@ -259,7 +255,6 @@ def heal(
             rows=len(data),
             measure=measure,
         )
-        began.append(trainer)
         trainer.add_callback(_Points(trainer, progress, phase))
         try:
             history = finish(trainer, last_checkpoint(output), steps)

@@ -7,7 +7,6 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -98,11 +97,8 @@ class _Encoder:
             if len(encoded) < len(texts):
                 raise DataError(f"'{table.source}': the tokenizer of '{self.name}' makes no token of a text")
             check_lengths(model, encoded, f"'{table.source}'")
-            with torch.inference_mode():
-                phase = f"embed {Path(table.source).name} by {Path(self.name).name}"
-                found.append(
-                    embed(model, self.tokenizer, encoded, pool=self.layout.pool, progress=progress, phase=phase)
-                )
+            phase = f"embed {Path(table.source).name} by {Path(self.name).name}"
+            found.append(embed(model, self.tokenizer, encoded, pool=self.layout.pool, progress=progress, phase=phase))
         return tuple(found)
 
 
