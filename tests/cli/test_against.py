@@ -111,15 +111,33 @@ def test_columns_of_other_names(run: Any, base: Path, small: Path, files: Path) 
     assert {"scores_pair_spearman", "original_scores_pair_spearman", "difference_scores_pair_spearman"} <= set(found)
 
 
+def test_what_pairs_say_is_told(run: Any, base: Path, small: Path, files: Path, tmp_path: Path) -> None:
+    file = tmp_path / "pairs.tsv"
+    file.write_text("sentence1\tsentence2\tlabel\n" + "a\ta\tequivalent\na\tbook\tnot_equivalent\n" * 4)
+    done = run("evaluate", small, "--against", base, "--data", file, "--json")
+    assert metrics(done)["pairs_pair_auc"] == 1
+    assert "class 'equivalent' are taken to mean the same" in done.stderr
+    scores = tmp_path / "texts.tsv"
+    scores.write_text("text\tscore\n" + "".join(f"{text}\t{text}\n" for text in ("a", "book", "the film", "b")))
+    assert set(metrics(run("evaluate", small, "--against", base, "--data", scores, "--json"))) >= {
+        f"texts_{name}" for name in KEPT
+    }
+    (tmp_path / "scored.tsv").write_text("sentence1\tsentence2\tlabel\na\ta\t2\na\tb\t1\na\tbook\t0\n")
+    given = ("--data", tmp_path / "scored.tsv", "--label", "label", "--json")
+    assert metrics(run("evaluate", small, "--against", base, *given))["scored_pair_spearman"] > 0
+
+
 def test_what_cannot_be_measured_is_refused(
     run: Any, base: Path, trained: Path, small: Path, files: Path, tables: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "pairs.tsv").write_text("sentence1\tsentence2\na\tb\nthe\tbook\n")
-    (tmp_path / "rare.tsv").write_text((tables / "train.tsv").read_text() + "a film\tnever\n")
+    (tmp_path / "single.tsv").write_text("text\tlabel\n" + "a film\tone\n" * 9 + "a book\tother\n")
+    (tmp_path / "inference.tsv").write_text("premise\thypothesis\tlabel\na\tb\t0\nthe\tbook\t1\na\tbook\t2\n")
     for arguments, message in (
         (("--data", tables / "two.txt"), "2 rows"),
         (("--data", tmp_path / "pairs.tsv"), "--label"),
-        (("--data", tmp_path / "rare.tsv"), "class 'never' has 1"),
+        (("--data", tmp_path / "single.tsv"), "1 have 5 or more"),
+        (("--data", tmp_path / "inference.tsv"), "--label label"),
         (("--data", tables / "train.jsonl", "--label", "none"), "none"),
         (("--data", files / "texts.txt", "--words"), "--words"),
         (("--data", tmp_path / "absent.txt"), "absent.txt"),

@@ -26,17 +26,18 @@ def test_weighted_statistics_are_those_of_repeated_rows() -> None:
     generator = np.random.default_rng(0)
     a, b = generator.integers(9, size=60) / 9, generator.integers(7, size=60) / 7
     wanted = generator.integers(2, size=60).astype(float)
+    one, other, classes = (embeddings._places(values) for values in (a, b, wanted))
     for counts in (np.ones(60), np.bincount(generator.integers(60, size=60), minlength=60).astype(float)):
         first, second, labels = (np.repeat(values, counts.astype(int)) for values in (a, b, wanted))
-        assert embeddings._weighted_spearman(a, b, counts) == pytest.approx(spearmanr(first, second).statistic)
-        assert embeddings._weighted_auc(a, wanted, counts) == pytest.approx(roc_auc_score(labels, first))
+        assert embeddings._weighted_spearman(one, other, counts) == pytest.approx(spearmanr(first, second).statistic)
+        assert embeddings._weighted_auc(one, classes, counts) == pytest.approx(roc_auc_score(labels, first))
 
 
-@pytest.mark.parametrize("rows", [3, 40, 700])
+@pytest.mark.parametrize("rows", [3, 12, 40, 700])
 def test_neighbours_against_brute_force(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(embeddings, "CHUNK", 5000)
     first, second = unit(normal(rows, 6)), unit(normal(rows, 6) + 0.3 * normal(rows, 6, seed=1))
-    count = min(10, rows - 1)
+    count = min(10, (rows - 1) // 2)
     found = neighbour_recall(first, second)
     for row in range(0, rows, 7):
         nearest = []
@@ -81,10 +82,12 @@ def test_classes_are_told_apart_by_neighbours_and_by_planes() -> None:
         assert 0.1 < use.compressed.value < 0.6
         assert use.difference.value == pytest.approx(use.compressed.value - 1)
         assert use.difference.low < use.difference.value < use.difference.high < 0
-    with pytest.raises(DataError, match=r"class 'z' has 1 of 91 texts.*5-fold"):
-        classes(torch.cat([apart, apart[:1]]), torch.cat([apart, apart[:1]]), [*names, "z"])
-    with pytest.raises(DataError, match="two classes"):
-        classes(apart, apart, ["a"] * 90)
+    # One text of a class is wrong by any measure, and the rest is as it was.
+    rare = classes(torch.cat([apart, -apart[:1]]), torch.cat([apart, -apart[:1]]), [*names, "z"])
+    assert [use.compressed.value for use in rare.values()] == pytest.approx([90 / 91, 90 / 91])
+    for labels in (["a"] * 90, ["a"] * 88 + ["b", "c"]):
+        with pytest.raises(DataError, match=r"classes of 90 texts, 1 have 5 or more"):
+            classes(apart, apart, labels)
 
 
 def test_pairs_by_classes_and_by_scores() -> None:
@@ -103,6 +106,34 @@ def test_pairs_by_classes_and_by_scores() -> None:
     for labels, message in ((["a", "b", "c"] * 66 + ["a", "b"], "3 names"), ([1] * 200, "all the same")):
         with pytest.raises(DataError, match=message):
             pairs((one, other), (one, noise), labels)
+
+
+@pytest.mark.parametrize(
+    ("same", "other"),
+    [
+        ("yes", "no"),
+        ("equivalent", "not_equivalent"),
+        ("duplicate", "Not duplicate"),
+        ("paraphrase", "non-paraphrase"),
+        ("related", "unrelated"),
+        ("same", "different"),
+        ("similar", "dissimilar"),
+        ("normal", "abnormal"),
+        (True, False),
+        (1, 0),
+        ("10", "9"),
+        ("notable", "minor"),
+    ],
+)
+def test_which_class_means_the_same(same: object, other: object) -> None:
+    for labels in ([same, other, other], [other, same]):
+        assert embeddings.same_class(labels) == same
+    one = torch.eye(4)
+    two = torch.tensor([0, 1, 3, 2])
+    found = pairs((one, one[two]), (one, one), [same, same, other, other])["pair_auc"]
+    assert found.original is not None
+    assert found.original.value == 1
+    assert found.compressed.value == 0.5
 
 
 def test_intervals_are_those_of_the_mean_and_pairing_makes_them_narrow() -> None:

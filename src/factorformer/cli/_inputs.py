@@ -16,9 +16,11 @@ from torch import Tensor
 from transformers import AutoModel, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from factorformer.cli._options import note
-from factorformer.errors import DataError, FactorformerError, ModelError, OutputError
+from factorformer.errors import DataError, ExportError, FactorformerError, ModelError, OutputError
+from factorformer.export.sentence import Layout, read_layout
 from factorformer.files import RESULT_FILE, output_directory, whole_file
 from factorformer.hf.attachment import described
+from factorformer.hf.layout import place
 from factorformer.hf.source import copy_companions, find, load_model, place_of_weights, read_config
 from factorformer.layers.surgery import find_matrices
 from factorformer.planning import TOLERANCE, Entry, Plan
@@ -62,6 +64,15 @@ def plain_columns(source: str, columns: Columns) -> Columns:
     """The text columns alone; a plain text file has its own."""
     plain = text_format(Path(source)) == ".txt"
     return Columns(("text",)) if plain else dataclasses.replace(columns, label=None)
+
+
+def find_pooling(path: Path) -> Layout:
+    """What users of a model directory make of its hidden states: the mean, with a note, where that is not known."""
+    try:
+        return read_layout(path)
+    except ExportError as error:
+        note(f"embeddings are taken to be the mean of those of tokens: {error}")
+        return Layout(path, place(path).folder)
 
 
 def check_dense(path: Path, config: PretrainedConfig) -> None:

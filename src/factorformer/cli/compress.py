@@ -145,6 +145,8 @@ def compress(
     check_output(output, overwrite=overwrite, inputs=(model, plan, calibration, train, evaluation, distill))
     if train is None:
         note_unused("without --train", "epochs", "minutes", "lr", "freeze_embeddings")
+    elif minutes is not None:
+        note_unused("beside --minutes", "epochs")
     if train is None and evaluation is None and calibration is None:
         note_unused("without data", "text", "words", "max_length", "batch_size", "calibration_rows", "seed")
     from factorformer.cli._inputs import columns_of

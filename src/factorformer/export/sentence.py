@@ -139,11 +139,12 @@ class Layout:
         self, hidden: Float[Tensor, "batch length width"], mask: Bool[Tensor, "batch length"]
     ) -> Float[Tensor, "batch pooled"]:
         """What users get: as the directory says, and where it says nothing the mean over real tokens."""
+        hidden = hidden.float()
         if self.pooling is None:
             return mean_pool(hidden, mask)
         vectors = self.pooling(hidden, mask.long())
         for module in self.pooling.after:
-            vectors = module(vectors)
+            vectors = module.to(vectors.device)(vectors)
         return vectors
 
 
@@ -220,7 +221,7 @@ def _projection(folder: Path) -> Projection:
         projection.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})
     except (OSError, KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
         raise CheckpointError(f"cannot read the Dense module '{folder}': {error}") from error
-    return projection
+    return projection.requires_grad_(False)
 
 
 def read_longest(directory: Path) -> int | None:

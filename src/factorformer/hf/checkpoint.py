@@ -74,6 +74,8 @@ def load(
             found, _ = _read(path, place.folder, choice, True, trust_remote_code=trust, **kwargs)
     if choice.note is not None:
         _warn(choice.note)
+    if place.task == layout.ENCODES:
+        _describe_encoder(found.config, type(found))
     return found
 
 
@@ -112,6 +114,7 @@ def choose(path: Path, *, trust: bool | None = None) -> Choice:
         # Of an encoder-decoder, sentence-transformers takes the encoder, where that is a class of its own.
         base = getattr(transformers, base.__name__.removesuffix("Model") + "EncoderModel", base)
         note = f"'{path}' is a sentence encoder: loaded as {base.__name__}, and not as {named}, which config.json names"
+        _describe_encoder(config, base)
         return Choice(base, config, note=None if named in (base.__name__, None) else note)
     if native is not None:
         return Choice(native, config, None if base is native else base)
@@ -120,6 +123,13 @@ def choose(path: Path, *, trust: bool | None = None) -> Choice:
     names = f"the class {named!r}, which transformers does not have" if named else "no class"
     note = f"'{path}/config.json' names {names}: loaded as {base.__name__}, the model without a head"
     return Choice(base, config, note=note)
+
+
+def _describe_encoder(config: transformers.PreTrainedConfig, kind: type) -> None:
+    """Let a configuration say what a sentence encoder is loaded as, whatever model it was taken from."""
+    config.architectures = [kind.__name__]
+    if kind.__name__.endswith("EncoderModel"):
+        config.is_encoder_decoder = False
 
 
 def read_config(folder: Path, *, trust: bool | None = None) -> transformers.PreTrainedConfig:

@@ -16,14 +16,24 @@ from factorformer.files import whole_file
 RUN_FILE = "run.json"
 """What a run is lies beside its checkpoints under this name."""
 
+FILES = "checkpoint_files"
+"""Key in it of the files that callbacks add to each checkpoint."""
+
 
 def last_checkpoint(output: Path) -> Path | None:
-    """The newest complete checkpoint in a directory; those whose writing was interrupted are passed over."""
+    """The newest complete checkpoint in a directory; those whose writing was interrupted are passed over.
+
+    What callbacks write after the Trainer's own files is known from the description of the run (`FILES`).
+    """
     folders = [path for path in output.glob("checkpoint-*") if path.name.rpartition("-")[2].isdigit()]
+    more: list[str] = []
+    with contextlib.suppress(OSError, ValueError, TypeError):
+        more = list(json.loads((output / RUN_FILE).read_text(encoding="utf-8")).get(FILES) or ())
     for folder in sorted(folders, key=step_of, reverse=True):
         with contextlib.suppress(OSError, ValueError):
             json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))  # what the Trainer writes last
-            return folder
+            if all((folder / name).is_file() for name in more):
+                return folder
     return None
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -140,8 +139,12 @@ def sample(data: datasets.Dataset, rows: int, seed: int = 0) -> datasets.Dataset
 
 def count_tokens(data: Iterable[datasets.Dataset], vocabulary: int) -> Tensor:
     """How often each token occurs in encoded rows, `(vocabulary,)`; padding is none of them."""
-    ids = itertools.chain.from_iterable(itertools.chain.from_iterable(rows["input_ids"][:] for rows in data))
-    return torch.bincount(torch.from_numpy(np.fromiter(ids, np.int64)), minlength=vocabulary)
+    counts = np.zeros(vocabulary, np.int64)
+    for rows in data:
+        for part in rows.select_columns("input_ids").with_format("arrow").iter(batch_size=10_000):
+            ids = part["input_ids"].combine_chunks().flatten().to_numpy()
+            counts += np.bincount(ids, minlength=vocabulary)
+    return torch.from_numpy(counts)
 
 
 def check_lengths(model: PreTrainedModel, data: datasets.Dataset, source: str = "the data") -> None:

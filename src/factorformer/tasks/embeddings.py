@@ -7,6 +7,7 @@ Everything is measured of two models side by side, on the same rows, and interva
 from __future__ import annotations
 
 import dataclasses
+import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -24,7 +25,7 @@ from torch import Tensor
 from factorformer.errors import DataError
 
 NEIGHBOURS = 10
-"""Nearest neighbours whose overlap is counted."""
+"""Nearest neighbours whose overlap is counted; at most half of the other texts."""
 
 RESAMPLES = 1000
 """Of the bootstrap."""
@@ -87,20 +88,20 @@ def kept(
     if first.shape == second.shape:
         found["embedding_cosine"] = Use(_mean((first * second).sum(1).numpy(), seed))
     one, other = _pairs(rows, seed)
-    before, after = ((e[one] * e[other]).sum(1).numpy() for e in (first, second))
+    before, after = (_places((e[one] * e[other]).sum(1).numpy()) for e in (first, second))
 
     def correlation(counts: np.ndarray) -> float:
         # Two texts that are drawn twice make four pairs.
         return _weighted_spearman(before, after, counts[one] * counts[other])
 
-    found["similarity_spearman"] = Use(_bootstrap(correlation, rows, seed, resamples=RESAMPLES // 10))
+    found["similarity_spearman"] = Use(_bootstrap(correlation, rows, seed))
     found["neighbour_recall"] = Use(_mean(neighbour_recall(first, second), seed))
     return found
 
 
 def neighbour_recall(original: Tensor, compressed: Tensor, neighbours: int = NEIGHBOURS) -> np.ndarray:
     """For each text, which part of its nearest by the first embeddings is among the nearest by the second."""
-    count = min(neighbours, len(original) - 1)
+    count = max(1, min(neighbours, (len(original) - 1) // 2))
     parts = [
         torch.eq(one[:, :, None], other[:, None, :]).any(dim=2).float().mean(1)
         for one, other in zip(_nearest(original, count), _nearest(compressed, count), strict=True)
@@ -117,15 +118,14 @@ def classes(original: Tensor, compressed: Tensor, labels: Sequence[Any], seed: i
         parts, the same for both models.
 
     Raises:
-        DataError: a single class, or one with fewer texts than parts.
+        DataError: fewer than two classes of as many texts as there are parts.
     """
     names, ids = np.unique(np.asarray([str(label) for label in labels]), return_inverse=True)
-    counts = np.bincount(ids)
-    if len(names) < 2 or counts.min() < FOLDS:
-        few = names[int(counts.argmin())]
+    large = int((np.bincount(ids) >= FOLDS).sum())
+    if large < 2:
         raise DataError(
-            f"class '{few}' has {counts.min()} of {len(ids)} texts: classes are told apart by {FOLDS}-fold "
-            f"cross-validation, which needs two classes of at least {FOLDS} texts each"
+            f"of {len(names)} classes of {len(ids)} texts, {large} have {FOLDS} or more: classes are told apart by "
+            f"{FOLDS}-fold cross-validation, which needs two of that size"
         )
     right: dict[str, list[np.ndarray]] = {"nearest_neighbour_accuracy": [], "logistic_regression_accuracy": []}
     for embeddings in (unit(original), unit(compressed)):
@@ -134,6 +134,7 @@ def classes(original: Tensor, compressed: Tensor, labels: Sequence[Any], seed: i
         folds = StratifiedKFold(FOLDS, shuffle=True, random_state=seed)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ConvergenceWarning)
+            warnings.filterwarnings("ignore", "The least populated class")  # which is wrong in some part
             predicted = cross_val_predict(LogisticRegression(C=10, max_iter=200), embeddings.numpy(), ids, cv=folds)
         right["logistic_regression_accuracy"].append(predicted == ids)
     return {name: _both(*(r.astype(np.float64) for r in pair), seed=seed) for name, pair in right.items()}
@@ -146,7 +147,7 @@ def pairs(
 
     Args:
         original, compressed: embeddings of the first and of the second texts.
-        labels: two classes, of which the one that sorts last says that they do; or scores.
+        labels: two classes, of which `same_class` says that they do; or scores.
         seed: of the bootstrap.
 
     Returns:
@@ -158,12 +159,32 @@ def pairs(
     """
     wanted = _scores(labels)
     # Pairs of one text twice are to be ties, whatever their cosines round to.
-    given = [(unit(one) * unit(other)).sum(1).numpy().round(6) for one, other in (original, compressed)]
-    two = len(np.unique(wanted)) == 2
-    statistic: Callable[[np.ndarray, np.ndarray, np.ndarray], float]
+    given = [_places((unit(one) * unit(other)).sum(1).numpy().round(6)) for one, other in (original, compressed)]
+    wanted, two = _places(wanted), len(np.unique(wanted)) == 2
     statistic = _weighted_auc if two else _weighted_spearman
     uses = _paired(lambda cosines, counts: statistic(cosines, wanted, counts), given, seed)
     return {"pair_auc" if two else "pair_spearman": uses}
+
+
+def same_class(labels: Sequence[Any]) -> Any | None:
+    """Of two classes of pairs, the one that says that both texts mean the same; None if they are scores.
+
+    Of numbers it is the larger one. Of names it is the one that sorts last (`yes`, `same`, `true`), unless that denies
+    the other, as `not_equivalent`, `non-paraphrase` and `unrelated` do.
+    """
+    values = sorted(set(labels), key=lambda label: (_number(label) is None, _number(label), str(label)))
+    if len(values) != 2:
+        return None
+    first, last = (str(value) for value in values)
+    denies = _number(values[1]) is None and (last.endswith(first) or re.match(r"(no|non|not)(\b|_)", last, re.I))
+    return values[0] if denies else values[1]
+
+
+def _number(label: Any) -> float | None:
+    try:
+        return float(label)
+    except (TypeError, ValueError):
+        return None
 
 
 def unit(embeddings: Float[Tensor, "rows width"]) -> Float[Tensor, "rows width"]:
@@ -172,15 +193,15 @@ def unit(embeddings: Float[Tensor, "rows width"]) -> Float[Tensor, "rows width"]
 
 
 def _scores(labels: Sequence[Any]) -> np.ndarray:
-    try:
-        values = np.asarray([float(label) for label in labels])
-    except (TypeError, ValueError):
-        names, ids = np.unique(np.asarray([str(label) for label in labels]), return_inverse=True)
-        if len(names) != 2:
-            raise DataError(
-                f"labels of pairs are scores, or two classes: these are {len(names)} names, such as '{names[0]}'"
-            ) from None
-        return ids.astype(np.float64)
+    if (same := same_class(labels)) is not None:
+        return np.asarray([float(label == same) for label in labels])
+    numbers = [_number(label) for label in labels]
+    if None in numbers:
+        names = sorted({str(label) for label in labels})
+        raise DataError(
+            f"labels of pairs are scores, or two classes: these are {len(names)} names, such as '{names[0]}'"
+        )
+    values = np.asarray(numbers, np.float64)
     if len(np.unique(values)) < 2 or not np.isfinite(values).all():
         raise DataError("labels of pairs are scores, or two classes: these are all the same, or not finite")
     return values
@@ -207,10 +228,13 @@ def _pairs(rows: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     return one, (one + generator.integers(1, rows, size=PAIRS)) % rows
 
 
+def _places(values: np.ndarray) -> np.ndarray:
+    """In the place of each value, how many different ones are smaller."""
+    return rankdata(values, method="dense").astype(np.int64) - 1
+
+
 def _weighted_spearman(a: np.ndarray, b: np.ndarray, weights: np.ndarray) -> float:
-    """Spearman's correlation of rows that count as often as their weights say."""
-    drawn = weights > 0
-    a, b, weights = a[drawn], b[drawn], weights[drawn].astype(np.float64)
+    """Spearman's correlation of rows, given by `_places`, that count as often as their weights say."""
     first, second = _weighted_ranks(a, weights), _weighted_ranks(b, weights)
     total = weights.sum()
     first, second = first - weights @ first / total, second - weights @ second / total
@@ -218,19 +242,16 @@ def _weighted_spearman(a: np.ndarray, b: np.ndarray, weights: np.ndarray) -> flo
     return float(weights @ (first * second) / scale) if scale > 0 else float("nan")
 
 
-def _weighted_ranks(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
+def _weighted_ranks(places: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """Mid-ranks in a sample in which each value is repeated."""
-    places = rankdata(values, method="dense").astype(np.int64) - 1
     each = np.bincount(places, weights)
     return (np.cumsum(each) - each / 2)[places]
 
 
 def _weighted_auc(cosines: np.ndarray, wanted: np.ndarray, weights: np.ndarray) -> float:
-    """The probability that a pair of the class that sorts last has the larger cosine (Mann and Whitney, 1947)."""
-    positive = wanted == wanted.max()
-    places = rankdata(cosines, method="dense").astype(np.int64) - 1
-    yes = np.bincount(places, weights * positive)
-    no = np.bincount(places, weights * ~positive, minlength=len(yes))
+    """The probability that a pair of the class 1, not 0, has the larger cosine (Mann and Whitney, 1947)."""
+    yes = np.bincount(cosines, weights * wanted)
+    no = np.bincount(cosines, weights * (1 - wanted))
     total = yes.sum() * no.sum()
     return float((yes * (np.cumsum(no) - no / 2)).sum() / total) if total > 0 else float("nan")
 
@@ -247,7 +268,7 @@ def _paired(statistic: Callable[[np.ndarray, np.ndarray], float], values: Sequen
     """A statistic of both models, and its difference, on the same resamples."""
     first, second = values
     rows = len(first)
-    drawn = [(statistic(first, counts), statistic(second, counts)) for counts in _resamples(rows, seed, RESAMPLES)]
+    drawn = [(statistic(first, counts), statistic(second, counts)) for counts in _resamples(rows, seed)]
     every = np.ones(rows)
     whole = statistic(first, every), statistic(second, every)
     columns = np.asarray(drawn)
@@ -258,15 +279,15 @@ def _paired(statistic: Callable[[np.ndarray, np.ndarray], float], values: Sequen
     )
 
 
-def _bootstrap(statistic: Callable[[np.ndarray], float], rows: int, seed: int, resamples: int = RESAMPLES) -> Estimate:
-    drawn = np.asarray([statistic(counts) for counts in _resamples(rows, seed, resamples)])
+def _bootstrap(statistic: Callable[[np.ndarray], float], rows: int, seed: int) -> Estimate:
+    drawn = np.asarray([statistic(counts) for counts in _resamples(rows, seed)])
     return _interval(statistic(np.ones(rows)), drawn)
 
 
-def _resamples(rows: int, seed: int, count: int) -> Iterator[np.ndarray]:
+def _resamples(rows: int, seed: int) -> Iterator[np.ndarray]:
     """How often each row is drawn."""
     generator = np.random.default_rng(seed)
-    for _ in range(count):
+    for _ in range(RESAMPLES):
         yield np.bincount(generator.integers(rows, size=rows), minlength=rows).astype(np.float64)
 
 

@@ -17,13 +17,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from factorformer.hf.callbacks import moving
 from factorformer.layers.modes import requiring_gradients
 from factorformer.progress import Progress, silent
-from factorformer.tasks.checkpoints import check_same_run, last_checkpoint, locked
+from factorformer.tasks.checkpoints import FILES, check_same_run, last_checkpoint, locked
 from factorformer.tasks.data import check_lengths, collator
 from factorformer.tasks.evaluation import Pool, compare_embeddings, embed
 from factorformer.tasks.reproducible import ReproducibleTrainer, finish
 from factorformer.tasks.trainer import Settings, Watch, frozen_embeddings, seeded
 from factorformer.training.distillation import pooled_loss
 from factorformer.training.dynamic_rank import DynamicRank
+from factorformer.training.rank_checkpoint import STATE
 from factorformer.training.straight_through import StraightThrough
 
 ROW = "row"
@@ -32,13 +33,17 @@ ROW = "row"
 ENDLESS = 10**9
 """Steps of a training that time ends."""
 
+REMEMBERED = 2**32
+"""Bytes of embeddings of the original that are remembered; of further texts it is asked each time."""
+
 
 @dataclasses.dataclass(frozen=True)
 class HealingSettings(Settings):
     """How a compressed encoder is healed; see `Settings` for the rest.
 
     Args:
-        minutes: of training; if given, `epochs` does not count, and the learning rate falls with time.
+        minutes: of training, what is measured and saved on the way included; if given, `epochs` does not count, and
+            the learning rate falls with time.
         points: at which embeddings of held-out texts are compared and a checkpoint is written.
         freeze_embeddings: leave dense word embeddings as they are; factorized ones are trained in any case.
     """
@@ -59,6 +64,7 @@ class HealingTrainer(ReproducibleTrainer):
     Args:
         teacher: kept in evaluation mode; it reads the same inputs.
         pool: what users of the model make of its hidden states.
+        teacher_pool: the same of the teacher.
         settings: of the training.
         rows: of the training data, numbered in the column `ROW`.
         measure: the metrics of the model as it is.
@@ -69,6 +75,7 @@ class HealingTrainer(ReproducibleTrainer):
         *args: Any,
         teacher: PreTrainedModel,
         pool: Pool,
+        teacher_pool: Pool,
         settings: HealingSettings,
         rows: int,
         measure: Callable[[], dict[str, float]],
@@ -76,9 +83,10 @@ class HealingTrainer(ReproducibleTrainer):
     ) -> None:
         super().__init__(*args, **kwargs)
         self.follow(teacher)
-        self.pool, self.settings, self.measure = pool, settings, measure
+        self.pool, self.teacher_pool, self.settings, self.measure = pool, teacher_pool, settings, measure
         self.targets: Tensor | None = None
         self.known = torch.zeros(rows, dtype=torch.bool)
+        self.args._n_gpu = 1  # several would each need the teacher's part of what is remembered
 
     @property
     def part(self) -> float:
@@ -100,27 +108,32 @@ class HealingTrainer(ReproducibleTrainer):
         assert isinstance(encoder, PreTrainedModel)
         known = dict(inputs)
         rows, mask = known.pop(ROW).cpu(), known["attention_mask"].bool()
-        outputs, student = self._embed(encoder, known, mask)
+        outputs, student = self._embed(encoder, self.pool, known, mask)
         target = self._target(rows, known, mask)
         loss = pooled_loss(student, target)
         return (loss, outputs) if return_outputs else loss
 
-    def _embed(self, encoder: PreTrainedModel, inputs: Mapping[str, Any], mask: Tensor) -> tuple[Any, Tensor]:
+    def _embed(
+        self, encoder: PreTrainedModel, pool: Pool, inputs: Mapping[str, Any], mask: Tensor
+    ) -> tuple[Any, Tensor]:
         """What the model returns, a head left out, and pooled embeddings."""
         # The precision that the Trainer asks for is that of the whole model's forward pass, and would not be met here.
         with torch.autocast(mask.device.type, torch.bfloat16, enabled=self.settings.precision == "bf16"):
             outputs = encoder.base_model(**inputs)
-        return outputs, self.pool(outputs.last_hidden_state.float(), mask)
+        return outputs, pool(outputs.last_hidden_state.float(), mask)
 
     def _target(self, rows: Tensor, inputs: Mapping[str, Any], mask: Tensor) -> Tensor:
-        if not bool(self.known[rows].all()):
-            with torch.no_grad():
-                _, made = self._embed(self.teacher, inputs, mask)
-            if self.targets is None:
-                self.targets = torch.zeros(len(self.known), made.shape[1], dtype=torch.float16)
-            self.targets[rows], self.known[rows] = nn.functional.normalize(made, dim=1).cpu().half(), True
-        assert self.targets is not None
-        return self.targets[rows].to(mask.device).float()
+        if self.targets is not None and bool(self.known[rows].all()):
+            return self.targets[rows].to(mask.device).float()
+        with torch.no_grad():
+            _, made = self._embed(self.teacher, self.teacher_pool, inputs, mask)
+        made = nn.functional.normalize(made, dim=1)
+        if self.targets is None:
+            most = REMEMBERED // (2 * made.shape[1])
+            self.targets = torch.empty(min(len(self.known), most), made.shape[1], dtype=torch.float16)
+        kept = rows < len(self.targets)
+        self.targets[rows[kept]], self.known[rows[kept]] = made.cpu().half()[kept], True
+        return made
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> LambdaLR:
         """Linear, with warm-up, by what part of the training is over."""
@@ -174,6 +187,7 @@ def heal(
     *,
     teacher: PreTrainedModel,
     pool: Pool,
+    teacher_pool: Pool | None = None,
     straight: StraightThrough | None = None,
     ranks: DynamicRank | None = None,
     report: Callable[[str], None] = lambda line: None,
@@ -194,6 +208,7 @@ def heal(
         output: directory of checkpoints.
         teacher: the original.
         pool: what users of the model make of its hidden states.
+        teacher_pool: the same of the teacher, if that is another.
         straight: made of the model, if it trains straight through; finished at the end.
         ranks: made of the model, if its ranks are found in training; finished at the end.
         report: told in one line how similar embeddings are, at each point.
@@ -211,7 +226,8 @@ def heal(
     """
     check_lengths(model, data, "the training data")
     check_lengths(model, held, "the held-out texts")
-    wanted = embed(teacher, tokenizer, held, pool=pool)
+    teacher_pool = teacher_pool or pool
+    wanted = embed(teacher, tokenizer, held, pool=teacher_pool)
 
     def measure() -> dict[str, float]:
         found = compare_embeddings(wanted, embed(model, tokenizer, held, pool=pool))
@@ -222,7 +238,12 @@ def heal(
     an_epoch = math.ceil(len(data) / settings.batch_size)
     steps = ENDLESS if settings.minutes is not None else math.ceil(settings.epochs * an_epoch)
     numbered = data.add_column(ROW, list(range(len(data))))
-    description = {**dataclasses.asdict(settings), "rows": len(data), "parameters": model.num_parameters()}
+    description = {**dataclasses.asdict(settings), "rows": len(data)}
+    del description["precision"]  # which the processor decides, and another may go on
+    if ranks is None:
+        description["parameters"] = model.num_parameters()
+    else:
+        description[FILES] = [STATE]
     acting: list[TrainerCallback] = [Watch(silent if settings.minutes is not None else progress, phase)]
     acting += moving(straight, ranks)
     frozen = settings.freeze_embeddings and (ranks is None or not ranks.holds(model.get_input_embeddings()))
@@ -251,6 +272,7 @@ def heal(
             callbacks=acting,
             teacher=teacher,
             pool=pool,
+            teacher_pool=teacher_pool,
             settings=settings,
             rows=len(data),
             measure=measure,

@@ -58,13 +58,17 @@ def run(job: CompressJob, *, resume: bool) -> Result:
             raise OutputError(
                 "--resume is for encoders that learn from --distill alone: other runs leave no checkpoint"
             )
-        return _run(job, inputs, None, started)
+        return _measured(job, inputs, started, *_make(job, inputs, None, started))
     unfinished = Unfinished(Path(job.output))
     with unfinished.open(job.to_dict(), resume=resume, overwrite=job.overwrite):
-        return _run(job, inputs, unfinished, started)
+        made = _make(job, inputs, unfinished, started)
+    return _measured(job, inputs, started, *made)
 
 
-def _run(job: CompressJob, inputs: Inputs, unfinished: Unfinished | None, started: float) -> Result:
+def _make(
+    job: CompressJob, inputs: Inputs, unfinished: Unfinished | None, started: float
+) -> tuple[Result, PreTrainedModel, Measured | None]:
+    """The result, whose directory is complete but for what is measured; the model, and what the original measured."""
     model = _load(job, inputs)
     calibration, counts = None, None
     if inputs.calibration is not None and inputs.tokenizer is not None:
@@ -96,13 +100,20 @@ def _run(job: CompressJob, inputs: Inputs, unfinished: Unfinished | None, starte
     # Whatever lies beside the weights belongs to the model as it was; a new head makes it a model for something else.
     tokenizer, companions = (inputs.tokenizer, None) if inputs.fresh else (None, inputs.path)
     save(result, model, overwrite=job.overwrite, tokenizer=tokenizer, companions=companions, history=history)
+    return result, model, before
+
+
+def _measured(
+    job: CompressJob, inputs: Inputs, started: float, result: Result, model: PreTrainedModel, before: Measured | None
+) -> Result:
+    """The result with what the compressed model measures, in its directory as well."""
     if inputs.evaluation is None:
         return result
     with saved(job.output, "compressed"):
         with bars() as progress:
             after = _measure(inputs, model, progress, "evaluate")
-        seconds |= {"total": time.perf_counter() - started}
-        result = dataclasses.replace(result, metrics=predictions(plan) | compare(before, after), seconds=seconds)
+        seconds = {**result.seconds, "total": time.perf_counter() - started}
+        result = dataclasses.replace(result, metrics={**result.metrics, **compare(before, after)}, seconds=seconds)
         update(result)
     return result
 
@@ -244,6 +255,7 @@ def _train(
         unfinished.checkpoints,
         teacher=teacher,
         pool=inputs.layout.pool,
+        teacher_pool=inputs.teacher_layout.pool,
         report=note,
         **moving,
     )

@@ -14,6 +14,7 @@ from factorformer.cli._inputs import (
     check_dense,
     check_teacher,
     encode_table,
+    find_pooling,
     hold_out,
     note_new_head,
     plain_columns,
@@ -22,7 +23,7 @@ from factorformer.cli._inputs import (
 from factorformer.cli._jobs.compress_options import CompressJob
 from factorformer.cli._measure import check_measurable
 from factorformer.errors import DataError, MethodError
-from factorformer.export.sentence import Layout, read_layout
+from factorformer.export.sentence import Layout
 from factorformer.hf.source import find, load_tokenizer, read_config
 from factorformer.tasks.classification import Head, check_head, find_head, is_causal, labels_for
 from factorformer.tasks.data import Columns, Labels, sample
@@ -43,6 +44,7 @@ class Inputs:
         train, evaluation, calibration: encoded rows.
         heals: whether the model is an encoder that learns from a teacher alone.
         layout: of the model's directory, which says what users make of hidden states.
+        teacher_layout: the same of the teacher's.
     """
 
     path: Path
@@ -54,6 +56,7 @@ class Inputs:
     calibration: datasets.Dataset | None
     heals: bool
     layout: Layout
+    teacher_layout: Layout
 
     @property
     def fresh(self) -> bool:
@@ -106,6 +109,12 @@ def read_inputs(job: CompressJob) -> Inputs:
         data["evaluation"] = sample(data["evaluation"], COMPARED, seed)
     if job.healing.minutes is not None and job.train is not None and not heals:
         raise MethodError(f"--minutes is for encoders, and '{job.model}' is a language model: give --epochs")
+    layout = Layout(path, path) if labels is not None or is_causal(config) or not tables else find_pooling(path)
+    teacher_layout = find_pooling(find(job.distill)) if heals and job.distill is not None else layout
+    if layout.pooling is None:  # a plain directory is used like the one that it learns from, and the other way round
+        layout = teacher_layout
+    elif teacher_layout.pooling is None:
+        teacher_layout = layout
     return Inputs(
         path,
         tokenizer,
@@ -115,7 +124,8 @@ def read_inputs(job: CompressJob) -> Inputs:
         data.get("evaluation"),
         data.get("calibration"),
         heals,
-        read_layout(path) if heals else Layout(path, path),
+        layout,
+        teacher_layout,
     )
 
 

@@ -10,17 +10,16 @@ from pathlib import Path
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from factorformer.cli._inputs import about, encode_table, read_table
+from factorformer.cli._inputs import about, encode_table, find_pooling, read_table
 from factorformer.cli._options import note
 from factorformer.errors import DataError, ModelError
-from factorformer.export.sentence import read_layout
 from factorformer.hf.source import find, load_model, load_tokenizer, read_config
 from factorformer.progress import Progress, bars
 from factorformer.report import Result, inventory
 from factorformer.report.result import BEFORE
 from factorformer.tasks import embeddings
 from factorformer.tasks.classification import is_causal
-from factorformer.tasks.data import Columns, check_lengths, read
+from factorformer.tasks.data import Columns, check_lengths, read, sample
 from factorformer.tasks.embeddings import Use
 from factorformer.tasks.evaluation import LEAST_TEXTS, embed
 from factorformer.tasks.reading import text_format
@@ -29,7 +28,13 @@ TEXTS = (("text",), ("sentence",), ("sentence1", "sentence2"), ("question1", "qu
 """Names of text columns that are looked for where none are given."""
 
 LABELS = ("label", "score")
-"""Names of columns of labels that are looked for."""
+"""Names of columns of labels that are looked for; the second beside pairs alone."""
+
+MOST = 50_000
+"""Rows of a file that are measured on: each text is compared with all others."""
+
+INFERENCE = {0.0, 1.0, 2.0}
+"""Labels that are numbers of classes, of which no two can be told apart by a cosine: entailment, neutral, contradiction."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +80,7 @@ class _Encoder:
         if is_causal(self.config) or self.config.is_encoder_decoder:
             raise ModelError(f"'{name}' is no encoder: --against compares what embeddings of sentence encoders say")
         self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(self.path)
-        self.layout = read_layout(self.path)
+        self.layout = find_pooling(self.path)
         self.device = device
         self.model: PreTrainedModel | None = None
 
@@ -109,7 +114,7 @@ def evaluate_embeddings(job: EmbeddingJob) -> Result:
         ModelError: one of them is no encoder, or cannot be read.
         DataError: a file that cannot be read, or is too small to measure anything on.
     """
-    tables = [_read(source, job.text, job.label) for source in job.data]
+    tables = [_read(source, job.text, job.label, job.seed) for source in job.data]
     encoders = [_Encoder(name, job.device) for name in (job.against, job.model)]
     metrics: dict[str, float] = {}
     started = time.perf_counter()
@@ -125,6 +130,8 @@ def evaluate_embeddings(job: EmbeddingJob) -> Result:
 def _uses(table: _Table, before: tuple[Tensor, ...], after: tuple[Tensor, ...], seed: int) -> Mapping[str, Use]:
     if len(table.texts) == 2:
         assert table.labels is not None
+        if (same := embeddings.same_class(table.labels)) is not None:
+            note(f"'{table.source}': pairs of class '{same}' are taken to mean the same")
         return embeddings.pairs((before[0], before[1]), (after[0], after[1]), table.labels, seed)
     found = embeddings.kept(before[0], after[0], seed)
     return found if table.labels is None else found | embeddings.classes(before[0], after[0], table.labels, seed)
@@ -153,7 +160,7 @@ def _names(sources: Sequence[str]) -> list[str]:
     return [name if names.count(name) == 1 else f"{name}_{place}" for place, name in enumerate(names, 1)]
 
 
-def _read(source: str, text: Sequence[str] | None, label: str | None) -> _Table:
+def _read(source: str, text: Sequence[str] | None, label: str | None, seed: int) -> _Table:
     """A table with the columns that are asked for, or that have the usual names."""
     if text_format(Path(source)) == ".txt":
         columns = Columns(("text",))
@@ -166,13 +173,23 @@ def _read(source: str, text: Sequence[str] | None, label: str | None) -> _Table:
                 f"'{source}' has the columns {', '.join(names)}, and none of the usual ones for texts ({usual}): name "
                 "one, or the two of pairs, by --text"
             )
-        columns = Columns(texts, label or next((found for found in LABELS if found in names), None))
+        usual = LABELS if len(texts) == 2 else LABELS[:1]
+        columns = Columns(texts, label or next((found for found in usual if found in names), None))
     rows = read_table(source, columns)
+    if len(rows) > MOST:
+        note(f"'{source}': measured on {MOST:,} of {len(rows):,} rows, drawn at random")
+        rows = sample(rows, MOST, seed)
     if len(columns.text) == 2 and columns.label is None:
         raise DataError(f"'{source}' holds pairs of texts without labels: name their column by --label")
     if len(rows) < LEAST_TEXTS:
         raise DataError(
             f"'{source}' has {len(rows)} rows: give at least {LEAST_TEXTS}, whose similarities can be ranked"
         )
+    if len(columns.text) == 2 and label is None and columns.label == LABELS[0]:
+        if {float(value) for value in set(rows[columns.label]) if isinstance(value, int | float)} == INFERENCE:
+            raise DataError(
+                f"'{source}': the labels 0, 1 and 2 look like numbers of classes of inference: if they are scores, say "
+                f"so by --label {columns.label}; if not, leave the file out, or keep two classes of it"
+            )
     texts_of = tuple([str(value) for value in rows[column]] for column in columns.text)
     return _Table(source, columns, texts_of, None if columns.label is None else list(rows[columns.label]))
