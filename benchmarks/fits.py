@@ -139,7 +139,7 @@ def subject(args: Any) -> Encoder | Decoder:
 
 def kinds(plan: Plan) -> dict[str, int]:
     """How many matrices are of which structure."""
-    floats = "dense in floats" if any(entry.matrix.int8 for entry in plan.entries) else "dense"
+    floats = "dense in floats" if any(entry.matrix.bits for entry in plan.entries) else "dense"
     return dict(Counter(floats if entry.spec is None else entry.spec.kind for entry in plan.entries))
 
 

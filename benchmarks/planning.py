@@ -126,7 +126,7 @@ class Bench:
         other = (
             {} if recipes.get(plan.method or "fisher").metric == "plain" else {name: LayerStatistics(statistics.inputs)}
         )
-        factors, _ = fit_matrix(self.model, name, entry.spec, other)
+        factors, _ = fit_matrix(self.model, entry.matrix, entry.spec, other)
         with torch.no_grad():
             dense = entry.spec.to_dense(entry.matrix.shape, factors)
         metric = Metric.of(statistics)

@@ -30,7 +30,7 @@ from factorformer import DenseSparse, KroneckerSum, LowRank, Structure
 from factorformer.kernels import cpu
 from factorformer.layers.nn import FactorizedLinear
 from factorformer.planning.evidence.times import interleaved
-from factorformer.structures import int8
+from factorformer.structures import integers
 
 SHAPES = [(768, 768), (3072, 768), (768, 3072)]
 ROWS = [1, 16, 128, 1024]
@@ -107,7 +107,7 @@ def cell(shape: tuple[int, int], rows: int, args: argparse.Namespace) -> dict[st
         runs[name], runs[f"{name} torch"] = layer, by_torch(layer)
         if name == "dense_sparse":
             runs["dense_sparse materialized"] = materialized(layer)
-        small = FactorizedLinear(spec, shape, int8.quantize(layer.factors), layer.bias, quantized=True)
+        small = FactorizedLinear(spec, shape, integers.quantize(layer.factors, 8), layer.bias, bits=8)
         runs[f"{name} int8"] = small
         with torch.inference_mode():
             for way, bound in ((layer, 1e-4), (small, 5e-2)):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-pytest.register_assert_rewrite("tests.contracts.structure", "tests.contracts.int8")
+pytest.register_assert_rewrite("tests.contracts.structure", "tests.contracts.integers")
 # Sums are added up alike on any number of cores, here and in the processes that tests start.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 

@@ -141,7 +141,7 @@ def test_factors_in_int8_are_judged_as_such() -> None:
             return super().matmul(shape, factors, x, bias)
 
     plain, spec = entry("a", Seen(8), 64), Seen(8)
-    stored = Entry(Matrix("b", (64, 64), int8=True), spec, "")
+    stored = Entry(Matrix("b", (64, 64), bits=8), spec, "")
     slower_than_dense([stored], CPU)
     assert set(types) == {torch.int8}
     types.clear()

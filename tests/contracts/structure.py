@@ -22,6 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from factorformer.errors import CheckpointError, FactorformerError, ModelError
 from factorformer.layers.nn import FactorizedEmbedding, FactorizedLinear, FactorizedMatrix
 from factorformer.structures import STRUCTURES, Shape, Structure, from_dict
+from factorformer.structures.integers import Bits
 
 LEADING = [(), (1,), (5,), (2, 3), (2, 1, 3)]
 Layer = TypeVar("Layer", bound=FactorizedMatrix)
@@ -62,8 +63,9 @@ class Case:
         return torch.randint(0, self.shape[0], leading)
 
 
-def quantized(layer: Layer) -> Layer:
-    """The layer, with its factors in int8."""
+def quantized(layer: Layer, bits: Bits = 8) -> Layer:
+    """The layer, with its factors in integers."""
+    layer.fake_quantize(bits)
     layer.quantize()
     return layer
 

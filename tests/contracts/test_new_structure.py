@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.contracts.int8 import Int8Contract
+from tests.contracts.integers import IntegersContract
 from tests.contracts.structure import Case, KindContract, StructureContract, never_dense  # noqa: F401
 from tests.contracts.toy import ScaledLowRank, fit_scaled_low_rank
 from tests.tiny import MODELS
@@ -39,8 +39,13 @@ class TestToy(StructureContract):
 
 
 @pytest.mark.parametrize("case", [Case(ScaledLowRank(3), (24, 16))], ids=str)
-class TestToyInInt8(Int8Contract):
+class TestToyInInt8(IntegersContract):
     pass
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+class TestToyInInt4(IntegersContract):
+    bits = 4
 
 
 @pytest.mark.parametrize("structure", [ScaledLowRank])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from tests.contracts.int8 import Int8Contract
+from tests.contracts.integers import IntegersContract
 from tests.contracts.structure import (
     Case,
     KindContract,
@@ -62,8 +62,13 @@ class TestStructures(StructureContract):
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-class TestInt8(Int8Contract):
+class TestInt8(IntegersContract):
     pass
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+class TestInt4(IntegersContract):
+    bits = 4
 
 
 @pytest.mark.parametrize("structure", STRUCTURES.values(), ids=STRUCTURES)

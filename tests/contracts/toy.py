@@ -14,7 +14,7 @@ from factorformer.errors import ModelError
 from factorformer.fitting.metric import Metric, divided
 from factorformer.structures import Factors, Selection, Shape, Structure, TensorSpec
 from factorformer.structures.base import require_positive
-from factorformer.structures.int8 import floats, look_up
+from factorformer.structures.integers import floats, look_up
 
 
 @dataclasses.dataclass(frozen=True)

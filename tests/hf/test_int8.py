@@ -29,7 +29,6 @@ from factorformer.layers.nn import FactorizedMatrix
 from factorformer.layers.quantization import quantize
 from factorformer.planning import Plan
 from factorformer.report import inventory
-from factorformer.structures import int8
 from factorformer.training.dynamic_rank import DynamicRank, DynamicRankSettings
 from factorformer.training.straight_through import StraightThrough
 
@@ -110,7 +109,7 @@ def test_bytes_on_disk_are_those_of_the_plan(case: str, saved: Path) -> None:
     plan = int8_plan(name, scope)  # type: ignore[arg-type]
     # What an int8 plan need not factorize is dense in int8, which may already be smaller than asked for.
     assert plan.ratio == pytest.approx(plan.target, rel=0.01) or (name == "mixtral" and plan.ratio > plan.target)
-    assert all(entry.matrix.int8 == (entry.matrix.dense is None) for entry in plan.entries)
+    assert all((entry.matrix.bits == 8) == (entry.matrix.dense is None) for entry in plan.entries)
     dense = sum(p.numel() * p.element_size() for p in MODELS[name].build().parameters())
     assert dense - stored_bytes(saved / case / "model") == plan.original.bytes - plan.compressed.bytes
     found = inventory(factorformer.load(saved / case / "model"), scope)  # type: ignore[arg-type]
@@ -172,7 +171,7 @@ def test_a_plan_survives_json(tmp_path: Path) -> None:
     again = Plan.load(tmp_path / "plan.json")
     assert again == plan
     assert again.compressed == plan.compressed
-    assert {entry.matrix.int8 for entry in again.factorized} == {True}
+    assert {entry.matrix.bits for entry in again.factorized} == {8}
 
 
 # Ties, sharing and other heads
@@ -186,7 +185,7 @@ def test_shared_dictionaries(name: str, share: str, tmp_path: Path) -> None:
     factorformer.compress(floats, plan)
     content = plan.to_dict()
     for entry in content["entries"]:
-        entry["int8"] = entry["dense"] is None
+        entry["bits"] = 8 if entry["dense"] is None else None
     plan = Plan.from_dict(content)
     dense = sum(p.numel() * p.element_size() for p in model.parameters())
     factorformer.compress(model, plan)
@@ -395,7 +394,7 @@ def test_straight_through(tmp_path: Path) -> None:
     plan = sharing_plan(model, None)
     content = plan.to_dict()
     for entry in content["entries"]:
-        entry["int8"] = entry["dense"] is None
+        entry["bits"] = 8 if entry["dense"] is None else None
     factorformer.compress(model, Plan.from_dict(content), hold_floats=True)
     straight = StraightThrough(model)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -425,7 +424,7 @@ def test_int8_layers_are_named_in_the_description() -> None:
     assert {layer["values"] for layer in layers.values()} == {"int8"}
     for name, module in model.named_modules():
         if isinstance(module, FactorizedMatrix):
-            assert int8.is_stored(module.factors), name
+            assert integers.is_stored(module.factors), name
 
 
 def test_a_model_in_int8_is_trained_as_floats_and_stored_in_int8_again(tmp_path: Path) -> None:

@@ -68,7 +68,7 @@ def test_derivatives_are_those_of_the_dense_layer(layer: FactorizedLinear) -> No
     gradient = torch.randn(7, SHAPE[0])
     layer(x).backward(gradient)
     factors = {name: tensor.detach().clone() for name, tensor in layer.factors.items()}
-    twin = FactorizedLinear(layer.spec, SHAPE, factors, quantized=layer.quantized).double()
+    twin = FactorizedLinear(layer.spec, SHAPE, factors, bits=8 if layer.quantized else None).double()
     with torch.enable_grad():
         (other @ twin.to_dense().T).backward(gradient.double())
     assert x.grad is not None

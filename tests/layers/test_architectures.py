@@ -259,7 +259,7 @@ def test_a_trial_leaves_the_model_alone() -> None:
         module.register_forward_hook(lambda *_, name=name: calls.append(name))
     before = {name: (id(p), p._version) for name, p in model.named_parameters()}
     state = torch.random.get_rng_state()
-    find_matrices(model, "all", int8=True)
+    find_matrices(model, "all", bits=8)
     assert not calls
     assert model.training
     assert torch.equal(torch.random.get_rng_state(), state)

@@ -48,7 +48,7 @@ def test_a_sum_of_kronecker_products() -> None:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_int8_costs_a_byte_for_each_value_and_a_scale_for_each_row(dtype: str) -> None:
-    matrix, spec = Matrix("m", (64, 32), dtype, int8=True), DenseSparse(16, 4)
+    matrix, spec = Matrix("m", (64, 32), dtype, bits=8), DenseSparse(16, 4)
     scale = getattr(torch, dtype).itemsize
     assert matrix.values == torch.int8
     assert matrix.cost(LowRank(4)) == Cost(4 * 96, 4 * 96 + scale * (64 + 4), 2 * 4 * 96)

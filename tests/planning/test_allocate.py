@@ -133,7 +133,7 @@ def test_every_allocation_is_registered() -> None:
 
 
 def in_int8(*matrices: Matrix) -> list[Matrix]:
-    return [dataclasses.replace(matrix, int8=matrix.dense is None) for matrix in matrices]
+    return [dataclasses.replace(matrix, bits=8 if matrix.dense is None else None) for matrix in matrices]
 
 
 @pytest.mark.parametrize("allocation", BY_BYTES)

@@ -135,7 +135,7 @@ def in_int8(rounding: dict[str, float]) -> dict[str, list[Option]]:
 
 def test_what_int8_leaves_of_a_budget_keeps_floats_where_rounding_harms_most() -> None:
     options = in_int8({"a": 0.01, "b": 0.03, "c": 0.02})
-    matrices = [Matrix(name, (16, 16), int8=True) for name in options]
+    matrices = [Matrix(name, (16, 16), bits=8) for name in options]
     specs = [entry.spec for entry in by_loss(matrices, options, 2, 0)]
     assert specs == [Dense(), None, Dense()]
     assert [entry.values for entry in by_loss(matrices, options, 2, 0)] == ["int8", "float32", "int8"]

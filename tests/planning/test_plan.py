@@ -358,7 +358,7 @@ def test_entries_price_themselves() -> None:
         ("reason", 1),
         ("cause", "whim"),
         ("cause", None),
-        ("int8", "yes"),
+        ("bits", "yes"),
         ("spec", {"structure": "dense"}),
         ("role", None),
         ("role", "embeddings"),

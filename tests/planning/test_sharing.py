@@ -264,7 +264,7 @@ BROKEN: list[tuple[int, dict[str, Any], str]] = [
     (1, {"shares": "nobody"}, "'nobody'.*no such entry"),
     (1, {"shares": "0.attn.k"}, r"'0\.attn\.k'.*none of its own"),
     (1, {"shares": 3}, "'shares' cannot be 3"),
-    (1, {"int8": True}, "only one .*int8"),
+    (1, {"bits": 8}, "int8 and float32|float32 and int8"),
     (0, {"shares": "0.attn.k"}, r"none of its own.*'0\.attn\.q'"),
     (1, {"spec": DenseSparse(20, 4).to_dict()}, "may differ in their sides only"),
     (1, {"spec": DenseSparse(16, 3).to_dict()}, "may differ in their sides only"),

@@ -7,19 +7,21 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tests.contracts.int8 import Int8Contract
+from tests.contracts.integers import IntegersContract
 from tests.contracts.structure import Case, check_graphs_elsewhere
 from tests.tiny import MODELS, logits
 
 import factorformer
 from factorformer.errors import MethodError, ModelError
 from factorformer.fitting import Metric, fit
+from factorformer.fitting.matrices import fit_matrix
 from factorformer.kernels import cpu
 from factorformer.layers.matrix import Cost, Matrix
 from factorformer.layers.nn import FactorizedLinear
 from factorformer.planning import Entry, Plan
 from factorformer.report import inventory
 from factorformer.structures import Dense, from_dict
+from factorformer.structures.integers import Bits
 from factorformer.training.dynamic_rank import DynamicRank
 from factorformer.training.straight_through import StraightThrough
 
@@ -27,8 +29,14 @@ CASES = [Case(Dense(), shape) for shape in [(24, 16), (16, 40), (5, 7)]]
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-class TestInt8(Int8Contract):
+class TestInt8(IntegersContract):
     test_nothing_densifies = None  # it is dense
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+class TestInt4(IntegersContract):
+    bits = 4
+    test_nothing_densifies = None
 
 
 @pytest.mark.slow
@@ -51,14 +59,15 @@ def test_it_has_one_size() -> None:
     assert layer.spec == Dense()
 
 
-def test_its_error_is_that_of_rounding() -> None:
-    weight, root = torch.randn(40, 30), torch.randn(30, 30, dtype=torch.float64).tril()
+@pytest.mark.parametrize("bits", [8, 4])
+def test_its_error_is_that_of_rounding(bits: Bits) -> None:
+    model, root = torch.nn.Sequential(torch.nn.Linear(30, 40)), torch.randn(30, 30, dtype=torch.float64).tril()
     for metric in (Metric(), Metric(None, root)):
-        factors, error = fit(weight, Dense(), metric)
+        factors, error = fit_matrix(model, Matrix("0", (40, 30), bits=bits), Dense(), metric)
         layer = FactorizedLinear(Dense(), (40, 30), factors)
-        layer.quantize()
-        assert error == pytest.approx(metric.relative_error(weight, layer.to_dense()), rel=1e-5)
-        assert 0 < error < 0.02
+        layer.fake_quantize(bits)
+        assert error == pytest.approx(metric.relative_error(model[0].weight.detach(), layer.to_dense()), rel=1e-5)
+        assert (0.02 < error < 0.2) if bits == 4 else (0 < error < 0.02)
     with pytest.raises(ModelError, match="NaN"):
         fit(torch.full((4, 4), torch.nan), Dense())
 
@@ -77,7 +86,7 @@ def test_the_compiled_kernels_multiply_it(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_a_plan_in_floats_has_none() -> None:
-    with pytest.raises(MethodError, match=r"'m'.* int8"):
+    with pytest.raises(MethodError, match=r"'m'.* integers"):
         Plan("svd", "blocks", 2, (Entry(Matrix("m", (64, 32)), Dense(), ""),), Cost())
 
 

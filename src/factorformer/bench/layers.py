@@ -18,7 +18,8 @@ from factorformer.layers.nn import FactorizedLinear, new_factors
 from factorformer.planning import Entry
 from factorformer.planning.evidence.times import interleaved
 from factorformer.progress import Progress, silent
-from factorformer.structures import Dense, Factors, Shape, Structure, int8
+from factorformer.structures import Dense, Factors, Shape, Structure, integers
+from factorformer.structures.integers import Bits
 
 TOKENS = (1, 16, 128, 1024)
 """Rows of input at which products are timed by default."""
@@ -63,7 +64,7 @@ class LayerComparison:
         names: of the layers.
         shape: `(out, in)`.
         spec: their structure.
-        dtype: in which the factors are stored: `int8`, or the floating type of the layers.
+        dtype: in which the factors are stored: `int8`, `int4`, or the floating type of the layers.
         timings: in growing numbers of tokens.
     """
 
@@ -122,23 +123,24 @@ def time_layers(
     Raises:
         ModelError: no factorized linear layer.
     """
-    groups: dict[tuple[Shape, Structure, torch.dtype, bool], list[tuple[str, FactorizedLinear]]] = {}
+    groups: dict[tuple[Shape, Structure, torch.dtype, Bits | None], list[tuple[str, FactorizedLinear]]] = {}
     for name, module in model.named_modules():
         if isinstance(module, FactorizedLinear):
-            key = (module.shape, module.spec, module.values.dtype, module.quantized)
+            bits = module.bits if module.quantized else None
+            key = (module.shape, module.spec, module.values.dtype, bits)
             groups.setdefault(key, []).append((name, module))
     if not groups:
         raise ModelError("the model has no factorized linear layers: there is nothing to compare with dense products")
     found: list[LayerComparison] = []
     counts = sorted(set(tokens))
-    for (shape, spec, dtype, quantized), layers in groups.items():
-        factors = layers[0][1].factors
+    for (shape, spec, dtype, bits), layers in groups.items():
+        factors = layers[0][1].multiplied
         timings = []
         for count in counts:
             timings.append(_time(shape, spec, factors, dtype, count, seconds))
             progress("products", len(found) * len(counts) + len(timings), len(groups) * len(counts))
         names = tuple(name for name, _ in layers)
-        stored = "int8" if quantized else str(dtype).removeprefix("torch.")
+        stored = str(dtype).removeprefix("torch.") if bits is None else f"int{bits}"
         found.append(LayerComparison(names, shape, spec, stored, tuple(timings)))
     return found
 
@@ -178,15 +180,15 @@ def slower_than_dense(
         tokens: rows of input.
         seconds: after which no further measurement begins.
     """
-    sizes: dict[tuple[Shape, Structure, str, bool], list[str]] = {}
+    sizes: dict[tuple[Shape, Structure, str, Bits | None], list[str]] = {}
     for entry in entries:
         matrix = entry.matrix
         if entry.spec is not None and matrix.products:
-            sizes.setdefault((matrix.shape, entry.spec, matrix.dtype, matrix.int8), []).append(matrix.name)
+            sizes.setdefault((matrix.shape, entry.spec, matrix.dtype, matrix.bits), []).append(matrix.name)
     begun = time.perf_counter()
     slow: dict[tuple[Shape, str], dict[str, float]] = {}
     others: list[str] = []
-    for (shape, spec, dtype, quantized), names in sizes.items():
+    for (shape, spec, dtype, bits), names in sizes.items():
         values = getattr(torch, dtype)
         half = device.type == "cpu" and values.itemsize < 4
         if device.type == "meta" or half or time.perf_counter() - begun > seconds:
@@ -194,7 +196,7 @@ def slower_than_dense(
             continue
         factors = new_factors(spec, shape, device, values)
         spec.initialize(factors, 1.0)
-        factors = int8.quantize(factors) if quantized else factors
+        factors = factors if bits is None else integers.quantize(factors, 8)
         timing = _time(shape, spec, factors, values, tokens, min(PART, seconds / len(sizes)), settle=0)
         ratio = timing.factors.median / timing.dense.median
         if ratio > SLOWDOWN_THRESHOLD:
@@ -216,7 +218,7 @@ def _advice(shape: Shape, kind: str, ratios: Mapping[str, float], others: Sequen
     if not others:
         keep = "none of the factors of this plan pay here: another method or a larger ratio may"
     if kind == Dense.kind:
-        kind, keep = "dense in int8", "what `factorformer export` makes of int8 is faster"
+        kind, keep = "dense in integers", "what `factorformer export` makes of int8 is faster"
     return (
         f"{len(ratios)} {shape[0]}x{shape[1]} {'matrix' if one else 'matrices'} as {kind} "
         f"{'takes' if one else 'take'} {least if least == most else f'{least} to {most}'} as long as dense at {tokens} "

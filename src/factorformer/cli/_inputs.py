@@ -169,9 +169,9 @@ def off_target(plan: Plan) -> str | None:
     if plan.budget != "bytes" or abs(plan.ratio / plan.target - 1) <= TOLERANCE:
         return None
     asked = f"the ratio is {plan.ratio:.4g} in place of {plan.target:g}"
-    if any(entry.spec is None and entry.matrix.int8 for entry in plan.entries):
-        return f"{asked}: matrices are in int8 or in floats as a whole, and no other choice comes nearer from above"
-    return f"{asked}: with all matrices in int8 the model takes no more than that"
+    if any(entry.spec is None and entry.matrix.bits is not None for entry in plan.entries):
+        return f"{asked}: matrices are in integers or in floats as a whole, and no other choice comes nearer from above"
+    return f"{asked}: with all matrices in integers the model takes no more than that"
 
 
 def hold_out(data: datasets.Dataset, seed: int, options: str = "--eval") -> tuple[datasets.Dataset, datasets.Dataset]:

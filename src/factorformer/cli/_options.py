@@ -92,7 +92,7 @@ Ratio = Annotated[
         "--ratio",
         callback=finite,
         help="Bytes of the original tensors in scope over the bytes of what replaces them; met within 1 %, or exceeded "
-        "where --int8 alone takes less. By default 3, and 10 with --int8 and in `train`.",
+        "where --int8 alone takes less. By default 3, 10 with --int8 and in `train`, and 15 with --int4.",
     ),
 ]
 Budget = Annotated[
@@ -113,6 +113,14 @@ Int8 = Annotated[
         "in int8, and below it 'fisher' and 'auto' leave floats where rounding harms most. Training is "
         "quantization-aware: it rounds factors in the forward pass; only 'dsformer' rounds "
         "them once, at the end.",
+    ),
+]
+Int4 = Annotated[
+    bool,
+    weights_option(
+        "--int4",
+        help="As --int8, with two values in a byte. Rounding to 4 bits takes something from every matrix, which "
+        "training gives back: at ratios from 8 on and with --train, the better choice; without it, rarely.",
     ),
 ]
 Scope = Annotated[

@@ -57,7 +57,7 @@ def finetune(
     """Train a model on labelled text: the dense baseline, and the teacher for `compress --distill`.
 
     The model gets a head for the labels that the training file holds, or keeps its own if that knows them all.
-    MODEL may be compressed: then its factors are trained, and stay in int8 if they are. The output is an ordinary
+    MODEL may be compressed: then its factors are trained, and stay in integers if they are. The output is an ordinary
     Hugging Face model directory with the tokenizer, and the result as factorformer.json.
 
     Labels decide the task: names or whole numbers are classes of a text, fractions a regression, lists any number of

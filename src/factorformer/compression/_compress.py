@@ -63,8 +63,8 @@ def compress(
         progress: progress callback.
         keep_statistics: leave what calibration measured in the report; a moment takes as much memory as a square matrix
             of float32 as wide as the layer's input or output.
-        hold_floats: leave factors that the plan wants in int8 as floats that products round, to train on; `quantize`
-            ends that.
+        hold_floats: leave factors that the plan wants in integers as floats that products round, to train on;
+            `quantize` ends that.
         new_head: whether the model's head has learned nothing yet, so that it tells nothing of the curvature.
         token_counts: as for `plan`.
 
@@ -146,7 +146,7 @@ def _fit_in_order(
     for name, entry in entries.items():
         if entry.spec is None or name.startswith(blocks) or name in plan.sharing or entry.shares is not None:
             continue
-        fitted[name], errors[name] = fit_matrix(model, name, entry.spec, statistics)
+        fitted[name], errors[name] = fit_matrix(model, entry.matrix, entry.spec, statistics)
         dense = as_stored(entry.matrix, entry.spec, fitted[name])
         layer = model.get_submodule(name)
         replaced[f"{name}.weight"] = dense.T if is_transposed(layer) else dense
@@ -203,7 +203,7 @@ def _fit(
                 fitted[member], errors[member] = factors, error
         elif entry.shares is None:
             assert entry.spec is not None
-            fitted[name], errors[name] = fit_matrix(model, name, entry.spec, statistics)
+            fitted[name], errors[name] = fit_matrix(model, entry.matrix, entry.spec, statistics)
         else:
             continue
         progress("fit", len(fitted), len(plan.factorized))
@@ -233,7 +233,7 @@ def _without_unreached(
 ) -> tuple[Plan, tuple[str, ...]]:
     """The plan with what calibration did not measure left dense, groups that share factors as a whole, and notes.
 
-    Matrices that are to be dense in int8 need no measurements.
+    Matrices that are to be dense in integers need no measurements.
     """
     planned = {entry.matrix.name for entry in plan.factorized if not isinstance(entry.spec, Dense)}
     missing = planned - statistics.keys()

@@ -23,9 +23,10 @@ from factorformer.planning import Entry, Plan, Share, Unit
 from factorformer.planning.evidence.prediction import plan_by_loss
 from factorformer.progress import Progress, silent
 from factorformer.structures import Structure
+from factorformer.structures.integers import Bits
 
-DEFAULT_RATIO, DEFAULT_RATIO_INT8 = 3.0, 10.0
-"""Compression ratio if none is given."""
+DEFAULT_RATIO: dict[Bits | None, float] = {None: 3.0, 8: 10.0, 4: 15.0}
+"""Compression ratio if none is given, by the bits of integers in which matrices are stored."""
 
 
 def plan(
@@ -39,6 +40,7 @@ def plan(
     share: Share | None = None,
     budget: Unit = "bytes",
     int8: bool = False,
+    int4: bool = False,
     rank_multiple: int = 1,
     calibration: Calibration | None = None,
     progress: Progress = silent,
@@ -57,7 +59,7 @@ def plan(
         method: a name that `factorformer methods` lists; None takes `fisher` with calibration data, and without leaves
             the choice to `compress`.
         ratio: bytes of the original tensors in scope over the bytes of what replaces them, or another cost if `budget`
-            says so; by default 3, and 10 in int8, which by itself gives 4.
+            says so; by default 3, 10 in int8, which by itself gives 4, and 15 in int4, which gives almost 8.
         scope: `blocks` for the linear layers of the Transformer blocks, `all` for the whole model with embeddings; None
             for what the method is made for, which is `all` for `shapeshifter` and `blocks` for the others.
         include, exclude: shell patterns of module names, e.g. `*.attention.*`; one alone may be given as it is.
@@ -70,6 +72,7 @@ def plan(
             row, and count them so. Dense ones take a quarter of the bytes of float32. At ratios below that methods that
             allocate by loss leave those matrices in floats that rounding harms most, as many as fit whole; other
             methods exceed such ratios.
+        int4: the same in 4 bits, two values in a byte. What that rounds off has to be learned again in training.
         rank_multiple: ranks of low-rank matrices are multiples of this; for methods that make such.
         calibration: batches as for `compress`; with them the cheap fits minimize the error that the method minimizes,
             and without them the plain error of the weights. With them allocation by loss is by the predicted
@@ -95,12 +98,15 @@ def plan(
     '2.50'
     """
     name = method or recipes.default_method(calibrated=calibration is not None)
-    ratio = (DEFAULT_RATIO_INT8 if int8 else DEFAULT_RATIO) if ratio is None else ratio
+    if int8 and int4:
+        raise MethodError("matrices are stored in int8 or in int4, not in both: give one")
+    bits: Bits | None = 8 if int8 else 4 if int4 else None
+    ratio = DEFAULT_RATIO[bits] if ratio is None else ratio
     check_options(name, ratio, share, budget, rank_multiple)
     recipe = recipes.get(name)
     scope = scope or recipe.scope
     data = None if calibration is None else list(as_batches(model, calibration))
-    matrices, rest = find_matrices(model, scope, include, exclude, int8=int8, batch=data[0] if data else None)
+    matrices, rest = find_matrices(model, scope, include, exclude, bits=bits, batch=data[0] if data else None)
     if data is not None and recipe.metric != "plain":
         able = [matrix.name for matrix in matrices if matrix.dense is None]
         # Plans by loss find by themselves what no gradient reaches.
@@ -266,7 +272,7 @@ def _choose(
     def error(matrix: Matrix, spec: Structure) -> float:
         members = groups.get(matrix.name)
         if members is None:
-            return fit_matrix(model, matrix.name, spec, statistics, QUICK)[1]
+            return fit_matrix(model, matrix, spec, statistics, QUICK)[1]
         return fit_stack(model, members, spec, statistics, QUICK)[1]
 
     return planning.choose_families(entries, error, lambda done: progress("choose", done, None))

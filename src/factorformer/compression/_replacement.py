@@ -12,6 +12,7 @@ from factorformer.fitting.matrices import Factors
 from factorformer.layers.dense import is_transposed
 from factorformer.layers.surgery import factorize, find_matrices
 from factorformer.planning import Plan
+from factorformer.structures.integers import Bits
 
 
 def check_fits(plan: Plan, model: nn.Module) -> None:
@@ -21,8 +22,8 @@ def check_fits(plan: Plan, model: nn.Module) -> None:
             f"the plan, for a ratio of {plan.target:g}, keeps every matrix dense: there is nothing to compress; plan "
             "for a larger ratio"
         )
-    int8 = any(entry.matrix.int8 for entry in plan.factorized)
-    matrices = {matrix.name: matrix for matrix in find_matrices(model, "all", int8=int8)[0]}
+    bits: Bits | None = next((e.matrix.bits for e in plan.factorized if e.matrix.bits is not None), None)
+    matrices = {matrix.name: matrix for matrix in find_matrices(model, "all", bits=bits)[0]}
     for entry in plan.factorized:
         found = matrices.get(entry.matrix.name)
         if found is None or found.shape != entry.matrix.shape or found.aliases != entry.matrix.aliases:

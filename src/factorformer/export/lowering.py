@@ -23,7 +23,7 @@ from factorformer.errors import ExportError
 from factorformer.hf.compat import whole_mask
 from factorformer.kernels.support import code_of
 from factorformer.layers.nn import FactorizedMatrix
-from factorformer.structures.int8 import floats
+from factorformer.structures.integers import floats
 
 ATTENTION = "factorformer_onnx"
 """The name of this attention in transformers."""
@@ -37,7 +37,8 @@ def freeze(model: PreTrainedModel, *, quantized: bool) -> None:
 
     Args:
         model: of no use for training afterwards.
-        quantized: only where factors are stored in int8: what factorformer's kernels compute in int8 is then float32.
+        quantized: only where factors are stored in integers: what factorformer's kernels compute in int8 is float32
+            then.
 
     Raises:
         ExportError: the model trains straight through.
@@ -72,7 +73,7 @@ class _Constant:
         self.matrix = matrix
 
     def matmul(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        spec, shape, factors = self.matrix.spec, self.matrix.shape, floats(self.matrix.factors)
+        spec, shape, factors = self.matrix.spec, self.matrix.shape, floats(self.matrix.multiplied)
         chain = spec.dense_factors(factors)
         flops = 2 * sum(factor.numel() for factor in chain) or spec.flops(shape)
         if flops >= 2 * math.prod(shape):
@@ -85,7 +86,7 @@ class _Constant:
 
     def rows(self, index: Tensor) -> Tensor:
         """Rows of the matrix, as `FactorizedMatrix.rows`."""
-        return self.matrix.spec.exported_rows(self.matrix.shape, self.matrix.factors, index)
+        return self.matrix.spec.exported_rows(self.matrix.shape, self.matrix.multiplied, index)
 
     def pack(self) -> None:
         """Nothing has changed."""

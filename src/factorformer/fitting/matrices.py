@@ -17,7 +17,8 @@ from factorformer.fitting.moments import LayerStatistics
 from factorformer.layers.dense import dense_weight
 from factorformer.layers.matrix import Matrix, Member
 from factorformer.progress import Progress
-from factorformer.structures import Structure, int8
+from factorformer.structures import Dense, Structure
+from factorformer.structures.integers import Rounded
 
 Factors = dict[str, Tensor]
 
@@ -47,16 +48,28 @@ def measure(
 
 def fit_matrix(
     model: nn.Module,
-    name: str,
+    matrix: Matrix,
     spec: Structure,
     metric: Metric | Mapping[str, LayerStatistics],
     rounds: int | None = None,
 ) -> tuple[Factors, float]:
-    """Factors of one matrix, and their error, under a metric or that of what was measured of it."""
+    """Factors of one matrix, and their error, under a metric or that of what was measured of it.
+
+    What integers lose is not counted, but of matrices that stay dense, which lose nothing else.
+    """
     if not isinstance(metric, Metric):
-        metric = metric_of(name, metric)
-    with naming(name):
-        return fit(dense_weight(model.get_submodule(name)), spec, metric, rounds=rounds)
+        metric = metric_of(matrix.name, metric)
+    return _fitted(matrix, dense_weight(model.get_submodule(matrix.name)), spec, metric, rounds)
+
+
+def _fitted(
+    matrix: Matrix, weight: Tensor, spec: Structure, metric: Metric, rounds: int | None = None
+) -> tuple[Factors, float]:
+    with naming(matrix.name):
+        factors, error = fit(weight, spec, metric, rounds=rounds)
+        if isinstance(spec, Dense):
+            error = metric.relative_error(weight, as_stored(matrix, spec, factors))
+    return factors, error
 
 
 def metric_of(name: str, statistics: Mapping[str, LayerStatistics]) -> Metric:
@@ -87,14 +100,13 @@ def fit_target(
         statistics: of the gradients at its outputs.
     """
     metric = dataclasses.replace(Metric.of(dataclasses.replace(statistics, inputs=None)), columns=root)
-    with naming(matrix.name):
-        factors, error = fit(target, spec, metric)
+    factors, error = _fitted(matrix, target, spec, metric)
     return factors, error, as_stored(matrix, spec, factors)
 
 
 def as_stored(matrix: Matrix, spec: Structure, factors: Factors) -> Tensor:
     """The product of factors `(out, in)`, rounded as they will be."""
-    return spec.to_dense(matrix.shape, int8.quantize(factors) if matrix.int8 else factors)
+    return spec.to_dense(matrix.shape, factors if matrix.bits is None else Rounded(factors, matrix.bits))
 
 
 def fit_stack(

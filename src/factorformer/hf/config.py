@@ -9,13 +9,17 @@ from torch import Tensor
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from factorformer.errors import CheckpointError, FactorformerError
-from factorformer.structures import Shape, Structure, TensorSpec, from_dict, int8
+from factorformer.structures import Shape, Structure, TensorSpec, from_dict, integers
+from factorformer.structures.integers import Bits
 
 METHOD = "factorformer"
 FORMAT = 1
 
-INT8, FLOATS_FOR_INT8 = "int8", "fake_int8"
-"""The `values` of a layer that are not plain floats: int8 with scales, or floats that every product rounds to int8."""
+STORED: dict[str, Bits] = {"int8": 8, "int4": 4}
+"""The `values` of a layer whose factors are stored in integers with scales."""
+
+FAKE = "fake_"
+"""Begins the `values` of a layer whose factors are floats that every product rounds to such integers."""
 
 
 class FactorformerConfig(QuantizationConfigMixin):
@@ -24,8 +28,8 @@ class FactorformerConfig(QuantizationConfigMixin):
     Args:
         layers: for each factorized matrix, by module name, its `shape`, the fields of its structure, the names of
             modules `tied` to it, the name of the layer whose factors it `shares`, if it does, and its `values`:
-            `int8` if its factors are stored so, `fake_int8` for floats that products round to int8
-            (quantization-aware training), and nothing for plain floats.
+            `int8` or `int4` if its factors are stored so, `fake_int8` or `fake_int4` for floats that products round to
+            these (quantization-aware training), and nothing for plain floats.
         format: version of this description.
 
     Raises:
@@ -61,26 +65,29 @@ class FactorformerConfig(QuantizationConfigMixin):
             return self._read(name)[0].shareable
         return ()
 
-    def quantized(self, name: str) -> bool:
-        """Whether the factors of a layer are stored in int8."""
-        return self._values(name) == INT8
+    def quantized(self, name: str) -> Bits | None:
+        """Of how many bits the integers are in which the factors of a layer are stored; None for floats."""
+        return STORED.get(self._values(name))
 
-    def fake_quantized(self, name: str) -> bool:
-        """Whether the factors of a layer are floats that products round to int8."""
-        return self._values(name) == FLOATS_FOR_INT8
+    def fake_quantized(self, name: str) -> Bits | None:
+        """Of how many bits the integers are to which products round the factors of a layer; None for no rounding."""
+        values = self._values(name)
+        return STORED[values.removeprefix(FAKE)] if values.startswith(FAKE) else None
 
-    def _values(self, name: str) -> object:
-        values = self.layers[name].get("values")
-        if values not in (None, INT8, FLOATS_FOR_INT8):
+    def _values(self, name: str) -> str:
+        values = self.layers[name].get("values") or ""
+        allowed = [prefix + stored for prefix in ("", FAKE) for stored in STORED]
+        if values not in ("", *allowed):
             raise CheckpointError(
-                f"config.json gives layer '{name}' values of type {values!r}; allowed: {INT8}, {FLOATS_FOR_INT8}"
+                f"config.json gives layer '{name}' values of type {values!r}; allowed: {', '.join(allowed)}"
             )
         return values
 
     def tensors(self, name: str) -> dict[str, TensorSpec]:
         """Name, size and type of what is stored of a layer."""
         spec, shape = self.structure(name)
-        return int8.stored(spec.tensors(shape)) if self.quantized(name) else spec.tensors(shape)
+        bits = self.quantized(name)
+        return spec.tensors(shape) if bits is None else integers.stored(spec.tensors(shape), bits)
 
     def _read(self, name: str) -> tuple[Structure, Shape]:
         layer = self.layers[name]
@@ -92,7 +99,7 @@ class FactorformerConfig(QuantizationConfigMixin):
         if not isinstance(owner, str) or owner not in self.layers or "shares" in self.layers[owner]:
             raise CheckpointError(f"it shares factors with {owner!r}, which is no layer that has some of its own")
         if self.quantized(owner) != self.quantized(name):
-            raise CheckpointError(f"it shares factors with '{owner}', and only one of the two stores int8")
+            raise CheckpointError(f"it shares factors with '{owner}', which stores them in another type")
         other, size = self._read(owner)
         if not spec.shareable or type(other) is not type(spec):
             raise CheckpointError(f"{spec} cannot share factors with '{owner}', which is {other}")

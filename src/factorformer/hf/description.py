@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from factorformer.hf.config import FLOATS_FOR_INT8, INT8, FactorformerConfig
+from factorformer.hf.config import FAKE, FactorformerConfig
 from factorformer.layers.nn import FactorizedMatrix
 
 
@@ -20,7 +20,7 @@ def describe(model: nn.Module) -> FactorformerConfig:
             continue
         layers[name] = {"shape": list(module.shape), **module.spec.to_dict()}
         if module.quantized or module.fake_quantized:
-            layers[name]["values"] = INT8 if module.quantized else FLOATS_FOR_INT8
+            layers[name]["values"] = f"{'' if module.quantized else FAKE}int{module.bits}"
         if shares is not None:
             layers[name]["shares"] = shares
     return FactorformerConfig(layers)

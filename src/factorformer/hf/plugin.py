@@ -87,10 +87,10 @@ class FactorformerQuantizer(HfQuantizer):
             if dense_shape(module) != shape:
                 kind = f"{type(module).__name__} of shape {dense_shape(module)}"
                 raise CheckpointError(f"config.json gives '{name}' the shape {shape}, but the model has a {kind}")
-            shared, quantized = config.shared(saved_name), config.quantized(saved_name)
-            new = factorized_like(module, spec, shape, shared=shared, quantized=quantized)
-            if config.fake_quantized(saved_name):
-                new.fake_quantize()
+            shared, rounded = config.shared(saved_name), config.fake_quantized(saved_name)
+            new = factorized_like(module, spec, shape, shared=shared, bits=config.quantized(saved_name))
+            if rounded is not None:
+                new.fake_quantize(rounded)
             replace_module(model, module, new)
             found += 1
         return found
@@ -115,17 +115,17 @@ class FactorformerQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        """Factors are ordinary parameters, but for those in int8, which stay as they are."""
+        """Factors are ordinary parameters, but for those in integers, which stay as they are."""
         return True
 
     @property
     def is_qat_trainable(self) -> bool:
         """As `is_trainable`. A `Trainer` asks this when it is made, so here is said what will not train."""
         config = self.quantization_config
-        codes = sum(map(config.quantized, config.layers))
+        codes = sum(config.quantized(name) is not None for name in config.layers)
         if codes:
             warnings.warn(
-                f"the factors of {codes} layers are stored in int8 and do not train, only adapters and what is not "
+                f"the factors of {codes} layers are stored in integers and do not train, only adapters and what is not "
                 "factorized: call factorformer.hold_floats(model) before the Trainer is made, and quantize(model) "
                 "afterwards, to train them too",
                 FactorformerWarning,

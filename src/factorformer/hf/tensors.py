@@ -17,7 +17,7 @@ from factorformer.hf import compat, ties
 from factorformer.hf.config import FactorformerConfig
 from factorformer.hf.description import names_of
 from factorformer.layers.nn import TEMPORARY
-from factorformer.structures import int8
+from factorformer.structures import integers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -149,7 +149,8 @@ def _check_factors(config: FactorformerConfig, stored: Sizes) -> None:
         spec, _ = config.structure(name)
         holders = [name, *layer.get("tied", ())]
         # What a layer shares is stored under the name of another one, and nowhere else.
-        elsewhere = {f + end for f in spec.shareable for end in ("", int8.SCALE)} if "shares" in layer else ()
+        shared = spec.shareable if "shares" in layer else ()
+        elsewhere = {factor + end for factor in shared for end in integers.ENDS[config.quantized(name) or 8]}
         sizes = {factor: tensor.size for factor, tensor in config.tensors(name).items() if factor not in elsewhere}
         for factor, size in sizes.items():
             found = [f"{holder}.{factor}" for holder in holders if f"{holder}.{factor}" in stored]

@@ -35,7 +35,7 @@ from factorformer.hf.description import factorized, named_module
 from factorformer.layers.dense import dense_shape
 from factorformer.layers.nn import FactorizedMatrix
 from factorformer.layers.surgery import factorized_like, replace_module
-from factorformer.structures import int8
+from factorformer.structures import integers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -81,9 +81,10 @@ def join(model: PreTrainedModel) -> None:
                 f"'{name}' is tied to '{source.removesuffix('.weight')}', and only one of the two is factorized: "
                 f"compress the whole {type(model).__name__}, not a part of it"
             )
-        new = factorized_like(module, holder.spec, holder.shape, holder.factors, quantized=holder.quantized)
+        bits = holder.bits if holder.quantized else None
+        new = factorized_like(module, holder.spec, holder.shape, holder.factors, bits=bits)
         if holder.fake_quantized:
-            new.fake_quantize()
+            new.fake_quantize(holder.bits)
         replace_module(model, module, new)
         warnings.warn(
             f"'{name}' of {type(model).__name__} is tied to embeddings that were factorized by themselves: it holds "
@@ -140,9 +141,10 @@ def follow(model: nn.Module, ties: Mapping[str, str]) -> None:
             continue
         module = model.get_submodule(target.removesuffix(".weight"))
         if dense_shape(module) == holder.shape:
-            new = factorized_like(module, holder.spec, holder.shape, quantized=holder.quantized)
+            bits = holder.bits if holder.quantized else None
+            new = factorized_like(module, holder.spec, holder.shape, bits=bits)
             if holder.fake_quantized:
-                new.fake_quantize()
+                new.fake_quantize(holder.bits)
             replace_module(model, module, new)
 
 
@@ -178,11 +180,13 @@ def _sharing(model: nn.Module) -> compat.Ties:
 
 
 def _drop_scales(model: PreTrainedModel) -> None:
-    """Forget ties of scales that are gone, for the factors are floats again."""
+    """Forget ties of scales and exponents that are gone, for the factors are floats again."""
     declared = compat.declared_ties(model)
-    scales = [target for target in declared if target.endswith(f"{int8.SCALE}$")]
+    ends = tuple(f"{end}$" for end in (integers.SCALE, integers.EXPONENTS))
+    scales = [target for target in declared if target.endswith(ends)]
     if scales:
-        names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+        held = (model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False))
+        names = [name for named in held for name, _ in named]
         gone = {target for target in scales if not any(re.search(f"^{target}", name) for name in names)}
         compat.declare_ties(model, {target: source for target, source in declared.items() if target not in gone})
 

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from factorformer.errors import ModelError
-from factorformer.structures import Factors, Selection, Shape, Structure, TensorSpec, int8
+from factorformer.structures import Factors, Selection, Shape, Structure, TensorSpec, integers
+from factorformer.structures.integers import Bits
 
 
 def new_factors(
@@ -39,10 +40,10 @@ class Mode(enum.Enum):
     """Float factors, multiplied as they are."""
 
     FAKE_QUANTIZED = "fake_quantized"
-    """Float factors, rounded to int8 in the forward pass: quantization-aware training."""
+    """Float factors, rounded to integers in the forward pass: quantization-aware training."""
 
     QUANTIZED = "quantized"
-    """Codes in int8 with scales, which are not trained."""
+    """Codes in integers with scales, which are not trained."""
 
 
 @runtime_checkable
@@ -73,7 +74,7 @@ class FactorizedMatrix(nn.Module):
 
     | method | from | to |
     |---|---|---|
-    | `fake_quantize()` | floats, fake-quantized; no form | fake-quantized |
+    | `fake_quantize(bits)` | floats, fake-quantized; no form | fake-quantized |
     | `quantize()` | floats, fake-quantized; no form | quantized |
     | `hold_floats()` | quantized; no form | fake-quantized |
     | `substitute(form)` | any mode; no form | that form over the same mode |
@@ -86,7 +87,7 @@ class FactorizedMatrix(nn.Module):
         factors: the tensors to hold; without them new ones are drawn so that the entries of `W` have the variance of
             a fresh `nn.Linear`.
         shared: names of factors that other layers hold too, as the very same parameters.
-        quantized: whether the factors are stored in int8, with scales.
+        bits: of the integers in which the factors are stored, with scales; None for floats.
         device, dtype: for new tensors.
 
     Raises:
@@ -94,7 +95,7 @@ class FactorizedMatrix(nn.Module):
     """
 
     untrained: tuple[str, ...] = ()
-    """Factors that were not trained when they were stored in int8, and will not be when they are floats again."""
+    """Factors that were not trained when they were stored in integers, and will not be when they are floats again."""
 
     def __init__(
         self,
@@ -103,26 +104,29 @@ class FactorizedMatrix(nn.Module):
         factors: Factors | None = None,
         *,
         shared: Sequence[str] = (),
-        quantized: bool = False,
+        bits: Bits | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         spec.check(shape, shared)
         self.shape, self.shared = shape, tuple(shared)
-        self._mode, self._form = Mode.QUANTIZED if quantized else Mode.FLOATS, None
+        self._mode, self._form = Mode.FLOATS if bits is None else Mode.QUANTIZED, None
+        self.bits: Bits = bits or 8
+        """Of integers, in which the factors are stored or to which they are rounded, if that is their mode."""
+        self._in_int8: tuple[Tensor, Factors] | None = None
         self.register_load_state_dict_pre_hook(_check_incoming)
         if factors is not None:
             self._adopt(spec, factors)
-        elif quantized:
-            self._adopt(spec, _zeros(int8.stored(spec.tensors(shape)), device, dtype))
+        elif bits is not None:
+            self._adopt(spec, _zeros(integers.stored(spec.tensors(shape), bits), device, dtype))
         else:
             self._adopt(spec, new_factors(spec, shape, device, dtype))
         if self.values.is_meta:
             return
         if factors is not None:
             self.check_factors()
-        elif not quantized:
+        elif bits is None:
             with torch.no_grad():
                 spec.initialize(self.factors, std=(3 * shape[1]) ** -0.5)
 
@@ -138,12 +142,12 @@ class FactorizedMatrix(nn.Module):
 
     @property
     def quantized(self) -> bool:
-        """Whether the factors are stored in int8."""
+        """Whether the factors are stored in integers."""
         return self._mode is Mode.QUANTIZED
 
     @property
     def fake_quantized(self) -> bool:
-        """Whether float factors are rounded to int8 in the forward pass, for a training that is to end in int8."""
+        """Whether float factors are rounded in the forward pass, for a training that is to end in integers."""
         return self._mode is Mode.FAKE_QUANTIZED
 
     def _require(self, what: str, *, floats: bool) -> None:
@@ -151,10 +155,13 @@ class FactorizedMatrix(nn.Module):
         if self._form is not None:
             raise ModelError(f"{self.spec} {what} while a {type(self._form).__name__} stands in for it: finish() first")
         if self.quantized == floats:
-            raise ModelError(f"{self.spec} {what}: it {'is stored in int8' if floats else 'holds floats'} already")
+            raise ModelError(
+                f"{self.spec} {what}: it {f'is stored in int{self.bits}' if floats else 'holds floats'} already"
+            )
 
     def _adopt(self, spec: Structure, factors: Mapping[str, Tensor]) -> None:
-        expected = int8.stored(spec.tensors(self.shape)) if self.quantized else spec.tensors(self.shape)
+        expected = spec.tensors(self.shape)
+        expected = integers.stored(expected, self.bits) if self.quantized else expected
         sizes = {name: tuple(tensor.shape) for name, tensor in factors.items()}
         wanted = {name: tensor.size for name, tensor in expected.items()}
         if sizes != wanted:
@@ -174,14 +181,14 @@ class FactorizedMatrix(nn.Module):
     def fix_scales(self) -> None:
         """Keep scales out of training: they belong to codes that stay as they are."""
         for name in self._names if self.quantized else ():
-            if name.endswith(int8.SCALE):
+            if name.endswith(integers.SCALE):
                 self.get_parameter(name).requires_grad_(False)
 
     @property
     def tensors(self) -> dict[str, TensorSpec]:
         """Name, size and type of what is stored."""
         tensors = self.spec.tensors(self.shape)
-        return int8.stored(tensors) if self.quantized else tensors
+        return integers.stored(tensors, self.bits) if self.quantized else tensors
 
     @property
     def factors(self) -> dict[str, Tensor]:
@@ -191,40 +198,43 @@ class FactorizedMatrix(nn.Module):
     @property
     def sharing(self) -> tuple[str, ...]:
         """Names of all that a layer of this structure can have in common with others."""
-        ends = ("", int8.SCALE) if self.quantized else ("",)
+        ends = integers.ENDS[self.bits] if self.quantized else ("",)
         return tuple(name + end for name in self.spec.shareable for end in ends)
 
     @property
     def values(self) -> Tensor:
         """A factor in the floating type of the layer: `weight`, or its scales."""
-        return self.get_parameter("weight" + int8.SCALE if self.quantized else "weight")
+        return self.get_parameter("weight" + integers.SCALE if self.quantized else "weight")
 
-    def fake_quantize(self) -> None:
-        """Round float factors to int8 in the forward pass from now on, for a training that is to end in int8.
-
-        Raises:
-            ModelError: the factors are in int8 already, or a form stands in for them.
-        """
-        self._require("cannot be fake-quantized", floats=True)
-        self._mode = Mode.FAKE_QUANTIZED
-
-    def quantize(self, codes: Factors | None = None) -> None:
-        """Store the factors in int8 from now on, which cannot be trained any further.
+    def fake_quantize(self, bits: Bits = 8) -> None:
+        """Round float factors to integers in the forward pass from now on, for a training that is to end in these.
 
         Args:
-            codes: codes and scales of the factors, where other layers hold some of them too.
+            bits: of the integers.
 
         Raises:
-            ModelError: they are in int8 already, or a form stands in for them.
+            ModelError: the factors are in integers already, or a form stands in for them.
         """
-        self._require("cannot be stored in int8", floats=True)
-        codes = int8.quantize(self.factors) if codes is None else codes
+        self._require("cannot be fake-quantized", floats=True)
+        self._mode, self.bits = Mode.FAKE_QUANTIZED, bits
+
+    def quantize(self, codes: Factors | None = None) -> None:
+        """Store the factors in integers of `bits` from now on, which cannot be trained any further.
+
+        Args:
+            codes: codes and scales of the factors as they are stored, where other layers hold some of them too.
+
+        Raises:
+            ModelError: they are in integers already, or a form stands in for them.
+        """
+        self._require(f"cannot be stored in int{self.bits}", floats=True)
+        codes = integers.quantize(self.factors, self.bits) if codes is None else codes
         self.untrained = tuple(n for n, t in self.factors.items() if t.is_floating_point() and not t.requires_grad)
         self._mode = Mode.QUANTIZED
         self._adopt(self.spec, codes)
 
     def hold_floats(self, values: Factors | None = None) -> None:
-        """Hold the factors as floats again, fake-quantized: to train what was stored in int8.
+        """Hold the factors as floats again, fake-quantized: to train what was stored in integers.
 
         Args:
             values: the factors, where other layers hold some of them too.
@@ -233,7 +243,7 @@ class FactorizedMatrix(nn.Module):
             ModelError: they are floats already, or a form stands in for them.
         """
         self._require("cannot be turned into floats", floats=False)
-        values = int8.floats(self.factors) if values is None else values
+        values = self.floats() if values is None else values
         for name in self._names:
             delattr(self, name)
         self._mode = Mode.FAKE_QUANTIZED
@@ -260,6 +270,7 @@ class FactorizedMatrix(nn.Module):
         a code in floats would mean nothing."""
         whole = {name: tensor for name, tensor in self.factors.items() if not tensor.is_floating_point()}
         super()._apply(fn, recurse)
+        self._in_int8 = None
         for name, tensor in whole.items():
             if getattr(self, name).dtype != tensor.dtype:
                 self.register_buffer(name, tensor.to(getattr(self, name).device))
@@ -273,29 +284,46 @@ class FactorizedMatrix(nn.Module):
         """`x @ W.T + bias`, `(..., in)` to `(..., out)`."""
         if self._form is not None:
             return self._form.matmul(x, bias)
-        return self.spec.matmul(self.shape, self._multiplied, x, bias)
+        return self.spec.matmul(self.shape, self.multiplied, x, bias)
 
     def rows(self, index: Tensor) -> Tensor:
         """`W[index]`, integers `(...)` to `(..., in)`."""
         if self._form is not None:
             return self._form.rows(index)
-        return self.spec.rows(self.shape, self._multiplied, index)
+        return self.spec.rows(self.shape, self.multiplied, index)
 
     def to_dense(self) -> Tensor:
         """`W`, `(out, in)`; nothing else builds it."""
         if self._form is not None:
             self._form.pack()
-        return self.spec.to_dense(self.shape, self._multiplied)
+        return self.spec.to_dense(self.shape, self.multiplied)
 
     @property
-    def _multiplied(self) -> Factors:
-        return int8.rounded(self.factors) if self.fake_quantized else self.factors
+    def multiplied(self) -> Factors:
+        """The factors as products read them: floats, rounded to what will be stored or not, or int8 with scales."""
+        if self.fake_quantized:
+            return integers.Rounded(self.factors, self.bits)
+        if not self.quantized or self.bits == 8:
+            return self.factors
+        if torch.compiler.is_compiling():
+            return integers.in_int8(self.factors, self.spec.tensors(self.shape))
+        weight = self.get_buffer("weight")
+        if self._in_int8 is None or self._in_int8[0] is not weight:  # kept for the next product
+            self._in_int8 = weight, integers.in_int8(self.factors, self.spec.tensors(self.shape))
+        return self._in_int8[1]
+
+    def floats(self) -> Factors:
+        """The values of the factors, however they are stored."""
+        if self.quantized and self.bits == 4:
+            return integers.restored(self.factors, self.spec.tensors(self.shape))
+        return integers.floats(self.factors)
 
     def keep(self, selection: Selection) -> None:
         """Drop the units that `spec.select` left out; the rest stays bit for bit what it is.
 
         Raises:
-            ModelError: other layers hold a factor too, the factors are stored in int8, or a form stands in for them.
+            ModelError: other layers hold a factor too, the factors are stored in integers, or a form stands in for
+                them.
         """
         self._require("cannot lose units", floats=True)
         if self.shared:
@@ -308,12 +336,13 @@ class FactorizedMatrix(nn.Module):
 
     def extra_repr(self) -> str:
         """Spec and shape, for `print(model)`."""
-        return f"{self.spec}, shape={self.shape[0]}x{self.shape[1]}" + (", int8" if self.quantized else "")
+        return f"{self.spec}, shape={self.shape[0]}x{self.shape[1]}" + (f", int{self.bits}" if self.quantized else "")
 
 
 def _check_incoming(module: nn.Module, state: Mapping[str, Any], prefix: str, *_: Any) -> None:
     """Refuse integers out of range before they replace what the layer holds; sizes are for torch to compare."""
     assert isinstance(module, FactorizedMatrix)
+    module._in_int8 = None
     factors = module.factors
     incoming = {name: state[prefix + name] for name in factors if isinstance(state.get(prefix + name), Tensor)}
     whole = module.tensors

@@ -11,6 +11,7 @@ from typing import Literal
 import torch
 
 from factorformer.structures import Dense, Shape, Structure
+from factorformer.structures.integers import TYPES, Bits
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +63,7 @@ class Matrix:
         dense: why it has to stay dense, a `LeftOut` or words; None if it can be factorized.
         role: what it does in the model; an output head counts as an embedding, whatever else is not part of attention
             as feed-forward.
-        int8: whether what it becomes is stored in int8.
+        bits: of the integers in which what it becomes is stored; None for floats.
     """
 
     name: str
@@ -73,22 +74,22 @@ class Matrix:
     aliases: tuple[str, ...] = ()
     dense: str | None = None
     role: Role = "feed_forward"
-    int8: bool = False
+    bits: Bits | None = None
 
     @property
     def values(self) -> torch.dtype:
         """The type in which factors store their values."""
-        return torch.int8 if self.int8 else self.floating
+        return self.floating if self.bits is None else TYPES[self.bits]
 
     @property
     def floating(self) -> torch.dtype:
-        """The type of dense values, and of the scales of those in int8."""
+        """The type of dense values, and of the scales of those in integers."""
         return getattr(torch, self.dtype)
 
     @property
     def whole(self) -> Structure | None:
-        """What it is where it is not factorized: dense in int8, or None for dense in floats."""
-        return Dense() if self.int8 else None
+        """What it is where it is not factorized: dense in integers, or None for dense in floats."""
+        return None if self.bits is None else Dense()
 
     def bytes(self, spec: Structure | None, without: Collection[str] = ()) -> int:
         """Stored bytes under a structure, or dense for None, without factors stored elsewhere."""

@@ -11,6 +11,7 @@ from factorformer.errors import ModelError
 from factorformer.kernels import gelu
 from factorformer.layers.factorized_matrix import TEMPORARY, FactorizedMatrix, Form, Mode, new_factors
 from factorformer.structures import Factors, Shape, Structure
+from factorformer.structures.integers import Bits
 
 __all__ = ["TEMPORARY", "FactorizedEmbedding", "FactorizedLinear", "FactorizedMatrix", "Form", "Mode", "new_factors"]
 
@@ -34,11 +35,11 @@ class FactorizedLinear(FactorizedMatrix):
         bias: Tensor | bool | None = None,
         *,
         shared: Sequence[str] = (),
-        quantized: bool = False,
+        bits: Bits | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(spec, shape, factors, shared=shared, quantized=quantized, device=device, dtype=dtype)
+        super().__init__(spec, shape, factors, shared=shared, bits=bits, device=device, dtype=dtype)
         self.out_features, self.in_features = shape
         if bias is True:
             bias = torch.zeros(shape[0], device=device, dtype=dtype)
@@ -71,11 +72,11 @@ class FactorizedEmbedding(FactorizedMatrix):
         padding_idx: int | None = None,
         *,
         shared: Sequence[str] = (),
-        quantized: bool = False,
+        bits: Bits | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(spec, shape, factors, shared=shared, quantized=quantized, device=device, dtype=dtype)
+        super().__init__(spec, shape, factors, shared=shared, bits=bits, device=device, dtype=dtype)
         self.num_embeddings, self.embedding_dim = shape
         if padding_idx is not None and not -shape[0] <= padding_idx < shape[0]:
             raise ModelError(f"padding_idx {padding_idx} is no row of an embedding with {shape[0]} rows")

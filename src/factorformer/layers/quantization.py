@@ -1,19 +1,18 @@
-"""Factors of whole models in int8: storing them, and holding them as floats for quantization-aware training."""
+"""Factors of whole models in integers: storing them, and holding them as floats for quantization-aware training."""
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 from factorformer import registration
 from factorformer.errors import ModelError
 from factorformer.layers.nn import FactorizedMatrix
 from factorformer.layers.surgery import unchanged_on_error
-from factorformer.structures import Factors, int8
+from factorformer.structures import Factors, integers
 
 
 def quantize(model: nn.Module) -> None:
-    """Store in int8 the factors that a plan wants in int8, after quantization-aware training.
+    """Store in integers the factors that a plan wants so, after quantization-aware training.
 
     Args:
         model: from `compress(..., hold_floats=True)`, `initialize` or dynamic ranks; nothing changes in other models.
@@ -24,19 +23,21 @@ def quantize(model: nn.Module) -> None:
     named = {name: m for name, m in model.named_modules() if isinstance(m, FactorizedMatrix) and m.fake_quantized}
     wrong = [name for name, m in named.items() if not all(bool(t.isfinite().all()) for t in m.factors.values())]
     if wrong:
-        raise ModelError(f"layer '{wrong[0]}': its factors are not finite, and cannot be stored in int8")
+        raise ModelError(f"layer '{wrong[0]}': its factors are not finite, and cannot be stored in integers")
     training = [name for name, layer in named.items() if layer.form is not None]
     if training:
-        raise ModelError(f"layer '{training[0]}' trains straight through: call finish() before it is stored in int8")
+        raise ModelError(
+            f"layer '{training[0]}' trains straight through: call finish() before it is stored in integers"
+        )
     known: dict[int, Factors] = {}  # layers may hold the very same factors, and go on doing so
     with unchanged_on_error(model):
         for layer in named.values():
             codes: dict[str, Tensor] = {}
             for name, factor in layer.factors.items():
                 if id(factor) not in known:
-                    made = int8.quantize({name: factor.detach()})
+                    made = integers.quantize({name: factor.detach()}, layer.bits)
                     known[id(factor)] = {
-                        key: t if t.dtype == torch.int8 or key == name else nn.Parameter(t) for key, t in made.items()
+                        key: nn.Parameter(t) if key.endswith(integers.SCALE) else t for key, t in made.items()
                     }
                 codes |= known[id(factor)]
             layer.quantize(codes)
@@ -45,12 +46,12 @@ def quantize(model: nn.Module) -> None:
 
 
 def hold_floats(model: nn.Module) -> bool:
-    """Turn int8 factors into floats that the forward pass rounds (quantization-aware training); `quantize` ends that.
+    """Turn integers into floats that the forward pass rounds (quantization-aware training); `quantize` ends that.
 
     Factors that were frozen before `quantize` are frozen again.
 
     Args:
-        model: from a directory in int8, say; nothing changes in others.
+        model: from a directory in int8 or int4, say; nothing changes in others.
 
     Returns:
         Whether there were any.
@@ -60,7 +61,7 @@ def hold_floats(model: nn.Module) -> bool:
     with unchanged_on_error(model):
         for layer in layers:
             codes, values = layer.factors, {}
-            for name, tensor in int8.floats(codes).items():
+            for name, tensor in layer.floats().items():
                 held = nn.Parameter(tensor) if tensor.is_floating_point() else tensor
                 values[name] = known.setdefault(id(codes[name]), held)
             layer.hold_floats(values)

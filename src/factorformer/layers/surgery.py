@@ -22,6 +22,7 @@ from factorformer.layers.embeddings import embeddings_of
 from factorformer.layers.matrix import Cost, LeftOut, Matrix, Role, Scope
 from factorformer.layers.nn import FactorizedEmbedding, FactorizedLinear, FactorizedMatrix
 from factorformer.structures import Factors, Shape, Structure
+from factorformer.structures.integers import Bits
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 """Types of weights that can be factorized."""
@@ -41,7 +42,7 @@ def find_blocks(model: nn.Module) -> list[str]:
 
 
 def _weights(module: nn.Module) -> list[Tensor]:
-    """Parameters, and what is stored in int8 in place of some."""
+    """Parameters, and what is stored in integers in place of some."""
     return [*module.parameters(), *(buffer for buffer in module.buffers() if buffer.dtype == torch.int8)]
 
 
@@ -51,7 +52,7 @@ def find_matrices(
     include: Sequence[str] | None = None,
     exclude: Sequence[str] | None = None,
     *,
-    int8: bool = False,
+    bits: Bits | None = None,
     batch: Mapping[str, Any] | None = None,
 ) -> tuple[list[Matrix], Cost]:
     """Every weight matrix in scope, each once, and the cost of the other tensors in scope.
@@ -65,7 +66,7 @@ def find_matrices(
         scope: `blocks` for linear layers inside Transformer blocks, `all` for the whole model, embeddings included.
         include: shell patterns of module names; if given, other matrices stay dense.
         exclude: shell patterns of module names that stay dense.
-        int8: whether factors are to be stored in int8, which some architectures do not bear in some places.
+        bits: of the integers in which factors are to be stored, which some architectures do not bear in some places.
         batch: keyword arguments of the model, for the trial that finds out how it uses its weights; by default random
             ones, made from its configuration.
 
@@ -97,7 +98,7 @@ def find_matrices(
             raise ModelError(f"the weight of '{name}' is {dtype}: start from the model in full precision")
     include, exclude = _patterns(include), _patterns(exclude)
     _check_patterns([*(include or []), *(exclude or [])], list(layers))
-    reasons = _saved_by_others(model, layers) | bypassed(model, layers, int8=int8, batch=batch)
+    reasons = _saved_by_others(model, layers) | bypassed(model, layers, int8=bits is not None, batch=batch)
     matrices: list[Matrix] = []
     rest = Cost()
     for path, parameter in model.named_parameters():
@@ -112,7 +113,7 @@ def find_matrices(
         matrix = _describe(model, held, calls.get(block or "", 1), include, exclude)
         if matrix.dense is None:
             reason = next((reasons[name] for name in holding if name in reasons), None)
-            matrix = dataclasses.replace(matrix, int8=int8 and reason is None, dense=reason)
+            matrix = dataclasses.replace(matrix, bits=bits if reason is None else None, dense=reason)
         matrices.append(matrix)
     return matrices, rest
 
@@ -265,18 +266,19 @@ def factorized_like(
     factors: Factors | None = None,
     shared: Sequence[str] = (),
     *,
-    quantized: bool = False,
+    bits: Bits | None = None,
 ) -> FactorizedMatrix:
     """A factorized layer to stand in for `module`, with its bias, device and mode.
 
     Without factors (a skeleton for loading) the tensors are created on the current default device and type. Other
-    layers hold those that are named as `shared`. They are stored in int8 if `quantized`.
+    layers hold those that are named as `shared`. They are stored in integers of so many bits, if any.
     """
-    options = {"shared": shared, "quantized": quantized}
     if isinstance(module, nn.Embedding):
-        new: FactorizedMatrix = FactorizedEmbedding(spec, shape, factors, module.padding_idx, **options)
+        padding = module.padding_idx
+        new: FactorizedMatrix = FactorizedEmbedding(spec, shape, factors, padding, shared=shared, bits=bits)
     else:
-        new = FactorizedLinear(spec, shape, factors, getattr(module, "bias", None), **options)
+        bias = getattr(module, "bias", None)
+        new = FactorizedLinear(spec, shape, factors, bias, shared=shared, bits=bits)
     return new.train(module.training)
 
 
@@ -313,7 +315,7 @@ def unchanged_on_error(model: nn.Module) -> Iterator[None]:
 def factorize(model: nn.Module, matrix: Matrix, spec: Structure, factors: Factors, shared: Sequence[str] = ()) -> None:
     """Replace all modules that hold a matrix; tied modules hold the very same parameters again.
 
-    Where the matrix is to be stored in int8, its factors are fake-quantized from then on.
+    Where the matrix is to be stored in integers, its factors are fake-quantized from then on.
 
     Args:
         model: changed in place.
@@ -326,8 +328,8 @@ def factorize(model: nn.Module, matrix: Matrix, spec: Structure, factors: Factor
     for name in (matrix.name, *matrix.aliases):
         old = model.get_submodule(name)
         new = factorized_like(old, spec, matrix.shape, factors, shared)
-        if matrix.int8:
-            new.fake_quantize()
+        if matrix.bits is not None:
+            new.fake_quantize(matrix.bits)
         replace_module(model, old, new)
         factors = new.factors
     if frozen:

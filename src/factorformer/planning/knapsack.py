@@ -20,7 +20,7 @@ from factorformer.structures import Dense, Structure
 ROUNDING = 1e-9
 """A budget that is met exactly is met, whatever floating point makes of it."""
 
-IN_FLOATS = "the budget allows floats, and rounding to int8 would lose more here than elsewhere"
+IN_FLOATS = "the budget allows floats, and rounding to integers would lose more here than elsewhere"
 
 MOST = 10**8
 """Partial choices that are looked at, at most: beyond them the choice that the price makes stands."""
@@ -69,8 +69,8 @@ def by_loss(
     Args:
         matrices: all matrices in scope.
         options: of each matrix by its name, in any order; a matrix that has to stay dense has no other option. Where
-            there is dense in int8, dense as it is says what the original costs, and is a choice for budgets alone that
-            dense in int8 does not spend.
+            there is dense in integers, dense as it is says what the original costs, and is a choice for budgets alone
+            that dense in integers does not spend.
         ratio: cost of everything in scope, dense, over what it may cost.
         rest: cost of the other tensors in scope.
         unit: of costs.
@@ -87,8 +87,8 @@ def by_loss(
     ['None', 'low_rank(rank=4)']
     """
     original = math.fsum(next(o.cost for o in options[m.name] if o.spec is None) for m in matrices)
-    in_int8 = rest + math.fsum(min(o.cost for o in options[m.name] if _whole(o)) for m in matrices)
-    floats = (rest + original) / max(ratio, 1) > in_int8
+    in_integers = rest + math.fsum(min(o.cost for o in options[m.name] if _whole(o)) for m in matrices)
+    floats = (rest + original) / max(ratio, 1) > in_integers
     choices = {
         m.name: list(options[m.name]) if floats and m.name not in unmeasured else _without_floats(options[m.name])
         for m in matrices
@@ -101,7 +101,7 @@ def by_loss(
         for matrix in matrices
         if len(choices[matrix.name]) == 1
     }
-    purchases, exceeding = _purchases(ladders), floats and in_int8 < rest + original
+    purchases, exceeding = _purchases(ladders), floats and in_integers < rest + original
 
     def fill(budget: float) -> tuple[dict[str, Option], float]:
         enough, most = ((budget * part - rest) for part in (1 / (1 + TOLERANCE), 1 + ROUNDING))
@@ -128,14 +128,14 @@ def _cost(chosen: Mapping[str, Option]) -> float:
 
 
 def _whole(option: Option) -> bool:
-    """Whether it is the dense matrix, in floats or in int8."""
+    """Whether it is the dense matrix, in floats or in integers."""
     return option.spec is None or isinstance(option.spec, Dense)
 
 
 def _without_floats(options: Sequence[Option]) -> list[Option]:
-    """Without dense as it is where there is dense in int8."""
-    in_int8 = any(isinstance(option.spec, Dense) for option in options)
-    return [option for option in options if option.spec is not None or not in_int8]
+    """Without dense as it is where there is dense in integers."""
+    in_integers = any(isinstance(option.spec, Dense) for option in options)
+    return [option for option in options if option.spec is not None or not in_integers]
 
 
 @dataclasses.dataclass(frozen=True)

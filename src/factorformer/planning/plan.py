@@ -60,7 +60,7 @@ class Entry:
 
     @classmethod
     def whole(cls, matrix: Matrix, reason: str = "", cause: Cause = Cause.BUDGET) -> Entry:
-        """A matrix that is not factorized: dense as it is, or in int8 if the plan wants that.
+        """A matrix that is not factorized: dense as it is, or in integers if the plan wants that.
 
         Args:
             matrix: which one; `matrix.dense` is reason and cause where it has one.
@@ -84,13 +84,14 @@ class Entry:
 
     @property
     def values(self) -> str:
-        """The type in which its values are stored: `int8`, or a floating type such as `float32`."""
-        return "int8" if self.spec is not None and self.matrix.int8 else self.matrix.dtype
+        """The type in which its values are stored: `int8`, `int4`, or a floating type such as `float32`."""
+        bits = None if self.spec is None else self.matrix.bits
+        return self.matrix.dtype if bits is None else f"int{bits}"
 
     @property
     def form(self) -> str:
-        """How it is stored, human-readable: its structure or `dense`, and whether in int8."""
-        return f"{self.spec or 'dense'}" + (", int8" if self.values == "int8" else "")
+        """How it is stored, human-readable: its structure or `dense`, and in which integers, if in any."""
+        return f"{self.spec or 'dense'}" + (f", {self.values}" if self.values != self.matrix.dtype else "")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,7 +147,7 @@ class Plan:
 
     @property
     def factorized(self) -> tuple[Entry, ...]:
-        """The entries that do not stay as they are: factorized ones, and dense ones in int8."""
+        """The entries that do not stay as they are: factorized ones, and dense ones in integers."""
         return tuple(entry for entry in self.entries if entry.spec is not None)
 
     @property
@@ -304,8 +305,8 @@ def _check_sharing(plan: Plan) -> None:
     for entry in plan.factorized:
         assert entry.spec is not None
         shared = entry.spec.shareable if entry.shares is not None or entry.matrix.name in sharing else ()
-        if isinstance(entry.spec, Dense) and not entry.matrix.int8:
-            raise MethodError(f"plan entry '{entry.matrix.name}': {entry.spec} as a structure is for int8 alone")
+        if isinstance(entry.spec, Dense) and entry.matrix.bits is None:
+            raise MethodError(f"plan entry '{entry.matrix.name}': {entry.spec} as a structure is for integers alone")
         try:
             entry.spec.check(entry.matrix.shape, shared)
         except FactorformerError as error:
@@ -337,8 +338,8 @@ def _cannot_share(entry: Entry, owner: Entry | None) -> str | None:
         return f"they are {entry.spec} and {owner.spec}, which may differ in their sides only"
     if entry.matrix.dtype != owner.matrix.dtype:
         return f"they are of types {entry.matrix.dtype} and {owner.matrix.dtype}"
-    if entry.matrix.int8 != owner.matrix.int8:
-        return "only one of the two is to be stored in int8"
+    if entry.matrix.bits != owner.matrix.bits:
+        return f"they are to be stored in {entry.values} and {owner.values}"
     sizes = [
         {name: e.spec.tensors(e.matrix.shape)[name].size for name in e.spec.shareable} for e in (entry, owner) if e.spec
     ]

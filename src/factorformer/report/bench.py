@@ -226,7 +226,7 @@ def _layers_table(layers: Sequence[LayerComparison]) -> Table:
         table.add_row(
             escape(name + (f" and {len(more)} more" if more else "")),
             "x".join(map(str, layer.shape)),
-            f"{layer.spec}{', int8' * (layer.dtype == 'int8')}",
+            f"{layer.spec}{f', {layer.dtype}' * layer.dtype.startswith('int')}",
             *(f"{timing.speedup.median:.2f}x ({timing.factors.median:.3f})" for timing in layer.timings),
             f"{layer.ideal:.2f}x",
             layer.verdict,

@@ -58,8 +58,8 @@ def _entry(model: PreTrainedModel, matrix: Matrix, owners: dict[int, str]) -> En
     if not isinstance(module, FactorizedMatrix):
         return Entry(matrix, None, matrix.dense or "")
     dtype = str(module.values.dtype).removeprefix("torch.")
-    found = dataclasses.replace(matrix, dtype=dtype, int8=module.quantized)
-    if found.whole is None and isinstance(module.spec, Dense):  # it trains for int8, and is as large as ever until then
+    found = dataclasses.replace(matrix, dtype=dtype, bits=module.bits if module.quantized else None)
+    if found.whole is None and isinstance(module.spec, Dense):  # it trains for integers, and is as large until then
         return Entry(found, None, matrix.dense or "")
     owner = matrix.name
     for factor in module.spec.shareable if module.shared else ():

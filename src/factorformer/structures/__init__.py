@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from factorformer.errors import CheckpointError, one_of
-from factorformer.structures import int8
+from factorformer.structures import integers
 from factorformer.structures.base import Factors, Selection, Shape, Structure, TensorSpec
 from factorformer.structures.dense import Dense
 from factorformer.structures.dense_sparse import DenseSparse
@@ -27,7 +27,7 @@ def from_dict(description: Mapping[str, Any]) -> Structure:
     >>> from_dict({"structure": "low_rank", "rank": 8})
     LowRank(rank=8)
     """
-    stored = {**STRUCTURES, Dense.kind: Dense}  # dense in int8 is described too, and is no factorization
+    stored = {**STRUCTURES, Dense.kind: Dense}  # dense in integers is described too, and is no factorization
     kind = description.get("structure")
     if kind not in stored:
         raise CheckpointError(f"unknown structure {one_of(str(kind), stored)}; is this package up to date?")
@@ -53,7 +53,7 @@ __all__ = [
     "arrange_back",
     "factor_shapes",
     "from_dict",
-    "int8",
+    "integers",
     "largest_rank",
     "rearrange",
 ]

@@ -26,6 +26,13 @@ Shape = tuple[int, int]
 Factors = Mapping[str, Tensor]
 
 
+INT4: torch.dtype = getattr(torch, "int4")  # noqa: B009  # of which type checkers do not know
+"""The name of values in 4 bits; torch computes nothing in it."""
+
+GROUP = 32
+"""Values of a row that have a scale of their own in 4 bits."""
+
+
 @dataclasses.dataclass(frozen=True)
 class TensorSpec:
     """Size of one factor, and its type where that is not the floating type of the model.
@@ -39,9 +46,34 @@ class TensorSpec:
     dtype: torch.dtype | None = None
 
     def bytes(self, dtype: torch.dtype, scale: torch.dtype = torch.float32) -> int:
-        """Stored bytes when values are of type `dtype`; with int8 values goes a scale of type `scale` for each row."""
+        """Stored bytes when values are of type `dtype`; see `structures.integers` for what goes with integers."""
+        if self.dtype is None and dtype == INT4:
+            return math.prod(packed(self.size)) + math.prod(groups(self.size)) + scale.itemsize
         scales = self.size[0] * scale.itemsize if self.dtype is None and dtype == torch.int8 else 0
         return math.prod(self.size) * (self.dtype or dtype).itemsize + scales
+
+
+def packed(size: tuple[int, ...]) -> tuple[int, int]:
+    """The bytes of a factor in 4 bits, `(rows, bytes)`: two values in a byte, rows apart.
+
+    >>> packed((8, 1, 5))
+    (8, 3)
+    """
+    return size[0], -(-math.prod(size[1:]) // 2)
+
+
+def groups(size: tuple[int, ...]) -> tuple[int, int]:
+    """Those of a factor in 4 bits, `(rows, groups)`.
+
+    >>> groups((8, 1, 65))
+    (8, 3)
+    """
+    return size[0], -(-math.prod(size[1:]) // GROUP)
+
+
+def dense_bytes(shape: Shape, dtype: torch.dtype) -> int:
+    """Those of a dense matrix with values of a type, without scales."""
+    return math.prod(packed(shape)) if dtype == INT4 else math.prod(shape) * dtype.itemsize
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Dense matrices stored in int8, for plans in int8: what a matrix becomes that is better left whole."""
+"""Dense matrices stored in integers, for plans in int8 or int4: what a matrix becomes that is better left whole."""
 
 from __future__ import annotations
 
@@ -7,21 +7,20 @@ from collections.abc import Collection, Iterator
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from factorformer.errors import ModelError
 from factorformer.kernels import Dense as Factor
 from factorformer.kernels import chain
 from factorformer.structures.base import Factors, Selection, Shape, Structure, TensorSpec
-from factorformer.structures.int8 import SCALE, floats
+from factorformer.structures.integers import SCALE, TYPES, floats, look_up
 
 
 @dataclasses.dataclass(frozen=True)
 class Dense(Structure):
-    """`W = weight[:, 0]` with `weight: (out, 1, in)`: one byte a value and a scale for each row of `W`.
+    """`W = weight[:, 0]` with `weight: (out, 1, in)`: one byte a value, or half of one, and scales.
 
-    In floats it saves nothing, so it is no candidate there; factors hold floats only while they train for int8. The
+    In floats it saves nothing, so it is no candidate there; factors hold floats only while they train for integers. The
     dimension of size 1 keeps a program without this package from taking codes for a weight.
 
     >>> Dense().bytes((768, 768), torch.int8), 4 * 768 * 768
@@ -52,8 +51,7 @@ class Dense(Structure):
         return chain(x, (Factor(factors["weight"].squeeze(1), factors.get("weight" + SCALE)),), bias)
 
     def rows(self, shape: Shape, factors: Factors, index: Tensor) -> Tensor:
-        rows, scale = F.embedding(index, factors["weight"].squeeze(1)), factors.get("weight" + SCALE)
-        return rows if scale is None else rows.to(scale.dtype) * F.embedding(index, scale[:, None])
+        return look_up(factors, "weight", index)
 
     def to_dense(self, shape: Shape, factors: Factors) -> Tensor:
         return floats(factors)["weight"].squeeze(1)
@@ -78,7 +76,7 @@ class Dense(Structure):
 
     @classmethod
     def candidates(cls, shape: Shape, dtype: torch.dtype) -> Iterator[Dense]:
-        return iter((cls(),) if dtype == torch.int8 else ())
+        return iter((cls(),) if dtype in TYPES.values() else ())
 
     @classmethod
     def families(cls, shape: Shape, dtype: torch.dtype) -> tuple[list[Dense]]:

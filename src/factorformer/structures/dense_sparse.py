@@ -16,8 +16,16 @@ from torch import Tensor
 from factorformer.errors import ModelError, one_of
 from factorformer.kernels import chain, sparse_product, support
 from factorformer.kernels.sparse import build
-from factorformer.structures.base import Factors, Selection, Shape, Structure, TensorSpec, require_positive
-from factorformer.structures.int8 import SCALE, dense, floats, look_up
+from factorformer.structures.base import (
+    Factors,
+    Selection,
+    Shape,
+    Structure,
+    TensorSpec,
+    dense_bytes,
+    require_positive,
+)
+from factorformer.structures.integers import SCALE, dense, floats, look_up
 
 Side = Literal["rows", "columns"]
 
@@ -216,7 +224,7 @@ class DenseSparse(Structure):
 
     @classmethod
     def candidates(cls, shape: Shape, dtype: torch.dtype) -> Iterator[DenseSparse]:
-        short, dense = min(shape), shape[0] * shape[1] * dtype.itemsize
+        short, dense = min(shape), dense_bytes(shape, dtype)
         step = _step(short)
         numbers = [*range(step, short, step), short]
         firsts = [cls.of(shape, atoms, max(math.ceil(DENSITY * atoms), 1)) for atoms in numbers if atoms > 1]
@@ -226,7 +234,7 @@ class DenseSparse(Structure):
             for nonzeros in range(first.nonzeros, first.atoms):
                 spec = first if nonzeros == first.nonzeros else cls.of(shape, first.atoms, nonzeros)
                 size = spec.bytes(shape, dtype)
-                if max(size, spec.parameters(shape) * dtype.itemsize) >= dense:
+                if max(size, dense_bytes((1, spec.parameters(shape)), dtype)) >= dense:
                     return
                 if size >= end:
                     break
@@ -234,7 +242,7 @@ class DenseSparse(Structure):
 
     @classmethod
     def families(cls, shape: Shape, dtype: torch.dtype) -> tuple[list[DenseSparse], ...]:
-        short, dense = min(shape), shape[0] * shape[1] * dtype.itemsize
+        short, dense = min(shape), dense_bytes(shape, dtype)
         step, first, last = _step(short), short / 8, ATOMS * short
         spaced = (first * (last / first) ** (place / (FAMILIES - 1)) for place in range(FAMILIES))
         families = []
@@ -242,7 +250,7 @@ class DenseSparse(Structure):
             family = []
             for nonzeros in range(1, atoms):
                 spec = cls.of(shape, atoms, nonzeros)
-                if max(spec.bytes(shape, dtype), spec.parameters(shape) * dtype.itemsize) >= dense:
+                if max(spec.bytes(shape, dtype), dense_bytes((1, spec.parameters(shape)), dtype)) >= dense:
                     break
                 family.append(spec)
             if len(family) >= FEWEST_SIZES:

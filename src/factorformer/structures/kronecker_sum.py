@@ -16,7 +16,7 @@ from torch import Tensor
 from factorformer.errors import ModelError
 from factorformer.kernels import Dense, chain
 from factorformer.structures.base import Factors, Selection, Shape, Structure, TensorSpec, require_positive
-from factorformer.structures.int8 import floats
+from factorformer.structures.integers import floats
 
 AMPLIFICATION = 4
 """Multiply-adds for each parameter and input row that the default shapes aim at; plain low-rank has 1."""

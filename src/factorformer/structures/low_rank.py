@@ -12,7 +12,7 @@ from torch import Tensor
 from factorformer.errors import ModelError
 from factorformer.kernels import chain
 from factorformer.structures.base import Factors, Selection, Shape, Structure, TensorSpec, require_positive
-from factorformer.structures.int8 import dense, floats, look_up
+from factorformer.structures.integers import dense, floats, look_up
 
 
 @dataclasses.dataclass(frozen=True)

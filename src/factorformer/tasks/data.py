@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -137,12 +138,17 @@ def sample(data: datasets.Dataset, rows: int, seed: int = 0) -> datasets.Dataset
     return data.select(torch.randperm(len(data), generator=generator)[:rows].tolist())
 
 
+CHUNK = 10_000
+"""Rows whose tokens are counted at a time."""
+
+
 def count_tokens(data: Iterable[datasets.Dataset], vocabulary: int) -> Tensor:
     """How often each token occurs in encoded rows, `(vocabulary,)`; padding is none of them."""
     counts = np.zeros(vocabulary, np.int64)
     for rows in data:
-        for part in rows.select_columns("input_ids").with_format("arrow").iter(batch_size=10_000):
-            ids = part["input_ids"].combine_chunks().flatten().to_numpy()
+        for first in range(0, len(rows), CHUNK):
+            lists = rows[first : first + CHUNK]["input_ids"]
+            ids = np.fromiter(itertools.chain.from_iterable(lists), np.int64)
             counts += np.bincount(ids, minlength=vocabulary)
     return torch.from_numpy(counts)
 

@@ -200,7 +200,7 @@ def heal(
     checkpoint in `output`.
 
     Args:
-        model: compressed; int8 factors are held as floats that the forward pass rounds.
+        model: compressed; integers are held as floats that the forward pass rounds.
         tokenizer: of the model, for padding.
         data: texts to learn, from `data.encode`, without labels.
         held: texts whose embeddings are compared on the way; nothing else is done with them.

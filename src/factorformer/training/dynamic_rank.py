@@ -79,7 +79,7 @@ class DynamicRank:
 
     and `ranks.finish()` at the end. Matrices become low-rank as soon as that makes them smaller, and each removal makes
     new, smaller parameters, which the optimizer holds from then on: look them up again rather than to keep them. In a
-    plan in int8, the last one also makes new parameters of matrices that stay whole, which products round. Every
+    plan in integers, the last one also makes new parameters of matrices that stay whole, which products round. Every
     matrix keeps at least one unit (atoms: two), so none ever ends at rank 0. Matrices that the loss does not reach do
     not compete: nothing is known of them, and they end at their size in the plan, with a `FactorformerWarning`. Those
     that it reaches in some steps alone, such as experts, compete by their mean over all steps.

@@ -25,7 +25,7 @@ class RankHistory:
         full: units that each began with.
         steps: optimizer steps after which units were removed.
         ranks: for each of these, the units that were left in each matrix. A low-rank matrix that has as many as at the
-            start is still whole: dense, or dense in int8.
+            start is still whole: dense, or dense in integers.
         scores: for each of these, the mean importance of the units that were left, in each matrix.
     """
 

@@ -89,7 +89,7 @@ def all_units(
                 result.append(DenseUnits.of(model, matrix, Importance(decay), weight, Metric.of(statistics.get(name))))
         else:
             full = _largest(entry)
-            fitted.append((entry, full, fit_matrix(model, name, full, statistics)[0]))
+            fitted.append((entry, full, fit_matrix(model, matrix, full, statistics)[0]))
             result.append(FactorUnits(model, matrix, full, Importance(decay)))
         progress("fit", done + 1, len(names))
     for entry, full, factors in fitted:  # only when all are fitted: an error leaves the model as it was

@@ -101,8 +101,8 @@ class StraightThrough:
         if not self.forms:
             raise ModelError(
                 "straight-through training needs factorized linear layers with a sparse support (dense_sparse), "
-                "trained and not tied to others: compress the model first, unfreeze them, and store them in int8 only "
-                "when training is over"
+                "trained and not tied to others: compress the model first, unfreeze them, and store them in integers "
+                "only when training is over"
             )
 
     def after_step(self, done: int, total: int) -> None:

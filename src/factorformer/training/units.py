@@ -187,7 +187,7 @@ class DenseUnits(Units):
     bytes nor time. It stays dense and whole then, and all its groups go on competing; below that rank it is replaced by
     its factors, of equal norm for each group. Averages of gradients in the optimizer's state are then carried over
     exactly, for they are linear in the gradient, and averages of their squares as if entries were independent. In a
-    plan in int8, a matrix that is whole in the end is `stored` in int8 as well.
+    plan in integers, a matrix that is whole in the end is `stored` in integers as well.
 
     Args:
         model, matrix, importance: as for `Units`.
@@ -310,7 +310,7 @@ class DenseUnits(Units):
 
     @torch.no_grad()
     def stored(self, optimizer: Optimizer | None) -> Units:
-        """What stands for the matrix once it is known to stay whole: in a plan in int8 a factor that products round."""
+        """What stands for a matrix that is known to stay whole: in a plan in integers a factor that products round."""
         whole = self.matrix.whole
         if whole is None:
             return self

@@ -15,7 +15,8 @@ from factorformer.fitting.matrices import fit_matrix
 from factorformer.fitting.statistics import collect
 from factorformer.layers.surgery import find_matrices
 from factorformer.planning.evidence.curves import measure_curves
-from factorformer.structures import Dense, DenseSparse, KroneckerSum, LowRank, int8
+from factorformer.structures import Dense, DenseSparse, KroneckerSum, LowRank
+from factorformer.structures.integers import Rounded
 
 EVERY = (LowRank, KroneckerSum, DenseSparse)
 
@@ -48,7 +49,7 @@ def test_low_rank_is_exact_in_the_metric_of_the_fit(name: str, calibrated: bool)
     for matrix in matrices[::3]:
         curve = curves[matrix.name]
         for spec in list(curve.specs)[::4]:
-            error = fit_matrix(model, matrix.name, spec, statistics)[1]
+            error = fit_matrix(model, matrix, spec, statistics)[1]
             assert curve.squared_error(spec) ** 0.5 == pytest.approx(error, abs=1e-4)
         assert curve.squared_error(None) == 0
 
@@ -59,7 +60,7 @@ def test_plain_kronecker_sums_are_exact() -> None:
     curves = measure_curves(model, matrices, [KroneckerSum], {}, 2)
     for matrix in matrices[::2]:
         for spec in list(curves[matrix.name].specs)[::5]:
-            error = fit_matrix(model, matrix.name, spec, {})[1]
+            error = fit_matrix(model, matrix, spec, {})[1]
             assert curves[matrix.name].squared_error(spec) ** 0.5 == pytest.approx(error, abs=1e-4)
 
 
@@ -75,7 +76,7 @@ def test_other_errors_come_near_those_of_fits(structure: type, calibrated: bool)
         curve = curves[matrix.name]
         middle = [s for s in curve.specs if 0.4 < s.bytes(matrix.shape) / matrix.cost(None).bytes < 0.6]
         for spec in middle[:: max(len(middle) // 2, 1)]:
-            error = fit_matrix(model, matrix.name, spec, statistics)[1]
+            error = fit_matrix(model, matrix, spec, statistics)[1]
             assert curve.squared_error(spec) ** 0.5 == pytest.approx(error, rel=0.25)
 
 
@@ -133,7 +134,7 @@ def test_a_weight_that_is_not_finite_is_named() -> None:
 
 def test_int8_adds_its_rounding() -> None:
     model = MODELS["bert"].build()
-    matrices = [m for m in find_matrices(model, int8=True)[0] if m.dense is None]
+    matrices = [m for m in find_matrices(model, bits=8)[0] if m.dense is None]
     statistics = collect(model, [m.name for m in matrices], [text(16, 20)], "fisher")
     curves = measure_curves(model, matrices, EVERY, statistics, 6)
     for matrix in matrices[::3]:
@@ -141,8 +142,8 @@ def test_int8_adds_its_rounding() -> None:
         weight = model.get_submodule(matrix.name).weight.detach()
         for kind in ("low_rank", "dense"):
             spec = Dense() if kind == "dense" else curve.sizes[kind][-1]
-            factors, error = fit_matrix(model, matrix.name, spec, statistics)
-            stored = spec.to_dense(matrix.shape, int8.quantize(factors))
+            factors, error = fit_matrix(model, matrix, spec, statistics)
+            stored = spec.to_dense(matrix.shape, Rounded(factors, 8))
             rounded = metric.relative_error(weight, stored) ** 2
             assert curve.squared_error(spec) == pytest.approx(rounded, rel=0.5)
             assert kind == "dense" or rounded > error**2

@@ -159,6 +159,7 @@ def _plan(
                 rank_multiple=job.rank_multiple or 1,
                 budget=job.budget or "bytes",
                 int8=job.int8,
+                int4=job.int4,
                 calibration=calibration,
                 progress=progress,
                 keep_statistics=True,
@@ -202,7 +203,7 @@ def _fit(
     else:
         through = training and recipe.training == "straight-through"
         if through and not any(entry.spec is not None and entry.spec.training_form for entry in plan.factorized):
-            note(f"method '{job.chosen}' has no supports to learn at this ratio: all matrices are dense in int8")
+            note(f"method '{job.chosen}' has no supports to learn at this ratio: all matrices are dense in integers")
             through = False
         dense = copy.deepcopy(model) if through else None
         report = compression.compress(

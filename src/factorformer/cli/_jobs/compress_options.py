@@ -27,6 +27,7 @@ class CompressJob:
     ratio: float | None
     budget: Unit | None
     int8: bool
+    int4: bool
     scope: Scope | None
     include: list[str] | None
     exclude: list[str] | None
@@ -108,11 +109,13 @@ def check(job: CompressJob) -> CompressJob:
 
 def _check_method(job: CompressJob) -> None:
     options = (job.method, job.ratio, job.budget, job.scope, job.include, job.exclude, job.share, job.rank_multiple)
-    if job.plan is not None and (job.int8 or any(option is not None for option in options)):
+    if job.plan is not None and (job.int8 or job.int4 or any(option is not None for option in options)):
         raise MethodError(
-            "--plan holds method, ratio, budget, scope, patterns, sharing, multiples of ranks and int8 already: leave "
-            "these options out"
+            "--plan holds method, ratio, budget, scope, patterns, sharing, multiples of ranks and integers already: "
+            "leave these options out"
         )
+    if job.int8 and job.int4:
+        raise MethodError("--int8 and --int4 are two widths of integers: give one")
     if recipes.get(job.chosen).training == "from scratch":
         raise MethodError(
             f"method '{job.chosen}' trains a new model from scratch, not the weights of one: use `factorformer train`, "

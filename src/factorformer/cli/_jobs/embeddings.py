@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from torch import Tensor
@@ -33,8 +33,8 @@ LABELS = ("label", "score")
 MOST = 50_000
 """Rows of a file that are measured on: each text is compared with all others."""
 
-INFERENCE = {0.0, 1.0, 2.0}
-"""Labels that are numbers of classes, of which no two can be told apart by a cosine: entailment, neutral, contradiction."""
+INFERENCE = {"0", "1", "2"}
+"""Labels of pairs that are numbers of classes rather than scores: entailment, neutral, contradiction."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -186,10 +186,15 @@ def _read(source: str, text: Sequence[str] | None, label: str | None, seed: int)
             f"'{source}' has {len(rows)} rows: give at least {LEAST_TEXTS}, whose similarities can be ranked"
         )
     if len(columns.text) == 2 and label is None and columns.label == LABELS[0]:
-        if {float(value) for value in set(rows[columns.label]) if isinstance(value, int | float)} == INFERENCE:
-            raise DataError(
-                f"'{source}': the labels 0, 1 and 2 look like numbers of classes of inference: if they are scores, say "
-                f"so by --label {columns.label}; if not, leave the file out, or keep two classes of it"
-            )
+        _check_scores(source, rows[columns.label])
     texts_of = tuple([str(value) for value in rows[column]] for column in columns.text)
     return _Table(source, columns, texts_of, None if columns.label is None else list(rows[columns.label]))
+
+
+def _check_scores(source: str, labels: Iterable[object]) -> None:
+    """Raise `DataError` for labels that are numbers of three classes, unless the user has named their column."""
+    if {str(label) for label in labels} == INFERENCE:
+        raise DataError(
+            f"'{source}': the labels 0, 1 and 2 look like numbers of classes of inference: if they are scores, say so "
+            "by --label label; if not, leave the file out, or keep two classes of it"
+        )

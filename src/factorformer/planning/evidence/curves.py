@@ -13,12 +13,13 @@ from torch import nn
 
 from factorformer.fitting import QUICK, Metric
 from factorformer.fitting.linalg import truncation_errors
-from factorformer.fitting.matrices import fit_matrix, metric_of, naming
+from factorformer.fitting.matrices import as_stored, fit_matrix, metric_of, naming
 from factorformer.fitting.moments import LayerStatistics
 from factorformer.layers.dense import dense_weight
 from factorformer.layers.matrix import Matrix
 from factorformer.planning import Entry, choose_families
-from factorformer.structures import Dense, Structure, int8
+from factorformer.structures import Dense, Structure
+from factorformer.structures.integers import Bits
 
 ROUNDS = 8
 """Rounds of the fits that errors are read from; the squared errors of full fits are a little smaller."""
@@ -34,8 +35,8 @@ twelfth."""
 SMALL = 2**18
 """Entries up to which three matrices of a kind are fitted, the first, the middle and the last; of larger ones one."""
 
-ROUNDING = 1e-4
-"""Squared relative error that int8 adds, where weights are not there to tell."""
+ROUNDING: dict[Bits, float] = {8: 1e-4, 4: 2e-2}
+"""Squared relative error that integers of so many bits add, where weights are not there to tell."""
 
 LEAST = 1e-12
 """Squared errors below this count as this, so that they have a logarithm."""
@@ -56,7 +57,7 @@ class Curve:
         exact: by structure, where a closed form is the optimum, the same of 0, 1, ... units.
         relative: by structure, `(part of the dense bytes, factor)`, largest part first.
         sizes: the specs to choose among, by structure, in growing bytes.
-        rounding: by structure, what storing factors in int8 adds, of those matrices that are to be in int8.
+        rounding: by structure, what storing factors in integers adds, of those matrices that are to be so.
     """
 
     matrix: Matrix
@@ -143,7 +144,7 @@ def measure_curves(
         return metric_of(name, statistics)
 
     def error(matrix: Matrix, spec: Structure, rounds: int = QUICK) -> float:
-        found = fit_matrix(model, matrix.name, spec, metric(matrix.name), rounds)[1]
+        found = fit_matrix(model, matrix, spec, metric(matrix.name), rounds)[1]
         step()
         return found
 
@@ -199,20 +200,20 @@ def _rounding(
     metric_named: Callable[[str], Metric],
     ratio: float,
 ) -> dict[str, float]:
-    """What int8 adds to the squared error of each structure, near the common size, and to the dense matrix."""
+    """What integers add to the squared error of each structure, near the common size, and to the dense matrix."""
     matrix = bare.matrix
-    if not matrix.int8:
+    if matrix.bits is None:
         return {}
     weight = dense_weight(model.get_submodule(matrix.name))
     if weight.is_meta:
-        return dict.fromkeys([*sizes, Dense.kind], ROUNDING)
+        return dict.fromkeys([*sizes, Dense.kind], ROUNDING[matrix.bits])
     metric = metric_named(matrix.name)
-    found = {Dense.kind: fit_matrix(model, matrix.name, Dense(), metric)[1] ** 2}
+    found = {Dense.kind: fit_matrix(model, matrix, Dense(), metric)[1] ** 2}
     for kind, specs in sizes.items():
         if specs:
             spec = min(specs, key=lambda spec: abs(_part(matrix, spec) - 1 / ratio))
-            factors, error = fit_matrix(model, matrix.name, spec, metric, None if kind in bare.exact else QUICK)
-            rounded = metric.relative_error(weight, spec.to_dense(matrix.shape, int8.quantize(factors)))
+            factors, error = fit_matrix(model, matrix, spec, metric, None if kind in bare.exact else QUICK)
+            rounded = metric.relative_error(weight, as_stored(matrix, spec, factors))
             found[kind] = max(rounded**2 - error**2, 0.0)
     return found
 

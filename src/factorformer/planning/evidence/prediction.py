@@ -20,7 +20,7 @@ from factorformer.planning.evidence.curves import Curve, measure_curves
 from factorformer.planning.evidence.times import Timer, measure_times
 from factorformer.planning.knapsack import by_loss
 from factorformer.progress import Progress, silent
-from factorformer.structures import Dense, Structure
+from factorformer.structures import Structure
 
 REPAIRED, OPTIMISM = 0.6, 6.0
 """What a matrix adds on other texts for what it adds on those of calibration: `REPAIRED + OPTIMISM width / tokens`,
@@ -98,7 +98,7 @@ class Prediction:
         """Everything that a matrix can become, with its loss, and its cost in any unit; ranks in multiples."""
         specs: list[Structure | None] = [None]
         if matrix.dense is None:
-            specs += [Dense()] if matrix.int8 else []
+            specs += [] if matrix.whole is None else [matrix.whole]
             if matrix.name in self.curves:
                 specs += [spec for spec in self.curves[matrix.name].specs if spec.is_multiple(multiple)]
         return [Option(spec, cost(matrix, spec), self.loss(matrix.name, spec)) for spec in specs]
@@ -205,7 +205,7 @@ def _prices(
     sizes: dict[str, list[Structure]] = {m.name: [] for m in matrices}
     for matrix in matrices:
         if matrix.name in prediction.curves:
-            sizes[matrix.name] = [*prediction.curves[matrix.name].specs, *([Dense()] if matrix.int8 else [])]
+            sizes[matrix.name] = [*prediction.curves[matrix.name].specs, *([matrix.whole] if matrix.whole else [])]
     timer = measure_times(
         matrices,
         sizes,

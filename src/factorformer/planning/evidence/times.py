@@ -13,7 +13,7 @@ import torch
 
 from factorformer.layers.matrix import Matrix
 from factorformer.layers.nn import new_factors
-from factorformer.structures import Structure, int8
+from factorformer.structures import Structure, integers
 
 ROWS = 512
 """Rows of input, such as 4 texts of 128 tokens, for which products are measured."""
@@ -31,7 +31,7 @@ class Timer:
 
     Args:
         rows: of input.
-        dense: by shape, type, and whether factors are stored in int8: `(product, look-up)` in milliseconds.
+        dense: by shape, type, and bits in which factors are stored: `(product, look-up)` in milliseconds.
         measured: by structure before these: `(bytes, product, look-up)` in growing bytes.
     """
 
@@ -96,7 +96,7 @@ def measure_times(
 
 def _place(matrix: Matrix) -> tuple[object, ...]:
     """What matrices have in common whose products take the same time."""
-    return matrix.shape, matrix.dtype, matrix.int8
+    return matrix.shape, matrix.dtype, matrix.bits
 
 
 def _spaced(specs: Sequence[Structure], matrix: Matrix) -> list[Structure]:
@@ -125,7 +125,7 @@ def _timed(
     for spec in specs:
         factors = new_factors(spec, shape, device, dtype)
         spec.initialize(factors, 1.0)
-        factors = int8.quantize(factors) if matrix.int8 else factors
+        factors = factors if matrix.bits is None else integers.quantize(factors, 8)
         products.append(lambda spec=spec, factors=factors: spec.matmul(shape, factors, x))
         lookups.append(lambda spec=spec, factors=factors: spec.rows(shape, factors, index))
     times = interleaved([*(products if wanted[0] else ()), *(lookups if wanted[1] else ())], REPEATS, device=device)

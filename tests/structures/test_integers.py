@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from factorformer.structures import LowRank, TensorSpec, int8
+from factorformer.structures import LowRank, TensorSpec, integers
 
 TYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 SIZES = [(1, 1), (7, 5), (4, 3, 6), (0, 4)]
@@ -19,23 +19,23 @@ def draw(size: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def restored(tensor: Tensor) -> Tensor:
-    return int8.floats(int8.quantize({"weight": tensor}))["weight"]
+    return integers.floats(integers.quantize({"weight": tensor}, 8))["weight"]
 
 
 def scale_of(tensor: Tensor) -> Tensor:
-    scale = int8.quantize({"weight": tensor})["weight_scale"]
+    scale = integers.quantize({"weight": tensor}, 8)["weight_scale"]
     return scale.view(-1, *[1] * (tensor.dim() - 1)).double()
 
 
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_what_is_stored(size: tuple[int, ...], dtype: torch.dtype) -> None:
-    stored = int8.quantize({"weight": draw(size, dtype)})
+    stored = integers.quantize({"weight": draw(size, dtype)}, 8)
     assert {name: (tuple(t.shape), t.dtype) for name, t in stored.items()} == {
         "weight": (size, torch.int8),
         "weight_scale": (size[:1], dtype),
     }
-    assert int8.is_stored(stored)
+    assert integers.is_stored(stored)
     assert restored(draw(size, dtype)).dtype == dtype
 
 
@@ -51,7 +51,7 @@ def test_a_value_is_off_by_half_a_scale_at_most(size: tuple[int, ...], dtype: to
 @given(st.integers(1, 40), st.floats(-30, 30), st.integers(0, 1000))
 def test_rows_of_any_magnitude(width: int, exponent: float, seed: int) -> None:
     tensor = 10**exponent * torch.randn(3, width, generator=torch.Generator().manual_seed(seed))
-    codes = int8.quantize({"weight": tensor})["weight"]
+    codes = integers.quantize({"weight": tensor}, 8)["weight"]
     assert (codes.abs().amax(1) == 127).all()
     assert ((restored(tensor) - tensor).abs() <= 0.501 * scale_of(tensor)).all()
 
@@ -74,25 +74,25 @@ def test_no_row_can_be_too_small_or_too_large() -> None:
         rows = [[limits.max / 2, -limits.max / 2], [limits.tiny, 0], [limits.tiny / 4, 0]]
         tensor = torch.tensor(rows, dtype=dtype)
         assert torch.isfinite(restored(tensor)).all()
-        assert torch.isfinite(int8.rounded({"weight": tensor})["weight"]).all()
+        assert torch.isfinite(integers.rounded(tensor, 8)).all()
         torch.testing.assert_close(restored(tensor)[0], tensor[0], rtol=0.01, atol=0)
 
 
 def test_integers_are_left_alone() -> None:
     support = torch.randint(0, 255, (4, 3), dtype=torch.uint8)
     factors = {"weight": draw((4, 3)), "support": support}
-    stored = int8.quantize(factors)
+    stored = integers.quantize(factors, 8)
     assert stored["support"] is support
-    assert int8.floats(stored)["support"] is support
-    assert int8.rounded(factors)["support"] is support
-    assert list(int8.floats(stored)) == list(factors)
-    assert int8.floats(factors) is factors
+    assert integers.floats(stored)["support"] is support
+    assert integers.Rounded(factors, 8)["support"] is support
+    assert list(integers.floats(stored)) == list(factors)
+    assert integers.floats(factors) is factors
 
 
 def test_names_and_sizes_are_those_of_the_description() -> None:
     tensors = {"weight": TensorSpec((4, 3)), "support": TensorSpec((4, 2), torch.uint8)}
-    stored = int8.quantize({"weight": draw((4, 3)), "support": torch.zeros(4, 2, dtype=torch.uint8)})
-    described = int8.stored(tensors)
+    stored = integers.quantize({"weight": draw((4, 3)), "support": torch.zeros(4, 2, dtype=torch.uint8)}, 8)
+    described = integers.stored(tensors, 8)
     assert {name: t.size for name, t in described.items()} == {name: tuple(t.shape) for name, t in stored.items()}
     assert described["weight"].dtype == torch.int8
     assert described["weight_scale"].dtype is None
@@ -104,7 +104,7 @@ def test_names_and_sizes_are_those_of_the_description() -> None:
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_training_rounds_to_what_is_stored(size: tuple[int, ...], dtype: torch.dtype) -> None:
     tensor = draw(size, dtype)
-    assert torch.equal(int8.rounded({"weight": tensor})["weight"], restored(tensor))
+    assert torch.equal(integers.rounded(tensor, 8), restored(tensor))
 
 
 def test_rounding_twice_is_rounding_once() -> None:
@@ -114,28 +114,99 @@ def test_rounding_twice_is_rounding_once() -> None:
 
 def test_gradients_pass_through_the_rounding() -> None:
     tensor, target = draw((6, 4)).requires_grad_(), draw((6, 4))
-    (int8.rounded({"weight": tensor})["weight"] * target).sum().backward()
+    (integers.rounded(tensor, 8) * target).sum().backward()
     assert torch.equal(tensor.grad, target)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("quantized", [False, True])
 def test_rows_of_a_factor(quantized: bool) -> None:
     factors = {"weight": draw((6, 4))}
-    factors = int8.quantize(factors) if quantized else factors
+    factors = integers.quantize(factors, 8) if quantized else factors
     index = torch.tensor([[3, 0], [5, 3]])
-    assert torch.equal(int8.look_up(factors, "weight", index), int8.floats(factors)["weight"][index])
+    assert torch.equal(integers.look_up(factors, "weight", index), integers.floats(factors)["weight"][index])
 
 
 @pytest.mark.parametrize("columns", [False, True])
 def test_a_factor_to_multiply_by(columns: bool) -> None:
-    stored = int8.quantize({"weight": draw((6, 4))})
-    values = int8.floats(stored)["weight"]
-    dense = int8.dense(stored, "weight", columns=columns)
+    stored = integers.quantize({"weight": draw((6, 4))}, 8)
+    values = integers.floats(stored)["weight"]
+    dense = integers.dense(stored, "weight", columns=columns)
     assert torch.equal(dense.values(torch.float32), values.T if columns else values)
 
 
 def test_values_in_another_type() -> None:
-    stored = int8.quantize({"weight": draw((6, 4))})
-    low = int8.floats(stored, torch.bfloat16)["weight"]
+    stored = integers.quantize({"weight": draw((6, 4))}, 8)
+    low = integers.floats(stored, torch.bfloat16)["weight"]
     assert low.dtype == torch.bfloat16
-    torch.testing.assert_close(low.float(), int8.floats(stored)["weight"], rtol=0.02, atol=0)
+    torch.testing.assert_close(low.float(), integers.floats(stored)["weight"], rtol=0.02, atol=0)
+
+
+# In 4 bits
+
+
+def half_bytes(tensor: Tensor) -> Tensor:
+    return integers.restored(integers.quantize({"weight": tensor}, 4), {"weight": TensorSpec(tuple(tensor.shape))})[
+        "weight"
+    ]
+
+
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize("size", [*SIZES, (3, 32), (3, 33), (5, 1, 70)], ids=str)
+def test_two_values_take_a_byte(size: tuple[int, ...], dtype: torch.dtype) -> None:
+    tensor, spec = draw(size, dtype), TensorSpec(size)
+    stored = integers.quantize({"weight": tensor}, 4)
+    described = integers.stored({"weight": spec}, 4)
+    assert {n: (tuple(t.shape), t.dtype) for n, t in stored.items()} == {
+        n: (t.size, t.dtype or dtype) for n, t in described.items()
+    }
+    assert sum(t.numel() * t.element_size() for t in stored.values()) == spec.bytes(integers.TYPES[4], dtype)
+    again = half_bytes(tensor)
+    assert again.shape == tensor.shape
+    assert again.dtype == dtype
+    assert torch.equal(integers.rounded(tensor, 4), again)
+    if dtype.itemsize > 2:
+        torch.testing.assert_close(half_bytes(again), again, rtol=4 * torch.finfo(dtype).eps, atol=0)
+
+
+@given(st.integers(1, 80), st.floats(-30, 30), st.floats(-3, 0), st.integers(0, 1000))
+def test_a_value_is_off_by_half_a_step_of_its_group(width: int, exponent: float, spread: float, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    groups = -(-width // 32)
+    scales = 10 ** (exponent + spread * torch.rand(3, groups, generator=generator)).repeat_interleave(32, 1)[:, :width]
+    tensor = scales * torch.randn(3, width, generator=generator)
+    error = (half_bytes(tensor) - tensor).abs()
+    for first in range(0, width, 32):
+        part = tensor[:, first : first + 32]
+        assert (error[:, first : first + 32] <= 0.53 / 7 * part.abs().amax(1, keepdim=True)).all()
+
+
+def test_a_large_value_costs_its_neighbours_alone() -> None:
+    tensor = draw((4, 128))
+    tensor[0, 3] = 1000.0
+    error = (half_bytes(tensor) - tensor).square().mean(1)
+    assert (half_bytes(tensor)[0, 32:] - tensor[0, 32:]).square().mean() < 2 * error[1:].mean()
+    assert half_bytes(tensor)[0, 3] == pytest.approx(1000, rel=1e-3)
+
+
+def test_zeros_stay_zeros() -> None:
+    tensor = torch.zeros(3, 70)
+    assert torch.equal(half_bytes(tensor), tensor)
+    tensor[1] = draw((70,))
+    assert torch.equal(half_bytes(tensor)[[0, 2]], tensor[[0, 2]])
+
+
+def test_gradients_pass_in_4_bits_too() -> None:
+    tensor, target = draw((6, 40)).requires_grad_(), draw((6, 40))
+    (integers.rounded(tensor, 4) * target).sum().backward()
+    assert torch.equal(tensor.grad, target)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_rows_that_are_looked_up_are_rounded_alone(bits: integers.Bits) -> None:
+    factors = {"weight": draw((50, 40)), "right": draw((40, 6))}
+    index, lazy = torch.tensor([[3, 0], [5, 3]]), integers.Rounded(factors, bits)
+    found = integers.look_up(lazy, "weight", index)
+    assert torch.equal(found, integers.rounded(factors["weight"], bits)[index])
+    assert lazy["right"] is lazy["right"]
+    assert list(lazy) == ["weight", "right"]
+    assert "weight_scale" not in lazy

@@ -1,0 +1,241 @@
+"""Factors stored in integers of 8 or 4 bits, with scales.
+
+In 8 bits `value = code * scale`, with codes from -127 to 127 and a scale for each row, which is everything under one
+index of the factor's first dimension.
+
+In 4 bits `value = code * scale * 2^(-exponent / STEPS)`, with codes from -7 to 7, an exponent of 8 bits for each group
+of `GROUP` values of a row, and one scale: a single scale for a row would be that of its largest value, beside which
+most others are nothing. Two codes take a byte. Products read factors in 4 bits as int8, which they are turned into
+once.
+
+Both are symmetric. Scales are values of their own, named after the factor, and so are exponents.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from factorformer.kernels import Dense
+from factorformer.structures.base import GROUP, INT4, Factors, TensorSpec, groups, packed
+
+Bits = Literal[8, 4]
+"""Of a code."""
+
+TYPES: dict[Bits, torch.dtype] = {8: torch.int8, 4: INT4}
+"""What values of so many bits are called; torch computes nothing in the second."""
+
+SCALE, EXPONENTS = "_scale", "_exponents"
+"""End the names of the scales of a factor, and of its exponents."""
+
+ENDS: dict[Bits, tuple[str, ...]] = {8: ("", SCALE), 4: ("", EXPONENTS, SCALE)}
+"""Of the names of all that is stored of a factor."""
+
+LARGEST: dict[Bits, int] = {8: 127, 4: 7}
+
+STEPS = 16
+"""From a scale to half of it: those of groups can differ by a factor of 2^16, and are up to 4 % larger than need be."""
+
+
+SLACK = 1e-3
+"""Of an exponent, so that what is rounded already has the exponents that it was given, whatever a logarithm loses."""
+
+
+def stored(tensors: Mapping[str, TensorSpec], bits: Bits) -> dict[str, TensorSpec]:
+    """What takes the place of a structure's tensors: codes and scales of all values; integers stay as they are."""
+    result: dict[str, TensorSpec] = {}
+    for name, tensor in tensors.items():
+        if tensor.dtype is not None:
+            result[name] = tensor
+        elif bits == 8:
+            result |= {name: TensorSpec(tensor.size, torch.int8), name + SCALE: TensorSpec(tensor.size[:1])}
+        else:
+            result[name] = TensorSpec(packed(tensor.size), torch.int8)
+            result[name + EXPONENTS] = TensorSpec(groups(tensor.size), torch.uint8)
+            result[name + SCALE] = TensorSpec((1,))
+    return result
+
+
+def is_stored(factors: Factors) -> bool:
+    """Whether factors are codes and scales."""
+    return "weight" + SCALE in factors
+
+
+@torch.no_grad()
+def quantize(factors: Factors, bits: Bits) -> dict[str, Tensor]:
+    """Codes and scales of the values, as they are stored.
+
+    Nothing is clipped: in 8 bits, what a search for the best clipping gains is small beside the error of the fit, and
+    `rounded` would have to search in every step; in 4 bits models keep less if large values are cut off.
+    """
+    result: dict[str, Tensor] = {}
+    for name, tensor in factors.items():
+        if not tensor.is_floating_point():
+            result[name] = tensor
+        elif bits == 8:
+            codes, result[name + SCALE] = _by_row(tensor)
+            result[name] = codes.to(torch.int8)
+        else:
+            codes, result[name + EXPONENTS], result[name + SCALE] = _by_group(tensor, tensor)
+            result[name] = _pack(codes.flatten(1).to(torch.int8)[:, : math.prod(tensor.shape[1:])])
+    return result
+
+
+def _pack(codes: Tensor) -> Tensor:
+    """Codes of 4 bits `(rows, values)`, two to a byte.
+
+    Bytes are int8 as well: some architectures look whether a weight is, before they cast activations to its type.
+    """
+    codes = F.pad(codes, (0, codes.shape[1] % 2))
+    return (codes[:, ::2] & 15) | (codes[:, 1::2] << 4)
+
+
+def in_int8(factors: Factors, tensors: Mapping[str, TensorSpec]) -> dict[str, Tensor]:
+    """Factors that are stored in 4 bits as they would be in 8, for products; sizes are those of the structure."""
+    return quantize(restored(factors, tensors), 8)
+
+
+@torch.no_grad()
+def restored(factors: Factors, tensors: Mapping[str, TensorSpec]) -> dict[str, Tensor]:
+    """The values of factors that are stored in 4 bits; sizes are those of the structure."""
+    result: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        if tensor.dtype is not None:
+            result[name] = factors[name]
+            continue
+        width, scale = math.prod(tensor.size[1:]), factors[name + SCALE]
+        # Shifts to the right keep the sign.
+        codes = torch.stack([factors[name] << 4 >> 4, factors[name] >> 4], dim=2).flatten(1)[:, :width]
+        values = _grouped(codes.to(scale.dtype)) * _steps(factors[name + EXPONENTS], scale)[:, :, None]
+        result[name] = values.flatten(1)[:, :width].reshape(tensor.size)
+    return result
+
+
+def floats(factors: Factors, dtype: torch.dtype | None = None) -> Factors:
+    """Factors in int8 as values, in the type of their scales, unless told otherwise; floats as they are."""
+    if not is_stored(factors):
+        return factors
+    return {
+        name: tensor if name + SCALE not in factors else _values(tensor, factors[name + SCALE], dtype)
+        for name, tensor in factors.items()
+        if not name.endswith(SCALE)
+    }
+
+
+def dense(factors: Factors, name: str, *, columns: bool = False) -> Dense:
+    """A factor as a matrix to multiply by."""
+    return Dense(factors[name], factors.get(name + SCALE), columns)
+
+
+def look_up(factors: Factors, name: str, index: Tensor) -> Tensor:
+    """Rows of a factor, as values."""
+    if isinstance(factors, Rounded):
+        table = factors.values_of(name).flatten(1)
+        return rounded(F.embedding(index.flatten(), table), factors.bits, table).view(*index.shape, -1)
+    rows, scale = F.embedding(index, factors[name].flatten(1)), factors.get(name + SCALE)
+    return rows if scale is None else rows.to(scale.dtype) * F.embedding(index, scale[:, None])
+
+
+class Rounded(Mapping[str, Tensor]):
+    """Factors that are rounded when they are asked for: of a table of which few rows are looked up, these alone.
+
+    Args:
+        factors: values, and integers, which stay as they are.
+        bits: of codes.
+    """
+
+    def __init__(self, factors: Factors, bits: Bits) -> None:
+        self._factors = factors
+        self.bits: Bits = bits
+        self._made: dict[str, Tensor] = {}
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._made:
+            tensor = self._factors[name]
+            self._made[name] = rounded(tensor, self.bits) if tensor.is_floating_point() else tensor
+        return self._made[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._factors)
+
+    def __len__(self) -> int:
+        return len(self._factors)
+
+    def values_of(self, name: str) -> Tensor:
+        """A factor before it is rounded."""
+        return self._factors[name]
+
+
+def rounded(tensor: Tensor, bits: Bits, factor: Tensor | None = None) -> Tensor:
+    """The very values that `quantize` would store, through which gradients pass as if nothing had been rounded.
+
+    The straight-through estimator of Bengio, Léonard and Courville (arXiv 1308.3432), for training that is to end in
+    integers.
+
+    Args:
+        tensor: a factor, or rows of one.
+        bits: of the integers.
+        factor: whose rows they are.
+    """
+    fixed = tensor.detach()
+    if bits == 8:
+        values = _values(*_by_row(fixed))
+    else:
+        codes, exponents, scale = _by_group(fixed, fixed if factor is None else factor.detach())
+        whole = codes.to(scale.dtype) * _steps(exponents, scale)[:, :, None]
+        values = whole.flatten(1)[:, : math.prod(tensor.shape[1:])].view(tensor.shape)
+    return values + (tensor - fixed)
+
+
+def _by_row(tensor: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes of 8 bits, in floats, and the scales of rows, in the type of the values."""
+    whole = _whole(tensor)
+    scale = (whole[..., None].flatten(1).abs().amax(1) / LARGEST[8]).to(tensor.dtype)
+    divisor = torch.where(scale > 0, scale, 1).to(whole.dtype)  # rows of zeros, or too small for a scale
+    return (whole / _over_rows(whole, divisor)).round().clamp(-LARGEST[8], LARGEST[8]), scale
+
+
+def _by_group(tensor: Tensor, factor: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes of 4 bits `(rows, groups, GROUP)` in floats, exponents `(rows, groups)`, the scale of the factor `(1,)`."""
+    values = _grouped(_whole(tensor).flatten(1))
+    largest = values.abs().amax(2)
+    of_all = torch.linalg.vector_norm(_whole(factor), math.inf) if factor.numel() else largest.new_zeros(())
+    scale = (of_all / LARGEST[4]).to(tensor.dtype).view(1)
+    tiny = torch.finfo(largest.dtype).tiny
+    below = STEPS * (scale.to(largest.dtype).clamp_min(tiny) * LARGEST[4] / largest.clamp_min(tiny)).log2()
+    exponents = (below + SLACK).floor().clamp(0, 255).to(torch.uint8)
+    steps = _steps(exponents, scale).to(largest.dtype)
+    steps = torch.where(steps > 0, steps, 1)  # zeros, or too small for a scale
+    return (values / steps[:, :, None]).round().clamp(-LARGEST[4], LARGEST[4]), exponents, scale
+
+
+def _grouped(rows: Tensor) -> Tensor:
+    """`(rows, values)` as `(rows, groups, GROUP)`, padded with zeros."""
+    return F.pad(rows, (0, -rows.shape[1] % GROUP)).unflatten(1, (-1, GROUP))
+
+
+def _steps(exponents: Tensor, scale: Tensor) -> Tensor:
+    """What a code of each group is multiplied by, in the type of the scale."""
+    whole = _whole(scale)
+    powers = torch.exp2(torch.arange(256, device=scale.device, dtype=whole.dtype) / -STEPS)
+    return (whole * powers[exponents.long()]).to(scale.dtype)
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    """In float32 at least: bfloat16 has no 127.5."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def _values(codes: Tensor, scale: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    scale = scale.to(dtype or scale.dtype)
+    return codes.to(scale.dtype) * _over_rows(codes, scale)
+
+
+def _over_rows(tensor: Tensor, scale: Tensor) -> Tensor:
+    """One scale for each row, shaped to meet the rows."""
+    return scale.view(-1, *[1] * (tensor.dim() - 1))
