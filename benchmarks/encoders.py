@@ -6,7 +6,7 @@
 A model is a directory, or `minilm` for the embedded one. Every contestant is made of it and of plain text (see
 `sentences.py`), and is a directory of so many bytes of weights:
 
-- `factorformer`: `compress --int8 --scope all --ratio R --train ... --distill ... --minutes M`, the whole file counted;
+- `factorformer`: `compress --int4 --scope all --ratio R --train ... --distill ... --minutes M`, the whole file counted;
 - `int8`: all matrices dense in int8, nothing trained;
 - `layers`: the first and the last layers of the model and those at equal distances between, as many as fit the bytes,
   dense in int8, healed on the same text for the same minutes; none where the table of embeddings alone takes more;
@@ -101,7 +101,7 @@ def weight_bytes(path: Path) -> int:
 
 def compressed(source: Path, output: Path, ratio: float, *more: object) -> dict[str, Any]:
     """`factorformer compress` in a process of its own."""
-    command = [FACTORFORMER, "compress", source, output, "--int8", "--scope", "all"]
+    command = [FACTORFORMER, "compress", source, output, "--scope", "all"]
     done = subprocess.run([str(a) for a in [*command, "--ratio", ratio, *more, "--json"]], stdout=subprocess.PIPE)
     if done.returncode:
         raise SystemExit(f"compress ended with {done.returncode}")
@@ -153,11 +153,11 @@ def contestants(name_of_model: str, source: Path, folder: Path, args: Any) -> It
                 "seed": args.seed,
                 "model": name_of_model,
             }
-            if name == "factorformer" and args.options:
-                key["options"] = args.options
+            if name == "factorformer":
+                key |= {"values": args.values} | ({"options": args.options} if args.options else {})
             if name == "int8":
                 key |= {"ratio": 4.0, "minutes": 0}
-            known = ({k: row[k] for k in (*key, "options") if k in row} for row in read_lines(args.output))
+            known = ({k: row[k] for k in (*key, "options", "values") if k in row} for row in read_lines(args.output))
             if key in known:
                 continue
             output, began = folder / f"{name}-{ratio:g}", time.perf_counter()
@@ -171,11 +171,13 @@ def contestants(name_of_model: str, source: Path, folder: Path, args: Any) -> It
                 if not more["layers"]:
                     print(f"{ratio:g}x: the table of embeddings alone takes more than {limit:,} bytes in int8")
                     continue
-                more["result"] = compressed(dense, output, 3.95, *healing, "--overwrite")
+                more["result"] = compressed(dense, output, 3.95, "--int8", *healing, "--overwrite")
             elif name == "int8":
-                more["result"] = compressed(source, output, 3.95, "--calibration", text, "--overwrite")
+                more["result"] = compressed(source, output, 3.95, "--int8", "--calibration", text, "--overwrite")
             else:
-                more["result"] = compressed(source, output, ratio, *healing, *args.options, "--overwrite")
+                more["result"] = compressed(
+                    source, output, ratio, f"--{args.values}", *healing, *args.options, "--overwrite"
+                )
             if name != "model2vec":
                 embed, more["bytes"] = encoder(output), weight_bytes(output)
                 more["seconds"] = more.pop("result")["seconds"]
@@ -189,6 +191,9 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="folder for texts and models")
     parser.add_argument("--ratios", nargs="+", type=float, default=[4.0, 10.0, 20.0, 32.0])
     parser.add_argument("--contestants", nargs="+", default=["factorformer", "int8", "layers", "model2vec"])
+    parser.add_argument(
+        "--values", choices=["int4", "int8"], default="int4", help="in which `factorformer` stores them"
+    )
     parser.add_argument("--minutes", type=float, default=30)
     parser.add_argument(
         "--options", nargs="*", default=[], help="more options of `factorformer compress`, without `--`"

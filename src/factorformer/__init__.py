@@ -18,22 +18,28 @@ if typing.TYPE_CHECKING:
     from factorformer.layers.quantization import hold_floats, quantize
     from factorformer.planning import Plan
     from factorformer.structures import DenseSparse, KroneckerSum, LowRank, Structure
+    from factorformer.tasks.healing import HealingSettings, heal
+    from factorformer.tasks.targets import Embeddings, Predictions
 
 __version__ = "0.1.0"
 
 __all__ = [
     "DenseSparse",
+    "Embeddings",
     "FactorformerError",
     "FactorizedEmbedding",
     "FactorizedLinear",
+    "HealingSettings",
     "KroneckerSum",
     "LowRank",
     "Plan",
+    "Predictions",
     "Report",
     "Structure",
     "__version__",
     "compress",
     "fuse",
+    "heal",
     "hold_floats",
     "initialize",
     "load",
@@ -50,6 +56,8 @@ _NAMES = {
     "layers.quantization": ("hold_floats", "quantize"),
     "planning": ("Plan",),
     "structures": ("DenseSparse", "KroneckerSum", "LowRank", "Structure"),
+    "tasks.healing": ("HealingSettings", "heal"),
+    "tasks.targets": ("Embeddings", "Predictions"),
 }
 _HOMES = {name: f"{__name__}.{module}" for module, names in _NAMES.items() for name in names}
 

@@ -61,6 +61,33 @@ def test_an_interrupted_run_goes_on(
     assert not (tmp_path / ".small.training").exists()
 
 
+def test_a_cross_encoder_learns_its_own_scores(run: Any, base: Path, tables: Path, tmp_path: Path) -> None:
+    rows = tables / "train.jsonl"
+    scorer = ("finetune", base, tmp_path / "scorer", "--train", rows, "--text", "text", "--text", "other")
+    done = run(*scorer, "--label", "score", "--regression", "--epochs", 8, "--batch-size", 4, "--lr", 3e-3)
+    assert done.exit_code == 0, done.stderr
+    pairs = ("--train", rows, "--text", "text", "--text", "other", "--distill", tmp_path / "scorer")
+    arguments = (
+        "compress",
+        tmp_path / "scorer",
+        tmp_path / "small",
+        *pairs,
+        "--ratio",
+        3,
+        "--int8",
+        "--epochs",
+        6,
+        "--eval",
+        rows,
+    )
+    done = run(*arguments, "--batch-size", 4, "--lr", 3e-3, "--json")
+    content = result_of(done)
+    assert "score spearman" in done.stderr
+    assert {"score_spearman", "score_pearson"} <= set(content["metrics"])
+    assert "embedding_cosine" not in content["metrics"]
+    assert type(factorformer.load(tmp_path / "small")).__name__ == "BertForSequenceClassification"
+
+
 @pytest.mark.parametrize("method", ["dsformer", "rankdyna"])
 def test_supports_and_ranks_move_by_time(run: Any, command: tuple[Any, ...], tmp_path: Path, method: str) -> None:
     arguments = [part for part in command if part not in ("--int8", "--scope", "all")]

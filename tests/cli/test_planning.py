@@ -103,7 +103,7 @@ def test_what_a_plan_does_not_do_is_told(run: Any, base: Path, tables: Path, tmp
     done = run("plan", base, "--ratio", 2, "--calibration", tmp_path / "line.txt")
     assert "calibrated on 4 tokens, fewer than the 64" in done.stderr.replace("\n", " ")
     done = run("plan", base, "--int8", "--ratio", 2)
-    assert "in place of 2: with all matrices in int8" in done.stderr.replace("\n", " ")
+    assert "in place of 2: with all matrices in integers" in done.stderr.replace("\n", " ")
 
 
 def test_other_budgets(run: Any, base: Path, tables: Path, tmp_path: Path) -> None:

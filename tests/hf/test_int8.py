@@ -29,6 +29,7 @@ from factorformer.layers.nn import FactorizedMatrix
 from factorformer.layers.quantization import quantize
 from factorformer.planning import Plan
 from factorformer.report import inventory
+from factorformer.structures import integers
 from factorformer.training.dynamic_rank import DynamicRank, DynamicRankSettings
 from factorformer.training.straight_through import StraightThrough
 
@@ -275,7 +276,7 @@ def edit(folder: Path, tensors: Callable[[dict[str, Tensor]], object], config: C
             id,
             rf"'{QUERY}\.weight_scale' is stored as",
         ),
-        (id, lambda layers: layers[QUERY].update(values="int4"), rf"'{QUERY}'.*'int4'"),
+        (id, lambda layers: layers[QUERY].update(values="int3"), rf"'{QUERY}'.*'int3'"),
         (id, lambda layers: layers[QUERY].update(values=["int8"]), rf"'{QUERY}'.*\['int8'\]"),
         (id, lambda layers: layers[QUERY].pop("values"), rf"unexpected: {QUERY}\.right_scale"),
     ],
@@ -414,7 +415,7 @@ def test_straight_through(tmp_path: Path) -> None:
 
 
 def test_layers_that_are_done_cannot_train_straight_through() -> None:
-    with pytest.raises(ModelError, match="int8"):
+    with pytest.raises(ModelError, match="integers only when training is over"):
         StraightThrough(compressed())
 
 

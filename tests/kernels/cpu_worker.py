@@ -149,6 +149,68 @@ def check_exact_integers() -> None:
                 close(dense_chain(x, (weight,)), expected, 1e-6 * 127 * 255 * wide * torch.ones(1))
 
 
+def coded(draw: random.Random, *size: int) -> tuple[Tensor, Tensor | None, Tensor]:
+    """A factor in floats or int8, its scales, and its values."""
+    if draw.random() < 0.5:
+        values = torch.randn(size)
+        return values, None, values.double()
+    codes, scales = torch.randint(-127, 128, size, dtype=torch.int8), torch.rand(size[0]) + 0.01
+    return codes, scales, codes.double() * scales.double().view(-1, *[1] * (len(size) - 1))
+
+
+def some_index(draw: random.Random, rows: int) -> Tensor:
+    index = torch.randint(rows, (draw.choice(TOKENS),))
+    return index.to(draw.choice((torch.int64, torch.int32)))
+
+
+def check_rows_of_sparse(draw: random.Random) -> None:
+    rows, atoms, nonzeros, _ = some_sparse(draw)
+    positions = torch.rand(rows, atoms).topk(nonzeros, dim=1).indices.sort(1).values
+    packed = laid_out(draw, support.pack(positions, atoms))
+    values, scales, whole = coded(draw, rows, nonzeros)
+    table, table_scales, dictionary = coded(draw, atoms, draw.randint(1, 200))
+    dense = torch.zeros(rows, atoms, dtype=torch.float64).scatter(1, positions, whole)
+    index = some_index(draw, rows)
+    for _ in on_threads():
+        found = cpu.sparse_rows(index, values, scales, packed, (table, table_scales))
+        chosen = dense[index.long()]
+        close(found, chosen @ dictionary, ROUNDING * (chosen.abs() @ dictionary.abs()))
+
+
+def check_rows_of_kronecker(draw: random.Random) -> None:
+    (m1, n1), (m2, n2) = ((draw.randint(1, 30), draw.randint(1, 5)) for _ in range(2))
+    n2, rank = n2 * draw.choice((1, 7, 40)), draw.randint(1, 20)
+    integers = draw.random() < 0.5
+    while True:  # both or none
+        left, right = coded(draw, m1, n1, rank), coded(draw, m2, rank, n2)
+        if (left[1] is None) == (right[1] is None) == (not integers):
+            break
+    shape = m1 * m2 - draw.randrange(m2), n1 * n2 - draw.randrange(n2)
+    dense = torch.einsum("ajr,brk->abjk", left[2], right[2]).reshape(m1 * m2, n1 * n2)
+    sizes = torch.einsum("ajr,brk->abjk", left[2].abs(), right[2].abs()).reshape(m1 * m2, n1 * n2)
+    index = some_index(draw, shape[0])
+    for _ in on_threads():
+        found = cpu.kronecker_rows(index, left[:2], right[:2], rank, shape)
+        close(found, dense[index.long(), : shape[1]], ROUNDING * sizes[index.long(), : shape[1]])
+
+
+def check_rows_that_are_not_there() -> None:
+    values, packed = torch.randn(9, 2), support.pack(torch.tensor([[0, 3]] * 9), 4)
+    left, right = (torch.randn(3, 2, 2), None), (torch.randn(3, 2, 5), None)
+    for index in (9, -1, 2**40):
+        for others in (0, 40):
+            wrong = torch.tensor([*range(9)] * others + [index])
+            for look_up in (
+                lambda at: cpu.sparse_rows(at, values, None, packed, (torch.randn(4, 7), None)),
+                lambda at: cpu.kronecker_rows(at, left, right, 2, (9, 10)),
+            ):
+                try:
+                    look_up(wrong)
+                except IndexError:
+                    continue
+                raise AssertionError(index)
+
+
 def check_gelu() -> None:
     compiled = cpu.variant() != cpu.REFERENCE
     allowed = torch.tensor(4e-7 if compiled else 2e-6)
@@ -257,6 +319,9 @@ def main(name: str, cases: int) -> None:
         return
     for _ in range(cases):
         check_chain(draw)
+        check_rows_of_sparse(draw)
+        check_rows_of_kronecker(draw)
+    check_rows_that_are_not_there()
     check_exact_integers()
     check_what_is_no_number()
     for _ in range(max(cases // 8, 2)):

@@ -6,6 +6,7 @@ import copy
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import datasets
 import pytest
@@ -18,6 +19,7 @@ from factorformer.errors import DivergedError
 from factorformer.layers.quantization import quantize
 from factorformer.tasks.evaluation import compare_embeddings, embed
 from factorformer.tasks.healing import HealingSettings, heal
+from factorformer.tasks.targets import Embeddings, Predictions
 from factorformer.training.distillation import mean_pool
 
 Make = Callable[..., tf.PreTrainedModel]
@@ -55,13 +57,12 @@ def test_embeddings_get_closer(
     before = compare_embeddings(original, embed(student, tokenizer, plain))
     curve = heal(
         student,
-        tokenizer,
-        plain,
+        teacher,
         plain,
         FAST,
-        tmp_path,
-        teacher=teacher,
-        pool=mean_pool,
+        tokenizer=tokenizer,
+        held=plain,
+        output=tmp_path,
         report=lines.append,
         progress=lambda *step: steps.append(step),
     )
@@ -84,7 +85,7 @@ def test_the_teacher_is_asked_once_for_each_text(
     student, read = compressed(teacher), []
     held = plain.select(range(4))
     teacher.register_forward_pre_hook(lambda _, args, kwargs: read.append(len(kwargs["input_ids"])), with_kwargs=True)
-    heal(student, tokenizer, plain, held, FAST, tmp_path, teacher=teacher, pool=mean_pool)
+    heal(student, teacher, plain, FAST, tokenizer=tokenizer, held=held, output=tmp_path)
     assert sum(read) <= len(plain) + len(held) + FAST.batch_size * len(read) // 2
     assert sum(read) < 3 * len(plain)  # of twelve epochs
 
@@ -98,7 +99,7 @@ def test_what_is_pooled_is_what_is_learned(
     found = {}
     for name, pool in (("few", few), ("mean", mean_pool)):
         student = compressed(teacher)
-        heal(student, tokenizer, plain, plain, FAST, tmp_path / name, teacher=teacher, pool=pool)
+        heal(student, teacher, plain, FAST, tokenizer=tokenizer, held=plain, target=Embeddings(pool))
         pairs = (embed(model, tokenizer, plain, pool=few) for model in (teacher, student))
         found[name] = compare_embeddings(*pairs)["embedding_cosine"]
     assert found["few"] > found["mean"]
@@ -111,13 +112,12 @@ def test_time_ends_a_training(
     settings = dataclasses.replace(FAST, epochs=1e-3, minutes=0.03)
     curve = heal(
         compressed(teacher),
-        tokenizer,
-        plain,
+        teacher,
         plain,
         settings,
-        tmp_path,
-        teacher=teacher,
-        pool=mean_pool,
+        tokenizer=tokenizer,
+        held=plain,
+        output=tmp_path,
         progress=lambda phase, done, total: seconds.append((done, total)),
     )
     assert curve[-1]["seconds"] >= 1.8
@@ -137,19 +137,19 @@ def test_a_run_goes_on_as_if_it_had_not_stopped(
         if len(lines) == 2:
             raise KeyboardInterrupt
 
-    options = {"teacher": teacher, "pool": mean_pool}
+    options: dict[str, Any] = {"tokenizer": tokenizer, "held": plain}
     whole, parts = copy.deepcopy(start), copy.deepcopy(start)
-    expected = heal(whole, tokenizer, plain, plain, FAST, tmp_path / "whole", **options)
+    expected = heal(whole, teacher, plain, FAST, output=tmp_path / "whole", **options)
     with pytest.raises(KeyboardInterrupt):
-        heal(parts, tokenizer, plain, plain, FAST, tmp_path / "parts", **options, report=stop)
+        heal(parts, teacher, plain, FAST, output=tmp_path / "parts", **options, report=stop)
     again = copy.deepcopy(start)
-    curve = heal(again, tokenizer, plain, plain, FAST, tmp_path / "parts", **options)
+    curve = heal(again, teacher, plain, FAST, output=tmp_path / "parts", **options)
     assert [row["step"] for row in curve] == [row["step"] for row in expected]
     for name, tensor in whole.state_dict().items():
         assert torch.allclose(tensor, again.state_dict()[name], atol=1e-5), name
     # One that had ended is as it was.
     ended = copy.deepcopy(start)
-    assert heal(ended, tokenizer, plain, plain, FAST, tmp_path / "parts", **options) == curve
+    assert heal(ended, teacher, plain, FAST, output=tmp_path / "parts", **options) == curve
     assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in ended.state_dict().items())
 
 
@@ -158,4 +158,70 @@ def test_divergence_is_said(
 ) -> None:
     settings = dataclasses.replace(FAST, learning_rate=1e30)
     with pytest.raises(DivergedError, match="learning rate 1e"):
-        heal(compressed(teacher), tokenizer, plain, plain, settings, tmp_path, teacher=teacher, pool=mean_pool)
+        heal(compressed(teacher), teacher, plain, settings, tokenizer=tokenizer, held=plain)
+
+
+# What else there is to learn
+
+
+def test_a_part_of_the_data_is_held_out(
+    teacher: tf.PreTrainedModel, tokenizer: tf.PreTrainedTokenizerBase, plain: datasets.Dataset
+) -> None:
+    data = datasets.concatenate_datasets([plain, plain])
+    curve = factorformer.heal(compressed(teacher), teacher, data, FAST, tokenizer=tokenizer)
+    assert len(curve) == 3
+    assert curve[-1]["embedding_cosine"] > curve[0]["embedding_cosine"]
+
+
+@pytest.mark.parametrize("classes", [1, 3])
+def test_a_cross_encoder_learns_scores(
+    classes: int, make_classifier: Make, tokenizer: tf.PreTrainedTokenizerBase, plain: datasets.Dataset
+) -> None:
+    teacher = make_classifier()
+    teacher.classifier = torch.nn.Linear(teacher.config.hidden_size, classes)
+    with torch.no_grad():
+        teacher.bert.embeddings.word_embeddings.weight.mul_(10)
+        for parameter in (*teacher.bert.encoder.parameters(), *teacher.classifier.parameters()):
+            parameter.mul_(3)
+    teacher.config.num_labels = classes
+    student = compressed(teacher)
+    curve = heal(student, teacher, plain, FAST, tokenizer=tokenizer, held=plain, target=Predictions())
+    names = {"score_spearman", "score_pearson"} if classes == 1 else {"prediction_agreement", "prediction_divergence"}
+    assert set(curve[-1]) == {"step", "seconds", *names}
+    if classes == 1:
+        assert curve[-1]["score_pearson"] > max(curve[0]["score_pearson"], 0.8)
+    else:
+        assert curve[-1]["prediction_divergence"] < curve[0]["prediction_divergence"]
+
+
+def images(rows: int) -> tuple[tf.PreTrainedModel, datasets.Dataset]:
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+    model = tf.ViTModel(tf.ViTConfig(**sizes, image_size=16, patch_size=4))
+    return model, datasets.Dataset.from_dict({"pixel_values": torch.randn(rows, 3, 16, 16).tolist()})
+
+
+def sounds(rows: int) -> tuple[tf.PreTrainedModel, datasets.Dataset]:
+    sizes = {"d_model": 32, "encoder_layers": 2, "encoder_attention_heads": 4, "encoder_ffn_dim": 64}
+    tokens = {"vocab_size": 99, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
+    config = tf.WhisperConfig(**sizes, **tokens, num_mel_bins=8, max_source_positions=10, decoder_attention_heads=4)
+    model = tf.WhisperModel(config).get_encoder()
+    return model, datasets.Dataset.from_dict({"input_features": torch.randn(rows, 8, 20).tolist()})
+
+
+@pytest.mark.parametrize("inputs", [images, sounds])
+def test_encoders_of_images_and_sound_heal(inputs: Callable[[int], Any], tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    teacher, data = inputs(40)
+    with torch.no_grad():
+        for name, parameter in teacher.named_parameters():
+            if parameter.dim() == 2 and "embed" not in name:
+                parameter.mul_(4)
+    student = compressed(teacher.eval(), int8=True)
+    curve = factorformer.heal(student, teacher, data, FAST)
+    assert curve[-1]["embedding_cosine"] > curve[0]["embedding_cosine"]
+    quantize(student)
+    student.save_pretrained(tmp_path)
+    again = type(student).from_pretrained(tmp_path)
+    batch = {name: torch.tensor(data[name][:3]) for name in data.column_names}
+    with torch.inference_mode():
+        assert torch.equal(again(**batch).last_hidden_state, student(**batch).last_hidden_state)

@@ -40,10 +40,8 @@ from factorformer.tasks.data import (
 )
 from factorformer.tasks.finetuning import check_can_follow
 from factorformer.tasks.reading import read_rows, text_format
+from factorformer.tasks.targets import Target
 from factorformer.training.rank_history import RankHistory
-
-HELD_OUT = 500
-"""At most so many rows, and at most a tenth of them, are held out of plain text to compare embeddings on."""
 
 
 def columns_of(text: list[str] | None, label: str | None, words: bool = False) -> Columns:
@@ -174,40 +172,21 @@ def off_target(plan: Plan) -> str | None:
     return f"{asked}: with all matrices in integers the model takes no more than that"
 
 
-def hold_out(data: datasets.Dataset, seed: int, options: str = "--eval") -> tuple[datasets.Dataset, datasets.Dataset]:
-    """Split rows at random into those to train on and those to measure on.
-
-    Args:
-        data: rows.
-        seed: of the choice.
-        options: those that make it unnecessary, for the message.
-
-    Raises:
-        DataError: too few rows.
-    """
-    rows = min(len(data) // 10, HELD_OUT)
-    if rows < 3:
-        found = "1 row is" if len(data) == 1 else f"{len(data)} rows are"
-        raise DataError(f"{found} too few to hold some out and measure on them: give {options}")
-    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed)).tolist()
-    return data.select(order[rows:]), data.select(order[:rows])
-
-
-def check_teacher(name: str, student: PretrainedConfig, head: Head | None, *, pooled: bool = False) -> None:
+def check_teacher(name: str, student: PretrainedConfig, head: Head | None, target: Target | None = None) -> None:
     """Compare a teacher with the model that is to follow it, by their configurations.
 
     Args:
         name: of the teacher.
         student: of the model.
         head: for the labels of the task; None for plain text.
-        pooled: whether pooled embeddings are all that is learned: then numbers of layers may differ.
+        target: what is learned without labels; None for all hidden states.
 
     Raises:
         ModelError: the two do not fit together, or are encoder-decoders; the message says where.
     """
     teacher = read_config(find(name))
     check_can_follow(student)
-    for field in ("vocab_size", "hidden_size") if pooled else ("vocab_size", "hidden_size", "num_hidden_layers"):
+    for field in ("vocab_size", "hidden_size", "num_hidden_layers") if target is None else target.fields:
         theirs, ours = getattr(teacher, field, None), getattr(student, field, None)
         if theirs != ours:
             raise ModelError(f"the teacher '{name}' does not fit the model: its {field} is {theirs}, not {ours}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from functools import partial
 
 import datasets
 from torch import Tensor
@@ -15,8 +16,8 @@ from factorformer.report.result import BEFORE
 from factorformer.tasks import language_modelling
 from factorformer.tasks.classification import is_causal
 from factorformer.tasks.data import Labels
-from factorformer.tasks.evaluation import LEAST_TEXTS, Pool, compare_embeddings, embed, evaluate
-from factorformer.training.distillation import mean_pool
+from factorformer.tasks.evaluation import LEAST_TEXTS, evaluate, read_all
+from factorformer.tasks.targets import Embeddings, Target
 
 LOGITS = 2**27
 """A language model's predictions of so many numbers are held at a time."""
@@ -29,12 +30,14 @@ class Measured:
     Args:
         metrics: of the model alone.
         tokens: the likeliest next token at every place of the texts, of a language model.
-        embeddings: of the texts, `(rows, width)`, of an encoder.
+        outputs: embeddings of the texts, or scores of a model with a head, `(rows, outputs)`.
+        target: what these are compared by.
     """
 
     metrics: Mapping[str, float] = dataclasses.field(default_factory=dict)
     tokens: Tensor | None = None
-    embeddings: Tensor | None = None
+    outputs: Tensor | None = None
+    target: Target | None = None
 
 
 def check_measurable(config: PretrainedConfig, data: datasets.Dataset, source: str) -> None:
@@ -63,13 +66,15 @@ def measure(
     labels: Labels | None,
     progress: Progress,
     phase: str,
-    pool: Pool = mean_pool,
+    target: Target | None = None,
 ) -> Measured:
-    """Metrics of a task; without labels perplexity and tokens of a language model, or pooled embeddings."""
+    """Metrics of a task; without labels perplexity and tokens of a language model, or what a target reads."""
     if labels is not None:
         return Measured(evaluate(model, tokenizer, data, labels, progress, phase))
     if not is_causal(model.config):
-        return Measured(embeddings=embed(model, tokenizer, data, pool=pool, progress=progress, phase=phase))
+        target = target or Embeddings()
+        found = read_all(partial(target.read, model), model, tokenizer, data, progress=progress, phase=phase)
+        return Measured(outputs=found, target=target)
     size = max(1, LOGITS // (max(data["length"]) * model.config.get_text_config().vocab_size))
     metrics, tokens = language_modelling.predict(model, tokenizer, data, "causal", min(size, 32), progress, phase)
     return Measured(metrics, tokens)
@@ -86,7 +91,8 @@ def compare(before: Measured | None, after: Measured | None) -> dict[str, float]
         metrics["loss_rise"] = later.metrics["loss"] - earlier.metrics["loss"]
     if earlier.tokens is not None and later.tokens is not None:
         metrics["next_token_agreement"] = float((earlier.tokens == later.tokens).float().mean())
-    if earlier.embeddings is not None and later.embeddings is not None:
-        metrics |= compare_embeddings(earlier.embeddings, later.embeddings)
+    if earlier.outputs is not None and later.outputs is not None and later.target is not None:
+        metrics |= later.target.compare(earlier.outputs, later.outputs)
+    if "embedding_cosine" in metrics:
         metrics["cosine_loss"] = 1 - metrics["embedding_cosine"]
     return metrics

@@ -11,6 +11,7 @@ from factorformer.kernels.cpu import sparse_matmul as _sparse_matmul
 from factorformer.kernels.cpu import sparse_matmul_transposed as _sparse_matmul_transposed
 from factorformer.kernels.cpu import variant
 from factorformer.kernels.dense import Dense, chain, gelu, served
+from factorformer.kernels.lookup import kronecker_rows, sparse_rows
 
 cuda.register()
 
@@ -61,4 +62,16 @@ def sparse_product(
     return product if bias is None else product + bias.to(product.dtype)
 
 
-__all__ = ["Dense", "chain", "cpu", "gelu", "served", "sparse", "sparse_product", "support", "variant"]
+__all__ = [
+    "Dense",
+    "chain",
+    "cpu",
+    "gelu",
+    "kronecker_rows",
+    "served",
+    "sparse",
+    "sparse_product",
+    "sparse_rows",
+    "support",
+    "variant",
+]

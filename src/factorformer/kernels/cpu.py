@@ -23,6 +23,9 @@ from factorformer.kernels.support import CODES, code_of, row_bytes
 LONGEST = 4
 """Matrices in a chain, at most."""
 
+NO_ROW = 2
+"""What kernels return that were asked for a row that there is not."""
+
 REFERENCE = "reference"
 _VALUES = (torch.float32, torch.int8)
 _PLAIN = (Tensor, nn.Parameter)  # other classes may keep their values elsewhere
@@ -63,6 +66,8 @@ def _load() -> ctypes.CDLL | None:
         "chain": (_pointer, _count, _fields, _count, _pointer, _pointer),
         "gelu": (_pointer, _count, _pointer),
         "attention": (_fields, ctypes.c_float),
+        "sparse_rows": (_pointer, _count, _fields, _fields, _pointer),
+        "kronecker_rows": (_pointer, _count, _fields, _pointer),
     }
     for name, types in arguments.items():
         function = getattr(loaded, f"factorformer_{name}")
@@ -186,6 +191,67 @@ def chain(
     return y
 
 
+def sparse_rows(
+    index: Tensor, values: Tensor, scales: Tensor | None, support: Tensor, dictionary: tuple[Tensor, Tensor | None]
+) -> Tensor:
+    """Rows of a sparse matrix times a dictionary: `(n)` to `(n, width)`.
+
+    Args:
+        index: of rows, int64.
+        values: `(rows, nonzeros)`, float32, or int8 with scales.
+        scales: one for each row.
+        support: packed positions.
+        dictionary: `(atoms, width)`, float32, or int8 with scales, one for each atom.
+
+    Raises:
+        IndexError: an index that is no row.
+        ModelError: the sizes do not fit together.
+    """
+    table, table_scales = dictionary
+    atoms, width = table.shape
+    y, index, support = values.new_empty(len(index), width, dtype=torch.float32), _whole(index), support.contiguous()
+    fields = _sparse_fields(atoms, atoms, values, support, atoms, scales, None)
+    scale = _address(table_scales), _size(table_scales)
+    matrix, _ = _chain_array(width, -1, table.data_ptr(), atoms, width, *scale, table.dtype == torch.int8, False)
+    _done(_loaded().factorformer_sparse_rows(index.data_ptr(), len(index), fields, matrix, y.data_ptr()))
+    return y
+
+
+def kronecker_rows(
+    index: Tensor,
+    left: tuple[Tensor, Tensor | None],
+    right: tuple[Tensor, Tensor | None],
+    rank: int,
+    shape: tuple[int, int],
+) -> Tensor:
+    """Rows of a sum of Kronecker products: `(n)` to `(n, width)`.
+
+    Args:
+        index: of rows, int64.
+        left: `(m1, n1, rank)`, float32, or int8 with scales, one for each of `m1`.
+        right: `(m2, rank, n2)`, the same for `m2`.
+        rank: number of products.
+        shape: of the table, `(rows, width)`.
+
+    Raises:
+        IndexError: an index that is no row.
+        ModelError: the sizes do not fit together.
+    """
+    (weight, scales), (other, other_scales) = left, right
+    y, index = weight.new_empty(len(index), shape[1], dtype=torch.float32), _whole(index)
+    fields = _kronecker_array(
+        *(weight.data_ptr(), other.data_ptr(), _address(scales), _address(other_scales)),
+        *(weight.shape, other.shape, rank, shape, weight.dtype == torch.int8, other.dtype == torch.int8),
+        *(_size(scales), _size(other_scales)),
+    )
+    _done(_loaded().factorformer_kronecker_rows(index.data_ptr(), len(index), fields, y.data_ptr()))
+    return y
+
+
+def _whole(index: Tensor) -> Tensor:
+    return index.to(torch.int64).contiguous()
+
+
 def gelu(x: Tensor, y: Tensor) -> Tensor:
     """The exact GELU, within 4e-7; both contiguous, and perhaps the same."""
     _loaded().factorformer_gelu(x.data_ptr(), x.numel(), y.data_ptr())
@@ -230,7 +296,9 @@ def _loaded() -> ctypes.CDLL:
 
 
 def _done(code: int) -> None:
-    """Raise `MemoryError` unless a kernel found the scratch memory that it needs."""
+    """Raise `MemoryError` unless a kernel found the scratch memory that it needs, `IndexError` for what is no row."""
+    if code == NO_ROW:
+        raise IndexError("index out of range in self")  # in the words of torch
     if code:
         raise MemoryError("the CPU kernels found no memory for intermediate results: multiply fewer rows at a time")
 
@@ -286,6 +354,32 @@ def _sparse_array(
     if bias_size != -1:
         _require("values of the bias", bias_size, rows)
     numbers = (address, rows, packed, nonzeros, atoms, CODES[code_of(atoms, nonzeros)], values, scales, integers)
+    return (ctypes.c_int64 * len(numbers))(*numbers)
+
+
+@functools.lru_cache(maxsize=4096)
+def _kronecker_array(
+    left: int,
+    right: int,
+    left_scales: int,
+    right_scales: int,
+    left_size: tuple[int, ...],
+    right_size: tuple[int, ...],
+    rank: int,
+    shape: tuple[int, int],
+    left_integers: bool,
+    right_integers: bool,
+    *scale_sizes: int,
+) -> ctypes.Array:
+    (m1, n1, first), (m2, second, n2) = left_size, right_size
+    for found in (first, second):
+        _require("products of Kronecker", found, rank)
+    _require("types of the factors", right_integers, left_integers)
+    for found, wanted in zip(scale_sizes, (m1, m2) if left_integers else (-1, -1), strict=True):
+        _require("scales of a factor", found, wanted)
+    if m1 * m2 < shape[0] or n1 * n2 < shape[1]:
+        raise ModelError(f"products of Kronecker of {m1}x{n1} and {m2}x{n2} make no table of {shape[0]}x{shape[1]}")
+    numbers = (left, right, left_scales, right_scales, n1, rank, m2, n2, *shape, left_integers)
     return (ctypes.c_int64 * len(numbers))(*numbers)
 
 

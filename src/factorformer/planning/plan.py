@@ -23,7 +23,7 @@ from factorformer.structures import Dense, Structure, from_dict
 Unit = Literal["bytes", "flops", "milliseconds"]
 """What a budget counts."""
 
-FORMAT = 2
+FORMAT = 3
 
 
 class Cause(str, Enum):

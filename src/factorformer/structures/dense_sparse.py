@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from factorformer.errors import ModelError, one_of
-from factorformer.kernels import chain, sparse_product, support
+from factorformer.kernels import chain, sparse_product, sparse_rows, support
 from factorformer.kernels.sparse import build
 from factorformer.structures.base import (
     Factors,
@@ -25,7 +25,7 @@ from factorformer.structures.base import (
     dense_bytes,
     require_positive,
 )
-from factorformer.structures.integers import SCALE, dense, floats, look_up
+from factorformer.structures.integers import SCALE, Rounded, dense, floats, look_up
 
 Side = Literal["rows", "columns"]
 
@@ -167,6 +167,12 @@ class DenseSparse(Structure):
     def rows(self, shape: Shape, factors: Factors, index: Tensor) -> Tensor:
         if self.side == "columns":
             return self._sparse(factors, F.embedding(index, floats(factors)["dictionary"].T))
+        if not isinstance(factors, Rounded):
+            dictionary = factors["dictionary"], factors.get("dictionary" + SCALE)
+            weight, scales = factors["weight"], factors.get("weight" + SCALE)
+            found = sparse_rows(index, weight, scales, factors["support"], dictionary)
+            if found is not None:
+                return found
         values = look_up(factors, "weight", index.flatten())
         rows = build(values, factors["support"][index.flatten()], self.atoms) @ floats(factors)["dictionary"]
         return rows.view(*index.shape, shape[1])

@@ -202,7 +202,7 @@ def _by_row(tensor: Tensor) -> tuple[Tensor, Tensor]:
 
 def _by_group(tensor: Tensor, factor: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Codes of 4 bits `(rows, groups, GROUP)` in floats, exponents `(rows, groups)`, the scale of the factor `(1,)`."""
-    values = _grouped(_whole(tensor).flatten(1))
+    values = _grouped(_whole(tensor)[..., None].flatten(1))
     largest = values.abs().amax(2)
     of_all = torch.linalg.vector_norm(_whole(factor), math.inf) if factor.numel() else largest.new_zeros(())
     scale = (of_all / LARGEST[4]).to(tensor.dtype).view(1)

@@ -61,7 +61,7 @@ class LowRank(Structure):
         return chain(x, (dense(factors, "right"), dense(factors, "weight")), bias)
 
     def rows(self, shape: Shape, factors: Factors, index: Tensor) -> Tensor:
-        return look_up(factors, "weight", index) @ floats(factors)["right"]
+        return chain(look_up(factors, "weight", index), (dense(factors, "right", columns=True),))
 
     def to_dense(self, shape: Shape, factors: Factors) -> Tensor:
         factors = floats(factors)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import datasets
@@ -16,6 +16,7 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    default_data_collator,
 )
 
 from factorformer.errors import DataError, ModelError
@@ -34,6 +35,7 @@ __all__ = [
     "collator",
     "count_tokens",
     "encode",
+    "hold_out",
     "indexed_batches",
     "read",
     "sample",
@@ -100,9 +102,14 @@ def _aligned(words: Sequence[int | None], labels: Sequence[int]) -> list[int]:
 
 
 def collator(
-    tokenizer: PreTrainedTokenizerBase, data: datasets.Dataset, multiple: int | None = None
-) -> DataCollatorWithPadding | DataCollatorForTokenClassification:
-    """What pads rows of encoded data to a batch, of a length that is a multiple; labels of words with them."""
+    tokenizer: PreTrainedTokenizerBase | None, data: datasets.Dataset, multiple: int | None = None
+) -> Callable[[Any], Any]:
+    """What pads rows of encoded data to a batch, of a length that is a multiple; labels of words with them.
+
+    Rows of other inputs, such as images, are stacked, and need no tokenizer.
+    """
+    if tokenizer is None:
+        return default_data_collator
     labels = data.features.get("labels")
     by_word = isinstance(labels, datasets.List) and labels.feature.dtype.startswith("int")
     kind = DataCollatorForTokenClassification if by_word else DataCollatorWithPadding
@@ -118,13 +125,14 @@ def batches(
 
 
 def indexed_batches(
-    tokenizer: PreTrainedTokenizerBase, data: datasets.Dataset, batch_size: int = 32
+    tokenizer: PreTrainedTokenizerBase | None, data: datasets.Dataset, batch_size: int = 32
 ) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
-    """As `batches`, with the row numbers of each batch."""
-    collate = collator(tokenizer, data)
-    lengths: Sequence[int] = data["length"]
-    order = sorted(range(len(data)), key=lambda row: lengths[row], reverse=True)
-    inputs = data.remove_columns("length")
+    """As `batches`, with the row numbers of each batch; without a tokenizer rows are stacked in their order."""
+    collate, order, inputs = collator(tokenizer, data), list(range(len(data))), data
+    if "length" in data.column_names:
+        lengths: Sequence[int] = data["length"][:]
+        order.sort(key=lambda row: lengths[row], reverse=True)
+        inputs = data.remove_columns("length")
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
         yield chosen, dict(collate([inputs[row] for row in chosen]))
@@ -136,6 +144,29 @@ def sample(data: datasets.Dataset, rows: int, seed: int = 0) -> datasets.Dataset
         return data
     generator = torch.Generator().manual_seed(seed)
     return data.select(torch.randperm(len(data), generator=generator)[:rows].tolist())
+
+
+HELD_OUT = 500
+"""At most so many rows, and at most a tenth of them, are held out of plain text to compare embeddings on."""
+
+
+def hold_out(data: datasets.Dataset, seed: int, options: str = "--eval") -> tuple[datasets.Dataset, datasets.Dataset]:
+    """Split rows at random into those to train on and those to measure on.
+
+    Args:
+        data: rows.
+        seed: of the choice.
+        options: those that make it unnecessary, for the message.
+
+    Raises:
+        DataError: too few rows.
+    """
+    rows = min(len(data) // 10, HELD_OUT)
+    if rows < 3:
+        found = "1 row is" if len(data) == 1 else f"{len(data)} rows are"
+        raise DataError(f"{found} too few to hold some out and measure on them: give {options}")
+    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed)).tolist()
+    return data.select(order[rows:]), data.select(order[:rows])
 
 
 CHUNK = 10_000

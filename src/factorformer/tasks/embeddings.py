@@ -237,6 +237,8 @@ def _weighted_spearman(a: np.ndarray, b: np.ndarray, weights: np.ndarray) -> flo
     """Spearman's correlation of rows, given by `_places`, that count as often as their weights say."""
     first, second = _weighted_ranks(a, weights), _weighted_ranks(b, weights)
     total = weights.sum()
+    if total == 0:  # one text, drawn as often as there are texts, makes no pair
+        return float("nan")
     first, second = first - weights @ first / total, second - weights @ second / total
     scale = np.sqrt((weights @ first**2) * (weights @ second**2))
     return float(weights @ (first * second) / scale) if scale > 0 else float("nan")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import datasets
@@ -188,7 +188,7 @@ def _statistic(test: Callable[..., Any], a: np.ndarray, b: np.ndarray) -> float:
 
 def embed(
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerBase | None,
     data: datasets.Dataset,
     batch_size: int = 32,
     pool: Pool = mean_pool,
@@ -199,22 +199,42 @@ def embed(
 
     Args:
         model: an encoder; a head is left out.
-        tokenizer: pads rows.
-        data: from `data.encode`.
+        tokenizer: pads rows; None for rows of images or sound.
+        data: from `data.encode`, or other inputs of the model.
         batch_size: rows at a time.
         pool: what becomes of hidden states.
         progress: told of `phase`, and how many rows are done.
         phase: see there.
     """
-    base = model.base_model.eval()
-    device = model.device
+    return read_all(lambda inputs: pooled(model, inputs, pool), model, tokenizer, data, batch_size, progress, phase)
+
+
+def pooled(model: PreTrainedModel, inputs: Mapping[str, Tensor], pool: Pool) -> Float[Tensor, "rows pooled"]:
+    """Pooled last hidden states of a batch; of images, and sound that is shortened on its way, all states are real."""
+    hidden = model.base_model(**inputs).last_hidden_state
+    mask = inputs.get("attention_mask")
+    if mask is None or mask.shape != hidden.shape[:2]:
+        mask = torch.ones(hidden.shape[:2], device=hidden.device)
+    return pool(hidden.float(), mask.bool())
+
+
+def read_all(
+    read: Callable[[Mapping[str, Tensor]], Float[Tensor, "some outputs"]],
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    data: datasets.Dataset,
+    batch_size: int = 32,
+    progress: Progress = silent,
+    phase: str = "embed",
+) -> Float[Tensor, "rows outputs"]:
+    """What a function makes of all rows, in their order, float32 on the CPU; the rest is as for `embed`."""
+    model.eval()
     result: list[Tensor] = []
     order: list[int] = []
-    with torch.inference_mode(), fast_float32(device):
+    with torch.inference_mode(), fast_float32(model.device):
         for rows, batch in indexed_batches(tokenizer, data, batch_size):
-            inputs = {key: value.to(device) for key, value in batch.items() if key != "labels"}
-            hidden = base(**inputs).last_hidden_state
-            result.append(pool(hidden, inputs["attention_mask"].bool()).float().cpu())
+            inputs = {key: value.to(model.device) for key, value in batch.items() if key != "labels"}
+            result.append(read(inputs).float().cpu())
             order += rows
             progress(phase, len(order), len(data))
     return torch.cat(result)[torch.tensor(order).argsort()]
@@ -236,3 +256,20 @@ def compare_embeddings(original: Tensor, compressed: Tensor) -> dict[str, float]
         "similarity_spearman": rank_correlation(*similarities),
         "neighbour_recall": float(neighbour_recall(first, second).mean()),
     }
+
+
+def compare_predictions(original: Tensor, compressed: Tensor) -> dict[str, float]:
+    """How well a compressed model keeps scores `(rows, 1)` or logits of classes `(rows, classes)`.
+
+    Returns:
+        Of scores `score_spearman` and `score_pearson`, rank and linear correlation of the two; of classes
+        `prediction_agreement`, how often both find the same one the likeliest, and `prediction_divergence`, the mean
+        Kullback-Leibler divergence of the compressed model's predictions from the original's, in nats.
+    """
+    first, second = original.float(), compressed.float()
+    if first.shape[1] == 1:
+        a, b = first[:, 0].numpy(), second[:, 0].numpy()
+        return {"score_spearman": rank_correlation(a, b), "score_pearson": correlation(a, b)}
+    divergence = F.kl_div(second.log_softmax(1), first.log_softmax(1), log_target=True, reduction="batchmean")
+    agreement = (first.argmax(1) == second.argmax(1)).float().mean()
+    return {"prediction_agreement": float(agreement), "prediction_divergence": float(divergence)}

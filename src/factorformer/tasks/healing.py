@@ -1,10 +1,13 @@
-"""Healing: a compressed sentence encoder learns from plain text alone to embed as the original does."""
+"""Healing: a compressed model learns from inputs alone to embed, or to score, as the original does."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,36 +18,37 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 from factorformer.hf.callbacks import moving
+from factorformer.layers.embeddings import embeddings_of
 from factorformer.layers.modes import requiring_gradients
 from factorformer.progress import Progress, silent
 from factorformer.tasks.checkpoints import FILES, check_same_run, last_checkpoint, locked
-from factorformer.tasks.data import check_lengths, collator
-from factorformer.tasks.evaluation import Pool, compare_embeddings, embed
+from factorformer.tasks.data import check_lengths, collator, hold_out
+from factorformer.tasks.evaluation import read_all
 from factorformer.tasks.reproducible import ReproducibleTrainer, finish
+from factorformer.tasks.targets import Embeddings, Target
 from factorformer.tasks.trainer import Settings, Watch, frozen_embeddings, seeded
-from factorformer.training.distillation import pooled_loss
 from factorformer.training.dynamic_rank import DynamicRank
 from factorformer.training.rank_checkpoint import STATE
 from factorformer.training.straight_through import StraightThrough
 
 ROW = "row"
-"""The column of the number of a row, by which the embedding of the original is remembered."""
+"""The column of the number of a row, by which what the original made of it is remembered."""
 
 ENDLESS = 10**9
 """Steps of a training that time ends."""
 
 REMEMBERED = 2**32
-"""Bytes of embeddings of the original that are remembered; of further texts it is asked each time."""
+"""Bytes of the original's outputs that are remembered; for further rows it is asked each time."""
 
 
 @dataclasses.dataclass(frozen=True)
 class HealingSettings(Settings):
-    """How a compressed encoder is healed; see `Settings` for the rest.
+    """How a compressed model is healed; see `Settings` for the rest.
 
     Args:
         minutes: of training, what is measured and saved on the way included; if given, `epochs` does not count, and
             the learning rate falls with time.
-        points: at which embeddings of held-out texts are compared and a checkpoint is written.
+        points: at which held-out rows are compared and a checkpoint is written.
         freeze_embeddings: leave dense word embeddings as they are; factorized ones are trained in any case.
     """
 
@@ -57,14 +61,13 @@ class HealingSettings(Settings):
 
 
 class HealingTrainer(ReproducibleTrainer):
-    """A `Trainer` whose model is to embed rows as a teacher does.
+    """A `Trainer` whose model is to do with rows as a teacher does.
 
-    Embeddings of the teacher are remembered: in a second epoch it is not asked again.
+    What the teacher makes of a row is remembered: in a second epoch it is not asked again.
 
     Args:
         teacher: kept in evaluation mode; it reads the same inputs.
-        pool: what users of the model make of its hidden states.
-        teacher_pool: the same of the teacher.
+        target: which outputs are compared, and how.
         settings: of the training.
         rows: of the training data, numbered in the column `ROW`.
         measure: the metrics of the model as it is.
@@ -74,8 +77,7 @@ class HealingTrainer(ReproducibleTrainer):
         self,
         *args: Any,
         teacher: PreTrainedModel,
-        pool: Pool,
-        teacher_pool: Pool,
+        target: Target,
         settings: HealingSettings,
         rows: int,
         measure: Callable[[], dict[str, float]],
@@ -83,10 +85,10 @@ class HealingTrainer(ReproducibleTrainer):
     ) -> None:
         super().__init__(*args, **kwargs)
         self.follow(teacher)
-        self.pool, self.teacher_pool, self.settings, self.measure = pool, teacher_pool, settings, measure
-        self.targets: Tensor | None = None
+        self.target, self.settings, self.measure = target, settings, measure
+        self.remembered: Tensor | None = None
         self.known = torch.zeros(rows, dtype=torch.bool)
-        self.args._n_gpu = 1  # several would each need the teacher's part of what is remembered
+        self.args._n_gpu = 1  # several would each need their part of what is remembered
 
     @property
     def part(self) -> float:
@@ -102,37 +104,31 @@ class HealingTrainer(ReproducibleTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """How far the embeddings of a batch are from the teacher's."""
-        model.eval()  # no dropout: embeddings are compared as users get them
-        encoder = self.accelerator.unwrap_model(model)
-        assert isinstance(encoder, PreTrainedModel)
+        """How far what the model makes of a batch is from what the teacher does."""
+        model.eval()  # no dropout: outputs are compared as users get them
+        student = self.accelerator.unwrap_model(model)
+        assert isinstance(student, PreTrainedModel)
         known = dict(inputs)
-        rows, mask = known.pop(ROW).cpu(), known["attention_mask"].bool()
-        outputs, student = self._embed(encoder, self.pool, known, mask)
-        target = self._target(rows, known, mask)
-        loss = pooled_loss(student, target)
-        return (loss, outputs) if return_outputs else loss
+        rows = known.pop(ROW).cpu()
+        with self._products():
+            found = self.target.read(student, known)
+        loss = self.target.loss(found, self._wanted(rows, known))
+        return (loss, {"outputs": found}) if return_outputs else loss
 
-    def _embed(
-        self, encoder: PreTrainedModel, pool: Pool, inputs: Mapping[str, Any], mask: Tensor
-    ) -> tuple[Any, Tensor]:
-        """What the model returns, a head left out, and pooled embeddings."""
-        # The precision that the Trainer asks for is that of the whole model's forward pass, and would not be met here.
-        with torch.autocast(mask.device.type, torch.bfloat16, enabled=self.settings.precision == "bf16"):
-            outputs = encoder.base_model(**inputs)
-        return outputs, pool(outputs.last_hidden_state.float(), mask)
+    def _products(self) -> contextlib.AbstractContextManager[object]:
+        """The precision that the Trainer asks for is that of the whole model's forward pass, and not met by a part."""
+        return torch.autocast(self.args.device.type, torch.bfloat16, enabled=self.settings.precision == "bf16")
 
-    def _target(self, rows: Tensor, inputs: Mapping[str, Any], mask: Tensor) -> Tensor:
-        if self.targets is not None and bool(self.known[rows].all()):
-            return self.targets[rows].to(mask.device).float()
-        with torch.no_grad():
-            _, made = self._embed(self.teacher, self.teacher_pool, inputs, mask)
-        made = nn.functional.normalize(made, dim=1)
-        if self.targets is None:
-            most = REMEMBERED // (2 * made.shape[1])
-            self.targets = torch.empty(min(len(self.known), most), made.shape[1], dtype=torch.float16)
-        kept = rows < len(self.targets)
-        self.targets[rows[kept]], self.known[rows[kept]] = made.cpu().half()[kept], True
+    def _wanted(self, rows: Tensor, inputs: Mapping[str, Any]) -> Tensor:
+        if self.remembered is not None and bool(self.known[rows].all()):
+            return self.remembered[rows].to(self.args.device)
+        with torch.no_grad(), self._products():
+            made = self.target.read_teacher(self.teacher, inputs)
+        if self.remembered is None:
+            most = REMEMBERED // (made.element_size() * made.shape[1])
+            self.remembered = torch.empty(min(len(self.known), most), made.shape[1], dtype=made.dtype)
+        kept = rows < len(self.remembered)
+        self.remembered[rows[kept]], self.known[rows[kept]] = made.cpu()[kept], True
         return made
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> LambdaLR:
@@ -151,7 +147,7 @@ class HealingTrainer(ReproducibleTrainer):
         return self.lr_scheduler
 
     def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> dict[str, float]:
-        """Compare embeddings of held-out texts with the teacher's."""
+        """Compare what is made of held-out rows with what the teacher makes of them."""
         return self.measured({f"{metric_key_prefix}_{name}": value for name, value in self.measure().items()})
 
 
@@ -179,58 +175,76 @@ class _Points(TrainerCallback):
 
 def heal(
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    data: datasets.Dataset,
-    held: datasets.Dataset,
-    settings: HealingSettings,
-    output: Path,
-    *,
     teacher: PreTrainedModel,
-    pool: Pool,
-    teacher_pool: Pool | None = None,
+    data: datasets.Dataset,
+    settings: HealingSettings | None = None,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    held: datasets.Dataset | None = None,
+    target: Target | None = None,
+    output: Path | None = None,
     straight: StraightThrough | None = None,
     ranks: DynamicRank | None = None,
     report: Callable[[str], None] = lambda line: None,
     progress: Progress = silent,
     phase: str = "train",
 ) -> list[dict[str, float]]:
-    """Train a compressed encoder in place to embed texts as another does: no labels, nothing but the embeddings.
+    """Train a compressed model in place to do as the original does: no labels, nothing but inputs.
 
-    The loss is one minus the cosine of the two embeddings of a text. A run that was interrupted goes on from the last
-    checkpoint in `output`.
+    What is learned are embeddings, of text, images or sound, or the scores of a cross-encoder (`target`). Integers have
+    to be held as floats (`compress(..., hold_floats=True)`); `quantize` makes them integers afterwards. A run that was
+    interrupted goes on from the last checkpoint in `output`.
 
     Args:
-        model: compressed; integers are held as floats that the forward pass rounds.
-        tokenizer: of the model, for padding.
-        data: texts to learn, from `data.encode`, without labels.
-        held: texts whose embeddings are compared on the way; nothing else is done with them.
-        settings: see `HealingSettings`.
-        output: directory of checkpoints.
+        model: compressed.
         teacher: the original.
-        pool: what users of the model make of its hidden states.
-        teacher_pool: the same of the teacher, if that is another.
+        data: inputs to learn on: text from `tasks.data.encode`, or rows of other inputs of the model, all of one size.
+        settings: see `HealingSettings`.
+        tokenizer: of the model, for the padding of text.
+        held: rows on which the two are compared on the way, and nothing else; by default a part of the data.
+        target: what is learned; by default mean-pooled embeddings.
+        output: directory of checkpoints; none are kept without one.
         straight: made of the model, if it trains straight through; finished at the end.
         ranks: made of the model, if its ranks are found in training; finished at the end.
-        report: told in one line how similar embeddings are, at each point.
+        report: told in one line how similar the two are, at each point.
         progress: progress callback, in steps, or in seconds where time ends the training.
         phase: name of the phase reported to `progress`.
 
     Returns:
-        The curve, one row for each point: `step`, `seconds`, `embedding_cosine`, `similarity_spearman`,
-        `neighbour_recall`.
+        The curve, one row for each point: `step`, `seconds`, and the metrics of the target.
 
     Raises:
-        DataError: texts longer than the model can read.
+        DataError: texts longer than the model can read, or too few rows to hold some out.
         DivergedError: the loss became NaN or infinite.
         OutputError: `output` holds checkpoints of a run with other settings, or another process trains into it.
     """
-    check_lengths(model, data, "the training data")
-    check_lengths(model, held, "the held-out texts")
-    teacher_pool = teacher_pool or pool
-    wanted = embed(teacher, tokenizer, held, pool=teacher_pool)
+    if output is None:
+        with tempfile.TemporaryDirectory() as scratch:
+            return heal(
+                model,
+                teacher,
+                data,
+                settings,
+                tokenizer=tokenizer,
+                held=held,
+                target=target,
+                output=Path(scratch),
+                straight=straight,
+                ranks=ranks,
+                report=report,
+                progress=progress,
+                phase=phase,
+            )
+    settings, target = settings or HealingSettings(), target or Embeddings()
+    if held is None:
+        data, held = hold_out(data, settings.seed)
+    if tokenizer is not None:
+        check_lengths(model, data, "the training data")
+        check_lengths(model, held, "the held-out texts")
+    wanted = read_all(partial(target.read_teacher, teacher), teacher, tokenizer, held)
 
     def measure() -> dict[str, float]:
-        found = compare_embeddings(wanted, embed(model, tokenizer, held, pool=pool))
+        found = target.compare(wanted, read_all(partial(target.read, model), model, tokenizer, held))
         values = ", ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in found.items())
         report(f"{phase}: after {trainer.clock.seconds / 60:.1f} minutes {values}")
         return found
@@ -238,6 +252,8 @@ def heal(
     an_epoch = math.ceil(len(data) / settings.batch_size)
     steps = ENDLESS if settings.minutes is not None else math.ceil(settings.epochs * an_epoch)
     numbered = data.add_column(ROW, list(range(len(data))))
+    if "length" not in data.column_names:
+        numbered = numbered.add_column("length", [1] * len(data))
     description = {**dataclasses.asdict(settings), "rows": len(data)}
     del description["precision"]  # which the processor decides, and another may go on
     if ranks is None:
@@ -246,7 +262,8 @@ def heal(
         description[FILES] = [STATE]
     acting: list[TrainerCallback] = [Watch(silent if settings.minutes is not None else progress, phase)]
     acting += moving(straight, ranks)
-    frozen = settings.freeze_embeddings and (ranks is None or not ranks.holds(model.get_input_embeddings()))
+    table = embeddings_of(model, "input_embeddings")
+    frozen = settings.freeze_embeddings and (ranks is None or table is None or not ranks.holds(table))
     with (
         locked(output / ".lock"),
         seeded(settings.seed),
@@ -268,11 +285,10 @@ def heal(
                 save_total_limit=2,
             ),
             train_dataset=numbered,
-            data_collator=collator(tokenizer, data, settings.multiple(model, data)),
+            data_collator=collator(tokenizer, data, None if tokenizer is None else settings.multiple(model, data)),
             callbacks=acting,
             teacher=teacher,
-            pool=pool,
-            teacher_pool=teacher_pool,
+            target=target,
             settings=settings,
             rows=len(data),
             measure=measure,

@@ -29,6 +29,7 @@ from transformers.trainer_utils import TrainOutput
 from factorformer.errors import DivergedError, MethodError
 from factorformer.hf.compat import own_forward
 from factorformer.hf.source import most_tokens
+from factorformer.layers.embeddings import embeddings_of
 from factorformer.layers.modes import fast_attention, fast_float32, requiring_gradients
 from factorformer.layers.nn import FactorizedMatrix
 from factorformer.progress import Progress
@@ -209,9 +210,9 @@ def frozen_embeddings(model: PreTrainedModel, frozen: bool) -> Iterator[None]:
 
     Factorized embeddings are trained even so: the fit has just damaged them, and they have to recover.
     """
-    embeddings = model.get_input_embeddings()
-    frozen = frozen and not isinstance(embeddings, FactorizedMatrix)
-    with requiring_gradients(embeddings.parameters() if frozen else (), False):
+    embeddings = embeddings_of(model, "input_embeddings")
+    frozen = frozen and embeddings is not None and not isinstance(embeddings, FactorizedMatrix)
+    with requiring_gradients(embeddings.parameters() if frozen and embeddings is not None else (), False):
         yield
 
 

@@ -249,14 +249,13 @@ def _train(
     fast = model.device.type == "cpu" and has_bfloat16_products()
     curve = heal(
         model,
-        inputs.tokenizer,
+        teacher,
         inputs.train,
-        inputs.evaluation,
         dataclasses.replace(job.healing, precision="bf16" if fast else "fp32"),
-        unfinished.checkpoints,
-        teacher=teacher,
-        pool=inputs.layout.pool,
-        teacher_pool=inputs.teacher_layout.pool,
+        tokenizer=inputs.tokenizer,
+        held=inputs.evaluation,
+        target=inputs.target,
+        output=unfinished.checkpoints,
         report=note,
         **moving,
     )
@@ -266,4 +265,4 @@ def _train(
 def _measure(inputs: Inputs, model: PreTrainedModel, progress: Progress, phase: str) -> Measured | None:
     if inputs.evaluation is None or inputs.tokenizer is None:
         return None
-    return measure(model, inputs.tokenizer, inputs.evaluation, inputs.labels, progress, phase, inputs.layout.pool)
+    return measure(model, inputs.tokenizer, inputs.evaluation, inputs.labels, progress, phase, inputs.target)

@@ -15,7 +15,6 @@ from factorformer.cli._inputs import (
     check_teacher,
     encode_table,
     find_pooling,
-    hold_out,
     note_new_head,
     plain_columns,
     read_table,
@@ -23,10 +22,10 @@ from factorformer.cli._inputs import (
 from factorformer.cli._jobs.compress_options import CompressJob
 from factorformer.cli._measure import check_measurable
 from factorformer.errors import DataError, MethodError
-from factorformer.export.sentence import Layout
 from factorformer.hf.source import find, load_tokenizer, read_config
-from factorformer.tasks.classification import Head, check_head, find_head, is_causal, labels_for
-from factorformer.tasks.data import Columns, Labels, sample
+from factorformer.tasks.classification import Head, check_head, find_head, head_labels, is_causal, labels_for
+from factorformer.tasks.data import Columns, Labels, hold_out, sample
+from factorformer.tasks.targets import Embeddings, Predictions, Target
 
 COMPARED = 1000
 """Embeddings are compared on at most so many rows: the similarities are those of all pairs."""
@@ -42,9 +41,7 @@ class Inputs:
         labels: of the task, in the order of the model's head; None without one.
         head: where the head to train comes from; None if none is trained.
         train, evaluation, calibration: encoded rows.
-        heals: whether the model is an encoder that learns from a teacher alone.
-        layout: of the model's directory, which says what users make of hidden states.
-        teacher_layout: the same of the teacher's.
+        target: what is compared with the original where there are no labels; None for a language model.
     """
 
     path: Path
@@ -54,9 +51,12 @@ class Inputs:
     train: datasets.Dataset | None
     evaluation: datasets.Dataset | None
     calibration: datasets.Dataset | None
-    heals: bool
-    layout: Layout
-    teacher_layout: Layout
+    target: Target | None
+
+    @property
+    def heals(self) -> bool:
+        """The model learns from a teacher alone to embed or to score."""
+        return self.train is not None and self.target is not None
 
     @property
     def fresh(self) -> bool:
@@ -90,9 +90,9 @@ def read_inputs(job: CompressJob) -> Inputs:
             f"method '{job.chosen}' measures the model on labels, but '{job.model}' has no head trained for them: "
             "run `factorformer finetune` first and compress its output"
         )
-    heals = label is None and job.train is not None and not is_causal(config)
+    target = None if label is not None or is_causal(config) or not tables else _target(path, config, job.distill)
     if job.distill is not None:
-        check_teacher(job.distill, config, head, pooled=heals)
+        check_teacher(job.distill, config, head, target)
     tokenizer = load_tokenizer(path) if tables else None
     data: dict[str, datasets.Dataset] = {}
     for name, rows in tables.items():
@@ -107,14 +107,8 @@ def read_inputs(job: CompressJob) -> Inputs:
     if labels is None and "evaluation" in data:
         check_measurable(config, data["evaluation"], job.evaluation or job.train or "")
         data["evaluation"] = sample(data["evaluation"], COMPARED, seed)
-    if job.healing.minutes is not None and job.train is not None and not heals:
+    if job.healing.minutes is not None and job.train is not None and target is None:
         raise MethodError(f"--minutes is for encoders, and '{job.model}' is a language model: give --epochs")
-    layout = Layout(path, path) if labels is not None or is_causal(config) or not tables else find_pooling(path)
-    teacher_layout = find_pooling(find(job.distill)) if heals and job.distill is not None else layout
-    if layout.pooling is None:  # a plain directory is used like the one that it learns from, and the other way round
-        layout = teacher_layout
-    elif teacher_layout.pooling is None:
-        teacher_layout = layout
     return Inputs(
         path,
         tokenizer,
@@ -123,10 +117,20 @@ def read_inputs(job: CompressJob) -> Inputs:
         data.get("train"),
         data.get("evaluation"),
         data.get("calibration"),
-        heals,
-        layout,
-        teacher_layout,
+        target,
     )
+
+
+def _target(path: Path, config: PretrainedConfig, teacher: str | None) -> Target:
+    """Scores of a model with a head for them, and else embeddings, each pooled as its directory says."""
+    head = head_labels(config)
+    if head is not None and head.kind != "tokens":
+        return Predictions(independent=head.kind == "multi_label")
+    ours = find_pooling(path)
+    theirs = ours if teacher is None else find_pooling(find(teacher))
+    # A plain directory is used like the one that it learns from, and the other way round.
+    student, original = (theirs if ours.pooling is None else ours), (ours if theirs.pooling is None else theirs)
+    return Embeddings(student.pool, original.pool)
 
 
 def _task(

@@ -11,13 +11,14 @@ from typing import Any, TypeVar
 import datasets
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from factorformer.cli._inputs import columns_of, hold_out, plain_columns, read_table
+from factorformer.cli._inputs import columns_of, plain_columns, read_table
 from factorformer.cli._options import note
 from factorformer.cli._text_files import TextFiles
 from factorformer.errors import DataError
 from factorformer.progress import Progress
 from factorformer.tasks import language_modelling, translation
 from factorformer.tasks.architectures import Task
+from factorformer.tasks.data import hold_out
 from factorformer.tasks.tokenization import train_tokenizer
 
 Item = TypeVar("Item")

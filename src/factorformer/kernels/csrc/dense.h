@@ -245,17 +245,7 @@ template <int V> struct Stage {
 // Weights as floats, in LANES at a time.
 INLINE Floats weights(const Matrix &m, int64_t at) {
     if (!m.integers) return load(static_cast<const float *>(m.weight) + at);
-    const int8_t *from = static_cast<const int8_t *>(m.weight) + at;
-#if defined(__AVX512F__)
-    const Ints whole = (Ints)_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i *>(from)));
-#elif defined(__AVX2__)
-    const Ints whole = (Ints)_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i *>(from)));
-#else
-    Bytes bytes;
-    std::memcpy(&bytes, from, sizeof bytes);
-    const Ints whole = __builtin_convertvector(bytes, Ints);
-#endif
-    return __builtin_convertvector(whole, Floats);
+    return widen(static_cast<const int8_t *>(m.weight) + at);
 }
 
 INLINE float weight_at(const Matrix &m, int64_t at) {

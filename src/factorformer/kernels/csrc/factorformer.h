@@ -8,6 +8,7 @@
 #include <cstdint>
 
 constexpr int32_t NO_MEMORY = 1; // what kernels return in place of 0 where scratch memory cannot be had
+constexpr int32_t NO_ROW = 2;    // and where an index is that of no row
 
 struct Support {
     const uint8_t *packed; // (rows, bytes)
@@ -26,6 +27,14 @@ struct Matrix {
     const float *scales; // one for each row as stored; null for floats
     int64_t out, in;
     int32_t integers, columns;
+};
+
+// The sum of `rank` products of Kronecker of left (m1, n1, rank) and right (m2, rank, n2), cut to (rows, width).
+struct Kronecker {
+    const void *left, *right;
+    const float *left_scales, *right_scales; // one for each of m1, of m2; null for floats
+    int64_t n1, rank, m2, n2, rows, width;
+    int32_t integers;
 };
 
 // y (batch, queries, heads, width) = softmax(scale q k^T, where allowed) v. Strides are of batch, head and token; those of
@@ -52,4 +61,7 @@ struct Table {
     // y may be x
     void (*gelu)(const float *x, int64_t n, float *y);
     int32_t (*attention)(const Attention *);
+    // y (n, width) = rows of S times a dictionary (atoms, width), or of a sum of products of Kronecker
+    int32_t (*sparse_rows)(const int64_t *index, int64_t n, const Support *, const Values *, const Matrix *, float *y);
+    int32_t (*kronecker_rows)(const int64_t *index, int64_t n, const Kronecker *, float *y);
 };

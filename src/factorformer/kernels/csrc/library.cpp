@@ -63,13 +63,32 @@ EXPORT int32_t factorformer_sparse_outer(const float *left, const float *right, 
     return table->sparse_outer(left, right, n, &s, y);
 }
 
+static Matrix matrix_of(const int64_t *f) {
+    return {reinterpret_cast<const void *>(f[0]), reinterpret_cast<const float *>(f[1]), f[2], f[3],
+            static_cast<int32_t>(f[4]), static_cast<int32_t>(f[5])};
+}
+
+EXPORT int32_t factorformer_sparse_rows(const int64_t *index, int64_t n, const int64_t *fields, const int64_t *dictionary,
+                                     float *y) {
+    const Support s = support_of(fields);
+    const Values v = values_of(fields);
+    const Matrix d = matrix_of(dictionary);
+    return table->sparse_rows(index, n, &s, &v, &d, y);
+}
+
+// Four pointers, then the integers of the structure in their order.
+EXPORT int32_t factorformer_kronecker_rows(const int64_t *index, int64_t n, const int64_t *f, float *y) {
+    const Kronecker k = {reinterpret_cast<const void *>(f[0]),  reinterpret_cast<const void *>(f[1]),
+                         reinterpret_cast<const float *>(f[2]), reinterpret_cast<const float *>(f[3]),
+                         f[4], f[5], f[6], f[7], f[8], f[9], static_cast<int32_t>(f[10])};
+    return table->kronecker_rows(index, n, &k, y);
+}
+
 // Six fields for each matrix, up to four matrices.
 EXPORT int32_t factorformer_chain(const float *x, int64_t n, const int64_t *fields, int64_t count, const float *bias,
                                float *y) {
     Matrix m[4];
-    for (int64_t i = 0; i < count; ++i, fields += 6)
-        m[i] = {reinterpret_cast<const void *>(fields[0]), reinterpret_cast<const float *>(fields[1]), fields[2],
-                fields[3], static_cast<int32_t>(fields[4]), static_cast<int32_t>(fields[5])};
+    for (int64_t i = 0; i < count; ++i) m[i] = matrix_of(fields + 6 * i);
     return table->chain(x, n, m, count, bias, y);
 }
 

@@ -38,6 +38,22 @@ INLINE Floats load(const float *from) {
     return v;
 }
 
+// LANES values as floats.
+INLINE Floats widen(const float *from) { return load(from); }
+
+INLINE Floats widen(const int8_t *from) {
+#if defined(__AVX512F__)
+    const Ints whole = (Ints)_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i *>(from)));
+#elif defined(__AVX2__)
+    const Ints whole = (Ints)_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i *>(from)));
+#else
+    Bytes bytes;
+    std::memcpy(&bytes, from, sizeof bytes);
+    const Ints whole = __builtin_convertvector(bytes, Ints);
+#endif
+    return __builtin_convertvector(whole, Floats);
+}
+
 INLINE void store(float *to, Floats v) { std::memcpy(to, &v, sizeof v); }
 
 // `x - 0` is `x` for every x, so that nothing but the broadcast is left.

@@ -2,6 +2,7 @@
 
 #include "attention.h"
 #include "dense.h"
+#include "lookup.h"
 #include "sparse.h"
 
 #define NAME(x) NAME_OF(x)
@@ -9,5 +10,5 @@
 
 extern "C" const Table FACTORFORMER_VARIANT;
 const Table FACTORFORMER_VARIANT = {
-    NAME(FACTORFORMER_VARIANT), sparse, sparse_transposed, sparse_outer, chain, gelu, attention,
+    NAME(FACTORFORMER_VARIANT), sparse, sparse_transposed, sparse_outer, chain, gelu, attention, sparse_rows, kronecker_rows,
 };

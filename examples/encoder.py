@@ -1,0 +1,40 @@
+"""A sentence encoder in a tenth of its size, in Python: compress, heal on plain text, save, compare.
+
+    python examples/encoder.py [MODEL] [TEXT_FILE]
+
+By default the embedded MiniLM and, as text, the docstrings of Python's standard library, for two minutes. A file of
+your own sentences and half an hour are what it takes to keep what the encoder is used for.
+"""
+
+import sys
+from pathlib import Path
+
+import datasets
+from transformers import AutoModel, AutoTokenizer
+
+import factorformer
+from factorformer.hf import minilm
+from factorformer.tasks.data import Columns, batches, count_tokens, encode, sample
+from factorformer.tasks.docstrings import stdlib_docstrings
+
+path = Path(sys.argv[1]) if len(sys.argv) > 1 else minilm.directory()
+if len(sys.argv) > 2:
+    texts = [line for line in Path(sys.argv[2]).read_text(encoding="utf-8").splitlines() if line.strip()]
+else:
+    texts = list(stdlib_docstrings()["train"]["text"])
+tokenizer, original = AutoTokenizer.from_pretrained(path), AutoModel.from_pretrained(path).eval()
+data = encode(tokenizer, datasets.Dataset.from_dict({"text": texts}), Columns(("text",)), max_length=64)
+
+model = AutoModel.from_pretrained(path).eval()
+options = {"calibration": list(batches(tokenizer, sample(data, 256))), "token_counts": None}
+options["token_counts"] = count_tokens([data], model.get_input_embeddings().num_embeddings)
+plan = factorformer.plan(model, ratio=10, scope="all", int4=True, keep_statistics=True, **options)
+print(plan)  # every matrix: what it becomes, what it costs
+factorformer.compress(model, plan, hold_floats=True, **options)
+
+settings = factorformer.HealingSettings(minutes=2, precision="bf16")
+curve = factorformer.heal(model, original, data, settings, tokenizer=tokenizer, report=print)
+factorformer.quantize(model)
+model.save_pretrained("encoder")
+tokenizer.save_pretrained("encoder")
+print({name: round(value, 3) for name, value in curve[-1].items()})
