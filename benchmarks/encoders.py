@@ -2,6 +2,7 @@
 
     python benchmarks/encoders.py minilm --minutes 30 --work FOLDER
     python benchmarks/encoders.py MPNET --ratios 10 20 --minutes 120 --work FOLDER
+    python benchmarks/encoders.py minilm --plot docs/images/encoders.svg
 
 A model is a directory, or `minilm` for the embedded one. Every contestant is made of it and of plain text (see
 `sentences.py`), and is a directory of so many bytes of weights:
@@ -184,11 +185,53 @@ def contestants(name_of_model: str, source: Path, folder: Path, args: Any) -> It
             yield {**key, **more, "total_seconds": round(time.perf_counter() - began)}, embed
 
 
+def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """Recall of neighbours, and what the worst of the other measures loses, against bytes."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    plt.rcParams["svg.hashsalt"] = "encoders"  # the same file from the same figures
+    plt.rcParams["svg.fonttype"] = "none"
+    grey = "#808890"
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.2))
+    names = [f"{row['contestant']} {row.get('values', '')}".strip() for row in rows]
+    for name in dict.fromkeys(names):
+        best: dict[float, dict[str, Any]] = {}
+        for row in (row for row, called in zip(rows, names, strict=True) if called == name):
+            if row["bytes"] not in best or row["minutes"] > best[row["bytes"]]["minutes"]:
+                best[row["bytes"]] = row
+        points = [best[size] for size in sorted(best)]
+        sizes = [point["bytes"] / 1e6 for point in points]
+        for axis, measure in zip(axes, (_recall, _worst), strict=True):
+            axis.plot(sizes, [measure(point["uses"]) for point in points], "o-", label=name, markersize=4)
+    for axis, title in zip(axes, ("recall of ten neighbours", "worst difference to the original, points"), strict=True):
+        axis.set_xscale("log")
+        axis.set_title(title, color=grey, fontsize=10, loc="left")
+        axis.set_xlabel("MB of the whole file", color=grey, fontsize=9)
+        axis.tick_params(colors=grey, labelsize=9, which="both")
+        for side in axis.spines.values():
+            side.set_color(grey)
+    axes[0].legend(frameon=False, labelcolor=grey, fontsize=9)
+    figure.tight_layout()
+    figure.savefig(path, transparent=True, metadata={"Date": None})
+
+
+def _recall(uses: dict[str, dict[str, float]]) -> float:
+    return uses["neighbour_recall"]["value"]
+
+
+def _worst(uses: dict[str, dict[str, float]]) -> float:
+    return min(100 * use["difference_value"] for use in uses.values() if "difference_value" in use)
+
+
 def main() -> None:
     parser = options(__doc__, "encoders.jsonl")
+    parser.add_argument("--plot", type=Path, help="draw a picture of the rows of the model, and measure nothing")
     parser.add_argument("model", help="a directory, or `minilm`")
     parser.add_argument("--data", type=Path, default=default_data(), help="folder with one folder for each task")
-    parser.add_argument("--work", type=Path, required=True, help="folder for texts and models")
+    parser.add_argument("--work", type=Path, help="folder for texts and models")
     parser.add_argument("--ratios", nargs="+", type=float, default=[4.0, 10.0, 20.0, 32.0])
     parser.add_argument("--contestants", nargs="+", default=["factorformer", "int8", "layers", "model2vec"])
     parser.add_argument(
@@ -200,6 +243,11 @@ def main() -> None:
     )
     parser.add_argument("--seed", type=int, default=0)
     args = start(parser)
+    if args.plot is not None:
+        draw([row for row in read_lines(args.output) if row["model"] == args.model], args.plot)
+        return
+    if args.work is None:
+        parser.error("--work is needed: a folder for texts and models")
     args.options = [f"--{option}" if not option[0].isdigit() else option for option in args.options]
     logging.set_verbosity_error()
     data.datasets.disable_progress_bars()

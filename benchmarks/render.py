@@ -549,14 +549,14 @@ def fine_tuned() -> list[str]:
 
 def encoders() -> list[str]:
     """Sentence encoders by bytes: what they keep of the original, and how much worse they are in points."""
-    rows = sorted(rows_of("encoders.jsonl"), key=lambda row: (row["model"], row["ratio"], row["contestant"]))
+    rows = sorted(rows_of("encoders.jsonl"), key=lambda row: (row["model"], -row["bytes"], row["minutes"]))
     table = []
     for row in rows:
         uses = row["uses"]
         line = [
             row["model"],
             f"{row['ratio']:g}x",
-            row["contestant"],
+            row["contestant"] + (f", {row.get('values', 'int8')}" if row["contestant"] == "factorformer" else ""),
             f"{row['bytes'] / 1e6:.1f}",
             f"{row['minutes']:g}",
         ]

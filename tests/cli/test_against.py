@@ -131,6 +131,11 @@ def test_what_cannot_be_measured_is_refused(
     run: Any, base: Path, trained: Path, small: Path, files: Path, tables: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "pairs.tsv").write_text("sentence1\tsentence2\na\tb\nthe\tbook\n")
+    lists = [{"sentence1": "a", "sentence2": "b", "label": [0, 1]}] * 3
+    (tmp_path / "lists.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lists))
+    scorer = run("evaluate", trained, "--against", trained, "--data", files / "pairs.tsv")
+    assert scorer.exit_code == 2
+    assert "has a head" in scorer.stderr
     (tmp_path / "single.tsv").write_text("text\tlabel\n" + "a film\tone\n" * 9 + "a book\tother\n")
     (tmp_path / "inference.tsv").write_text("premise\thypothesis\tlabel\na\tb\t0\nthe\tbook\t1\na\tbook\t2\n")
     for arguments, message in (
@@ -140,6 +145,7 @@ def test_what_cannot_be_measured_is_refused(
         (("--data", tmp_path / "inference.tsv"), "--label label"),
         (("--data", tables / "train.jsonl", "--label", "none"), "none"),
         (("--data", files / "texts.txt", "--words"), "--words"),
+        (("--data", tmp_path / "lists.jsonl"), "lists of labels"),
         (("--data", tmp_path / "absent.txt"), "absent.txt"),
     ):
         done = run("evaluate", small, "--against", base, *arguments)

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+import transformers as tf
+from safetensors.torch import load_file
+from tests.cli.conftest import WORDS
 from tests.cli.test_commands import result_of
 
 import factorformer
 from factorformer.cli._jobs import compress as job
+from factorformer.hf.source import load_tokenizer
 
 OPTIONS = ("--ratio", 3, "--int8", "--scope", "all", "--batch-size", 4, "--lr", 5e-3, "--json")
 
@@ -88,6 +93,95 @@ def test_a_cross_encoder_learns_its_own_scores(run: Any, base: Path, tables: Pat
     assert type(factorformer.load(tmp_path / "small")).__name__ == "BertForSequenceClassification"
 
 
+def test_moving_ranks_go_on_too(
+    run: Any, command: tuple[Any, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = [part for part in command if part not in ("--int8", "--scope", "all")]
+    arguments += ["--method", "rankdyna", "--epochs", 8]
+    once = result_of(run(*arguments))
+    points = []
+
+    def interrupting(line: str) -> None:
+        points.append("neighbour recall" in line)
+        if sum(points) == 8:  # ranks have moved
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(job, "note", interrupting)
+        assert run(*arguments, "--overwrite").exit_code == 130
+    checkpoints = tmp_path / ".small.training" / "checkpoints"
+    newest = max(checkpoints.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
+    (newest / "dynamic_rank.safetensors").unlink()  # as if the process had ended before it was written
+    resumed = run(*arguments, "--overwrite", "--resume")
+    assert f"resumed from step {newest.name.rpartition('-')[2]}" not in resumed.stderr
+    content = result_of(resumed)
+    assert content["bytes"] == once["bytes"]
+    assert content["metrics"]["embedding_cosine"] == pytest.approx(once["metrics"]["embedding_cosine"], abs=0.02)
+
+
+def test_a_model_that_was_saved_is_not_trained_again(
+    run: Any, command: tuple[Any, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compared = job.compare
+    monkeypatch.setattr(job, "compare", lambda before, after: compared(before, None) if after is None else _stop())
+    done = run(*command, "--epochs", 1)
+    assert done.exit_code == 130
+    assert "complete in" in done.stderr
+    assert "--resume" not in done.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["small"]
+    factorformer.load(tmp_path / "small")
+
+
+def _stop() -> None:
+    raise KeyboardInterrupt
+
+
+def test_each_is_pooled_as_its_directory_says(
+    run: Any, command: tuple[Any, ...], base_copy: Path, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pooling = base_copy / "1_Pooling" / "config.json"
+    pools: dict[str, Any] = {}
+
+    def remember(*args: Any, **kwargs: Any) -> list[dict[str, float]]:
+        target = kwargs["target"]
+        pools.update({name: getattr(target, name).__self__.pooling.modes for name in ("pool", "teacher_pool")})
+        return [{"seconds": 0.0}]
+
+    monkeypatch.setattr(job, "heal", remember)
+    arguments = [base_copy if part == base and place < 3 else part for place, part in enumerate(command)]
+    for content, expected, said in (
+        ({"pooling_mode": "cls"}, ("cls",), False),
+        ({"pooling_mode": "middletoken"}, ("mean",), True),
+    ):
+        pooling.write_text(json.dumps(content))
+        done = run(*arguments, "--epochs", 1, "--overwrite")
+        result_of(done)
+        assert pools == {"pool": expected, "teacher_pool": ("mean",)}
+        assert ("taken to be the mean" in done.stderr) == said
+
+
+@pytest.mark.parametrize("kind", ["Qwen3ForCausalLM", "T5ForConditionalGeneration"])
+def test_encoders_that_were_taken_from_other_models(run: Any, kind: str, base_copy: Path, tables: Path) -> None:
+    """As Qwen3-Embedding and sentence-t5 are: config.json names a model that goes on with text."""
+    sizes = {"vocab_size": len(WORDS), "hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 2}
+    if kind.startswith("T5"):
+        config: Any = tf.T5Config(vocab_size=len(WORDS), d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4)
+        config.decoder_start_token_id = 0
+    else:
+        config = tf.Qwen3Config(**sizes, intermediate_size=64, num_key_value_heads=4, head_dim=8)
+    for file in ("config.json", "model.safetensors"):
+        (base_copy / file).unlink()
+    getattr(tf, kind)(config).save_pretrained(base_copy)
+    output = base_copy.parent / "small"
+    texts = tables / "texts.txt"
+    options = ("--method", "svd", "--ratio", 1.5, "--epochs", 1, "--batch-size", 8, "--json")
+    content = result_of(run("compress", base_copy, output, "--train", texts, "--distill", base_copy, *options))
+    assert 0 < content["metrics"]["embedding_cosine"] <= 1
+    assert "perplexity" not in content["metrics"]
+    again = run("evaluate", output, "--against", base_copy, "--data", texts, "--json")
+    assert 0 < result_of(again)["metrics"]["texts_embedding_cosine"] <= 1
+
+
 @pytest.mark.parametrize("method", ["dsformer", "rankdyna"])
 def test_supports_and_ranks_move_by_time(run: Any, command: tuple[Any, ...], tmp_path: Path, method: str) -> None:
     arguments = [part for part in command if part not in ("--int8", "--scope", "all")]
@@ -114,6 +208,40 @@ def test_what_time_and_checkpoints_are_not_for(
         done = run(*arguments)
         assert done.exit_code == 2, arguments
         assert message in done.stderr
+    done = run(*plain[:3], "--train", tables / "two.txt", "--distill", base, "--minutes", 1, "--epochs", 2)
+    assert "not used beside --minutes: --epochs" in done.stderr
     done = run(*plain, "--minutes", 1, "--ratio", 2)
     assert done.exit_code == 0
     assert "not used without --train: --minutes" in done.stderr
+
+
+def test_shared_layers_and_a_small_vocabulary(run: Any, base: Path, tables: Path, tmp_path: Path) -> None:
+    text, whole = tmp_path / "text.txt", stored(base)
+    text.write_text("".join(f"a {word} film\n" for word in ("good", "bad", "fine", "poor")) * 10)
+    arguments = ("compress", base, tmp_path / "small", "--train", text, "--distill", base, "--scope", "all", "--int8")
+    less = ("--unique-layers", 1, "--trim-vocabulary", text, "--ratio", 6, "--epochs", 4, "--batch-size", 4)
+    done = run(*arguments, *less, "--json")
+    content = result_of(done)
+    assert "vocabulary: 11 of 18 tokens are kept" in done.stderr
+    assert content["bytes"]["before"] == whole
+    assert content["bytes"]["ratio"] == pytest.approx(6, rel=0.02)
+    assert stored(tmp_path / "small") == pytest.approx(whole / 6, rel=0.02)
+    model, tokenizer = factorformer.load(tmp_path / "small"), load_tokenizer(tmp_path / "small")
+    assert model.config.vocab_size == len(tokenizer) == 11
+    assert tokenizer("a good film")["input_ids"][1:-1] != load_tokenizer(base)("a good film")["input_ids"][1:-1]
+    assert model.encoder.layer[0].output.dense.weight is model.encoder.layer[1].output.dense.weight
+    again = run("evaluate", tmp_path / "small", "--against", base, "--data", text, "--json")
+    found = result_of(again)["metrics"]["text_embedding_cosine"]
+    assert found == pytest.approx(content["metrics"]["embedding_cosine"], abs=0.2)
+    for wrong, message in (
+        (("--unique-layers", 1), "--int8 or --int4"),
+        (("--unique-layers", 2, "--int8"), "fewer than the 2"),
+        (("--int8", "--int4"), "two widths"),
+    ):
+        done = run("compress", base, tmp_path / "other", "--ratio", 6, *wrong)
+        assert done.exit_code == 2
+        assert message in done.stderr
+
+
+def stored(folder: Path) -> int:
+    return sum(t.numel() * t.element_size() for t in load_file(folder / "model.safetensors").values())

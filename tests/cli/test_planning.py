@@ -151,3 +151,13 @@ def test_a_plan_takes_the_place_of_plans_alone(run: Any, base: Path, tables: Pat
             assert run("plan", base, "--output", place, "--overwrite").exit_code == 0
     plan.write_text(plan.read_text().replace('"predicted": null', '"predicted": NaN'))
     check(run("compress", base, tmp_path / "small", "--plan", plan), "NaN")
+
+
+@pytest.mark.parametrize("width", ["--int8", "--int4"])
+def test_a_plan_in_integers_is_carried_out_in_them(
+    width: str, run: Any, base: Path, tables: Path, tmp_path: Path
+) -> None:
+    file, text = tmp_path / "plan.json", ("--calibration", tables / "texts.txt")
+    planned = content_of(run("plan", base, width, "--ratio", 9, *text, "--output", file, "--json"))
+    carried = content_of(run("compress", base, tmp_path / "small", "--plan", file, *text, "--json"))
+    assert carried["bytes"] == planned["bytes"]

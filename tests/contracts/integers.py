@@ -145,13 +145,12 @@ class IntegersContract:
             layer.quantize()
             assert not layer.fake_quantized
             for one, other in zip(before, (layer(x.to(dtype)), layer.rows(index), layer.to_dense()), strict=True):
-                # Of 4 bits, products read int8.
-                assert torch.equal(one, other) if self.bits == 8 else relative(one.detach(), other.detach()) < 0.05
+                assert torch.equal(one, other)
 
     def test_gradients_of_a_fake_quantized_matrix_are_those_at_the_rounded_values(self, case: Case) -> None:
         layer, x = case.linear(), case.input(4)
         at = copy.deepcopy(layer)
-        at = self.quantized(at).floats()
+        at = integers.floats(self.quantized(at).multiplied)
         other = FactorizedLinear(case.spec, case.shape, at, layer.bias)
         layer.fake_quantize(self.bits)
         for one in (layer, other):
@@ -187,6 +186,7 @@ class IntegersContract:
 
     def test_copies(self, case: Case) -> None:
         layer, x = self.quantized(case.linear()), case.input(3)
+        layer(x)  # of 4 bits, products make something that is no part of it
         for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
             assert torch.equal(other(x), layer(x))
             assert other.quantized

@@ -59,6 +59,24 @@ def test_no_normalization_and_no_modules(tmp_path: Path) -> None:
     assert read_longest(tmp_path) == 24
 
 
+def test_pooling_of_a_layout_takes_16_bits_and_passes_gradients(tmp_path: Path) -> None:
+    folder = layout(tmp_path, [TRANSFORMER, POOLING, DENSE], {"pooling_mode": "mean"}) / "2_Dense"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"in_features": 4, "out_features": 3}))
+    torch.save({"linear.weight": torch.randn(3, 4), "linear.bias": torch.zeros(3)}, folder / "pytorch_model.bin")
+    found = read_layout(tmp_path)
+    hidden = torch.randn(2, 3, 4, requires_grad=True)
+    mask = torch.tensor([[1, 1, 0], [1, 1, 1]]).bool()
+    expected = found.pool(hidden, mask)
+    assert expected.shape == (2, 3)
+    assert torch.allclose(found.pool(hidden.bfloat16(), mask), expected, atol=0.03)
+    expected.sum().backward()
+    assert hidden.grad is not None
+    assert hidden.grad.abs().sum() > 0
+    assert found.pooling is not None
+    assert not any(parameter.requires_grad for module in found.pooling.after for parameter in module.parameters())
+
+
 @pytest.mark.parametrize(
     ("modules", "config", "message"),
     [

@@ -99,6 +99,23 @@ def test_new_codes_are_read_after_old_ones() -> None:
     for layer in factorized(model).values():
         layer.double().float()
     assert torch.equal(logits(model, inputs), logits(other, inputs))
+    layer = next(iter(factorized(model).values()))
+    x = torch.randn(3, layer.shape[1])
+    before = layer(x)
+    with torch.no_grad():
+        layer.get_parameter("right_scale").mul_(2)
+    expected = 2 * (before - layer.bias) + layer.bias
+    torch.testing.assert_close(layer(x), expected)
+    layer.get_parameter("right_scale").data = layer.get_parameter("right_scale").data / 2
+    torch.testing.assert_close(layer(x), before)
+
+
+def test_a_compiled_model_is_the_model() -> None:
+    model, inputs = compressed(), MODELS["bert"].inputs()
+    expected = logits(model, inputs)
+    with torch.inference_mode():
+        found = torch.compile(model, backend="eager")(**inputs).logits
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("method", ["svd", "kronecker", "dense_sparse_plain"])

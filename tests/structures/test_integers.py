@@ -163,9 +163,13 @@ def test_two_values_take_a_byte(size: tuple[int, ...], dtype: torch.dtype) -> No
     again = half_bytes(tensor)
     assert again.shape == tensor.shape
     assert again.dtype == dtype
-    assert torch.equal(integers.rounded(tensor, 4), again)
-    if dtype.itemsize > 2:
-        torch.testing.assert_close(half_bytes(again), again, rtol=4 * torch.finfo(dtype).eps, atol=0)
+    multiplied = integers.in_int8(stored, {"weight": spec})
+    assert {n: (tuple(t.shape), t.dtype) for n, t in multiplied.items()} == {
+        "weight": (size, torch.int8),
+        "weight_scale": (size[:1], dtype),
+    }
+    assert torch.equal(integers.rounded(tensor, 4), integers.floats(multiplied)["weight"])
+    torch.testing.assert_close(half_bytes(again), again, rtol=4 * torch.finfo(dtype).eps, atol=0)
 
 
 @given(st.integers(1, 80), st.floats(-30, 30), st.floats(-3, 0), st.integers(0, 1000))
@@ -186,6 +190,9 @@ def test_a_large_value_costs_its_neighbours_alone() -> None:
     error = (half_bytes(tensor) - tensor).square().mean(1)
     assert (half_bytes(tensor)[0, 32:] - tensor[0, 32:]).square().mean() < 2 * error[1:].mean()
     assert half_bytes(tensor)[0, 3] == pytest.approx(1000, rel=1e-3)
+    # Products read int8 with a scale for each row, and training sees what that costs.
+    assert (integers.rounded(tensor, 4)[0, 32:] == 0).all()
+    torch.testing.assert_close(integers.rounded(tensor, 4)[1:], half_bytes(tensor)[1:], rtol=0, atol=0.03)
 
 
 def test_zeros_stay_zeros() -> None:

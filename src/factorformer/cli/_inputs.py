@@ -21,7 +21,14 @@ from factorformer.export.sentence import Layout, read_layout
 from factorformer.files import RESULT_FILE, output_directory, whole_file
 from factorformer.hf.attachment import described
 from factorformer.hf.layout import place
-from factorformer.hf.source import copy_companions, find, load_model, place_of_weights, read_config
+from factorformer.hf.source import (
+    copy_companions,
+    find,
+    load_model,
+    place_of_weights,
+    read_config,
+    vocabulary_files,
+)
 from factorformer.layers.surgery import find_matrices
 from factorformer.planning import TOLERANCE, Entry, Plan
 from factorformer.report import Result
@@ -40,7 +47,7 @@ from factorformer.tasks.data import (
 )
 from factorformer.tasks.finetuning import check_can_follow
 from factorformer.tasks.reading import read_rows, text_format
-from factorformer.tasks.targets import Target
+from factorformer.tasks.targets import Predictions, Target
 from factorformer.training.rank_history import RankHistory
 
 
@@ -190,12 +197,12 @@ def check_teacher(name: str, student: PretrainedConfig, head: Head | None, targe
         theirs, ours = getattr(teacher, field, None), getattr(student, field, None)
         if theirs != ours:
             raise ModelError(f"the teacher '{name}' does not fit the model: its {field} is {theirs}, not {ours}")
-    if head is None:
+    if head is None and not isinstance(target, Predictions):
         return
     known = head_labels(teacher)
     if known is None:
         raise ModelError(f"the teacher '{name}' has no sequence-classification head: fine-tune it first")
-    ours = head_labels(student) if head.trained else head.labels
+    ours = head_labels(student) if head is None or head.trained else head.labels
     if known != ours:
         raise ModelError(f"the teacher '{name}' predicts other labels: {known}, not {ours}")
 
@@ -230,7 +237,9 @@ def fit_plan(plan: Plan, model: PreTrainedModel) -> Plan:
         if entry is None:
             entries.append(Entry(matrix, None, "not in the plan"))
         else:
-            same = dataclasses.replace(matrix, shape=entry.matrix.shape, dense=entry.matrix.dense)
+            same = dataclasses.replace(
+                matrix, shape=entry.matrix.shape, dense=entry.matrix.dense, bits=entry.matrix.bits
+            )
             owner = None if entry.shares is None else found.get(entry.shares.removeprefix(prefix), entry.shares)
             entries.append(dataclasses.replace(entry, matrix=same, shares=owner))
     lost = [name for name, entry in planned.items() if entry.spec is not None]
@@ -263,7 +272,7 @@ def save(
         weights = partial if companions is None else partial / place_of_weights(companions)
         write(result, model, partial, tokenizer=tokenizer, weights=weights)
         if companions is not None:
-            copy_companions(companions, partial)
+            copy_companions(companions, partial, set() if tokenizer is None else vocabulary_files(tokenizer))
         if history is not None:
             history.save(partial)
 
@@ -279,7 +288,7 @@ def write(
     """Write model, result and, if given, tokenizer into a directory; the model's own files into a folder of it."""
     model.save_pretrained(directory if weights is None else weights)
     if tokenizer is not None:
-        tokenizer.save_pretrained(directory)
+        tokenizer.save_pretrained(directory if weights is None else weights)
     description = directory / RESULT_FILE
     description.write_text(json.dumps(result.to_dict(), indent=1) + "\n", encoding="utf-8")
     for file in directory.rglob("*.safetensors"):  # which safetensors makes private

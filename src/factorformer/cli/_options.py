@@ -155,6 +155,24 @@ RankMultiple = Annotated[
         "other structures, of which 'auto' makes some, stay as they are.",
     ),
 ]
+UniqueLayers = Annotated[
+    int | None,
+    weights_option(
+        "--unique-layers",
+        min=1,
+        help="Let blocks share their matrices, as those of ALBERT do, so that so many are left; with --int8 or --int4. "
+        "The ratio counts all blocks of the original.",
+    ),
+]
+TrimVocabulary = Annotated[
+    str | None,
+    weights_option(
+        "--trim-vocabulary",
+        metavar="TEXT",
+        help="Drop the tokens that this text never uses, but for special ones and single characters, which spell the "
+        "rest; the ratio counts them as part of the original.",
+    ),
+]
 Share = Annotated[
     ShareChoice | None,
     weights_option(

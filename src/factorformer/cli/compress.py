@@ -41,6 +41,8 @@ from factorformer.cli._options import (
     Share,
     TextColumns,
     TrainFile,
+    TrimVocabulary,
+    UniqueLayers,
     Words,
     emit,
     finite,
@@ -90,6 +92,8 @@ def compress(
     exclude: Exclude = None,
     share: Share = None,
     rank_multiple: RankMultiple = None,
+    unique_layers: UniqueLayers = None,
+    trim_vocabulary: TrimVocabulary = None,
     plan: PlanFile = None,
     calibration: CalibrationFile = None,
     calibration_rows: CalibrationRows = 512,
@@ -121,8 +125,9 @@ def compress(
     which is better; otherwise it gets a new head.
 
     [bold]With --train and --distill but no --label[/bold] the compressed model learns on plain text to embed as the
-    teacher does, for --epochs, or for the --minutes that there are. Ten times on the way the embeddings of held-out
-    texts are compared, and a checkpoint is written; after an interruption the same command goes on with --resume.
+    teacher does, or to score as its head does, for --epochs, or for the --minutes that there are. Ten times on the way
+    held-out texts are compared, and a checkpoint is written; after an interruption the same command goes on with
+    --resume.
 
     [bold]Without --label[/bold] --eval is plain text, by default a part of the training file. 'embedding cosine' is the
     mean cosine between the embeddings of the original and the compressed model, and 'similarity spearman' the rank
@@ -137,14 +142,15 @@ def compress(
     [bold]Examples[/bold]
       factorformer compress minilm small/ --ratio 2 --calibration texts.txt
       factorformer compress minilm small/ --train texts.txt --distill minilm \\
-          --int8 --scope all --ratio 10 --minutes 30
+          --int4 --scope all --ratio 10 --minutes 30
       factorformer compress minilm small/ --int8 --ratio 8 --calibration texts.txt
       factorformer compress dense/ small/ --ratio 2.8 --train train.tsv \\
           --eval dev.tsv --label label --distill dense/
     """
     from factorformer.files import check_output
 
-    check_output(output, overwrite=overwrite, inputs=(model, plan, calibration, train, evaluation, distill))
+    files = (calibration, train, evaluation, trim_vocabulary)
+    check_output(output, overwrite=overwrite, inputs=(model, plan, distill, *files))
     if train is None:
         note_unused("without --train", "epochs", "minutes", "lr", "freeze_embeddings")
     elif minutes is not None:
@@ -175,6 +181,8 @@ def compress(
         exclude=exclude,
         share=None if share is None else share.value,
         rank_multiple=rank_multiple,
+        unique_layers=unique_layers,
+        trim_vocabulary=trim_vocabulary,
         plan=None if plan is None else Plan.load(plan),
         columns=columns_of(text, label, words),
         regression=regression,

@@ -17,7 +17,7 @@ from factorformer.fitting import statistics as calibrate
 from factorformer.fitting.batches import Batch, Calibration, as_batches
 from factorformer.fitting.matrices import fit_matrix, fit_stack, measure
 from factorformer.layers.dense import dense_weight
-from factorformer.layers.matrix import Matrix, Member, Scope
+from factorformer.layers.matrix import Cost, Matrix, Member, Scope, total
 from factorformer.layers.surgery import find_matrices
 from factorformer.planning import Entry, Plan, Share, Unit
 from factorformer.planning.evidence.prediction import plan_by_loss
@@ -47,6 +47,7 @@ def plan(
     keep_statistics: bool = False,
     new_head: bool = False,
     token_counts: Tensor | None = None,
+    before: Cost | None = None,
 ) -> Plan:
     """Decide what every weight matrix becomes, without changing anything.
 
@@ -84,6 +85,8 @@ def plan(
             states below it.
         token_counts: how often each token occurs in more text than that of calibration, `(vocabulary,)`: embeddings are
             judged, and fitted, by these. Most words are not among the few that calibration reads.
+        before: cost of everything in scope before tokens were dropped or layers tied (`inventory(model).original`), if
+            any were: a ratio of bytes is relative to that.
 
     Raises:
         MethodError: an unknown method or budget, a budget that the method does not count, or a method whose matrices
@@ -113,6 +116,9 @@ def plan(
         metric = "plain" if recipe.allocation == "by_loss" else recipe.metric
         unreached = calibrate.unreached(model, able, data, metric, new_head=new_head)
         matrices = [dataclasses.replace(m, dense=unreached.get(m.name, m.dense)) for m in matrices]
+    asked = ratio
+    if before is not None and budget == "bytes":
+        ratio *= (total(matrix.cost(None) for matrix in matrices) + rest).bytes / before.bytes
     _check_any(matrices, include is not None)
     _check_multiple(matrices, rank_multiple)
     allocate = planning.ALLOCATIONS[recipe.allocation]
@@ -133,6 +139,7 @@ def plan(
                 new_head,
                 token_counts,
             )
+        made = dataclasses.replace(made, target=asked, before=before)
         return made if keep_statistics else dataclasses.replace(made, statistics={})
     groups = planning.find_groups(matrices, share)
     stacks = planning.stacked(matrices, groups)
@@ -147,7 +154,7 @@ def plan(
         # Few and small matrices: with a given number of atoms, perhaps no combination of nonzeros meets the budget.
         with contextlib.suppress(BudgetError):
             entries = [_explained(entry, choices) for entry in allocate(stacks, sizes, ratio, rest)]
-    return Plan(method, scope, ratio, planning.expand(matrices, groups, entries), rest)
+    return Plan(method, scope, asked, planning.expand(matrices, groups, entries), rest, before=before)
 
 
 def _check_multiple(matrices: Sequence[Matrix], multiple: int) -> None:

@@ -144,7 +144,9 @@ class Layout:
             return mean_pool(hidden, mask)
         vectors = self.pooling(hidden, mask.long())
         for module in self.pooling.after:
-            vectors = module.to(vectors.device)(vectors)
+            with torch.inference_mode(mode=False):  # what is moved may be learned through later
+                module.to(vectors.device)
+            vectors = module(vectors)
         return vectors
 
 

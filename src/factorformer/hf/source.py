@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -129,7 +130,12 @@ def most_tokens(model: PreTrainedModel) -> int | None:
     return positions - (0 if padding is None else padding + 1)
 
 
-def copy_companions(source: Path, target: Path) -> None:
+def vocabulary_files(tokenizer: PreTrainedTokenizerBase) -> set[str]:
+    """Names of files in which tokenizers of its kind may keep their vocabulary."""
+    return {"vocab.txt", "vocab.json", "merges.txt", "added_tokens.json", *type(tokenizer).vocab_files_names.values()}
+
+
+def copy_companions(source: Path, target: Path, without: Collection[str] = ()) -> None:
     """Copy what stands beside the weights of a model, byte by byte, wherever `target` does not have it already.
 
     These are the small files (tokenizer, `modules.json`, ...) at the top and beside the Transformer, and the folders of
@@ -140,7 +146,8 @@ def copy_companions(source: Path, target: Path) -> None:
     for folder in dict.fromkeys((Path(), inside)):
         (target / folder).mkdir(parents=True, exist_ok=True)
         for file in (source / folder).iterdir():
-            if file.is_file() and not _stays(file.name) and not (target / folder / file.name).exists():
+            stays = _stays(file.name) or file.name in without
+            if file.is_file() and not stays and not (target / folder / file.name).exists():
                 shutil.copyfile(file, target / folder / file.name)
     for folder in layout.module_folders(source):
         if Path(folder) != inside:

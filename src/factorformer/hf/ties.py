@@ -55,7 +55,8 @@ def rewrite(model: PreTrainedModel) -> None:
                 ties[target] = source
         if any(_holder(module, source) is not None for source in ties.values()):
             compat.declare_ties(module, _exact(ties))
-    holding, sharing = compat.expanded_ties(model, whole=True), _sharing(model)
+    holding = compat.expanded_ties(model, whole=True)
+    sharing = _sharing(model, holding)
     if sharing:
         # Saving drops what these expressions match; transformers expands them only where word embeddings are tied.
         compat.declare_ties(model, {**compat.declared_ties(model), **_exact(sharing)})
@@ -118,7 +119,15 @@ def share(model: PreTrainedModel, config: FactorformerConfig) -> None:
     Raises:
         CheckpointError: it has a layer without the one whose factors that shares.
     """
+    declared = compat.expanded_ties(model, whole=True)
     for name, layer in config.layers.items():
+        owner = named_module(model, name)
+        for holder in layer.get("tied", ()):
+            module = named_module(model, holder)
+            if isinstance(module, FactorizedMatrix) and f"{holder}.weight" not in declared and module is not owner:
+                assert isinstance(owner, FactorizedMatrix)
+                for factor in owner.factors:
+                    setattr(module, factor, getattr(owner, factor))
         for holder in (name, *layer.get("tied", ())) if "shares" in layer else ():
             module = named_module(model, holder)
             if not isinstance(module, FactorizedMatrix):
@@ -169,14 +178,18 @@ def _exact(ties: Mapping[str, str]) -> compat.Ties:
     return {f"{re.escape(target)}$": f"{re.escape(source)}$" for target, source in ties.items()}
 
 
-def _sharing(model: nn.Module) -> compat.Ties:
-    """Names of factors that are stored under the name of another layer, and those names."""
-    return {
-        f"{name}.{factor}": f"{owner}.{factor}"
-        for name, module, _, owner in factorized(model)
-        if owner is not None
-        for factor in module.sharing
-    }
+def _sharing(model: nn.Module, declared: Mapping[str, str]) -> compat.Ties:
+    """Names of factors that are stored under the name of another layer, and those names.
+
+    These are factors that a plan lets layers share, and all those of layers that were tied but not by the architecture.
+    """
+    found: compat.Ties = {}
+    for name, module, tied, owner in factorized(model):
+        if owner is not None:
+            found |= {f"{name}.{factor}": f"{owner}.{factor}" for factor in module.sharing}
+        elif tied is not None and f"{name}.weight" not in declared:
+            found |= {f"{name}.{factor}": f"{tied}.{factor}" for factor in module.factors}
+    return found
 
 
 def _drop_scales(model: PreTrainedModel) -> None:

@@ -58,7 +58,7 @@ def _serve(
     index: Tensor, weight: Tensor, scales: Tensor | None, *others: Tensor | None, support: Tensor | None = None
 ) -> bool:
     """Whether the compiled kernels do: results are float32, and nothing asks for a derivative."""
-    if torch.compiler.is_compiling() or not index.is_cpu or index.is_meta:
+    if torch.compiler.is_compiling() or not index.is_cpu or index.dtype not in (torch.int64, torch.int32):
         return False
     values = weight if scales is None else scales  # of the type of the results
     return served(values, weight, scales, *others, support=support)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from factorformer.errors import ModelError
+from factorformer.kernels._compat import unobserved
 from factorformer.structures import Factors, Selection, Shape, Structure, TensorSpec, integers
 from factorformer.structures.integers import Bits
 
@@ -114,7 +115,7 @@ class FactorizedMatrix(nn.Module):
         self._mode, self._form = Mode.FLOATS if bits is None else Mode.QUANTIZED, None
         self.bits: Bits = bits or 8
         """Of integers, in which the factors are stored or to which they are rounded, if that is their mode."""
-        self._in_int8: tuple[Tensor, Factors] | None = None
+        self._in_int8: tuple[tuple[object, ...], Factors] | None = None
         self.register_load_state_dict_pre_hook(_check_incoming)
         if factors is not None:
             self._adopt(spec, factors)
@@ -166,7 +167,7 @@ class FactorizedMatrix(nn.Module):
         wanted = {name: tensor.size for name, tensor in expected.items()}
         if sizes != wanted:
             raise ModelError(f"{spec} of a {self.shape[0]}x{self.shape[1]} matrix stores {wanted}, got {sizes}")
-        self.spec, self._names = spec, tuple(expected)
+        self.spec, self._names, self._in_int8 = spec, tuple(expected), None
         for name, tensor in factors.items():
             if expected[name].dtype is not None:
                 if name in dict(self.named_parameters(recurse=False)):
@@ -276,6 +277,10 @@ class FactorizedMatrix(nn.Module):
                 self.register_buffer(name, tensor.to(getattr(self, name).device))
         return self
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and files hold what is stored, and not what products make of it."""
+        return {**self.__dict__, "_in_int8": None}
+
     def check_factors(self) -> None:
         """Raise `ModelError` if integer factors are out of range; called on all tensors that come from outside."""
         self.spec.check_factors(self.shape, self.factors)
@@ -305,12 +310,16 @@ class FactorizedMatrix(nn.Module):
             return integers.Rounded(self.factors, self.bits)
         if not self.quantized or self.bits == 8:
             return self.factors
-        if torch.compiler.is_compiling():
-            return integers.in_int8(self.factors, self.spec.tensors(self.shape))
-        weight = self.get_buffer("weight")
-        if self._in_int8 is None or self._in_int8[0] is not weight:  # kept for the next product
-            self._in_int8 = weight, integers.in_int8(self.factors, self.spec.tensors(self.shape))
-        return self._in_int8[1]
+        if torch.compiler.is_compiling():  # a graph holds what the last product before it read
+            held = self._in_int8
+            return integers.in_int8(self.factors, self.spec.tensors(self.shape)) if held is None else held[1]
+        state = tuple(map(_state, self.factors.values()))
+        if self._in_int8 is not None and self._in_int8[0] == state:
+            return self._in_int8[1]
+        made = integers.in_int8(self.factors, self.spec.tensors(self.shape))
+        if unobserved():
+            self._in_int8 = state, made
+        return made
 
     def floats(self) -> Factors:
         """The values of the factors, however they are stored."""
@@ -337,6 +346,11 @@ class FactorizedMatrix(nn.Module):
     def extra_repr(self) -> str:
         """Spec and shape, for `print(model)`."""
         return f"{self.spec}, shape={self.shape[0]}x{self.shape[1]}" + (f", int{self.bits}" if self.quantized else "")
+
+
+def _state(tensor: Tensor) -> tuple[object, ...]:
+    """Another one where a tensor holds other values."""
+    return id(tensor), tensor.data_ptr(), None if tensor.is_inference() else tensor._version
 
 
 def _check_incoming(module: nn.Module, state: Mapping[str, Any], prefix: str, *_: Any) -> None:

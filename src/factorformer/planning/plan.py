@@ -110,6 +110,8 @@ class Plan:
         objective: what `predicted` is in: the `loss` in nats, `1 - cosine` of embeddings, or the mean squared `error of
             the weights` where there was no calibration data.
         milliseconds: of all products in scope, dense and as planned, where the budget is one of time.
+        before: cost of everything in scope before tokens were dropped or layers tied, if any were: what ratios of bytes
+            are relative to.
         statistics: what calibration measured of each layer, if it was to be kept; not part of what is saved.
 
     Raises:
@@ -125,6 +127,7 @@ class Plan:
     predicted: float | None = None
     objective: str | None = None
     milliseconds: tuple[float, float] | None = None
+    before: Cost | None = None
     statistics: Mapping[str, LayerStatistics] = dataclasses.field(default_factory=dict, compare=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -133,7 +136,7 @@ class Plan:
     @property
     def original(self) -> Cost:
         """Cost of everything in scope before."""
-        return total(entry.original for entry in self.entries) + self.rest
+        return self.before or total(entry.original for entry in self.entries) + self.rest
 
     @property
     def compressed(self) -> Cost:
@@ -174,6 +177,7 @@ class Plan:
             "milliseconds": None if self.milliseconds is None else list(self.milliseconds),
             "predicted_for": self._fingerprint(),
             "rest": dataclasses.asdict(self.rest),
+            "before": None if self.before is None else dataclasses.asdict(self.before),
             "entries": [
                 {
                     **dataclasses.asdict(entry.matrix),
@@ -188,7 +192,7 @@ class Plan:
 
     def _fingerprint(self) -> str:
         """Another one if a matrix becomes something else."""
-        specs = {entry.matrix.name: entry.spec and entry.spec.to_dict() for entry in self.entries}
+        specs = {e.matrix.name: e.spec and {**e.spec.to_dict(), "bits": e.matrix.bits} for e in self.entries}
         return hashlib.sha256(json.dumps([self.method, specs], sort_keys=True).encode()).hexdigest()[:16]
 
     @classmethod
@@ -199,9 +203,13 @@ class Plan:
             MethodError: another format version, or content that is not a plan.
         """
         if content.get("format") != FORMAT:
-            raise MethodError(f"not a plan of format {FORMAT}: 'format' is {content.get('format')!r}")
-        fields = read_fields(cls, content, "the plan", entries=list, rest=dict, statistics=None)
-        fields["rest"] = Cost(**read_fields(Cost, fields["rest"], "the plan"))
+            raise MethodError(
+                f"not a plan of format {FORMAT}: 'format' is {content.get('format')!r}; plan again with this version"
+            )
+        fields = read_fields(cls, content, "the plan", entries=list, rest=dict, before=dict | None, statistics=None)
+        for name in ("rest", "before"):
+            if fields[name] is not None:
+                fields[name] = Cost(**read_fields(Cost, fields[name], "the plan"))
         fields["entries"] = tuple(_entry(item) for item in fields["entries"])
         plan = cls(**fields)
         edited = content.get("predicted_for") != plan._fingerprint()

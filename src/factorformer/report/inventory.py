@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+from collections.abc import Iterable
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from factorformer.layers.matrix import Matrix, Scope
@@ -36,9 +39,27 @@ def inventory(model: PreTrainedModel, scope: Scope | None = None) -> Plan:
     scope = scope or ("blocks" if find_blocks(dense) else "all")
     matrices, rest = find_matrices(dense, scope)
     owners: dict[int, str] = {}
-    entries = tuple(_entry(model, matrix, owners) for matrix in matrices)
+    entries = tuple(_entry(model, matrix, owners) for matrix in _once(model, matrices))
     found = Plan(None, scope, 1.0, entries, rest)
     return dataclasses.replace(found, target=found.ratio)
+
+
+def _once(model: nn.Module, matrices: Iterable[Matrix]) -> list[Matrix]:
+    """Each matrix once, where layers hold the factors of another although the architecture does not tie them."""
+    first: dict[int, int] = {}
+    found: list[Matrix] = []
+    for matrix in matrices:
+        module = None
+        with contextlib.suppress(AttributeError):  # a bare parameter, such as fused experts
+            module = model.get_submodule(matrix.name)
+        place = first.setdefault(id(module.weight), len(found)) if isinstance(module, FactorizedMatrix) else len(found)
+        if place == len(found):
+            found.append(matrix)
+            continue
+        owner = found[place]
+        aliases = (*owner.aliases, matrix.name, *matrix.aliases)
+        found[place] = dataclasses.replace(owner, aliases=aliases, products=owner.products + matrix.products)
+    return found
 
 
 def _dense_skeleton(model: PreTrainedModel) -> PreTrainedModel:

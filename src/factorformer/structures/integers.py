@@ -5,8 +5,8 @@ index of the factor's first dimension.
 
 In 4 bits `value = code * scale * 2^(-exponent / STEPS)`, with codes from -7 to 7, an exponent of 8 bits for each group
 of `GROUP` values of a row, and one scale: a single scale for a row would be that of its largest value, beside which
-most others are nothing. Two codes take a byte. Products read factors in 4 bits as int8, which they are turned into
-once.
+most others are nothing. Two codes take a byte. Products read factors in 4 bits as int8 with a scale for each row, which
+they are turned into once; training rounds twice as well.
 
 Both are symmetric. Scales are values of their own, named after the factor, and so are exponents.
 """
@@ -42,8 +42,9 @@ STEPS = 16
 """From a scale to half of it: those of groups can differ by a factor of 2^16, and are up to 4 % larger than need be."""
 
 
-SLACK = 1e-3
-"""Of an exponent, so that what is rounded already has the exponents that it was given, whatever a logarithm loses."""
+SLACK = 24
+"""Units in the last place by which an exponent may be too large, so that what is rounded already has the exponents that
+it was given, whatever a logarithm and a narrow type lose."""
 
 
 def stored(tensors: Mapping[str, TensorSpec], bits: Bits) -> dict[str, TensorSpec]:
@@ -92,7 +93,7 @@ def _pack(codes: Tensor) -> Tensor:
     Bytes are int8 as well: some architectures look whether a weight is, before they cast activations to its type.
     """
     codes = F.pad(codes, (0, codes.shape[1] % 2))
-    return (codes[:, ::2] & 15) | (codes[:, 1::2] << 4)
+    return ((codes[:, ::2] & 15) | (codes[:, 1::2] << 4)).contiguous()
 
 
 def in_int8(factors: Factors, tensors: Mapping[str, TensorSpec]) -> dict[str, Tensor]:
@@ -112,7 +113,7 @@ def restored(factors: Factors, tensors: Mapping[str, TensorSpec]) -> dict[str, T
         # Shifts to the right keep the sign.
         codes = torch.stack([factors[name] << 4 >> 4, factors[name] >> 4], dim=2).flatten(1)[:, :width]
         values = _grouped(codes.to(scale.dtype)) * _steps(factors[name + EXPONENTS], scale)[:, :, None]
-        result[name] = values.flatten(1)[:, :width].reshape(tensor.size)
+        result[name] = values.flatten(1)[:, :width].reshape(tensor.size).contiguous()
     return result
 
 
@@ -136,7 +137,8 @@ def look_up(factors: Factors, name: str, index: Tensor) -> Tensor:
     """Rows of a factor, as values."""
     if isinstance(factors, Rounded):
         table = factors.values_of(name).flatten(1)
-        return rounded(F.embedding(index.flatten(), table), factors.bits, table).view(*index.shape, -1)
+        rows = rounded(F.embedding(index.flatten(), table), factors.bits, table)
+        return rows.view(*index.shape, table.shape[1])
     rows, scale = F.embedding(index, factors[name].flatten(1)), factors.get(name + SCALE)
     return rows if scale is None else rows.to(scale.dtype) * F.embedding(index, scale[:, None])
 
@@ -172,7 +174,7 @@ class Rounded(Mapping[str, Tensor]):
 
 
 def rounded(tensor: Tensor, bits: Bits, factor: Tensor | None = None) -> Tensor:
-    """The very values that `quantize` would store, through which gradients pass as if nothing had been rounded.
+    """The very values that products read of what `quantize` stores; gradients pass as if nothing had been rounded.
 
     The straight-through estimator of Bengio, Léonard and Courville (arXiv 1308.3432), for training that is to end in
     integers.
@@ -182,14 +184,12 @@ def rounded(tensor: Tensor, bits: Bits, factor: Tensor | None = None) -> Tensor:
         bits: of the integers.
         factor: whose rows they are.
     """
-    fixed = tensor.detach()
-    if bits == 8:
-        values = _values(*_by_row(fixed))
-    else:
+    fixed = values = tensor.detach()
+    if bits == 4:
         codes, exponents, scale = _by_group(fixed, fixed if factor is None else factor.detach())
         whole = codes.to(scale.dtype) * _steps(exponents, scale)[:, :, None]
         values = whole.flatten(1)[:, : math.prod(tensor.shape[1:])].view(tensor.shape)
-    return values + (tensor - fixed)
+    return _values(*_by_row(values)) + (tensor - fixed)
 
 
 def _by_row(tensor: Tensor) -> tuple[Tensor, Tensor]:
@@ -208,7 +208,7 @@ def _by_group(tensor: Tensor, factor: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     scale = (of_all / LARGEST[4]).to(tensor.dtype).view(1)
     tiny = torch.finfo(largest.dtype).tiny
     below = STEPS * (scale.to(largest.dtype).clamp_min(tiny) * LARGEST[4] / largest.clamp_min(tiny)).log2()
-    exponents = (below + SLACK).floor().clamp(0, 255).to(torch.uint8)
+    exponents = (below + SLACK * torch.finfo(tensor.dtype).eps).floor().clamp(0, 255).to(torch.uint8)
     steps = _steps(exponents, scale).to(largest.dtype)
     steps = torch.where(steps > 0, steps, 1)  # zeros, or too small for a scale
     return (values / steps[:, :, None]).round().clamp(-LARGEST[4], LARGEST[4]), exponents, scale

@@ -23,7 +23,7 @@ from factorformer.progress import Progress, silent
 from factorformer.tasks.data import IGNORED, indexed_batches
 from factorformer.tasks.embeddings import neighbour_recall, unit
 from factorformer.tasks.labels import Labels
-from factorformer.training.distillation import mean_pool
+from factorformer.training.distillation import logit_loss, mean_pool
 
 Pool = Callable[[Float[Tensor, "rows tokens width"], Bool[Tensor, "rows tokens"]], Float[Tensor, "rows pooled"]]
 """Hidden states, and which tokens are real, to one vector for each row."""
@@ -258,18 +258,23 @@ def compare_embeddings(original: Tensor, compressed: Tensor) -> dict[str, float]
     }
 
 
-def compare_predictions(original: Tensor, compressed: Tensor) -> dict[str, float]:
+def compare_predictions(original: Tensor, compressed: Tensor, *, independent: bool = False) -> dict[str, float]:
     """How well a compressed model keeps scores `(rows, 1)` or logits of classes `(rows, classes)`.
 
     Returns:
         Of scores `score_spearman` and `score_pearson`, rank and linear correlation of the two; of classes
         `prediction_agreement`, how often both find the same one the likeliest, and `prediction_divergence`, the mean
-        Kullback-Leibler divergence of the compressed model's predictions from the original's, in nats.
+        Kullback-Leibler divergence of the compressed model's predictions from the original's, in nats. Of classes that
+        do not exclude each other, agreement is that of all of a row, and divergences add up.
     """
     first, second = original.float(), compressed.float()
     if first.shape[1] == 1:
         a, b = first[:, 0].numpy(), second[:, 0].numpy()
         return {"score_spearman": rank_correlation(a, b), "score_pearson": correlation(a, b)}
+    if independent:
+        agreement = ((first > 0) == (second > 0)).all(1).float().mean()
+        divergence = logit_loss(second, first, temperature=1.0, independent=True)
+        return {"prediction_agreement": float(agreement), "prediction_divergence": float(divergence)}
     divergence = F.kl_div(second.log_softmax(1), first.log_softmax(1), log_target=True, reduction="batchmean")
     agreement = (first.argmax(1) == second.argmax(1)).float().mean()
     return {"prediction_agreement": float(agreement), "prediction_divergence": float(divergence)}

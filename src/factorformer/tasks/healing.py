@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
+import json
 import math
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -17,7 +19,9 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
+from factorformer.errors import DataError
 from factorformer.hf.callbacks import moving
+from factorformer.hf.description import describe
 from factorformer.layers.embeddings import embeddings_of
 from factorformer.layers.modes import requiring_gradients
 from factorformer.progress import Progress, silent
@@ -49,7 +53,7 @@ class HealingSettings(Settings):
         minutes: of training, what is measured and saved on the way included; if given, `epochs` does not count, and
             the learning rate falls with time.
         points: at which held-out rows are compared and a checkpoint is written.
-        freeze_embeddings: leave dense word embeddings as they are; factorized ones are trained in any case.
+        freeze_embeddings: leave dense tables of word embeddings as they are; factorized ones are trained in any case.
     """
 
     learning_rate: float = 5e-4
@@ -117,7 +121,9 @@ class HealingTrainer(ReproducibleTrainer):
 
     def _products(self) -> contextlib.AbstractContextManager[object]:
         """The precision that the Trainer asks for is that of the whole model's forward pass, and not met by a part."""
-        return torch.autocast(self.args.device.type, torch.bfloat16, enabled=self.settings.precision == "bf16")
+        precision = self.settings.precision
+        dtype = torch.float16 if precision == "fp16" else torch.bfloat16
+        return torch.autocast(self.args.device.type, dtype, enabled=precision != "fp32")
 
     def _wanted(self, rows: Tensor, inputs: Mapping[str, Any]) -> Tensor:
         if self.remembered is not None and bool(self.known[rows].all()):
@@ -236,8 +242,10 @@ def heal(
                 phase=phase,
             )
     settings, target = settings or HealingSettings(), target or Embeddings()
+    if data.format["type"] == "custom":
+        raise DataError("rows are transformed when they are read (with_transform), and cannot be numbered: use map")
     if held is None:
-        data, held = hold_out(data, settings.seed)
+        data, held = hold_out(data, settings.seed, "held=")
     if tokenizer is not None:
         check_lengths(model, data, "the training data")
         check_lengths(model, held, "the held-out texts")
@@ -254,10 +262,11 @@ def heal(
     numbered = data.add_column(ROW, list(range(len(data))))
     if "length" not in data.column_names:
         numbered = numbered.add_column("length", [1] * len(data))
-    description = {**dataclasses.asdict(settings), "rows": len(data)}
+    description: dict[str, Any] = {**dataclasses.asdict(settings), "rows": len(data), "target": type(target).__name__}
+    description |= {"data": _digest(data), "held": _digest(held)}
     del description["precision"]  # which the processor decides, and another may go on
-    if ranks is None:
-        description["parameters"] = model.num_parameters()
+    if ranks is None:  # which change them
+        description["layers"] = _digest_of(describe(model).layers)
     else:
         description[FILES] = [STATE]
     acting: list[TrainerCallback] = [Watch(silent if settings.minutes is not None else progress, phase)]
@@ -303,6 +312,15 @@ def heal(
                 ranks.detach()
     model.eval()
     return _curve(history)
+
+
+def _digest(data: datasets.Dataset) -> str:
+    """Another one for other rows, as far as a few of them and their number tell."""
+    return _digest_of([len(data), [data[row] for row in range(0, len(data), max(len(data) // 32, 1))]])
+
+
+def _digest_of(content: object) -> str:
+    return hashlib.sha256(json.dumps(content, default=str).encode()).hexdigest()[:16]
 
 
 def _curve(history: Sequence[Mapping[str, Any]]) -> list[dict[str, float]]:

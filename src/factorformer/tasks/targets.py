@@ -93,4 +93,4 @@ class Predictions:
 
     def compare(self, wanted: Tensor, found: Tensor) -> dict[str, float]:
         """See `compare_predictions`."""
-        return compare_predictions(wanted, found)
+        return compare_predictions(wanted, found, independent=self.independent)

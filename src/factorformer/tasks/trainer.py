@@ -31,7 +31,6 @@ from factorformer.hf.compat import own_forward
 from factorformer.hf.source import most_tokens
 from factorformer.layers.embeddings import embeddings_of
 from factorformer.layers.modes import fast_attention, fast_float32, requiring_gradients
-from factorformer.layers.nn import FactorizedMatrix
 from factorformer.progress import Progress
 
 _POSITIVE = (lambda number: 0 < number < math.inf, "a finite number above 0")
@@ -211,7 +210,7 @@ def frozen_embeddings(model: PreTrainedModel, frozen: bool) -> Iterator[None]:
     Factorized embeddings are trained even so: the fit has just damaged them, and they have to recover.
     """
     embeddings = embeddings_of(model, "input_embeddings")
-    frozen = frozen and embeddings is not None and not isinstance(embeddings, FactorizedMatrix)
+    frozen = frozen and isinstance(embeddings, nn.Embedding)
     with requiring_gradients(embeddings.parameters() if frozen and embeddings is not None else (), False):
         yield
 

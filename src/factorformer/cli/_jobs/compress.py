@@ -31,8 +31,10 @@ from factorformer.cli._options import note
 from factorformer.errors import OutputError
 from factorformer.hf.source import load_model
 from factorformer.layers.embeddings import embeddings_of
+from factorformer.layers.matrix import Cost
 from factorformer.layers.modes import has_bfloat16_products
 from factorformer.layers.quantization import quantize
+from factorformer.layers.tying import tie_layers
 from factorformer.planning import Plan, left_dense
 from factorformer.planning.evidence.prediction import WEIGHTS
 from factorformer.progress import Progress, bars
@@ -43,6 +45,7 @@ from factorformer.tasks.data import check_lengths, count_tokens
 from factorformer.tasks.finetuning import train
 from factorformer.tasks.healing import heal
 from factorformer.tasks.trainer import in_full_precision
+from factorformer.tasks.vocabulary import trim_model
 from factorformer.training.dynamic_rank import DynamicRank
 from factorformer.training.rank_history import RankHistory
 from factorformer.training.straight_through import StraightThrough
@@ -69,7 +72,12 @@ def _make(
     job: CompressJob, inputs: Inputs, unfinished: Unfinished | None, started: float
 ) -> tuple[Result, PreTrainedModel, Measured | None]:
     """The result, whose directory is complete but for what is measured; the model, and what the original measured."""
-    model = _load(job, inputs)
+    model, whole = _load(job, inputs)
+    before = None
+    if job.unique_layers is not None:
+        with bars() as progress:
+            before = None if inputs.fresh else _measure(inputs, model, progress, "evaluate original")
+        tie_layers(model, job.unique_layers)
     calibration, counts = None, None
     if inputs.calibration is not None and inputs.tokenizer is not None:
         rows, size = job.calibration_rows, job.settings.batch_size
@@ -79,10 +87,11 @@ def _make(
             text = [data for data in (inputs.train, inputs.calibration) if data is not None]
             counts = count_tokens(text, table.num_embeddings)
     begun = time.perf_counter()
-    plan, warnings = _plan(job, model, calibration, counts, inputs.fresh, unfinished)
+    plan, warnings = _plan(job, model, calibration, counts, inputs.fresh, whole, unfinished)
     seconds = {} if job.plan is not None else {"plan": time.perf_counter() - begun}
     with bars() as progress:
-        before = None if inputs.fresh else _measure(inputs, model, progress, "evaluate original")
+        if before is None and not inputs.fresh:
+            before = _measure(inputs, model, progress, "evaluate original")
         restore = in_full_precision(model) if inputs.train is not None else None
         plan, history, spent = _fit(job, inputs, model, plan, calibration, counts, unfinished, progress)
         if restore is not None:
@@ -99,6 +108,8 @@ def _make(
     )
     # Whatever lies beside the weights belongs to the model as it was; a new head makes it a model for something else.
     tokenizer, companions = (inputs.tokenizer, None) if inputs.fresh else (None, inputs.path)
+    if inputs.kept is not None:
+        tokenizer = inputs.tokenizer
     save(result, model, overwrite=job.overwrite, tokenizer=tokenizer, companions=companions, history=history)
     return result, model, before
 
@@ -118,8 +129,8 @@ def _measured(
     return result
 
 
-def _load(job: CompressJob, inputs: Inputs) -> PreTrainedModel:
-    """The model in its own precision, with the head that is to be trained."""
+def _load(job: CompressJob, inputs: Inputs) -> tuple[PreTrainedModel, Cost | None]:
+    """The model in its own precision, with the head to be trained; and its cost, if a part of it will be dropped."""
     if inputs.head is None:
         model = load_model(inputs.path, device=job.device)
     else:
@@ -128,7 +139,12 @@ def _load(job: CompressJob, inputs: Inputs) -> PreTrainedModel:
         data = getattr(inputs, name)
         if data is not None:
             check_lengths(model, data, f"the {name} data")
-    return model
+    if inputs.kept is None and job.unique_layers is None:
+        return model, None
+    before = inventory(model, job.scope or recipes.get(job.chosen).scope).original
+    if inputs.kept is not None:
+        trim_model(model, inputs.kept)
+    return model, before
 
 
 def _plan(
@@ -137,6 +153,7 @@ def _plan(
     calibration: list[dict[str, Tensor]] | None,
     counts: Tensor | None,
     new_head: bool,
+    before: Cost | None,
     unfinished: Unfinished | None,
 ) -> tuple[Plan, list[str]]:
     """The plan, that of the interrupted run if there is one, and warnings about it, which are printed as well."""
@@ -165,6 +182,7 @@ def _plan(
                 keep_statistics=True,
                 new_head=new_head,
                 token_counts=counts,
+                before=before,
             )
     if unfinished is not None:
         plan.save(unfinished.plan)
@@ -241,6 +259,8 @@ def _train(
     assert inputs.train is not None
     assert inputs.tokenizer is not None
     teacher = load_teacher(job.distill, model)
+    if teacher is not None and inputs.kept is not None:
+        trim_model(teacher, inputs.kept)
     moving: dict[str, Any] = {"straight": straight, "ranks": ranks, "progress": progress}
     if unfinished is None:
         return train(model, inputs.tokenizer, inputs.train, job.settings, teacher=teacher, **moving)

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import datasets
+import torch
+from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from factorformer.cli._inputs import (
@@ -21,11 +23,13 @@ from factorformer.cli._inputs import (
 )
 from factorformer.cli._jobs.compress_options import CompressJob
 from factorformer.cli._measure import check_measurable
+from factorformer.cli._options import note
 from factorformer.errors import DataError, MethodError
 from factorformer.hf.source import find, load_tokenizer, read_config
 from factorformer.tasks.classification import Head, check_head, find_head, head_labels, is_causal, labels_for
-from factorformer.tasks.data import Columns, Labels, hold_out, sample
+from factorformer.tasks.data import Columns, Labels, count_tokens, hold_out, sample
 from factorformer.tasks.targets import Embeddings, Predictions, Target
+from factorformer.tasks.vocabulary import trimmed_tokenizer, used_tokens
 
 COMPARED = 1000
 """Embeddings are compared on at most so many rows: the similarities are those of all pairs."""
@@ -42,6 +46,7 @@ class Inputs:
         head: where the head to train comes from; None if none is trained.
         train, evaluation, calibration: encoded rows.
         target: what is compared with the original where there are no labels; None for a language model.
+        kept: tokens of the original that are left, where others are dropped; the tokenizer knows these alone.
     """
 
     path: Path
@@ -52,6 +57,7 @@ class Inputs:
     evaluation: datasets.Dataset | None
     calibration: datasets.Dataset | None
     target: Target | None
+    kept: Tensor | None = None
 
     @property
     def heals(self) -> bool:
@@ -93,7 +99,9 @@ def read_inputs(job: CompressJob) -> Inputs:
     target = None if label is not None or is_causal(config) or not tables else _target(path, config, job.distill)
     if job.distill is not None:
         check_teacher(job.distill, config, head, target)
-    tokenizer = load_tokenizer(path) if tables else None
+    tokenizer, kept = load_tokenizer(path) if tables or job.trim_vocabulary is not None else None, None
+    if tokenizer is not None and job.trim_vocabulary is not None:
+        tokenizer, kept = _trimmed(tokenizer, job, config)
     data: dict[str, datasets.Dataset] = {}
     for name, rows in tables.items():
         assert tokenizer is not None
@@ -118,7 +126,24 @@ def read_inputs(job: CompressJob) -> Inputs:
         data.get("evaluation"),
         data.get("calibration"),
         target,
+        kept,
     )
+
+
+def _trimmed(
+    tokenizer: PreTrainedTokenizerBase, job: CompressJob, config: PretrainedConfig
+) -> tuple[PreTrainedTokenizerBase, Tensor]:
+    """The tokenizer without the tokens that a text never uses, and the numbers of those that are left."""
+    source = job.trim_vocabulary or ""
+    columns = plain_columns(source, job.columns)
+    counts = torch.zeros(len(tokenizer), dtype=torch.int64)
+    rows = read_table(source, columns)
+    for column in columns.text:
+        texts = encode_table(source, rows, Columns((column,)), tokenizer, None, job.max_length, config)
+        counts += count_tokens([texts], len(tokenizer))
+    kept = used_tokens(tokenizer, counts)
+    note(f"vocabulary: {len(kept):,} of {len(tokenizer):,} tokens are kept")
+    return trimmed_tokenizer(tokenizer, kept), kept
 
 
 def _target(path: Path, config: PretrainedConfig, teacher: str | None) -> Target:

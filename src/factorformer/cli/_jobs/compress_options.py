@@ -33,6 +33,8 @@ class CompressJob:
     exclude: list[str] | None
     share: Share | None
     rank_multiple: int | None
+    unique_layers: int | None
+    trim_vocabulary: str | None
     plan: Plan | None
     columns: Columns
     regression: bool
@@ -64,7 +66,7 @@ class CompressJob:
         content = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in left_out}
         content |= {name: dataclasses.asdict(content[name]) for name in ("columns", "settings", "healing")}
         content["plan"] = None if self.plan is None else self.plan.to_dict()
-        files = (self.train, self.evaluation, self.calibration)
+        files = (self.train, self.evaluation, self.calibration, self.trim_vocabulary)
         content["file_bytes"] = {name: Path(name).stat().st_size for name in files if name and Path(name).is_file()}
         return json.loads(json.dumps(content))
 
@@ -114,6 +116,10 @@ def _check_method(job: CompressJob) -> None:
             "--plan holds method, ratio, budget, scope, patterns, sharing, multiples of ranks and integers already: "
             "leave these options out"
         )
+    if job.unique_layers is not None and not (job.int8 or job.int4):
+        raise MethodError("--unique-layers stores shared matrices in integers: give --int8 or --int4")
+    if job.plan is not None and (job.unique_layers is not None or job.trim_vocabulary is not None):
+        raise MethodError("--plan is of a model as it is: leave --unique-layers and --trim-vocabulary out")
     if job.int8 and job.int4:
         raise MethodError("--int8 and --int4 are two widths of integers: give one")
     if recipes.get(job.chosen).training == "from scratch":

@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
+import datasets
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -18,7 +19,8 @@ from factorformer.progress import Progress, bars
 from factorformer.report import Result, inventory
 from factorformer.report.result import BEFORE
 from factorformer.tasks import embeddings
-from factorformer.tasks.classification import is_causal
+from factorformer.tasks.cells import class_label
+from factorformer.tasks.classification import head_labels, is_causal
 from factorformer.tasks.data import Columns, check_lengths, read, sample
 from factorformer.tasks.embeddings import Use
 from factorformer.tasks.evaluation import LEAST_TEXTS, embed
@@ -79,6 +81,11 @@ class _Encoder:
         self.config = read_config(self.path)
         if is_causal(self.config) or self.config.is_encoder_decoder:
             raise ModelError(f"'{name}' is no encoder: --against compares what embeddings of sentence encoders say")
+        if head_labels(self.config) is not None:
+            raise ModelError(
+                f"'{name}' has a head, which scores texts or pairs itself: measure it by evaluate --data FILE --label "
+                "COLUMN; --against is for encoders without one"
+            )
         self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(self.path)
         self.layout = find_pooling(self.path)
         self.device = device
@@ -91,8 +98,6 @@ class _Encoder:
 
     def embed(self, table: _Table, max_length: int, progress: Progress) -> tuple[Tensor, ...]:
         """`(rows, width)` of the texts, or of both texts of each pair."""
-        import datasets
-
         model, found = self.load(), []
         for column, texts in zip(table.columns.text, table.texts, strict=True):
             rows = datasets.Dataset.from_dict({column: texts})
@@ -104,6 +109,8 @@ class _Encoder:
             check_lengths(model, encoded, f"'{table.source}'")
             phase = f"embed {Path(table.source).name} by {Path(self.name).name}"
             found.append(embed(model, self.tokenizer, encoded, pool=self.layout.pool, progress=progress, phase=phase))
+            if not bool(found[-1].isfinite().all()):
+                raise ModelError(f"embeddings of '{self.name}' are NaN or infinite")
         return tuple(found)
 
 
@@ -116,6 +123,10 @@ def evaluate_embeddings(job: EmbeddingJob) -> Result:
     """
     tables = [_read(source, job.text, job.label, job.seed) for source in job.data]
     encoders = [_Encoder(name, job.device) for name in (job.against, job.model)]
+    for one, other in (encoders, encoders[::-1]):
+        if one.layout.pooling is None and other.layout.pooling is not None:
+            note(f"'{one.name}' says nothing of pooling: pooled as '{other.name}' is")
+            one.layout = dataclasses.replace(one.layout, pooling=other.layout.pooling)
     metrics: dict[str, float] = {}
     started = time.perf_counter()
     with bars() as progress:
@@ -188,7 +199,15 @@ def _read(source: str, text: Sequence[str] | None, label: str | None, seed: int)
     if len(columns.text) == 2 and label is None and columns.label == LABELS[0]:
         _check_scores(source, rows[columns.label])
     texts_of = tuple([str(value) for value in rows[column]] for column in columns.text)
-    return _Table(source, columns, texts_of, None if columns.label is None else list(rows[columns.label]))
+    return _Table(source, columns, texts_of, None if columns.label is None else _labels(source, rows, columns.label))
+
+
+def _labels(source: str, rows: datasets.Dataset, column: str) -> list[object]:
+    """Names, where a data set of the Hub numbers its classes."""
+    labels, feature = list(rows[column]), class_label(rows.features[column])
+    if any(isinstance(label, list) for label in labels):
+        raise DataError(f"'{source}', column '{column}': lists of labels; give one label for each row")
+    return [feature.int2str(label) for label in labels] if feature is not None else labels
 
 
 def _check_scores(source: str, labels: Iterable[object]) -> None:

@@ -1,0 +1,109 @@
+"""Embedding tables in factors: how long look-ups take beside those of a plain table, and how long fits.
+
+    python benchmarks/lookups.py
+
+Tables have the shapes of MiniLM's (30,522 x 384) and of multilingual encoders' (250,000 x 768), each structure so many
+times smaller than float32, in floats and in integers. Look-ups of 1,024 tokens, drawn at random, are interleaved with
+those of the plain table (A B C A B C); medians and their ratios count. Fits weigh rows as tokens of a text occur
+(Zipf's law) and columns by a falling spectrum, as `fisher` does; the values are those of MiniLM's table, repeated with
+noise of their own size where a table is larger.
+"""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+import time
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from common import machine, options, start, write
+from torch import Tensor
+from transformers import AutoModel
+
+from factorformer.fitting import Metric, fit
+from factorformer.hf import minilm
+from factorformer.layers.matrix import Matrix
+from factorformer.layers.nn import FactorizedEmbedding
+from factorformer.planning.evidence.times import interleaved
+from factorformer.structures import STRUCTURES, Structure
+from factorformer.structures.integers import Bits
+
+SHAPES = [(30_522, 384), (250_000, 768)]
+WIDTHS: dict[str, Bits | None] = {"float32": None, "int8": 8, "int4": 4}
+
+
+def spec_of(kind: str, shape: tuple[int, int], bits: Bits | None, ratio: float) -> Structure:
+    """The largest of a structure that takes so many times fewer bytes than the table in float32."""
+    matrix = Matrix("table", shape, bits=bits)
+    limit = 4 * shape[0] * shape[1] / ratio
+    fitting = itertools.takewhile(lambda s: matrix.bytes(s) <= limit, STRUCTURES[kind].candidates(shape, matrix.values))
+    return max(fitting, key=matrix.bytes)
+
+
+def table(shape: tuple[int, int]) -> Tensor:
+    """Values like those of a trained table."""
+    torch.manual_seed(0)
+    small = AutoModel.from_pretrained(minilm.directory()).get_input_embeddings().weight.detach()
+    tiled = small.repeat(-(-shape[0] // small.shape[0]), -(-shape[1] // small.shape[1]))[: shape[0], : shape[1]]
+    return tiled if shape == tuple(small.shape) else tiled + small.std() * torch.randn(shape) / 2
+
+
+def metric(shape: tuple[int, int]) -> Metric:
+    """Rows as often as tokens occur, columns with a falling spectrum."""
+    often = (1 / torch.arange(1, shape[0] + 1, dtype=torch.float64))[torch.randperm(shape[0])]
+    turned = torch.linalg.qr(torch.randn(shape[1], shape[1], dtype=torch.float64))[0]
+    falling = turned * torch.logspace(0, -1.5, shape[1], dtype=torch.float64) @ turned.T
+    return Metric(often.sqrt(), torch.linalg.cholesky(falling))
+
+
+def cell(shape: tuple[int, int], weight: Tensor, args: Any) -> list[dict[str, Any]]:
+    """All structures of one shape."""
+    rows, runs = [], {"plain": lambda: F.embedding(index, weight)}
+    index = torch.randint(shape[0], (args.tokens,))
+    for kind, (name, bits) in itertools.product(STRUCTURES, WIDTHS.items()):
+        spec = spec_of(kind, shape, bits, args.ratio)
+        layer = FactorizedEmbedding(spec, shape)
+        if bits is not None:
+            layer.fake_quantize(bits)
+            layer.quantize()
+        rows.append({"shape": list(shape), "structure": kind, "spec": str(spec), "values": name, "tokens": args.tokens})
+        runs[f"{kind} {name}"] = lambda layer=layer: layer(index)
+    calls = list(runs.values())
+    interleaved(calls, 3, settle=1)
+    columns = list(zip(*interleaved(calls, args.rounds, settle=1), strict=True))
+    for row, column in zip(rows, columns[1:], strict=True):
+        ratios = [found / plain for found, plain in zip(column, columns[0], strict=True)]
+        row |= {"milliseconds": statistics.median(column), "plain_milliseconds": statistics.median(columns[0])}
+        row |= dict(zip(("low", "ratio", "high"), statistics.quantiles(ratios, n=4), strict=True))
+    return rows
+
+
+def main() -> None:
+    parser = options(__doc__, "lookups.json")
+    parser.add_argument("--ratio", type=float, default=10)
+    parser.add_argument("--tokens", type=int, default=1024)
+    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--shapes", type=int, nargs="+", default=[0, 1], help="which of the shapes")
+    args = start(parser)
+    cells, fits = [], []
+    for shape in (SHAPES[place] for place in args.shapes):
+        weight = table(shape)
+        cells += cell(shape, weight, args)
+        for row in cells[-len(STRUCTURES) * len(WIDTHS) :]:
+            print({key: row[key] for key in ("structure", "values", "milliseconds", "ratio")}, flush=True)
+        measured = metric(shape)
+        for kind in STRUCTURES:
+            spec, began = spec_of(kind, shape, 8, args.ratio), time.perf_counter()
+            _, error = fit(weight, spec, measured)
+            seconds = time.perf_counter() - began
+            fits.append(
+                {"shape": list(shape), "structure": kind, "spec": str(spec), "seconds": seconds, "error": error}
+            )
+            print(fits[-1], flush=True)
+    write(args.output, {"ratio": args.ratio, "cells": cells, "fits": fits, "machine": machine()})
+
+
+if __name__ == "__main__":
+    main()
