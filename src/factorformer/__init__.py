@@ -19,13 +19,11 @@ if typing.TYPE_CHECKING:
     from factorformer.planning import Plan
     from factorformer.structures import DenseSparse, KroneckerSum, LowRank, Structure
     from factorformer.tasks.healing import HealingSettings, heal
-    from factorformer.tasks.targets import Embeddings, Predictions
 
 __version__ = "0.1.0"
 
 __all__ = [
     "DenseSparse",
-    "Embeddings",
     "FactorformerError",
     "FactorizedEmbedding",
     "FactorizedLinear",
@@ -33,7 +31,6 @@ __all__ = [
     "KroneckerSum",
     "LowRank",
     "Plan",
-    "Predictions",
     "Report",
     "Structure",
     "__version__",
@@ -57,7 +54,6 @@ _NAMES = {
     "planning": ("Plan",),
     "structures": ("DenseSparse", "KroneckerSum", "LowRank", "Structure"),
     "tasks.healing": ("HealingSettings", "heal"),
-    "tasks.targets": ("Embeddings", "Predictions"),
 }
 _HOMES = {name: f"{__name__}.{module}" for module, names in _NAMES.items() for name in names}
 

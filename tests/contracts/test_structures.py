@@ -66,7 +66,7 @@ class TestInt8(IntegersContract):
     pass
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", [CASES[place] for place in PATHS], ids=str)
 class TestInt4(IntegersContract):
     bits = 4
 

@@ -47,6 +47,7 @@ READ: dict[str, list[Any]] = {
     "is_quantized": [MODEL.half, MODEL.float],
     "_weight_conversions": [core_model_loading.revert_weight_conversion],
     "_is_quantized": [modeling_falcon_mamba, importlib.import_module("transformers.quantizers.base")],
+    "self._n_gpu": [tf.TrainingArguments],
     "is_qat_trainable": [importlib.import_module("transformers.trainer_utils")],
     "_hf_peft_config_loaded": [MODEL.save_pretrained],
     "_attn_implementation": [MODEL.set_attn_implementation],

@@ -27,7 +27,7 @@ from factorformer.hf.config import Quantizer
 from factorformer.layers.embeddings import embeddings_of
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, Trainer
+    from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 
 SAVES_WITHIN = "_factorformer_saves_within"
@@ -336,3 +336,11 @@ def load_weights(trainer: Trainer, checkpoint: Path) -> None:
     Relies on `Trainer._load_from_checkpoint`: trainer.py:3602.
     """
     trainer._load_from_checkpoint(str(checkpoint))
+
+
+def use_one_gpu(arguments: TrainingArguments) -> None:
+    """Let a Trainer leave all GPUs but one alone, where it would put the model on each of them.
+
+    Relies on `TrainingArguments._n_gpu`, which `n_gpu` gives once it is set: training_args.py.
+    """
+    arguments._n_gpu = 1

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.autograd import forward_ad
 
 from factorformer.errors import FactorformerWarning
@@ -54,3 +55,11 @@ def reference(operator: Any) -> Callable[..., Any]:
     Relies on `CustomOpDef._init_fn`: torch 2.13, torch/_library/custom_ops.py.
     """
     return operator._init_fn
+
+
+def version_of(tensor: Tensor) -> int | None:
+    """A number that grows whenever a tensor is written to; None for one of inference mode, which counts nothing.
+
+    Relies on `Tensor._version`: torch 2.13, torch/_tensor.py.
+    """
+    return None if tensor.is_inference() else tensor._version

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from factorformer.errors import ModelError
-from factorformer.kernels._compat import unobserved
+from factorformer.kernels._compat import unobserved, version_of
 from factorformer.structures import Factors, Selection, Shape, Structure, TensorSpec, integers
 from factorformer.structures.integers import Bits
 
@@ -350,7 +350,7 @@ class FactorizedMatrix(nn.Module):
 
 def _state(tensor: Tensor) -> tuple[object, ...]:
     """Another one where a tensor holds other values."""
-    return id(tensor), tensor.data_ptr(), None if tensor.is_inference() else tensor._version
+    return id(tensor), tensor.data_ptr(), version_of(tensor)
 
 
 def _check_incoming(module: nn.Module, state: Mapping[str, Any], prefix: str, *_: Any) -> None:

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 
 from factorformer.errors import DataError
 from factorformer.hf.callbacks import moving
+from factorformer.hf.compat import use_one_gpu
 from factorformer.hf.description import describe
 from factorformer.layers.embeddings import embeddings_of
 from factorformer.layers.modes import requiring_gradients
@@ -92,7 +93,7 @@ class HealingTrainer(ReproducibleTrainer):
         self.target, self.settings, self.measure = target, settings, measure
         self.remembered: Tensor | None = None
         self.known = torch.zeros(rows, dtype=torch.bool)
-        self.args._n_gpu = 1  # several would each need their part of what is remembered
+        use_one_gpu(self.args)  # several would each need their part of what is remembered
 
     @property
     def part(self) -> float:
