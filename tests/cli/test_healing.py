@@ -185,7 +185,7 @@ def test_encoders_that_were_taken_from_other_models(run: Any, kind: str, base_co
 @pytest.mark.parametrize("method", ["dsformer", "rankdyna"])
 def test_supports_and_ranks_move_by_time(run: Any, command: tuple[Any, ...], tmp_path: Path, method: str) -> None:
     arguments = [part for part in command if part not in ("--int8", "--scope", "all")]
-    content = result_of(run(*arguments, "--method", method, "--minutes", 0.05))
+    content = result_of(run(*arguments, "--method", method, "--minutes", 0.02))
     assert content["method"] == method
     assert content["bytes"]["ratio"] == pytest.approx(3, rel=0.05)
     factorformer.load(tmp_path / "small")
@@ -223,7 +223,7 @@ def test_shared_layers_and_a_small_vocabulary(run: Any, base: Path, tables: Path
     done = run(*arguments, *less, "--json")
     content = result_of(done)
     assert "vocabulary: 11 of 18 tokens are kept" in done.stderr
-    assert content["bytes"]["before"] == whole
+    assert content["bytes"]["original"] == whole
     assert content["bytes"]["ratio"] == pytest.approx(6, rel=0.02)
     assert stored(tmp_path / "small") == pytest.approx(whole / 6, rel=0.02)
     model, tokenizer = factorformer.load(tmp_path / "small"), load_tokenizer(tmp_path / "small")

@@ -72,7 +72,8 @@ def quantize(factors: Factors, bits: Bits) -> dict[str, Tensor]:
     """Codes and scales of the values, as they are stored.
 
     Nothing is clipped: in 8 bits, what a search for the best clipping gains is small beside the error of the fit, and
-    `rounded` would have to search in every step; in 4 bits models keep less if large values are cut off.
+    `rounded` would have to search in every step; in 4 bits, where groups keep large values from doing harm beyond them,
+    models keep less if these are cut off.
     """
     result: dict[str, Tensor] = {}
     for name, tensor in factors.items():
