@@ -159,10 +159,10 @@ class HealingTrainer(ReproducibleTrainer):
 
 
 class _Points(TrainerCallback):
-    """Measures and saves at regular parts of a training, and ends it when its time is over."""
+    """Measures, and saves if asked to, at regular parts of a training, and ends it when its time is over."""
 
-    def __init__(self, trainer: HealingTrainer, progress: Progress, phase: str) -> None:
-        self.trainer, self.progress, self.phase = trainer, progress, phase
+    def __init__(self, trainer: HealingTrainer, progress: Progress, phase: str, *, saves: bool) -> None:
+        self.trainer, self.progress, self.phase, self.saves = trainer, progress, phase, saves
         self.done = 0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -177,7 +177,8 @@ class _Points(TrainerCallback):
             control.should_training_stop = True
         if math.floor(part * self.trainer.settings.points) > self.done:
             self.done = math.floor(part * self.trainer.settings.points)
-            control.should_log = control.should_evaluate = control.should_save = True
+            control.should_log = control.should_evaluate = True
+            control.should_save = self.saves
 
 
 def heal(
@@ -225,23 +226,6 @@ def heal(
         DivergedError: the loss became NaN or infinite.
         OutputError: `output` holds checkpoints of a run with other settings, or another process trains into it.
     """
-    if output is None:
-        with tempfile.TemporaryDirectory() as scratch:
-            return heal(
-                model,
-                teacher,
-                data,
-                settings,
-                tokenizer=tokenizer,
-                held=held,
-                target=target,
-                output=Path(scratch),
-                straight=straight,
-                ranks=ranks,
-                report=report,
-                progress=progress,
-                phase=phase,
-            )
     settings, target = settings or HealingSettings(), target or Embeddings()
     if data.format["type"] == "custom":
         raise DataError("rows are transformed when they are read (with_transform), and cannot be numbered: use map")
@@ -274,17 +258,19 @@ def heal(
     acting += moving(straight, ranks)
     table = embeddings_of(model, "input_embeddings")
     frozen = settings.freeze_embeddings and (ranks is None or table is None or not ranks.holds(table))
+    keeping = tempfile.TemporaryDirectory() if output is None else contextlib.nullcontext(output)
     with (
-        locked(output / ".lock"),
+        keeping as place,
+        locked((folder := Path(place)) / ".lock"),
         seeded(settings.seed),
         frozen_embeddings(model, frozen),
         requiring_gradients(teacher.parameters(), False),
     ):
-        check_same_run(output, description)
+        check_same_run(folder, description)
         trainer = HealingTrainer(
             model=model,
             args=settings.arguments(
-                output,
+                folder,
                 on_cpu=model.device.type == "cpu",
                 max_steps=steps,
                 max_grad_norm=1.0,
@@ -303,9 +289,9 @@ def heal(
             rows=len(data),
             measure=measure,
         )
-        trainer.add_callback(_Points(trainer, progress, phase))
+        trainer.add_callback(_Points(trainer, progress, phase, saves=output is not None))
         try:
-            history = finish(trainer, last_checkpoint(output), steps)
+            history = finish(trainer, last_checkpoint(folder), steps)
         finally:
             if straight is not None:
                 straight.finish()
