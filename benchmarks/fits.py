@@ -179,7 +179,7 @@ def plans(
     names = [matrix.name for matrix in matrices]
     statistics = calibration.collect(of.model, names, of.calibration, "fisher")
     for ratio in ratios:
-        known = Prediction.of(of.model, matrices, [STRUCTURES[kind] for kind in wanted], statistics, ratio)
+        known = Prediction.of(of.model, matrices, lambda _: [STRUCTURES[kind] for kind in wanted], statistics, ratio)
         for kind in wanted:
 
             def sizes(matrix: Matrix, kind: str = kind, known: Prediction = known) -> tuple[Structure, ...]:

@@ -3,10 +3,11 @@
     python benchmarks/lookups.py
 
 Tables have the shapes of MiniLM's (30,522 x 384) and of multilingual encoders' (250,000 x 768), each structure so many
-times smaller than float32, in floats and in integers. Look-ups of 1,024 tokens, drawn at random, are interleaved with
-those of the plain table (A B C A B C); medians and their ratios count. Fits weigh rows as tokens of a text occur
-(Zipf's law) and columns by a falling spectrum, as `fisher` does; the values are those of MiniLM's table, repeated with
-noise of their own size where a table is larger.
+times smaller than float32, in floats and in integers. Look-ups of 1,024 tokens are interleaved with those of the plain
+table (A B C A B C); medians and their ratios count. Tokens are drawn at random, of which next to none is drawn twice,
+or as those of a text occur (Zipf's law), and anew for each look-up. Fits weigh rows as tokens of a text occur and
+columns by a falling spectrum, as `fisher` does; the values are those of MiniLM's table, repeated with noise of their
+own size where a table is larger.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import itertools
 import statistics
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -50,26 +52,39 @@ def table(shape: tuple[int, int]) -> Tensor:
     return tiled if shape == tuple(small.shape) else tiled + small.std() * torch.randn(shape) / 2
 
 
+def frequencies(rows: int) -> Tensor:
+    """Of tokens, by Zipf's law, in no order."""
+    return (1 / torch.arange(1, rows + 1, dtype=torch.float64))[torch.randperm(rows)]
+
+
 def metric(shape: tuple[int, int]) -> Metric:
     """Rows as often as tokens occur, columns with a falling spectrum."""
-    often = (1 / torch.arange(1, shape[0] + 1, dtype=torch.float64))[torch.randperm(shape[0])]
+    often = frequencies(shape[0])
     turned = torch.linalg.qr(torch.randn(shape[1], shape[1], dtype=torch.float64))[0]
     falling = turned * torch.logspace(0, -1.5, shape[1], dtype=torch.float64) @ turned.T
     return Metric(often.sqrt(), torch.linalg.cholesky(falling))
 
 
-def cell(shape: tuple[int, int], weight: Tensor, args: Any) -> list[dict[str, Any]]:
-    """All structures of one shape."""
-    rows, runs = [], {"plain": lambda: F.embedding(index, weight)}
-    index = torch.randint(shape[0], (args.tokens,))
+def cell(shape: tuple[int, int], weight: Tensor, drawn: str, args: Any) -> list[dict[str, Any]]:
+    """All structures of one shape, for tokens drawn in one way."""
+    chances = torch.ones(shape[0]) if drawn == "at random" else frequencies(shape[0])
+    indices = [torch.multinomial(chances, args.tokens, replacement=True) for _ in range(args.rounds)]
+    different = statistics.mean(len(index.unique()) for index in indices)
+    common = {"shape": list(shape), "tokens": args.tokens, "drawn": drawn, "different": round(different)}
+
+    def run(look_up: Callable[[Tensor], Tensor]) -> Callable[[], Tensor]:
+        each = itertools.cycle(indices)
+        return lambda: look_up(next(each))
+
+    rows, runs = [], {"plain": run(lambda index: F.embedding(index, weight))}
     for kind, (name, bits) in itertools.product(STRUCTURES, WIDTHS.items()):
         spec = spec_of(kind, shape, bits, args.ratio)
         layer = FactorizedEmbedding(spec, shape)
         if bits is not None:
             layer.fake_quantize(bits)
             layer.quantize()
-        rows.append({"shape": list(shape), "structure": kind, "spec": str(spec), "values": name, "tokens": args.tokens})
-        runs[f"{kind} {name}"] = lambda layer=layer: layer(index)
+        rows.append({**common, "structure": kind, "spec": str(spec), "values": name})
+        runs[f"{kind} {name}"] = run(layer)
     calls = list(runs.values())
     interleaved(calls, 3, settle=1)
     columns = list(zip(*interleaved(calls, args.rounds, settle=1), strict=True))
@@ -90,9 +105,12 @@ def main() -> None:
     cells, fits = [], []
     for shape in (SHAPES[place] for place in args.shapes):
         weight = table(shape)
-        cells += cell(shape, weight, args)
-        for row in cells[-len(STRUCTURES) * len(WIDTHS) :]:
-            print({key: row[key] for key in ("structure", "values", "milliseconds", "ratio")}, flush=True)
+        for drawn in ("at random", "as in text"):
+            found = cell(shape, weight, drawn, args)
+            cells += found
+            for row in found:
+                shown = ("drawn", "different", "structure", "values", "milliseconds", "ratio")
+                print({key: row[key] for key in shown}, flush=True)
         measured = metric(shape)
         for kind in STRUCTURES:
             spec, began = spec_of(kind, shape, 8, args.ratio), time.perf_counter()

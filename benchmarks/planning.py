@@ -74,8 +74,9 @@ class Bench:
     def prediction(self, ratio: float) -> Prediction:
         """Curves of all structures around a ratio, as `factorformer.plan` measures them; kept for all plans of it."""
         if ratio not in self.known:
-            structures = list(STRUCTURES.values())
-            self.known[ratio] = Prediction.of(self.model, self.matrices, structures, self.statistics, ratio)
+            self.known[ratio] = Prediction.of(
+                self.model, self.matrices, lambda _: list(STRUCTURES.values()), self.statistics, ratio
+            )
         return self.known[ratio]
 
     def dense(self) -> PreTrainedModel:

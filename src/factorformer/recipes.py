@@ -7,7 +7,7 @@ from typing import Literal
 
 from factorformer.errors import MethodError, one_of
 from factorformer.fitting import MetricName
-from factorformer.layers.matrix import Scope
+from factorformer.layers.matrix import Matrix, Scope
 from factorformer.planning import AllocationName
 from factorformer.structures import STRUCTURES, DenseSparse, KroneckerSum, LowRank, Structure
 
@@ -20,6 +20,8 @@ class Recipe:
 
     Args:
         structure: what a weight matrix becomes; `Structure` itself stands for any, chosen for each matrix.
+        tables: what embeddings can become that are looked up and nothing else, where that is not the same; chosen for
+            each by what it loses.
         metric: what error the fit minimizes.
         allocation: who gets how much of the budget.
         training: how the factors learn after the fit, or instead of it.
@@ -37,11 +39,17 @@ class Recipe:
     paper: str
     scope: Scope = "blocks"
     sequential: bool = False
+    tables: tuple[type[Structure], ...] = ()
 
     @property
     def structures(self) -> tuple[type[Structure], ...]:
         """What a weight matrix can become."""
         return tuple(STRUCTURES.values()) if self.structure is Structure else (self.structure,)
+
+    def structures_of(self, matrix: Matrix) -> tuple[type[Structure], ...]:
+        """What this one can become."""
+        looked_up = matrix.lookups > 0 and not matrix.products
+        return self.tables if looked_up and self.tables else self.structures
 
     @property
     def kind(self) -> str:
@@ -84,9 +92,10 @@ RECIPES: dict[str, Recipe] = {
         metric="fisher",
         allocation="by_loss",
         training="fine-tune",
-        summary="SVD that minimizes the predicted rise of the loss, each rank by what it gains: the default with data",
+        summary="Low rank, for tables dictionaries as well, by the predicted rise of the loss: the default with data",
         paper="this project; the curvature is that of K-FAC: Martens and Grosse, ICML 2015",
         sequential=True,
+        tables=(LowRank, DenseSparse),
     ),
     "auto": Recipe(
         structure=Structure,
@@ -96,6 +105,7 @@ RECIPES: dict[str, Recipe] = {
         summary="Structure and size of each matrix, by the predicted rise of the loss for bytes, FLOPs or milliseconds",
         paper="this project",
         sequential=True,
+        tables=(LowRank, DenseSparse),
     ),
     "kronecker": Recipe(
         structure=KroneckerSum,

@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tokenizers
 import transformers as tf
 from safetensors.torch import load_file
 from tests.cli.conftest import WORDS
 from tests.cli.test_commands import result_of
+from tokenizers import Tokenizer
 
 import factorformer
 from factorformer.cli._jobs import compress as job
@@ -241,6 +243,42 @@ def test_shared_layers_and_a_small_vocabulary(run: Any, base: Path, tables: Path
         done = run("compress", base, tmp_path / "other", "--ratio", 6, *wrong)
         assert done.exit_code == 2
         assert message in done.stderr
+
+
+def test_a_multilingual_encoder_is_mostly_its_vocabulary(run: Any, tmp_path: Path) -> None:
+    words = {
+        "en": ("a", "good", "bad", "film", "book"),
+        "de": ("ein", "gutes", "schlechtes", "Stück", "Buch"),
+        "ru": ("вот", "хороший", "плохой", "фильм", "роман"),
+        "ja": ("この", "良い", "悪い", "映画", "本"),
+    }
+    lines = [f"{a} {b} {c}" for one in words.values() for a in one for b in one for c in one[2:]]
+    special = ["<s>", "<pad>", "</s>", "<unk>"]
+    made = Tokenizer(tokenizers.models.Unigram())
+    made.pre_tokenizer, made.decoder = tokenizers.pre_tokenizers.Metaspace(), tokenizers.decoders.Metaspace()
+    trainer = tokenizers.trainers.UnigramTrainer(special_tokens=special, unk_token="<unk>", vocab_size=110)
+    made.train_from_iterator(lines, trainer)
+    made.post_processor = tokenizers.processors.TemplateProcessing(
+        "<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 2)]
+    )
+    names = dict(zip(("bos_token", "pad_token", "eos_token", "unk_token"), special, strict=True))
+    tokenizer = tf.PreTrainedTokenizerFast(tokenizer_object=made, **names, cls_token="<s>", sep_token="</s>")
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
+    config = tf.XLMRobertaConfig(**sizes, vocab_size=len(tokenizer), max_position_embeddings=40, pad_token_id=1)
+    base, text, output = tmp_path / "base", tmp_path / "text.txt", tmp_path / "small"
+    tf.XLMRobertaModel(config).save_pretrained(base)
+    tokenizer.save_pretrained(base)
+    text.write_text("".join(f"{line}\n" for line in lines if not line.isascii()), encoding="utf-8")
+    arguments = ("compress", base, output, "--train", text, "--distill", base, "--int4", "--scope", "all")
+    content = result_of(run(*arguments, "--trim-vocabulary", text, "--ratio", 8, "--epochs", 2, "--json"))
+    assert content["bytes"]["original"] == stored(base)
+    assert stored(output) == pytest.approx(stored(base) / 8, rel=0.02)
+    small = load_tokenizer(output)
+    assert len(small) == factorformer.load(output).config.vocab_size < len(tokenizer)
+    for line in (lines[-1], lines[40]):
+        assert small.decode(small(line)["input_ids"], skip_special_tokens=True) == line
+    metrics = result_of(run("evaluate", output, "--against", base, "--data", text, "--json"))["metrics"]
+    assert metrics["text_embedding_cosine"] > 0.5
 
 
 def stored(folder: Path) -> int:

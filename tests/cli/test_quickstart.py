@@ -48,6 +48,26 @@ def test_quickstart(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert (tmp_path / "factorformer-quickstart-2").is_dir()
 
 
+def test_the_encoder(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(demonstration, "ENCODER_RATIO", 4.0)
+    monkeypatch.setattr(demonstration, "ENCODER_MINUTES", 0.02)
+    done = run("quickstart", "--encoder", "--output", tmp_path / "out", "--json")
+    assert done.exit_code == 0, done.stderr
+    content = json.loads(done.stdout)
+    metrics = content["metrics"]
+    assert metrics["original_file_bytes"] > 2 * metrics["file_bytes"]
+    assert 0 < metrics["test_embedding_cosine"] <= 1
+    assert {"test_neighbour_recall", "test_nearest_neighbour_accuracy", "test_logistic_regression_accuracy"} <= set(
+        metrics
+    )
+    assert content["bytes"]["ratio"] == pytest.approx(4, rel=0.01)
+    assert {"train.jsonl", "test.jsonl", "compressed"} <= {path.name for path in (tmp_path / "out").iterdir()}
+    shown = run("quickstart", "--encoder", "--output", tmp_path / "again")
+    assert shown.exit_code == 0
+    assert "SentenceTransformer" in shown.stderr
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
 def test_a_model_that_reloads_differently_is_not_left_behind(
     run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

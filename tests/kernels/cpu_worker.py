@@ -174,7 +174,26 @@ def check_rows_of_sparse(draw: random.Random) -> None:
     for _ in on_threads():
         found = cpu.sparse_rows(index, values, scales, packed, (table, table_scales))
         chosen = dense[index.long()]
-        close(found, chosen @ dictionary, ROUNDING * (chosen.abs() @ dictionary.abs()))
+        sizes = chosen.abs() @ dictionary.abs()
+        if table_scales is not None:  # coefficients of bytes are two bytes, in units of the largest
+            unit = (chosen.abs() * table_scales.double()).amax(1, keepdim=True) / 127 / 254 / 2
+            sizes = sizes + unit / ROUNDING * (chosen != 0).double() @ table.double().abs()
+        close(found, chosen @ dictionary, ROUNDING * sizes)
+
+
+def check_rows_of_dense(draw: random.Random) -> None:
+    rows, rank, width = draw.randint(1, 60), draw.randint(1, 70), draw.randint(1, 200)
+    (table, scales, whole), (other, other_scales, right) = coded(draw, rows, rank), coded(draw, rank, width)
+    index = some_index(draw, rows)
+    chosen = whole[index.long()]
+    allowed = ROUNDING * (chosen.abs() @ right.abs())
+    if other_scales is not None:  # rows are rounded to a byte
+        scaled = chosen * other_scales.double()
+        span = scaled.amax(1, keepdim=True).clamp_min(0) - scaled.amin(1, keepdim=True).clamp_max(0)
+        allowed = allowed + 0.51 / 255 * span * other.double().abs().sum(0)
+    for _ in on_threads():
+        close(cpu.dense_rows(index, (table, scales), None), chosen, ROUNDING * chosen.abs())
+        close(cpu.dense_rows(index, (table, scales), (other, other_scales)), chosen @ right, allowed)
 
 
 def check_rows_of_kronecker(draw: random.Random) -> None:
@@ -203,6 +222,8 @@ def check_rows_that_are_not_there() -> None:
             for look_up in (
                 lambda at: cpu.sparse_rows(at, values, None, packed, (torch.randn(4, 7), None)),
                 lambda at: cpu.kronecker_rows(at, left, right, 2, (9, 10)),
+                lambda at: cpu.dense_rows(at, (values, None), None),
+                lambda at: cpu.dense_rows(at, (values, None), (torch.randn(2, 3), None)),
             ):
                 try:
                     look_up(wrong)
@@ -321,6 +342,7 @@ def main(name: str, cases: int) -> None:
         check_chain(draw)
         check_rows_of_sparse(draw)
         check_rows_of_kronecker(draw)
+        check_rows_of_dense(draw)
     check_rows_that_are_not_there()
     check_exact_integers()
     check_what_is_no_number()

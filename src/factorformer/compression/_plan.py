@@ -129,7 +129,7 @@ def plan(
         with _naming(rank_multiple):
             made = plan_by_loss(
                 model,
-                recipe.structures,
+                recipe.structures_of,
                 recipe.metric,
                 draft,
                 matrices,

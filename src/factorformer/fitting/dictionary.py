@@ -15,6 +15,7 @@ from torch import Tensor
 from factorformer.errors import ModelError
 from factorformer.fitting.coding import best_dictionary, largest, orthonormal_dictionary, refine_codes
 from factorformer.fitting.metric import Coupling, Metric
+from factorformer.fitting.sampling import sampled
 from factorformer.structures import DenseSparse
 
 ROUNDS = 24
@@ -31,6 +32,9 @@ SHARE = 3
 
 TOGETHER = 64
 """Coupled rows that choose their supports at the same time, at most; small matrices take an eighth of their rows."""
+
+FINISH = 3
+"""Rounds over all rows of a tall matrix, whose dictionary was learned from a sample of them."""
 
 ENTRIES = 2**19
 """Entries of `S` per chunk where nothing couples its rows."""
@@ -59,6 +63,9 @@ def fit_dense_sparse(
     finishes on the exact error, where blocks of rows choose their supports in turn and make up for the errors that
     the others leave (Gauss-Seidel; the idea of Optimal Brain Surgeon and GPTQ, arXiv 2210.17323).
 
+    Of tables of embeddings, where nothing couples the rows, a sample of rows is enough to learn the dictionary from;
+    the last rounds are over all rows.
+
     Args:
         weight: the matrix.
         spec: structure and size.
@@ -76,7 +83,13 @@ def fit_dense_sparse(
         ModelError: the weight holds NaN or infinite values.
     """
     problem = _Problem.of(weight, spec, metric)
-    if start is None:
+    sample = sampled(weight, metric) if start is None and spec.side == "rows" else None
+    if sample is not None:
+        few = _Problem.of(sample[0], spec, sample[1])
+        atoms, _ = few.unit(few.alternate(few.begin(rounds), rounds, EAGERNESS))
+        codes, eagerness = problem.recode(problem.target.new_zeros(len(weight), spec.atoms), atoms, 1.0), 1.0
+        rounds = min(rounds, FINISH)
+    elif start is None:
         codes, eagerness = problem.begin(rounds), EAGERNESS if problem.moment is None else COUPLED
     else:
         codes, eagerness = spec.coefficients(start).to(problem.target.dtype) * problem.scale, 1.0

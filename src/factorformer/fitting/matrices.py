@@ -59,12 +59,13 @@ def fit_matrix(
     """
     if not isinstance(metric, Metric):
         metric = metric_of(matrix.name, metric)
-    return _fitted(matrix, dense_weight(model.get_submodule(matrix.name)), spec, metric, rounds)
+    return fit_weight(matrix, dense_weight(model.get_submodule(matrix.name)), spec, metric, rounds)
 
 
-def _fitted(
+def fit_weight(
     matrix: Matrix, weight: Tensor, spec: Structure, metric: Metric, rounds: int | None = None
 ) -> tuple[Factors, float]:
+    """`fit_matrix` of a weight that is not in a model, or of rows of one."""
     with naming(matrix.name):
         factors, error = fit(weight, spec, metric, rounds=rounds)
         if isinstance(spec, Dense):
@@ -100,7 +101,7 @@ def fit_target(
         statistics: of the gradients at its outputs.
     """
     metric = dataclasses.replace(Metric.of(dataclasses.replace(statistics, inputs=None)), columns=root)
-    factors, error = _fitted(matrix, target, spec, metric)
+    factors, error = fit_weight(matrix, target, spec, metric)
     return factors, error, as_stored(matrix, spec, factors)
 
 

@@ -11,7 +11,7 @@ from factorformer.kernels.cpu import sparse_matmul as _sparse_matmul
 from factorformer.kernels.cpu import sparse_matmul_transposed as _sparse_matmul_transposed
 from factorformer.kernels.cpu import variant
 from factorformer.kernels.dense import Dense, chain, gelu, served
-from factorformer.kernels.lookup import kronecker_rows, sparse_rows
+from factorformer.kernels.lookup import dense_rows, kronecker_rows, sparse_rows
 
 cuda.register()
 
@@ -66,6 +66,7 @@ __all__ = [
     "Dense",
     "chain",
     "cpu",
+    "dense_rows",
     "gelu",
     "kronecker_rows",
     "served",

@@ -68,6 +68,7 @@ def _load() -> ctypes.CDLL | None:
         "attention": (_fields, ctypes.c_float),
         "sparse_rows": (_pointer, _count, _fields, _fields, _pointer),
         "kronecker_rows": (_pointer, _count, _fields, _pointer),
+        "dense_rows": (_pointer, _count, _fields, _fields, _pointer),
     }
     for name, types in arguments.items():
         function = getattr(loaded, f"factorformer_{name}")
@@ -248,6 +249,31 @@ def kronecker_rows(
     return y
 
 
+def dense_rows(
+    index: Tensor, table: tuple[Tensor, Tensor | None], right: tuple[Tensor, Tensor | None] | None
+) -> Tensor:
+    """Rows of a table, or of the product of two matrices: `(n)` to `(n, width)`.
+
+    Args:
+        index: of rows, int64.
+        table: `(rows, width)`, float32, or int8 with scales, one for each row.
+        right: `(rank, width)`, the same, where the first is `(rows, rank)`.
+
+    Raises:
+        IndexError: an index that is no row.
+        ModelError: the sizes do not fit together.
+    """
+    fields, second, width = _table_array(*_numbers(table), *(() if right is None else _numbers(right)))
+    y, index = table[0].new_empty(len(index), width, dtype=torch.float32), _whole(index)
+    _done(_loaded().factorformer_dense_rows(index.data_ptr(), len(index), fields, second, y.data_ptr()))
+    return y
+
+
+def _numbers(matrix: tuple[Tensor, Tensor | None]) -> tuple[int, ...]:
+    weight, scales = matrix
+    return (weight.data_ptr(), *weight.shape, _address(scales), _size(scales), weight.dtype == torch.int8)
+
+
 def _whole(index: Tensor) -> Tensor:
     return index.to(torch.int64).contiguous()
 
@@ -381,6 +407,17 @@ def _kronecker_array(
         raise ModelError(f"products of Kronecker of {m1}x{n1} and {m2}x{n2} make no table of {shape[0]}x{shape[1]}")
     numbers = (left, right, left_scales, right_scales, n1, rank, m2, n2, *shape, left_integers)
     return (ctypes.c_int64 * len(numbers))(*numbers)
+
+
+@functools.lru_cache(maxsize=4096)
+def _table_array(*numbers: int) -> tuple[ctypes.Array, ctypes.Array | None, int]:
+    """A table and the matrix that its rows are multiplied by, if there is one, as C reads them; and the width."""
+    inner = numbers[2]
+    table, _ = _chain_array(inner, -1, *numbers[:6], False)
+    if len(numbers) == 6:
+        return table, None, inner
+    right, width = _chain_array(inner, -1, *numbers[6:], True)
+    return table, right, width
 
 
 @functools.lru_cache(maxsize=4096)

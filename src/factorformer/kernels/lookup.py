@@ -6,7 +6,25 @@ import torch
 from torch import Tensor
 
 from factorformer.kernels import cpu
-from factorformer.kernels.dense import served
+from factorformer.kernels.dense import Dense, served
+
+
+def dense_rows(index: Tensor, table: Dense, right: Dense | None = None) -> Tensor | None:
+    """Rows of a table, or of the product of two matrices, `(...)` to `(..., width)`; None where no kernel serves.
+
+    Args:
+        index: of rows.
+        table: `(rows, width)`, or `(rows, rank)`.
+        right: `(rank, width)`.
+
+    Raises:
+        IndexError: an index that is no row.
+    """
+    others = () if right is None else right[:2]
+    if not _serve(index, *table[:2], *others) or (right is not None and max(right.weight.shape) > cpu.WIDEST):
+        return None
+    found = cpu.dense_rows(index.flatten(), table[:2], None if right is None else right[:2])
+    return found.view(*index.shape, found.shape[1])
 
 
 def kronecker_rows(

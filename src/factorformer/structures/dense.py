@@ -11,9 +11,9 @@ from torch import Tensor
 
 from factorformer.errors import ModelError
 from factorformer.kernels import Dense as Factor
-from factorformer.kernels import chain
+from factorformer.kernels import chain, dense_rows
 from factorformer.structures.base import Factors, Selection, Shape, Structure, TensorSpec
-from factorformer.structures.integers import SCALE, TYPES, floats, look_up
+from factorformer.structures.integers import SCALE, TYPES, Rounded, floats, look_up
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +51,10 @@ class Dense(Structure):
         return chain(x, (Factor(factors["weight"].squeeze(1), factors.get("weight" + SCALE)),), bias)
 
     def rows(self, shape: Shape, factors: Factors, index: Tensor) -> Tensor:
+        if not isinstance(factors, Rounded):
+            found = dense_rows(index, Factor(factors["weight"].squeeze(1), factors.get("weight" + SCALE)))
+            if found is not None:
+                return found
         return look_up(factors, "weight", index)
 
     def to_dense(self, shape: Shape, factors: Factors) -> Tensor:

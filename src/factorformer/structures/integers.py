@@ -83,7 +83,7 @@ def quantize(factors: Factors, bits: Bits) -> dict[str, Tensor]:
             codes, result[name + SCALE] = _by_row(tensor)
             result[name] = codes.to(torch.int8)
         else:
-            codes, result[name + EXPONENTS], result[name + SCALE] = _by_group(tensor, tensor)
+            codes, result[name + EXPONENTS], result[name + SCALE] = _by_group(tensor)
             result[name] = _pack(codes.flatten(1).to(torch.int8)[:, : math.prod(tensor.shape[1:])])
     return result
 
@@ -187,7 +187,7 @@ def rounded(tensor: Tensor, bits: Bits, factor: Tensor | None = None) -> Tensor:
     """
     fixed = values = tensor.detach()
     if bits == 4:
-        codes, exponents, scale = _by_group(fixed, fixed if factor is None else factor.detach())
+        codes, exponents, scale = _by_group(fixed, None if factor is None else factor.detach())
         whole = codes.to(scale.dtype) * _steps(exponents, scale)[:, :, None]
         values = whole.flatten(1)[:, : math.prod(tensor.shape[1:])].view(tensor.shape)
     return _values(*_by_row(values)) + (tensor - fixed)
@@ -201,11 +201,17 @@ def _by_row(tensor: Tensor) -> tuple[Tensor, Tensor]:
     return (whole / _over_rows(whole, divisor)).round().clamp(-LARGEST[8], LARGEST[8]), scale
 
 
-def _by_group(tensor: Tensor, factor: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes of 4 bits `(rows, groups, GROUP)` in floats, exponents `(rows, groups)`, the scale of the factor `(1,)`."""
+def _by_group(tensor: Tensor, factor: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes of 4 bits `(rows, groups, GROUP)` in floats, exponents `(rows, groups)`, the scale of the factor `(1,)`.
+
+    Args:
+        tensor: a factor, or rows of one.
+        factor: whose rows they are.
+    """
     values = _grouped(_whole(tensor)[..., None].flatten(1))
     largest = values.abs().amax(2)
-    of_all = torch.linalg.vector_norm(_whole(factor), math.inf) if factor.numel() else largest.new_zeros(())
+    every = largest if factor is None else _whole(factor)
+    of_all = torch.linalg.vector_norm(every, math.inf) if every.numel() else largest.new_zeros(())
     scale = (of_all / LARGEST[4]).to(tensor.dtype).view(1)
     tiny = torch.finfo(largest.dtype).tiny
     below = STEPS * (scale.to(largest.dtype).clamp_min(tiny) * LARGEST[4] / largest.clamp_min(tiny)).log2()

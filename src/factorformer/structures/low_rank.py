@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from factorformer.errors import ModelError
-from factorformer.kernels import chain
+from factorformer.kernels import chain, dense_rows
 from factorformer.structures.base import Factors, Selection, Shape, Structure, TensorSpec, require_positive
-from factorformer.structures.integers import dense, floats, look_up
+from factorformer.structures.integers import Rounded, dense, floats, look_up
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +61,10 @@ class LowRank(Structure):
         return chain(x, (dense(factors, "right"), dense(factors, "weight")), bias)
 
     def rows(self, shape: Shape, factors: Factors, index: Tensor) -> Tensor:
+        if not isinstance(factors, Rounded):
+            found = dense_rows(index, dense(factors, "weight"), dense(factors, "right"))
+            if found is not None:
+                return found
         return chain(look_up(factors, "weight", index), (dense(factors, "right", columns=True),))
 
     def to_dense(self, shape: Shape, factors: Factors) -> Tensor:

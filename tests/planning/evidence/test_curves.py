@@ -44,7 +44,7 @@ def test_low_rank_is_exact_in_the_metric_of_the_fit(name: str, calibrated: bool)
     matrices = [m for m in find_matrices(model, "all")[0] if m.dense is None]
     names = [m.name for m in matrices]
     statistics = collect(model, names, [MODELS[name].inputs()], "input_moment") if calibrated else {}
-    curves = measure_curves(model, matrices, [LowRank], statistics, 2)
+    curves = measure_curves(model, matrices, lambda _: [LowRank], statistics, 2)
     assert list(curves) == names
     for matrix in matrices[::3]:
         curve = curves[matrix.name]
@@ -57,7 +57,7 @@ def test_low_rank_is_exact_in_the_metric_of_the_fit(name: str, calibrated: bool)
 def test_plain_kronecker_sums_are_exact() -> None:
     model = MODELS["bert"].build()
     matrices = [m for m in find_matrices(model)[0] if m.dense is None]
-    curves = measure_curves(model, matrices, [KroneckerSum], {}, 2)
+    curves = measure_curves(model, matrices, lambda _: [KroneckerSum], {}, 2)
     for matrix in matrices[::2]:
         for spec in list(curves[matrix.name].specs)[::5]:
             error = fit_matrix(model, matrix, spec, {})[1]
@@ -71,7 +71,7 @@ def test_other_errors_come_near_those_of_fits(structure: type, calibrated: bool)
     matrices = [m for m in find_matrices(model)[0] if m.dense is None]
     batch = text(16, 20)
     statistics = collect(model, [m.name for m in matrices], [batch], "input_moment") if calibrated else {}
-    curves = measure_curves(model, matrices, [structure], statistics, 2)
+    curves = measure_curves(model, matrices, lambda _: [structure], statistics, 2)
     for matrix in matrices[::3]:
         curve = curves[matrix.name]
         middle = [s for s in curve.specs if 0.4 < s.bytes(matrix.shape) / matrix.cost(None).bytes < 0.6]
@@ -83,7 +83,7 @@ def test_other_errors_come_near_those_of_fits(structure: type, calibrated: bool)
 def test_errors_fall_as_sizes_grow() -> None:
     model = MODELS["bert"].build()
     matrices = [m for m in find_matrices(model)[0] if m.dense is None]
-    for curve in measure_curves(model, matrices, EVERY, {}, 3).values():
+    for curve in measure_curves(model, matrices, lambda _: EVERY, {}, 3).values():
         assert set(curve.sizes) == {structure.kind for structure in EVERY}
         for sizes in curve.sizes.values():
             parts = [spec.bytes(curve.matrix.shape) for spec in sizes]
@@ -97,9 +97,9 @@ def test_errors_fall_as_sizes_grow() -> None:
 def test_fits_are_few() -> None:
     model, seen = MODELS["bert"].build(), []
     matrices = [m for m in find_matrices(model)[0] if m.dense is None]
-    measure_curves(model, matrices, [LowRank], {}, 2, seen.append)
+    measure_curves(model, matrices, lambda _: [LowRank], {}, 2, seen.append)
     assert seen == list(range(1, len(matrices) + 1))  # one decomposition each, and no fit
-    measure_curves(model, matrices, EVERY, {}, 2, seen.append)
+    measure_curves(model, matrices, lambda _: EVERY, {}, 2, seen.append)
     assert len(seen) < 8 * len(matrices)
 
 
@@ -107,7 +107,7 @@ def test_weights_that_are_not_there_have_usual_curves() -> None:
     with torch.device("meta"):
         model = MODELS["bert"].make()
     matrices = [m for m in find_matrices(model)[0] if m.dense is None]
-    for curve in measure_curves(model, matrices, EVERY, {}, 2).values():
+    for curve in measure_curves(model, matrices, lambda _: EVERY, {}, 2).values():
         assert set(curve.sizes) == {structure.kind for structure in EVERY}
         assert all(0 < curve.squared_error(spec) <= 1 for spec in curve.specs)
 
@@ -118,7 +118,7 @@ def test_weights_of_low_rank_leave_finite_errors() -> None:
         layer.intermediate.dense.weight.data = torch.randn(64, 2) @ torch.randn(2, 32)
         layer.output.dense.weight.data.zero_()
     matrices = [m for m in find_matrices(model)[0] if m.dense is None]
-    for name, curve in measure_curves(model, matrices, EVERY, {}, 2).items():
+    for name, curve in measure_curves(model, matrices, lambda _: EVERY, {}, 2).items():
         assert all(0 <= curve.squared_error(spec) <= 1 for spec in curve.specs)
         if name.endswith("intermediate.dense"):
             assert curve.squared_error(LowRank(2)) < 1e-9
@@ -129,14 +129,14 @@ def test_a_weight_that_is_not_finite_is_named() -> None:
     name = "bert.encoder.layer.1.output.dense"
     model.get_submodule(name).weight.data[0, 0] = float("inf")
     with pytest.raises(ModelError, match=f"'{name}'.*NaN"):
-        measure_curves(model, find_matrices(model, include=["*.dense"])[0], [LowRank], {}, 2)
+        measure_curves(model, find_matrices(model, include=["*.dense"])[0], lambda _: [LowRank], {}, 2)
 
 
 def test_int8_adds_its_rounding() -> None:
     model = MODELS["bert"].build()
     matrices = [m for m in find_matrices(model, bits=8)[0] if m.dense is None]
     statistics = collect(model, [m.name for m in matrices], [text(16, 20)], "fisher")
-    curves = measure_curves(model, matrices, EVERY, statistics, 6)
+    curves = measure_curves(model, matrices, lambda _: EVERY, statistics, 6)
     for matrix in matrices[::3]:
         curve, metric = curves[matrix.name], Metric.of(statistics[matrix.name])
         weight = model.get_submodule(matrix.name).weight.detach()
@@ -152,5 +152,5 @@ def test_int8_adds_its_rounding() -> None:
 def test_a_matrix_in_floats_has_no_rounding() -> None:
     model = MODELS["bert"].build()
     matrices = [m for m in find_matrices(model)[0] if m.dense is None][:1]
-    (curve,) = measure_curves(model, matrices, [LowRank], {}, 2).values()
+    (curve,) = measure_curves(model, matrices, lambda _: [LowRank], {}, 2).values()
     assert curve.rounding == {}

@@ -81,6 +81,23 @@ def test_the_whole_model_is_planned(name: str) -> None:
     assert plan.compressed.bytes == sum(t.numel() * t.element_size() for t in unique(model))
 
 
+@pytest.mark.parametrize("method", BY_LOSS)
+def test_tables_may_become_dictionaries(method: str) -> None:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 48}
+    model = tf.BertModel(tf.BertConfig(**sizes, vocab_size=400, max_position_embeddings=24)).eval()
+    table = model.get_input_embeddings().weight
+    codes = torch.randn(400, 24) * (torch.rand(400, 24).argsort(1) < 2)
+    with torch.no_grad():
+        table.copy_(codes @ torch.randn(24, 32))
+    plan = factorformer.plan(model, method, 4, "all", calibration=[text(16)])
+    (entry,) = (entry for entry in plan.entries if entry.matrix.name == "embeddings.word_embeddings")
+    assert isinstance(entry.spec, DenseSparse), str(plan)
+    # A tied head is multiplied by as well, and is no mere table.
+    tied = factorformer.plan(MODELS["llama-tied"].build(), "fisher", 1.5, "all", calibration=[text(16)])
+    assert all(isinstance(entry.spec, LowRank) for entry in tied.factorized)
+
+
 def unique(model: torch.nn.Module) -> list[torch.Tensor]:
     """What is stored, but for buffers that hold no factors."""
     supports = [buffer for name, buffer in model.named_buffers() if name.endswith("support")]
@@ -195,7 +212,7 @@ def test_structures_are_mixed_where_matrices_differ() -> None:
     found = {}
     for number, kind in enumerate(weights):
         matrices = [m for m in find_matrices(model, include=[f"*.{number}.intermediate.dense"])[0] if m.dense is None]
-        (curve,) = measure_curves(model, matrices, (LowRank, KroneckerSum, DenseSparse), {}, 3).values()
+        (curve,) = measure_curves(model, matrices, lambda _: (LowRank, KroneckerSum, DenseSparse), {}, 3).values()
         half = [spec for spec in curve.specs if spec.bytes((192, 48)) <= 0.5 * 4 * 192 * 48]
         found[kind] = type(min(half, key=curve.squared_error))
     assert found == {"low rank": LowRank, "kronecker": KroneckerSum, "sparse": DenseSparse}

@@ -1,4 +1,4 @@
-"""The job of `quickstart`, step by step."""
+"""The jobs of `quickstart`, step by step: a classifier, and a sentence encoder."""
 
 from __future__ import annotations
 
@@ -20,6 +20,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from factorformer import compression
 from factorformer.cli._inputs import predictions, write
+from factorformer.cli._jobs.compress import CompressJob, run
+from factorformer.cli._jobs.embeddings import EmbeddingJob, evaluate_embeddings
 from factorformer.cli._options import note
 from factorformer.errors import CheckpointError
 from factorformer.files import RESULT_FILE, check_output, output_directory
@@ -32,6 +34,7 @@ from factorformer.tasks.data import Columns, Labels, batches, encode, sample
 from factorformer.tasks.docstrings import stdlib_docstrings
 from factorformer.tasks.evaluation import evaluate
 from factorformer.tasks.finetuning import TrainingSettings, train
+from factorformer.tasks.healing import HealingSettings
 
 # Nearly all of the time goes to training steps: epochs * TRAIN_ROWS / BATCH_SIZE, 225 for either model.
 MODEL = "minilm"
@@ -50,6 +53,9 @@ TIMED_BATCHES = (1, 32)
 
 FILES = ("original", "compressed", "train.jsonl", "test.jsonl")
 """What the directory holds beside the result."""
+
+ENCODER_RATIO, ENCODER_MINUTES = 10.0, 1.0
+"""Of the whole file, and of training."""
 
 
 def demonstrate(target: Path, *, overwrite: bool) -> Result:
@@ -100,9 +106,7 @@ def demonstrate(target: Path, *, overwrite: bool) -> Result:
         "compressed": (small, Result.of(report, method=report.method, metrics=metrics, seed=settings.seed)),
     }
     with output_directory(target, overwrite=overwrite, known=FILES) as partial:
-        for name, table in rows.items():
-            lines = (json.dumps(row) + "\n" for row in table)
-            (partial / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
+        _write_rows(rows, partial)
         for name, (model, result) in found.items():
             result = dataclasses.replace(result, output=str(target / name))
             write(result, model, partial / name, tokenizer=tokenizer)
@@ -115,6 +119,46 @@ def demonstrate(target: Path, *, overwrite: bool) -> Result:
         (partial / RESULT_FILE).write_text(json.dumps(result.to_dict(), indent=1) + "\n", encoding="utf-8")
     note(f"loaded in a new process: the logits of {CHECKED_ROWS} test rows are identical, bit for bit")
     return result
+
+
+def demonstrate_encoder(target: Path, *, overwrite: bool) -> Result:
+    """Compress a sentence encoder to a tenth of its file on plain text, and measure what it is used for."""
+    check_output(target, overwrite=overwrite, known=FILES)
+    started = time.perf_counter()
+    rows = stdlib_docstrings()
+    note(f"{len(rows['train'])} docstrings to learn from, without labels, {len(rows['test'])} others to measure on")
+    with output_directory(target, overwrite=overwrite, known=FILES) as partial:
+        _write_rows(rows, partial)
+        output, test = partial / "compressed", str(partial / "test.jsonl")
+        job = CompressJob(
+            model=MODEL,
+            output=str(output),
+            ratio=ENCODER_RATIO,
+            int4=True,
+            scope="all",
+            train=str(partial / "train.jsonl"),
+            distill=MODEL,
+            max_length=MAX_LENGTH,
+            healing=HealingSettings(minutes=ENCODER_MINUTES),
+        )
+        compressed = run(job, resume=False)
+        result = evaluate_embeddings(
+            EmbeddingJob(str(output), MODEL, [test], text=None, label=None, max_length=MAX_LENGTH, device="cpu")
+        )
+        sizes = ((BEFORE, find(MODEL)), ("", output))
+        sizes = {f"{prefix}file_bytes": float((path / "model.safetensors").stat().st_size) for prefix, path in sizes}
+        seconds = {**compressed.seconds, **result.seconds, "total": time.perf_counter() - started}
+        result = dataclasses.replace(
+            result, metrics={**result.metrics, **sizes}, seconds=seconds, output=str(target), method=compressed.method
+        )
+        (partial / RESULT_FILE).write_text(json.dumps(result.to_dict(), indent=1) + "\n", encoding="utf-8")
+    return result
+
+
+def _write_rows(tables: Mapping[str, datasets.Dataset], folder: Path) -> None:
+    for name, table in tables.items():
+        lines = (json.dumps(row) + "\n" for row in table)
+        (folder / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
 
 
 def _copy(model: PreTrainedModel) -> PreTrainedModel:

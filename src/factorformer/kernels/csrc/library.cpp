@@ -84,6 +84,11 @@ EXPORT int32_t factorformer_kronecker_rows(const int64_t *index, int64_t n, cons
     return table->kronecker_rows(index, n, &k, y);
 }
 
+EXPORT int32_t factorformer_dense_rows(const int64_t *index, int64_t n, const int64_t *fields, const int64_t *right, float *y) {
+    const Matrix m = matrix_of(fields), r = right ? matrix_of(right) : Matrix{};
+    return table->dense_rows(index, n, &m, right ? &r : nullptr, y);
+}
+
 // Six fields for each matrix, up to four matrices.
 EXPORT int32_t factorformer_chain(const float *x, int64_t n, const int64_t *fields, int64_t count, const float *bias,
                                float *y) {

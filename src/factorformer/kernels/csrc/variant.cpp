@@ -11,4 +11,5 @@
 extern "C" const Table FACTORFORMER_VARIANT;
 const Table FACTORFORMER_VARIANT = {
     NAME(FACTORFORMER_VARIANT), sparse, sparse_transposed, sparse_outer, chain, gelu, attention, sparse_rows, kronecker_rows,
+    dense_rows,
 };

@@ -13,12 +13,13 @@ from torch import nn
 
 from factorformer.fitting import QUICK, Metric
 from factorformer.fitting.linalg import truncation_errors
-from factorformer.fitting.matrices import as_stored, fit_matrix, metric_of, naming
+from factorformer.fitting.matrices import as_stored, fit_weight, metric_of, naming
 from factorformer.fitting.moments import LayerStatistics
+from factorformer.fitting.sampling import sampled
 from factorformer.layers.dense import dense_weight
 from factorformer.layers.matrix import Matrix
 from factorformer.planning import Entry, choose_families
-from factorformer.structures import Dense, Structure
+from factorformer.structures import Dense, DenseSparse, Structure
 from factorformer.structures.integers import Bits
 
 ROUNDS = 8
@@ -38,6 +39,9 @@ SMALL = 2**18
 ROUNDING: dict[Bits, float] = {8: 1e-4, 4: 2e-2}
 """Squared relative error that integers of so many bits add, where weights are not there to tell."""
 
+StructuresOf = Callable[[Matrix], Sequence[type[Structure]]]
+"""What a matrix can become."""
+
 LEAST = 1e-12
 """Squared errors below this count as this, so that they have a logarithm."""
 
@@ -55,7 +59,8 @@ class Curve:
         energy: what a squared relative error of 1, a matrix of zeros, adds to the loss.
         low_rank: squared relative errors of ranks 0, 1, ...
         exact: by structure, where a closed form is the optimum, the same of 0, 1, ... units.
-        relative: by structure, `(part of the dense bytes, factor)`, largest part first.
+        relative: by structure, `(part of the dense bytes, factor)`, largest part first; bytes of the type in which the
+            matrix is stored.
         sizes: the specs to choose among, by structure, in growing bytes.
         rounding: by structure, what storing factors in integers adds, of those matrices that are to be so.
     """
@@ -92,17 +97,33 @@ class Curve:
         return min(self.of_low_rank(part) * math.exp(_relative(self.relative[spec.kind], part)), 1.0) + added
 
     def of_low_rank(self, part: float) -> float:
-        """The squared error of low rank of a part of the dense bytes, a fraction of a rank included."""
+        """The squared error of low rank of a part of the dense values, a fraction of a rank included."""
         rank = part * math.prod(self.matrix.shape) / sum(self.matrix.shape)
         below = min(int(rank), len(self.low_rank) - 2)
         first, second = (math.log(max(float(self.low_rank[i]), LEAST)) for i in (below, below + 1))
         return math.exp(first + (second - first) * min(rank - below, 1.0))
 
 
+@dataclasses.dataclass(frozen=True)
+class _Fit:
+    """Factors of a matrix, or of rows of one, and their relative error under a metric."""
+
+    matrix: Matrix
+    weight: torch.Tensor
+    spec: Structure
+    metric: Metric
+    factors: Mapping[str, torch.Tensor]
+    error: float
+
+    def rounded_error(self) -> float:
+        """Of the factors as they are stored."""
+        return self.metric.relative_error(self.weight, as_stored(self.matrix, self.spec, dict(self.factors)))
+
+
 def measure_curves(
     model: nn.Module,
     matrices: Sequence[Matrix],
-    structures: Sequence[type[Structure]],
+    structures: StructuresOf,
     statistics: Mapping[str, LayerStatistics],
     ratio: float,
     progress: Callable[[int], None] | None = None,
@@ -120,7 +141,7 @@ def measure_curves(
     Args:
         model: not changed.
         matrices: those that can be factorized.
-        structures: what they can become.
+        structures: what each can become.
         statistics: what the metric knows of each layer; without, errors are plain ones of the weights.
         ratio: dense bytes over the bytes that matrices have on average, around which the curves should be right.
         progress: called with the number of matrices and fits done.
@@ -143,8 +164,20 @@ def measure_curves(
     def metric(name: str) -> Metric:
         return metric_of(name, statistics)
 
+    @functools.cache
+    def weight(name: str, tall: bool) -> tuple[torch.Tensor, Metric]:
+        whole = dense_weight(model.get_submodule(name)), metric(name)
+        return (sampled(*whole) if tall else None) or whole
+
+    def fitted(matrix: Matrix, spec: Structure, rounds: int | None) -> _Fit:
+        # Each row of these has codes of its own, and few tell as much of the errors of all.
+        tall = isinstance(spec, DenseSparse) and spec.side == "rows"
+        values, found = weight(matrix.name, tall)
+        rows = dataclasses.replace(matrix, shape=(values.shape[0], values.shape[1]))
+        return _Fit(rows, values, spec, found, *fit_weight(rows, values, spec, found, rounds))
+
     def error(matrix: Matrix, spec: Structure, rounds: int = QUICK) -> float:
-        found = fit_matrix(model, matrix, spec, metric(matrix.name), rounds)[1]
+        found = fitted(matrix, spec, rounds).error
         step()
         return found
 
@@ -153,12 +186,13 @@ def measure_curves(
         step()
     alike: dict[object, list[Matrix]] = {}
     for matrix in matrices:
-        alike.setdefault((matrix.shape, matrix.dtype, matrix.role), []).append(matrix)
+        alike.setdefault((matrix.shape, matrix.dtype, matrix.role, tuple(structures(matrix))), []).append(matrix)
     curves: dict[str, Curve] = {}
     for members in alike.values():
         metric.cache_clear()  # of a kind few matrices are fitted, each many times
+        weight.cache_clear()
         relative, sizes = _of_kind(model, members, structures, bare, ratio, error)
-        rounding = _rounding(model, bare[members[len(members) // 2].name], sizes, metric, ratio)
+        rounding = _rounding(model, bare[members[len(members) // 2].name], sizes, fitted, ratio)
         for matrix in members:
             curves[matrix.name] = dataclasses.replace(
                 bare[matrix.name], relative=relative, sizes=sizes, rounding=rounding
@@ -169,7 +203,7 @@ def measure_curves(
 def _of_kind(
     model: nn.Module,
     members: Sequence[Matrix],
-    structures: Sequence[type[Structure]],
+    structures: StructuresOf,
     bare: Mapping[str, Curve],
     ratio: float,
     error: Callable[[Matrix, Structure, int], float],
@@ -179,7 +213,7 @@ def _of_kind(
     sizes: dict[str, tuple[Structure, ...]] = {}
     first = members[0]
     on_meta = dense_weight(model.get_submodule(first.name)).is_meta
-    for structure in structures:
+    for structure in structures(first):
         kind, candidates = structure.kind, _candidates(structure, first)
         anchors: list[tuple[Structure, float]] = []
         if kind not in bare[first.name].exact and not on_meta:
@@ -197,7 +231,7 @@ def _rounding(
     model: nn.Module,
     bare: Curve,
     sizes: Mapping[str, Sequence[Structure]],
-    metric_named: Callable[[str], Metric],
+    fitted: Callable[[Matrix, Structure, int | None], _Fit],
     ratio: float,
 ) -> dict[str, float]:
     """What integers add to the squared error of each structure, near the common size, and to the dense matrix."""
@@ -207,21 +241,19 @@ def _rounding(
     weight = dense_weight(model.get_submodule(matrix.name))
     if weight.is_meta:
         return dict.fromkeys([*sizes, Dense.kind], ROUNDING[matrix.bits])
-    metric = metric_named(matrix.name)
-    found = {Dense.kind: fit_matrix(model, matrix, Dense(), metric)[1] ** 2}
+    found = {Dense.kind: fitted(matrix, Dense(), None).error ** 2}
     for kind, specs in sizes.items():
         if specs:
-            spec = min(specs, key=lambda spec: abs(_part(matrix, spec) - 1 / ratio))
-            factors, error = fit_matrix(model, matrix, spec, metric, None if kind in bare.exact else QUICK)
-            rounded = metric.relative_error(weight, as_stored(matrix, spec, factors))
-            found[kind] = max(rounded**2 - error**2, 0.0)
+            spec = min(specs, key=lambda spec: abs(_part(matrix, spec) - _usual(matrix, ratio)))
+            fit = fitted(matrix, spec, None if kind in bare.exact else QUICK)
+            found[kind] = max(fit.rounded_error() ** 2 - fit.error**2, 0.0)
     return found
 
 
 def _bare_curve(
     model: nn.Module,
     matrix: Matrix,
-    structures: Sequence[type[Structure]],
+    structures: StructuresOf,
     statistics: Mapping[str, LayerStatistics],
 ) -> Curve:
     """What decompositions tell."""
@@ -230,14 +262,14 @@ def _bare_curve(
         # So the squared errors of MiniLM's matrices fall with the part of the bytes, near the middle of the range.
         ranks = torch.arange(min(matrix.shape) + 1, dtype=torch.float64)
         usual = torch.exp(-4 * ranks * sum(matrix.shape) / math.prod(matrix.shape))
-        closed = [s.kind for s in structures if s.truncated(weight, weight, plain=True) is weight]
+        closed = [s.kind for s in structures(matrix) if s.truncated(weight, weight, plain=True) is weight]
         return Curve(matrix, 0.0, usual, dict.fromkeys(closed, usual), {}, {})
     metric = metric_of(matrix.name, statistics)
     exact: dict[str, torch.Tensor] = {}
     with naming(matrix.name):
         scaled = metric.apply(weight)
         low_rank = truncation_errors(scaled).cpu()
-        for structure in structures:
+        for structure in structures(matrix):
             if next(structure.candidates(matrix.shape, weight.dtype), None) is None:
                 continue
             same = structure.truncated(weight, scaled, plain=metric.rows is None and metric.columns is None)
@@ -258,8 +290,13 @@ def _samples(members: Sequence[Matrix]) -> list[Matrix]:
 
 
 def _part(matrix: Matrix, spec: Structure) -> float:
-    """Bytes of a spec as a part of the dense ones."""
-    return matrix.bytes(spec) / matrix.bytes(None)
+    """Bytes of a spec as a part of those of the dense matrix in the same integers or floats."""
+    return matrix.bytes(spec) / matrix.bytes(matrix.whole)
+
+
+def _usual(matrix: Matrix, ratio: float) -> float:
+    """The part that a matrix has where all are so many times smaller than dense in floats."""
+    return matrix.bytes(None) / matrix.bytes(matrix.whole) / ratio
 
 
 def _anchors(
@@ -270,8 +307,9 @@ def _anchors(
     error: Callable[[Matrix, Structure, int], float],
 ) -> list[tuple[Structure, float]]:
     """Specs that were fitted, and by what factor their squared errors differ from low rank's, the largest first."""
-    parts = [SPREAD / ratio, 1 / ratio / SPREAD] if len(structure.relative_errors) > 1 else [1 / ratio]
     middle = samples[len(samples) // 2].matrix
+    usual = _usual(middle, ratio)
+    parts = [usual * SPREAD, usual / SPREAD] if len(structure.relative_errors) > 1 else [usual]
     found: list[tuple[Structure, float]] = []
     for part in parts:
         within = [spec for spec in candidates if _part(middle, spec) <= min(part, 0.8)] or list(candidates[:1])

@@ -16,7 +16,7 @@ from factorformer.fitting.moments import LayerStatistics
 from factorformer.fitting.objective import COSINE
 from factorformer.layers.matrix import Matrix
 from factorformer.planning import Entry, Option, Plan, Unit
-from factorformer.planning.evidence.curves import Curve, measure_curves
+from factorformer.planning.evidence.curves import Curve, StructuresOf, measure_curves
 from factorformer.planning.evidence.times import Timer, measure_times
 from factorformer.planning.knapsack import by_loss
 from factorformer.progress import Progress, silent
@@ -55,7 +55,7 @@ class Prediction:
         cls,
         model: nn.Module,
         matrices: Sequence[Matrix],
-        structures: Sequence[type[Structure]],
+        structures: StructuresOf,
         statistics: Mapping[str, LayerStatistics] | None,
         ratio: float,
         progress: Progress = silent,
@@ -70,7 +70,7 @@ class Prediction:
         Args:
             model: not changed.
             matrices: those in scope.
-            structures: what they can become.
+            structures: what each can become.
             statistics: of each layer, with both sides; None without calibration data.
             ratio: dense bytes over the bytes that matrices have on average.
             progress: progress callback.
@@ -141,7 +141,7 @@ def _on_other_texts(statistics: LayerStatistics) -> float:
 
 def plan_by_loss(
     model: nn.Module,
-    structures: Sequence[type[Structure]],
+    structures: StructuresOf,
     metric: MetricName,
     draft: Plan,
     matrices: Sequence[Matrix],
@@ -155,7 +155,7 @@ def plan_by_loss(
 
     Args:
         model: not changed.
-        structures: what matrices can become.
+        structures: what each matrix can become.
         metric: of their errors.
         draft: a plan without entries.
         matrices: all in scope.

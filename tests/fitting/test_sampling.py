@@ -1,0 +1,80 @@
+"""Rows that stand for all those of a tall matrix."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from factorformer.fitting import Metric, dictionary, fit
+from factorformer.fitting.linalg import square_root
+from factorformer.fitting.sampling import FEWEST, WORTH, sampled
+from factorformer.structures import DenseSparse
+
+ROWS = 3 * WORTH * FEWEST
+WIDTH = 24
+
+
+def tall(seed: int = 0) -> tuple[torch.Tensor, Metric]:
+    """A table of combinations of few atoms and noise, rows as frequent as tokens, columns of a moment."""
+    generator = torch.Generator().manual_seed(seed)
+    atoms = torch.randn(32, WIDTH, generator=generator)
+    codes = torch.randn(ROWS, 32, generator=generator) * (torch.rand(ROWS, 32, generator=generator) < 0.15)
+    weight = codes @ atoms + 0.3 * torch.randn(ROWS, WIDTH, generator=generator)
+    often = 1 / torch.arange(1, ROWS + 1, dtype=torch.float64)[torch.randperm(ROWS, generator=generator)]
+    mixed = torch.randn(3 * WIDTH, WIDTH, generator=generator, dtype=torch.float64)
+    return weight, Metric(often.sqrt(), square_root(mixed.T @ mixed))
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_errors_of_a_sample_are_those_of_all_rows(weighted: bool) -> None:
+    weight, metric = tall()
+    metric = metric if weighted else Metric()
+    found = sampled(weight, metric)
+    assert found is not None
+    rows, few = found
+    assert 0.9 * FEWEST < len(rows) < 1.1 * FEWEST
+    assert few.rows is not None
+    # Energies are exact where every row has a chance in proportion; errors of something else are right on average.
+    energy = metric.apply(weight).square().sum(dtype=torch.float64)
+    assert float(few.apply(rows).square().sum(dtype=torch.float64) / energy) == pytest.approx(1, abs=0.05)
+    change = torch.randn(WIDTH, WIDTH, generator=torch.Generator().manual_seed(1)) / WIDTH
+    whole = metric.relative_error(weight, weight @ change)
+    assert few.relative_error(rows, rows @ change) == pytest.approx(whole, rel=0.03)
+
+
+def test_the_draw_is_always_the_same() -> None:
+    first, second = sampled(*tall()), sampled(*tall())
+    assert first is not None
+    assert second is not None
+    assert torch.equal(first[0], second[0])
+    assert torch.equal(first[1].rows, second[1].rows)  # type: ignore[arg-type]
+
+
+def test_what_stands_for_itself_is_not_sampled() -> None:
+    weight, metric = tall()
+    assert sampled(weight[: WORTH * FEWEST - 1], Metric()) is None
+    assert sampled(torch.zeros_like(weight), metric) is None
+    assert sampled(weight * torch.nan, metric) is None
+    coupled = torch.eye(8, dtype=torch.float64)
+    assert sampled(torch.ones(8, 4), Metric(coupled)) is None
+
+
+def test_few_rows_with_all_the_energy_are_all_kept() -> None:
+    weight = torch.zeros(ROWS, WIDTH)
+    weight[5000:5100] = torch.randn(100, WIDTH)
+    weight[7] = 1e4
+    found = sampled(weight, Metric())
+    assert found is not None
+    assert torch.equal(found[0], weight[(weight != 0).any(1)])
+    assert found[1].rows is not None
+    assert bool((found[1].rows == 1).all())
+
+
+def test_a_dictionary_of_a_sample_serves_all_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, metric = tall()
+    spec = DenseSparse(32, 6)
+    quick, error = fit(weight, spec, metric, rounds=8)
+    assert metric.relative_error(weight, spec.to_dense((ROWS, WIDTH), quick)) == pytest.approx(error, rel=1e-4)
+    monkeypatch.setattr(dictionary, "sampled", lambda weight, metric: None)
+    _, full = fit(weight, spec, metric, rounds=8)
+    assert error < 1.05 * full
