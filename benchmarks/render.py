@@ -569,6 +569,24 @@ def encoders() -> list[str]:
     return markdown(header, table) + measured_with(row["machine"] for row in rows)
 
 
+def lookups() -> list[str]:
+    """Look-ups in tables of factors, times plain ones, and how long their fits take."""
+    found = content_of("lookups.json")
+    kinds = list(dict.fromkeys((tuple(c["shape"]), c["drawn"], c["structure"]) for c in found["cells"]))
+    fits = {(tuple(fit["shape"]), fit["structure"]): fit for fit in found["fits"]}
+    table = []
+    for shape, drawn, kind in kinds:
+        cells = [c for c in found["cells"] if (tuple(c["shape"]), c["drawn"], c["structure"]) == (shape, drawn, kind)]
+        fit = fits[shape, kind]
+        times = [f"{cell['ratio']:.1f}x ({cell['low']:.1f} to {cell['high']:.1f})" for cell in cells]
+        plain = 1000 * cells[0]["plain_milliseconds"]
+        line = [f"{shape[0]:,} x {shape[1]}", drawn, f"{plain:.0f} us", kind.replace("_", " "), *times]
+        table.append([*line, f"{fit['seconds']:.1f} s", f"{fit['error']:.3f}"])
+    widths = list(dict.fromkeys(cell["values"] for cell in found["cells"]))
+    header = ["table", "tokens", "plain", "structure", *widths, "fit", "error"]
+    return markdown(header, table) + measured_with([found["machine"]])
+
+
 def splits() -> list[str]:
     """Of each matrix and ratio, the best dense-sparse sizes by the plain metric, beside low rank of as many bytes."""
     found = content_of("dictionary.json")["splits"]
@@ -653,6 +671,7 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "predicted-plans": predicted_plans,
     "fine-tuned": fine_tuned,
     "encoders": encoders,
+    "lookups": lookups,
     "splits": splits,
     "sparse-sst2": lambda: before_and_after("sst2", (2.8, 5.0), SPARSE, **SIX),
     "sparse-banking77": lambda: before_and_after("banking77", (2.8, 5.0), SPARSE, **SIX),

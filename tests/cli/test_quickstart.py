@@ -64,7 +64,10 @@ def test_the_encoder(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert {"train.jsonl", "test.jsonl", "compressed"} <= {path.name for path in (tmp_path / "out").iterdir()}
     shown = run("quickstart", "--encoder", "--output", tmp_path / "again")
     assert shown.exit_code == 0
-    assert "SentenceTransformer" in shown.stderr
+    assert "--against minilm" in shown.stderr
+    inner = json.loads((tmp_path / "again" / "compressed" / "factorformer.json").read_text())
+    assert inner["output"] == str(tmp_path / "again" / "compressed")
+    assert (tmp_path / "again" / "compressed" / "modules.json").exists()
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
 
 

@@ -10,7 +10,7 @@ import torch
 import transformers as tf
 from safetensors.torch import load_file
 from tests.hf.test_int8 import factorized, relative, stored_bytes
-from tests.tiny import MODELS, logits
+from tests.tiny import MODELS, logits, text
 
 import factorformer
 from factorformer.errors import BudgetError, MethodError, ModelError
@@ -19,6 +19,7 @@ from factorformer.layers.matrix import Scope
 from factorformer.layers.nn import FactorizedMatrix
 from factorformer.layers.quantization import hold_floats, quantize
 from factorformer.planning import Plan
+from factorformer.planning.evidence import prediction
 from factorformer.report import inventory
 
 LOST = 0.02
@@ -55,6 +56,32 @@ def test_every_architecture_reloads_in_the_bytes_of_its_plan(tmp_path: Path) -> 
         assert again.state_dict().keys() == model.state_dict().keys(), name
         found = inventory(again, scope)
         assert (found.original, found.compressed, found.rest) == (plan.original, plan.compressed, plan.rest), name
+
+
+def test_four_bits_or_eight_whichever_loses_less(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs, data = MODELS["bert"].inputs(), [text(16)]
+
+    def planned(ratio: float) -> Plan:
+        return factorformer.plan(MODELS["bert"].build(), "fisher", ratio, int4=True, calibration=data)
+
+    mixed = planned(5)
+    assert {entry.values for entry in mixed.factorized} == {"int4", "int8"}
+    model = MODELS["bert"].build()
+    factorformer.compress(model, mixed, data)
+    model.save_pretrained(tmp_path)
+    again = factorformer.load(tmp_path)
+    assert torch.equal(logits(again, inputs), logits(model, inputs))
+    assert {layer["values"] for layer in describe(again).layers.values()} == {"int4", "int8"}
+    assert inventory(again).compressed == mixed.compressed
+    assert Plan.from_dict(mixed.to_dict()) == mixed
+    # Where all fit in 8 bits they are in 8 bits, and far beyond that there is nothing to compare.
+    assert {entry.values for entry in planned(3.353).factorized} == {"int8"}
+    monkeypatch.setattr(prediction, "MIXED_UP_TO", 4)
+    narrow = planned(5)
+    assert {entry.values for entry in narrow.factorized} == {"int4"}
+    assert mixed.predicted is not None
+    assert narrow.predicted is not None
+    assert mixed.predicted < narrow.predicted
 
 
 def test_plain_transformers_loads_it(tmp_path: Path) -> None:

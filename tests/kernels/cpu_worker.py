@@ -300,6 +300,14 @@ def check_what_is_no_number() -> None:
                 for matrix in (Dense(codes.float(), None, columns), Dense(codes, torch.rand(len(codes)), columns)):
                     wrong = (~dense_chain(x, (matrix,)).isfinite()).all(1)
                     assert wrong.nonzero().flatten().tolist() == [1], (value, n, matrix.scales is None)
+    for value in (torch.nan, torch.inf):
+        codes, scales = torch.randint(1, 128, (9, 20), dtype=torch.int8), torch.rand(9)
+        table, atom_scales = torch.randint(1, 128, (30, 130), dtype=torch.int8), torch.rand(30)
+        packed = support.pack(torch.rand(9, 30).topk(20, dim=1).indices.sort(1).values, 30)
+        scales[4] = value
+        found = cpu.sparse_rows(torch.arange(9), codes, scales, packed, (table, atom_scales))
+        assert (~found.isfinite()).all(1).nonzero().flatten().tolist() == [4]
+        assert found[torch.arange(9) != 4].isfinite().all()
 
 
 def check_out_of_memory() -> None:

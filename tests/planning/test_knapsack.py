@@ -128,7 +128,7 @@ def test_plans_are_optimal_to_a_thousandth(seed: int, unit: Unit) -> None:
 def in_int8(rounding: dict[str, float]) -> dict[str, list[Option]]:
     """Dense in floats, in int8 and of rank 1, of matrices that rounding harms more or less."""
     return {
-        name: [Option(LowRank(1), 6, 1.0), Option(Dense(), 25, loss), Option(None, 100, 0.0)]
+        name: [Option(LowRank(1), 6, 1.0, 8), Option(Dense(), 25, loss, 8), Option(None, 100, 0.0)]
         for name, loss in rounding.items()
     }
 
@@ -146,6 +146,20 @@ def test_what_int8_leaves_of_a_budget_keeps_floats_where_rounding_harms_most() -
     # Products in int8 are as many: there is no budget that floats would spend.
     same = {name: [dataclasses.replace(o, cost=min(o.cost * 4, 100)) for o in some] for name, some in options.items()}
     assert [entry.spec for entry in by_loss(matrices, same, 1, 0, "flops")] == [Dense()] * 3
+
+
+def test_the_wider_of_two_integers_is_for_those_that_rounding_harms_most() -> None:
+    harm = {"a": 0.01, "b": 0.03, "c": 0.02}
+    options = {name: [Option(Dense(), 13, 50 * harm[name], 4), *found[1:]] for name, found in in_int8(harm).items()}
+    matrices = [Matrix(name, (16, 16), bits=4) for name in options]
+
+    def values(ratio: float) -> list[str]:
+        return [entry.values for entry in by_loss(matrices, options, ratio, 0)]
+
+    assert values(7.69) == ["int4"] * 3
+    assert values(5.9) == ["int4", "int8", "int4"]
+    assert values(4) == ["int8"] * 3
+    assert values(2) == ["int8", "float32", "int8"]
 
 
 def test_many_matrices_meet_their_budget_closely() -> None:

@@ -17,7 +17,7 @@ Destination = Annotated[
         "--output",
         metavar="DIR",
         show_default=False,
-        help="The directory to make: both models, the data, and the result. By default factorformer-quickstart, or "
+        help="The directory to make: models, data, and the result. By default factorformer-quickstart, or "
         "the first of -2, -3, ... that is free.",
     ),
 ]
@@ -58,11 +58,7 @@ def quickstart(
     result = (demonstrate_encoder if encoder else demonstrate)(target, overwrite=overwrite)
     if encoder:
         emit(result, as_json=as_json)
-        if not as_json:
-            note(
-                f'try: python -c "import factorformer; from sentence_transformers import SentenceTransformer; '
-                f"print(SentenceTransformer('{target / 'compressed'}').encode('A small model.').shape)\""
-            )
+        note(f"try: factorformer evaluate {target / 'compressed'} --against minilm --data YOUR_TEXTS.txt")
         return
     if as_json:
         emit(result, as_json=True)

@@ -30,7 +30,7 @@ def sampled(weight: Float[Tensor, "out inner"], metric: Metric) -> tuple[Float[T
         metric: of errors.
 
     Returns:
-        Rows and their metric; None where the matrix is small, or where the metric couples its rows.
+        Rows and their metric; None where the matrix is small, or few of its rows matter, or the metric couples rows.
     """
     wanted = max(FEWEST, FOR_EACH * weight.shape[1])
     if len(weight) < WORTH * wanted or (metric.rows is not None and metric.rows.dim() != 1):
@@ -41,6 +41,8 @@ def sampled(weight: Float[Tensor, "out inner"], metric: Metric) -> tuple[Float[T
     chance = _probabilities(energy, wanted)
     drawn = torch.rand(len(energy), generator=torch.Generator().manual_seed(0), dtype=torch.float64) < chance
     kept = drawn.nonzero().flatten()
+    if len(kept) < wanted // 2:  # few rows have all the energy
+        return None
     rows = chance[kept].rsqrt().to(weight.device)
     if metric.rows is not None:
         rows = rows * metric.rows[kept.to(weight.device)]

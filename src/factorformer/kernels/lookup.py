@@ -21,7 +21,7 @@ def dense_rows(index: Tensor, table: Dense, right: Dense | None = None) -> Tenso
         IndexError: an index that is no row.
     """
     others = () if right is None else right[:2]
-    if not _serve(index, *table[:2], *others) or (right is not None and max(right.weight.shape) > cpu.WIDEST):
+    if not _serve(index, *table[:2], *others) or table.weight.shape[1] > cpu.WIDEST:
         return None
     found = cpu.dense_rows(index.flatten(), table[:2], None if right is None else right[:2])
     return found.view(*index.shape, found.shape[1])

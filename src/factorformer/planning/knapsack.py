@@ -16,6 +16,7 @@ from factorformer.layers.matrix import Matrix
 from factorformer.planning.allocate import KEPT, NO_SIZE, TOLERANCE, meet
 from factorformer.planning.plan import Cause, Entry, Unit
 from factorformer.structures import Dense, Structure
+from factorformer.structures.integers import Bits
 
 ROUNDING = 1e-9
 """A budget that is met exactly is met, whatever floating point makes of it."""
@@ -37,11 +38,13 @@ class Option:
         spec: None for dense.
         cost: in the unit of the budget.
         loss: expected harm to the model; that of several matrices adds up.
+        bits: of the integers in which it is stored; None for those that are planned for the matrix.
     """
 
     spec: Structure | None
     cost: float
     loss: float
+    bits: Bits | None = None
 
     @property
     def kind(self) -> str:
@@ -70,7 +73,7 @@ def by_loss(
         matrices: all matrices in scope.
         options: of each matrix by its name, in any order; a matrix that has to stay dense has no other option. Where
             there is dense in integers, dense as it is says what the original costs, and is a choice for budgets alone
-            that dense in integers does not spend.
+            that dense in the widest of integers does not spend.
         ratio: cost of everything in scope, dense, over what it may cost.
         rest: cost of the other tensors in scope.
         unit: of costs.
@@ -87,7 +90,7 @@ def by_loss(
     ['None', 'low_rank(rank=4)']
     """
     original = math.fsum(next(o.cost for o in options[m.name] if o.spec is None) for m in matrices)
-    in_integers = rest + math.fsum(min(o.cost for o in options[m.name] if _whole(o)) for m in matrices)
+    in_integers = rest + math.fsum(max(o.cost for o in _without_floats(options[m.name]) if _whole(o)) for m in matrices)
     floats = (rest + original) / max(ratio, 1) > in_integers
     choices = {
         m.name: list(options[m.name]) if floats and m.name not in unmeasured else _without_floats(options[m.name])
@@ -278,13 +281,16 @@ def _bound(
 
 
 def _entry(matrix: Matrix, chosen: Option, options: Sequence[Option], ladder: _Ladder) -> Entry:
+    if chosen.bits is not None:
+        matrix = dataclasses.replace(matrix, bits=chosen.bits)
     if chosen.spec is None and any(isinstance(option.spec, Dense) for option in options):
         return Entry(matrix, None, IN_FLOATS)
     if _whole(chosen):
         smaller = [option for option in ladder.hull if option.cost < chosen.cost]
         if not smaller:
             return Entry.whole(matrix, f"{KEPT}: nothing else costs less")
-        reason = f"{smaller[-1].spec} would lose more for what it saves than any size chosen"
+        less = f"{smaller[-1].spec}{_width(smaller[-1], chosen)}"
+        reason = f"{less} would lose more for what it saves than any size chosen"
         return Entry.whole(matrix, f"{KEPT}: {reason}")
     dense = next(option for option in options if option.spec is None)
     part = f"{matrix.role}: {chosen.cost / dense.cost:.1%} of its cost" if dense.cost else matrix.role
@@ -301,4 +307,9 @@ def _runner_up(chosen: Option, options: Sequence[Option]) -> str:
         return f"where {' and '.join(sorted({option.kind for option in others}))} would cost more"
     best = min(affordable, key=lambda option: option.loss)
     times = f"{best.loss / chosen.loss:.2f} times the loss" if chosen.loss > 0 else "more"
-    return f"where {best.kind} would have {times}"
+    return f"where {best.kind}{_width(best, chosen)} would have {times}"
+
+
+def _width(option: Option, chosen: Option) -> str:
+    """The integers of an option, if those of the one that was chosen are others."""
+    return "" if option.bits is None or option.bits == chosen.bits else f", int{option.bits},"

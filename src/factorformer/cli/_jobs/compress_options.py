@@ -23,31 +23,31 @@ class CompressJob:
 
     model: str
     output: str
-    method: str | None = None
-    ratio: float | None = None
-    budget: Unit | None = None
-    int8: bool = False
-    int4: bool = False
-    scope: Scope | None = None
-    include: list[str] | None = None
-    exclude: list[str] | None = None
-    share: Share | None = None
-    rank_multiple: int | None = None
-    unique_layers: int | None = None
-    trim_vocabulary: str | None = None
-    plan: Plan | None = None
-    columns: Columns = dataclasses.field(default_factory=lambda: Columns(("text",)))
-    regression: bool = False
-    train: str | None = None
-    evaluation: str | None = None
-    calibration: str | None = None
-    calibration_rows: int = 512
-    max_length: int = 128
-    settings: TrainingSettings = dataclasses.field(default_factory=TrainingSettings)
-    healing: HealingSettings = dataclasses.field(default_factory=HealingSettings)
-    distill: str | None = None
-    device: str = "cpu"
-    overwrite: bool = False
+    method: str | None
+    ratio: float | None
+    budget: Unit | None
+    int8: bool
+    int4: bool
+    scope: Scope | None
+    include: list[str] | None
+    exclude: list[str] | None
+    share: Share | None
+    rank_multiple: int | None
+    unique_layers: int | None
+    trim_vocabulary: str | None
+    plan: Plan | None
+    columns: Columns
+    regression: bool
+    train: str | None
+    evaluation: str | None
+    calibration: str | None
+    calibration_rows: int
+    max_length: int
+    settings: TrainingSettings
+    healing: HealingSettings
+    distill: str | None
+    device: str
+    overwrite: bool
 
     @property
     def chosen(self) -> str:

@@ -19,22 +19,24 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from factorformer import compression
-from factorformer.cli._inputs import predictions, write
-from factorformer.cli._jobs.compress import CompressJob, run
+from factorformer.cli._inputs import find_pooling, predictions, write
 from factorformer.cli._jobs.embeddings import EmbeddingJob, evaluate_embeddings
 from factorformer.cli._options import note
 from factorformer.errors import CheckpointError
 from factorformer.files import RESULT_FILE, check_output, output_directory
-from factorformer.hf.source import find, load_model, load_tokenizer
+from factorformer.hf.source import copy_companions, find, load_model, load_tokenizer, place_of_weights
+from factorformer.layers.modes import has_bfloat16_products
+from factorformer.layers.quantization import quantize
 from factorformer.progress import Progress, bars
 from factorformer.report import Result, inventory, latency
 from factorformer.report.result import BEFORE
 from factorformer.tasks.classification import load_classifier
-from factorformer.tasks.data import Columns, Labels, batches, encode, sample
+from factorformer.tasks.data import Columns, Labels, batches, count_tokens, encode, sample
 from factorformer.tasks.docstrings import stdlib_docstrings
 from factorformer.tasks.evaluation import evaluate
 from factorformer.tasks.finetuning import TrainingSettings, train
-from factorformer.tasks.healing import HealingSettings
+from factorformer.tasks.healing import HealingSettings, heal
+from factorformer.tasks.targets import Embeddings
 
 # Nearly all of the time goes to training steps: epochs * TRAIN_ROWS / BATCH_SIZE, 225 for either model.
 MODEL = "minilm"
@@ -125,32 +127,46 @@ def demonstrate_encoder(target: Path, *, overwrite: bool) -> Result:
     """Compress a sentence encoder to a tenth of its file on plain text, and measure what it is used for."""
     check_output(target, overwrite=overwrite, known=FILES)
     started = time.perf_counter()
+    path = find(MODEL)
     rows = stdlib_docstrings()
     note(f"{len(rows['train'])} docstrings to learn from, without labels, {len(rows['test'])} others to measure on")
+    tokenizer, original, small = load_tokenizer(path), load_model(path), load_model(path)
+    settings = HealingSettings(minutes=ENCODER_MINUTES, precision="bf16" if has_bfloat16_products() else "fp32")
+    data = encode(tokenizer, rows["train"].select_columns("text"), Columns(("text",)), max_length=MAX_LENGTH)
+    texts = list(batches(tokenizer, sample(data, CALIBRATION_ROWS, settings.seed), BATCH_SIZE))
+    counts = count_tokens([data], small.get_input_embeddings().num_embeddings)
+    seconds: dict[str, float] = {}
+    with bars() as progress:
+        begun = time.perf_counter()
+        options = {"calibration": texts, "token_counts": counts, "progress": progress}
+        plan = compression.plan(small, ratio=ENCODER_RATIO, scope="all", int4=True, keep_statistics=True, **options)
+        seconds["plan"] = time.perf_counter() - begun
+        report = compression.compress(small, plan, hold_floats=True, **options)
+        for line in report.notes:
+            note(line)
+        learned = Embeddings(find_pooling(path).pool)
+        curve = heal(
+            small, original, data, settings, tokenizer=tokenizer, target=learned, report=note, progress=progress
+        )
+        quantize(small)
+    seconds |= {**report.seconds, "train": curve[-1]["seconds"]}
     with output_directory(target, overwrite=overwrite, known=FILES) as partial:
         _write_rows(rows, partial)
-        output, test = partial / "compressed", str(partial / "test.jsonl")
-        job = CompressJob(
-            model=MODEL,
-            output=str(output),
-            ratio=ENCODER_RATIO,
-            int4=True,
-            scope="all",
-            train=str(partial / "train.jsonl"),
-            distill=MODEL,
-            max_length=MAX_LENGTH,
-            healing=HealingSettings(minutes=ENCODER_MINUTES),
+        compressed, test = partial / "compressed", partial / "test.jsonl"
+        result = Result.of(
+            plan, method=plan.method, seconds=seconds, seed=settings.seed, output=str(target / "compressed")
         )
-        compressed = run(job, resume=False)
-        result = evaluate_embeddings(
-            EmbeddingJob(str(output), MODEL, [test], text=None, label=None, max_length=MAX_LENGTH, device="cpu")
+        write(result, small, compressed, weights=compressed / place_of_weights(path))
+        copy_companions(path, compressed)
+        use = EmbeddingJob(
+            str(compressed), MODEL, [str(test)], text=None, label=None, max_length=MAX_LENGTH, device="cpu"
         )
-        sizes = ((BEFORE, find(MODEL)), ("", output))
-        sizes = {f"{prefix}file_bytes": float((path / "model.safetensors").stat().st_size) for prefix, path in sizes}
-        seconds = {**compressed.seconds, **result.seconds, "total": time.perf_counter() - started}
-        result = dataclasses.replace(
-            result, metrics={**result.metrics, **sizes}, seconds=seconds, output=str(target), method=compressed.method
-        )
+        metrics = dict(evaluate_embeddings(use).metrics)
+        for prefix, folder in ((BEFORE, path), ("", compressed)):
+            file = folder / place_of_weights(path) / "model.safetensors"
+            metrics[f"{prefix}file_bytes"] = float(file.stat().st_size)
+        seconds["total"] = time.perf_counter() - started
+        result = dataclasses.replace(result, metrics=metrics, seconds=seconds, output=str(target))
         (partial / RESULT_FILE).write_text(json.dumps(result.to_dict(), indent=1) + "\n", encoding="utf-8")
     return result
 

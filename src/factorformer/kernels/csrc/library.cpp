@@ -68,12 +68,22 @@ static Matrix matrix_of(const int64_t *f) {
             static_cast<int32_t>(f[4]), static_cast<int32_t>(f[5])};
 }
 
+constexpr int64_t AT_ONCE = 4096; // rows that are looked up together: scratch memory is of no more than these
+
+template <typename LookUp> static int32_t in_blocks(int64_t n, const LookUp &look_up) {
+    int32_t code = 0;
+    for (int64_t t = 0; t < n && !code; t += AT_ONCE) code = look_up(t, n - t < AT_ONCE ? n - t : AT_ONCE);
+    return code;
+}
+
 EXPORT int32_t factorformer_sparse_rows(const int64_t *index, int64_t n, const int64_t *fields, const int64_t *dictionary,
                                      float *y) {
     const Support s = support_of(fields);
     const Values v = values_of(fields);
     const Matrix d = matrix_of(dictionary);
-    return table->sparse_rows(index, n, &s, &v, &d, y);
+    return in_blocks(n, [&](int64_t t, int64_t count) {
+        return table->sparse_rows(index + t, count, &s, &v, &d, y + t * d.in);
+    });
 }
 
 // Four pointers, then the integers of the structure in their order.
@@ -81,12 +91,17 @@ EXPORT int32_t factorformer_kronecker_rows(const int64_t *index, int64_t n, cons
     const Kronecker k = {reinterpret_cast<const void *>(f[0]),  reinterpret_cast<const void *>(f[1]),
                          reinterpret_cast<const float *>(f[2]), reinterpret_cast<const float *>(f[3]),
                          f[4], f[5], f[6], f[7], f[8], f[9], static_cast<int32_t>(f[10])};
-    return table->kronecker_rows(index, n, &k, y);
+    return in_blocks(n, [&](int64_t t, int64_t count) {
+        return table->kronecker_rows(index + t, count, &k, y + t * k.width);
+    });
 }
 
 EXPORT int32_t factorformer_dense_rows(const int64_t *index, int64_t n, const int64_t *fields, const int64_t *right, float *y) {
     const Matrix m = matrix_of(fields), r = right ? matrix_of(right) : Matrix{};
-    return table->dense_rows(index, n, &m, right ? &r : nullptr, y);
+    const int64_t width = right ? r.out : m.in;
+    return in_blocks(n, [&](int64_t t, int64_t count) {
+        return table->dense_rows(index + t, count, &m, right ? &r : nullptr, y + t * width);
+    });
 }
 
 // Six fields for each matrix, up to four matrices.

@@ -23,10 +23,15 @@ struct Wanted {
     float *made; // (count, width): where the rows go
 };
 
-int32_t wanted_rows(const int64_t *index, int64_t n, int64_t rows, int64_t width, float *y, Wanted &found) {
-    static thread_local Scratch slots_memory, rows_memory, places_memory, made_memory;
+int32_t check_rows(const int64_t *index, int64_t n, int64_t rows) {
     for (int64_t t = 0; t < n; ++t)
         if (index[t] < 0 || index[t] >= rows) return NO_ROW;
+    return 0;
+}
+
+int32_t wanted_rows(const int64_t *index, int64_t n, int64_t rows, int64_t width, float *y, Wanted &found) {
+    static thread_local Scratch slots_memory, rows_memory, places_memory, made_memory;
+    if (const int32_t code = check_rows(index, n, rows)) return code;
     found = {index, nullptr, n, y};
     if (n <= ALONE || n > INT32_MAX / 4) return 0;
     int bits = 6;
@@ -86,13 +91,14 @@ void gather(const Wanted &wanted, const Matrix &m, float *to) {
 // Rows of a table, and if there is a second matrix, their product with it.
 int32_t dense_rows(const int64_t *index, int64_t n, const Matrix *table, const Matrix *right, float *y) {
     static thread_local Scratch memory;
-    const int64_t width = right ? right->out : table->in;
-    Wanted wanted;
-    if (const int32_t code = wanted_rows(index, n, table->out, width, y, wanted)) return code;
     if (!right) {
+        if (const int32_t code = check_rows(index, n, table->out)) return code;
         gather({index, nullptr, n, y}, *table, y);
         return 0;
     }
+    const int64_t width = right->out;
+    Wanted wanted;
+    if (const int32_t code = wanted_rows(index, n, table->out, width, y, wanted)) return code;
     float *rows = memory.take<float>(wanted.count * table->in);
     if (!rows) return NO_MEMORY;
     gather(wanted, *table, rows);
@@ -138,10 +144,14 @@ INLINE void combine_bytes(float *coefficients, uint32_t *offsets, int64_t terms,
     const int64_t padded = (terms + LANES - 1) / LANES * LANES;
     std::fill(coefficients + terms, coefficients + padded, 0.0f);
     std::fill(offsets + terms, offsets + padded, 0u);
-    Floats most = {};
-    for (int64_t k = 0; k < padded; k += LANES) most = maximum(most, maximum(load(coefficients + k), -load(coefficients + k)));
+    Floats most = {}, wrong = {}; // `wrong` is 0, or not a number if a coefficient is not or is infinite
+    for (int64_t k = 0; k < padded; k += LANES) {
+        const Floats value = load(coefficients + k);
+        most = maximum(most, maximum(value, -value));
+        wrong += value * Floats{};
+    }
     const float largest = _mm512_reduce_max_ps((__m512)most);
-    const float unit = std::max(largest / 127, 1e-30f), small = unit / 254;
+    const float unit = std::max(largest / 127, 1e-30f) + sum(wrong), small = unit / 254;
     int8_t *high = words, *low = words + padded;
     __m512i totals[2] = {};
     for (int64_t k = 0; k < padded; k += LANES) {
@@ -155,8 +165,11 @@ INLINE void combine_bytes(float *coefficients, uint32_t *offsets, int64_t terms,
         totals[1] = _mm512_add_epi32(totals[1], second);
     }
     // Bytes of rows count from 0 on here, 128 too many.
-    const __m512i begin[2] = {_mm512_set1_epi32(-128 * _mm512_reduce_add_epi32(totals[0])),
-                              _mm512_set1_epi32(-128 * _mm512_reduce_add_epi32(totals[1]))};
+    __m512i begin[2];
+    for (int i = 0; i < 2; ++i) {
+        const uint32_t total = static_cast<uint32_t>(_mm512_reduce_add_epi32(totals[i]));
+        begin[i] = _mm512_set1_epi32(static_cast<int32_t>(0u - 128u * total));
+    }
     const __m512i shift = _mm512_set1_epi8(-128);
     for (int64_t column = 0; column < width; column += BYTES_ABREAST) {
         const int8_t *here = rows + column;
@@ -208,7 +221,7 @@ INLINE void sparse_row(const Support &s, const Values &v, const Matrix &dictiona
     int64_t done = 0;
 #ifdef BYTES_ABREAST
     if constexpr (sizeof(T) == 1)
-        if (s.nonzeros >= FEW) {
+        if (s.nonzeros >= FEW && dictionary.in >= BYTES_ABREAST) {
             done = dictionary.in / BYTES_ABREAST * BYTES_ABREAST;
             combine_bytes(coefficients, positions, s.nonzeros, static_cast<const int8_t *>(dictionary.weight), done, words, y);
         }

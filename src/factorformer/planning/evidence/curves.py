@@ -127,6 +127,7 @@ def measure_curves(
     statistics: Mapping[str, LayerStatistics],
     ratio: float,
     progress: Callable[[int], None] | None = None,
+    known: Mapping[str, Curve] | None = None,
 ) -> dict[str, Curve]:
     """Error curves of matrices: one decomposition of each, and a few quick fits for each kind of matrix.
 
@@ -145,6 +146,7 @@ def measure_curves(
         statistics: what the metric knows of each layer; without, errors are plain ones of the weights.
         ratio: dense bytes over the bytes that matrices have on average, around which the curves should be right.
         progress: called with the number of matrices and fits done.
+        known: curves of the same matrices in other integers: they need not be decomposed again.
 
     Returns:
         Curves by name. Where weights are on the meta device, a usual curve stands for every matrix.
@@ -170,7 +172,8 @@ def measure_curves(
         return (sampled(*whole) if tall else None) or whole
 
     def fitted(matrix: Matrix, spec: Structure, rounds: int | None) -> _Fit:
-        # Each row of these has codes of its own, and few tell as much of the errors of all.
+        # Each row of these has codes of its own, and few tell as much of the errors of all; a dictionary that serves
+        # only these has a part of them less, about its atoms over their number.
         tall = isinstance(spec, DenseSparse) and spec.side == "rows"
         values, found = weight(matrix.name, tall)
         rows = dataclasses.replace(matrix, shape=(values.shape[0], values.shape[1]))
@@ -181,7 +184,10 @@ def measure_curves(
         step()
         return found
 
-    bare = {matrix.name: _bare_curve(model, matrix, structures, statistics) for matrix in matrices}
+    if known is None:
+        bare = {matrix.name: _bare_curve(model, matrix, structures, statistics) for matrix in matrices}
+    else:
+        bare = {matrix.name: dataclasses.replace(known[matrix.name], matrix=matrix) for matrix in matrices}
     for _ in bare:
         step()
     alike: dict[object, list[Matrix]] = {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 
@@ -32,6 +33,9 @@ LEVELLING = 10.0
 """How soon `1 - cosine` grows slower than the sum `p` over all matrices: as `p / sqrt(1 + LEVELLING p)`. A cosine is
 bounded, and the order makes up for more of what is large. Ours, from 18 plans of three structures for MiniLM."""
 
+MIXED_UP_TO = 12.0
+"""Largest ratio at which matrices may be in 8 bits where those are planned in 4."""
+
 WEIGHTS = "error of the weights"
 """What is predicted where nothing is known of the loss."""
 
@@ -44,11 +48,13 @@ class Prediction:
         curves: what each matrix adds to the loss by what it becomes; of those alone of which it is known.
         objective: in what the loss is.
         others: what each matrix adds on other texts for what it adds on those of calibration. Plans do not weigh it.
+        wider: curves in 8 bits, of matrices that are to be stored in 4 or in 8, whichever loses less for its bytes.
     """
 
     curves: Mapping[str, Curve]
     objective: str = WEIGHTS
     others: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    wider: Mapping[str, Curve] = dataclasses.field(default_factory=dict)
 
     @classmethod
     def of(
@@ -59,6 +65,7 @@ class Prediction:
         statistics: Mapping[str, LayerStatistics] | None,
         ratio: float,
         progress: Progress = silent,
+        two_widths: bool = False,
     ) -> Prediction:
         """Error curves of matrices, in units of the loss.
 
@@ -74,34 +81,54 @@ class Prediction:
             statistics: of each layer, with both sides; None without calibration data.
             ratio: dense bytes over the bytes that matrices have on average.
             progress: progress callback.
+            two_widths: whether matrices that are to be stored in 4 bits may be in 8 as well.
         """
         able = [m for m in matrices if m.dense is None and (statistics is None or m.name in statistics)]
         measured = statistics or {}
-        curves = measure_curves(model, able, structures, measured, ratio, lambda done: progress("curves", done, None))
+        count = itertools.count(1)
+        common = (structures, measured, ratio, lambda _: progress("curves", next(count), None))
+        curves = measure_curves(model, able, *common)
+        also = [dataclasses.replace(m, bits=8) for m in able if m.bits == 4] if two_widths else []
+        wider = measure_curves(model, also, *common, known=curves)
         if statistics is None:
             used = {m.name: math.prod(m.shape) * max(m.products, m.lookups, 1) for m in able}
             total = sum(used.values())
-            curves = {name: dataclasses.replace(curve, energy=used[name] / total) for name, curve in curves.items()}
+            curves, wider = (
+                {name: dataclasses.replace(curve, energy=used[name] / total) for name, curve in found.items()}
+                for found in (curves, wider)
+            )
         # What the loss does not depend on has nothing to weigh.
-        curves = {name: curve for name, curve in curves.items() if 0 < curve.energy < math.inf}
+        curves, wider = (
+            {name: curve for name, curve in found.items() if 0 < curve.energy < math.inf} for found in (curves, wider)
+        )
         objectives = sorted({known.objective for known in measured.values() if known.objective})
         others = {name: _on_other_texts(measured[name]) for name in curves if name in measured}
-        return cls(curves, objectives[0] if objectives else WEIGHTS, others)
+        return cls(curves, objectives[0] if objectives else WEIGHTS, others, wider)
 
-    def loss(self, name: str, spec: Structure | None) -> float:
+    def curve(self, matrix: Matrix) -> Curve | None:
+        """Of a matrix in the integers that it says; None where nothing is known of it."""
+        wider = self.wider.get(matrix.name)
+        return wider if wider is not None and wider.matrix.bits == matrix.bits else self.curves.get(matrix.name)
+
+    def loss(self, matrix: Matrix, spec: Structure | None) -> float:
         """What a matrix adds to the loss on the texts of calibration under a spec; 0 where it is not known."""
-        return self.curves[name].loss(spec) if name in self.curves else 0.0
+        curve = self.curve(matrix)
+        return 0.0 if curve is None else curve.loss(spec)
 
     def options(
         self, matrix: Matrix, cost: Callable[[Matrix, Structure | None], float], multiple: int = 1
     ) -> list[Option]:
         """Everything that a matrix can become, with its loss, and its cost in any unit; ranks in multiples."""
-        specs: list[Structure | None] = [None]
-        if matrix.dense is None:
-            specs += [] if matrix.whole is None else [matrix.whole]
-            if matrix.name in self.curves:
-                specs += [spec for spec in self.curves[matrix.name].specs if spec.is_multiple(multiple)]
-        return [Option(spec, cost(matrix, spec), self.loss(matrix.name, spec)) for spec in specs]
+        options = [Option(None, cost(matrix, None), 0.0)]
+        if matrix.dense is not None:
+            return options
+        widths = [matrix] + ([dataclasses.replace(matrix, bits=8)] if matrix.name in self.wider else [])
+        for stored in widths:
+            curve = self.curve(stored)
+            specs = [] if stored.whole is None else [stored.whole]
+            specs += [] if curve is None else [spec for spec in curve.specs if spec.is_multiple(multiple)]
+            options += [Option(spec, cost(stored, spec), self.loss(stored, spec), stored.bits) for spec in specs]
+        return options
 
     def rise(self, entries: Sequence[Entry]) -> float:
         """Predicted rise of the loss: the sum over matrices, where it is small."""
@@ -122,7 +149,7 @@ class Prediction:
 
     def _expected(self, entry: Entry) -> float:
         """What a matrix of a plan adds to the loss on other texts."""
-        return self.others.get(entry.matrix.name, 1.0) * self.loss(entry.matrix.name, entry.spec)
+        return self.others.get(entry.matrix.name, 1.0) * self.loss(entry.matrix, entry.spec)
 
 
 def levelled(total: float) -> float:
@@ -173,7 +200,9 @@ def plan_by_loss(
     statistics = None
     if calibration is not None:
         statistics = measure(model, names, metric, calibration, progress, new_head, token_counts)
-    prediction = Prediction.of(model, matrices, structures, statistics, draft.target, progress)
+    # FLOPs and times are those of int8 for both widths.
+    two_widths = draft.budget == "bytes" and draft.target <= MIXED_UP_TO
+    prediction = Prediction.of(model, matrices, structures, statistics, draft.target, progress, two_widths)
     unmeasured = [name for name in names if name not in prediction.curves]
     cost, timer = _prices(model, draft.budget, prediction, matrices, progress)
     rest = {"bytes": draft.rest.bytes, "flops": draft.rest.flops, "milliseconds": 0.0}[draft.budget]
