@@ -33,8 +33,9 @@ LEVELLING = 10.0
 """How soon `1 - cosine` grows slower than the sum `p` over all matrices: as `p / sqrt(1 + LEVELLING p)`. A cosine is
 bounded, and the order makes up for more of what is large. Ours, from 18 plans of three structures for MiniLM."""
 
-MIXED_UP_TO = 12.0
-"""Largest ratio at which matrices may be in 8 bits where those are planned in 4."""
+MIXED_UP_TO = 7.0
+"""Largest ratio at which matrices may be in 8 bits where those are planned in 4. Beyond what dense 4 bits give, factors
+would have to pay for it: MiniLM at 10x then lost more than it was predicted to gain."""
 
 WEIGHTS = "error of the weights"
 """What is predicted where nothing is known of the loss."""
