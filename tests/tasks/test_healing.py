@@ -72,11 +72,26 @@ def test_embeddings_get_closer(
     assert after["similarity_spearman"] > before["similarity_spearman"]
     assert [row["step"] for row in curve] == [step * steps[-1][2] // 3 for step in (1, 2, 3)]
     assert curve[-1]["embedding_cosine"] == pytest.approx(after["embedding_cosine"], abs=1e-3)
-    assert len(lines) == 3
+    assert len(lines) == 4  # before, and at three points
     assert "neighbour recall" in lines[0]
     assert steps[-1] == ("train", steps[-1][2], steps[-1][2])
     assert all(torch.equal(tensor, state[name]) for name, tensor in teacher.state_dict().items())
     assert not student.training
+
+
+def test_a_training_that_harms_is_undone(
+    teacher: tf.PreTrainedModel, tokenizer: tf.PreTrainedTokenizerBase, plain: datasets.Dataset
+) -> None:
+    student, lines = compressed(teacher), []
+    before = {name: tensor.clone() for name, tensor in student.state_dict().items()}
+    settings = dataclasses.replace(FAST, learning_rate=0.5, epochs=4)
+    curve = heal(student, teacher, plain, settings, tokenizer=tokenizer, held=plain, report=lines.append)
+    assert "undone" in lines[-1]
+    assert all(torch.equal(tensor, before[name]) for name, tensor in student.state_dict().items())
+    found = compare_embeddings(*(embed(model, tokenizer, plain) for model in (teacher, student)))
+    assert curve[-1]["step"] == 0
+    assert curve[-1]["embedding_cosine"] == pytest.approx(found["embedding_cosine"], abs=1e-4)
+    assert curve[-2]["embedding_cosine"] < found["embedding_cosine"]
 
 
 def test_the_teacher_is_asked_once_for_each_text(

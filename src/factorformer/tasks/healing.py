@@ -42,6 +42,10 @@ ROW = "row"
 ENDLESS = 10**9
 """Steps of a training that time ends."""
 
+WARMING = 20
+"""Steps in which the learning rate rises at least, however short the training: the first ones of Adam are as long
+whatever gradients say."""
+
 REMEMBERED = 2**32
 """Bytes of the original's outputs that are remembered; for further rows it is asked each time."""
 
@@ -147,7 +151,7 @@ class HealingTrainer(ReproducibleTrainer):
 
             def rate(step: int) -> float:
                 part = self.part
-                return max(min((part + warmup / 100) / warmup, (1 - part) / (1 - warmup)), 0.0)
+                return max(min((part + warmup / 100) / warmup, (1 - part) / (1 - warmup), (step + 1) / WARMING), 0.0)
 
             self.lr_scheduler = LambdaLR(optimizer, rate)
         assert isinstance(self.lr_scheduler, LambdaLR)
@@ -201,7 +205,8 @@ def heal(
 
     What is learned are embeddings, of text, images or sound, or the scores of a cross-encoder (`target`). Integers have
     to be held as floats (`compress(..., hold_floats=True)`); `quantize` makes them integers afterwards. A run that was
-    interrupted goes on from the last checkpoint in `output`.
+    interrupted goes on from the last checkpoint in `output`. A training that leaves the model further from the original
+    than it was is undone, as far as it began in this run and moved nothing but values.
 
     Args:
         model: compressed.
@@ -219,7 +224,8 @@ def heal(
         phase: name of the phase reported to `progress`.
 
     Returns:
-        The curve, one row for each point: `step`, `seconds`, and the metrics of the target.
+        The curve, one row for each point: `step`, `seconds`, and the metrics of the target; and one more of step 0 if
+        training was undone.
 
     Raises:
         DataError: texts longer than the model can read, or too few rows to hold some out.
@@ -290,15 +296,31 @@ def heal(
             measure=measure,
         )
         trainer.add_callback(_Points(trainer, progress, phase, saves=output is not None))
+        begun = last_checkpoint(folder)
+        before = measure() if begun is None else {}
+        values = () if begun or straight or ranks else model.named_parameters()
+        undone = {name: value.detach().clone() for name, value in values}
         try:
-            history = finish(trainer, last_checkpoint(folder), steps)
+            history = finish(trainer, begun, steps)
         finally:
             if straight is not None:
                 straight.finish()
             if ranks is not None:
                 ranks.detach()
     model.eval()
-    return _curve(history)
+    curve = _curve(history)
+    if undone and _first(curve[-1]) < _first(before):
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                parameter.copy_(undone[name])
+        curve.append({"step": 0, "seconds": curve[-1]["seconds"], **before})
+        report(f"{phase}: undone, as the model was closer to the original before; a lower learning rate may help")
+    return curve
+
+
+def _first(metrics: Mapping[str, float]) -> float:
+    """The metric that decides which of two models is closer: the first of its target."""
+    return next(value for name, value in metrics.items() if name not in ("step", "seconds"))
 
 
 def _digest(data: datasets.Dataset) -> str:
