@@ -577,11 +577,11 @@ def lookups() -> list[str]:
     table = []
     for shape, drawn, kind in kinds:
         cells = [c for c in found["cells"] if (tuple(c["shape"]), c["drawn"], c["structure"]) == (shape, drawn, kind)]
-        fit = fits[shape, kind]
+        fit = fits.get((shape, kind))
         times = [f"{cell['ratio']:.1f}x ({cell['low']:.1f} to {cell['high']:.1f})" for cell in cells]
         plain = 1000 * cells[0]["plain_milliseconds"]
         line = [f"{shape[0]:,} x {shape[1]}", drawn, f"{plain:.0f} us", kind.replace("_", " "), *times]
-        table.append([*line, f"{fit['seconds']:.1f} s", f"{fit['error']:.3f}"])
+        table.append(line + ([f"{fit['seconds']:.1f} s", f"{fit['error']:.3f}"] if fit else ["", ""]))
     widths = list(dict.fromkeys(cell["values"] for cell in found["cells"]))
     header = ["table", "tokens", "plain", "structure", *widths, "fit", "error"]
     return markdown(header, table) + measured_with([found["machine"]])
