@@ -70,10 +70,11 @@ def test_rows_with_much_of_the_energy_are_always_kept() -> None:
     assert bool((found[1].rows[large] == 1).all())
 
 
-def test_where_few_rows_matter_all_are_taken() -> None:
+def test_where_few_rows_matter_all_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     weight = torch.zeros(ROWS, WIDTH)
     weight[5000:5010] = torch.randn(10, WIDTH)
     assert sampled(weight, Metric()) is None
+    monkeypatch.setattr(dictionary, "MANY", ROWS - 1)
     _, error = fit(weight, DenseSparse(32, 6), rounds=2)
     assert error < 0.5
 
@@ -81,8 +82,9 @@ def test_where_few_rows_matter_all_are_taken() -> None:
 def test_a_dictionary_of_a_sample_serves_all_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     weight, metric = tall()
     spec = DenseSparse(32, 6)
+    monkeypatch.setattr(dictionary, "MANY", ROWS - 1)
     quick, error = fit(weight, spec, metric, rounds=8)
     assert metric.relative_error(weight, spec.to_dense((ROWS, WIDTH), quick)) == pytest.approx(error, rel=1e-4)
-    monkeypatch.setattr(dictionary, "sampled", lambda weight, metric: None)
+    monkeypatch.setattr(dictionary, "MANY", ROWS)
     _, full = fit(weight, spec, metric, rounds=8)
     assert error < 1.05 * full

@@ -33,8 +33,9 @@ SHARE = 3
 TOGETHER = 64
 """Coupled rows that choose their supports at the same time, at most; small matrices take an eighth of their rows."""
 
-FINISH = 3
-"""Rounds over all rows of a tall matrix, whose dictionary was learned from a sample of them."""
+MANY, FINISH = 2**17, 3
+"""Rows beyond which a dictionary is learned from a sample of them, and rounds over all of them after that. Of MiniLM's
+30,522 a sample leaves a sixth more error, in 7 s in place of 19."""
 
 ENTRIES = 2**19
 """Entries of `S` per chunk where nothing couples its rows."""
@@ -63,8 +64,8 @@ def fit_dense_sparse(
     finishes on the exact error, where blocks of rows choose their supports in turn and make up for the errors that
     the others leave (Gauss-Seidel; the idea of Optimal Brain Surgeon and GPTQ, arXiv 2210.17323).
 
-    Of tables of embeddings, where nothing couples the rows, a sample of rows is enough to learn the dictionary from;
-    the last rounds are over all rows.
+    Of a very tall matrix, such as the table of a multilingual model, where nothing couples the rows, the dictionary is
+    learned from a sample of them; the last rounds are over all.
 
     Args:
         weight: the matrix.
@@ -83,7 +84,8 @@ def fit_dense_sparse(
         ModelError: the weight holds NaN or infinite values.
     """
     problem = _Problem.of(weight, spec, metric)
-    sample = sampled(weight, metric) if start is None and spec.side == "rows" else None
+    tall = start is None and spec.side == "rows" and len(weight) > MANY
+    sample = sampled(weight, metric) if tall else None
     if sample is not None:
         few = _Problem.of(sample[0], spec, sample[1])
         atoms, _ = few.unit(few.alternate(few.begin(rounds), rounds, EAGERNESS))

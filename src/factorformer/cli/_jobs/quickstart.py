@@ -134,7 +134,7 @@ def demonstrate_encoder(target: Path, *, overwrite: bool) -> Result:
     settings = HealingSettings(minutes=ENCODER_MINUTES, precision="bf16" if has_bfloat16_products() else "fp32")
     data = encode(tokenizer, rows["train"].select_columns("text"), Columns(("text",)), max_length=MAX_LENGTH)
     texts = list(batches(tokenizer, sample(data, CALIBRATION_ROWS, settings.seed), BATCH_SIZE))
-    counts = count_tokens([data], small.get_input_embeddings().num_embeddings)
+    counts = count_tokens([data], small.config.vocab_size)
     seconds: dict[str, float] = {}
     with bars() as progress:
         begun = time.perf_counter()
