@@ -215,6 +215,11 @@ class Structure(ABC):
         """Whether its rank is a multiple of a number, where it has one that is a side of dense products."""
         return True
 
+    @property
+    def codes_rows(self) -> bool:
+        """Whether each row has codes of its own in what is common to all: few rows tell as much of the error as all."""
+        return False
+
     @classmethod
     @abstractmethod
     def candidates(cls, shape: Shape, dtype: torch.dtype) -> Iterator[Structure]:

@@ -195,6 +195,10 @@ class DenseSparse(Structure):
         return F.linear(F.embedding(index, factors["dictionary"].T), self.coefficients(factors))
 
     @property
+    def codes_rows(self) -> bool:
+        return self.side == "rows"
+
+    @property
     def units(self) -> int:
         return self.atoms
 

@@ -19,7 +19,7 @@ from factorformer.fitting.sampling import sampled
 from factorformer.layers.dense import dense_weight
 from factorformer.layers.matrix import Matrix
 from factorformer.planning import Entry, choose_families
-from factorformer.structures import Dense, DenseSparse, Structure
+from factorformer.structures import Dense, Structure
 from factorformer.structures.integers import Bits
 
 ROUNDS = 8
@@ -183,8 +183,7 @@ def measure_curves(
     def fitted(matrix: Matrix, spec: Structure, rounds: int | None) -> _Fit:
         # Each row of these has codes of its own, and few tell as much of the errors of all; a dictionary that serves
         # only these has a part of them less, about its atoms over their number.
-        tall = isinstance(spec, DenseSparse) and spec.side == "rows"
-        values, found = weight(matrix.name, tall)
+        values, found = weight(matrix.name, spec.codes_rows)
         rows = dataclasses.replace(matrix, shape=(values.shape[0], values.shape[1]))
         return _Fit(rows, values, spec, found, *fit_weight(rows, values, spec, found, rounds))
 
