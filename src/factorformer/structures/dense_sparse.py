@@ -196,6 +196,7 @@ class DenseSparse(Structure):
 
     @property
     def codes_rows(self) -> bool:
+        """Where rows are combinations of atoms."""
         return self.side == "rows"
 
     @property
