@@ -125,8 +125,7 @@ class IntegersContract:
             assert layer.values.dtype == layer(x.to(dtype)).dtype == layer.rows(index).dtype == dtype
             tolerance = TOLERANCE[dtype] if self.bits == 8 else 0.05  # values near the middle of two codes
             assert_close(layer(x.to(dtype)).double(), expected, tolerance)
-            # Kernels add up rows of int8 in integers, with coefficients of two bytes.
-            assert_close(layer.rows(index).double(), rows, max(tolerance, 5e-5))
+            assert_close(layer.rows(index).double(), rows, tolerance)
 
     def test_autocast(self, case: Case) -> None:
         layer, x = self.quantized(case.linear(torch.float32)), case.input(4, dtype=torch.float32)

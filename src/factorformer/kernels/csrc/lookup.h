@@ -33,7 +33,7 @@ int32_t wanted_rows(const int64_t *index, int64_t n, int64_t rows, int64_t width
     static thread_local Scratch slots_memory, rows_memory, places_memory, made_memory;
     if (const int32_t code = check_rows(index, n, rows)) return code;
     found = {index, nullptr, n, y};
-    if (n <= ALONE || n > INT32_MAX / 4) return 0;
+    if (n <= ALONE) return 0;
     int bits = 6;
     while ((int64_t{1} << bits) < 2 * n) ++bits;
     int32_t *slots = slots_memory.take<int32_t>(std::size_t{1} << bits), *places = places_memory.take<int32_t>(n);
@@ -221,7 +221,7 @@ INLINE void sparse_row(const Support &s, const Values &v, const Matrix &dictiona
     int64_t done = 0;
 #ifdef BYTES_ABREAST
     if constexpr (sizeof(T) == 1)
-        if (s.nonzeros >= FEW && dictionary.in >= BYTES_ABREAST) {
+        if (s.nonzeros >= LANES && dictionary.in >= BYTES_ABREAST) { // of fewer terms, floats lose nothing
             done = dictionary.in / BYTES_ABREAST * BYTES_ABREAST;
             combine_bytes(coefficients, positions, s.nonzeros, static_cast<const int8_t *>(dictionary.weight), done, words, y);
         }
