@@ -18,7 +18,7 @@ from factorformer.errors import DataError, ModelError
 from factorformer.fitting import MetricName
 from factorformer.fitting import statistics as calibrate
 from factorformer.fitting.batches import Calibration, as_batches, placed
-from factorformer.fitting.matrices import Factors, as_stored, fit_group, fit_matrix, fit_target, measure
+from factorformer.fitting.matrices import Factors, as_stored, fit_group, fit_stored, fit_target, measure
 from factorformer.fitting.moments import LayerStatistics
 from factorformer.fitting.sequential import fit_sequentially
 from factorformer.layers.dense import dense_weight, is_transposed
@@ -146,7 +146,7 @@ def _fit_in_order(
     for name, entry in entries.items():
         if entry.spec is None or name.startswith(blocks) or name in plan.sharing or entry.shares is not None:
             continue
-        fitted[name], errors[name] = fit_matrix(model, entry.matrix, entry.spec, statistics)
+        fitted[name], errors[name] = fit_stored(model, entry.matrix, entry.spec, statistics)
         dense = as_stored(entry.matrix, entry.spec, fitted[name])
         layer = model.get_submodule(name)
         replaced[f"{name}.weight"] = dense.T if is_transposed(layer) else dense
@@ -203,7 +203,7 @@ def _fit(
                 fitted[member], errors[member] = factors, error
         elif entry.shares is None:
             assert entry.spec is not None
-            fitted[name], errors[name] = fit_matrix(model, entry.matrix, entry.spec, statistics)
+            fitted[name], errors[name] = fit_stored(model, entry.matrix, entry.spec, statistics)
         else:
             continue
         progress("fit", len(fitted), len(plan.factorized))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from torch import Tensor
 
@@ -10,7 +10,7 @@ from factorformer.errors import ModelError
 from factorformer.fitting.dictionary import fit_dense_sparse
 from factorformer.fitting.linalg import WITHOUT_FLOAT64
 from factorformer.fitting.metric import Metric, MetricName
-from factorformer.fitting.rounding import fit_dense
+from factorformer.fitting.rounding import ROUNDERS, fit_dense
 from factorformer.fitting.svd import fit_low_rank
 from factorformer.fitting.van_loan import fit_kronecker_sum
 from factorformer.layers.modes import fast_float32
@@ -53,4 +53,24 @@ def fit(
     return {name: factor.to(device) for name, factor in factors.items()}, error
 
 
-__all__ = ["FITTERS", "QUICK", "Metric", "MetricName", "fit"]
+def round_factors(weight: Tensor, spec: Structure, factors: Mapping[str, Tensor], metric: Metric) -> dict[str, Tensor]:
+    """Factors on the steps of 4 bits, whose errors make up for each other under the metric.
+
+    Args:
+        weight: `(out, in)`, which they approximate.
+        spec: structure and size.
+        factors: from `fit`.
+        metric: that they were fitted under.
+    """
+    if type(spec) not in ROUNDERS:
+        return dict(factors)
+    device = weight.device
+    if device.type in WITHOUT_FLOAT64:
+        weight, metric = weight.cpu(), metric.to("cpu")
+        factors = {name: factor.cpu() for name, factor in factors.items()}
+    with fast_float32(weight.device):
+        found = ROUNDERS[type(spec)](weight, spec, factors, metric)
+    return {name: factor.to(device) for name, factor in found.items()}
+
+
+__all__ = ["FITTERS", "QUICK", "ROUNDERS", "Metric", "MetricName", "fit", "round_factors"]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from factorformer.errors import FactorformerError
-from factorformer.fitting import Metric, MetricName, fit
+from factorformer.fitting import Metric, MetricName, fit, round_factors
 from factorformer.fitting import statistics as calibrate
 from factorformer.fitting.batches import Batch
 from factorformer.fitting.moments import LayerStatistics
@@ -62,6 +62,23 @@ def fit_matrix(
     return fit_weight(matrix, dense_weight(model.get_submodule(matrix.name)), spec, metric, rounds)
 
 
+def fit_stored(
+    model: nn.Module, matrix: Matrix, spec: Structure, statistics: Mapping[str, LayerStatistics]
+) -> tuple[Factors, float]:
+    """`fit_matrix`, with factors on the steps of the integers in which they are going to be stored."""
+    weight, metric = dense_weight(model.get_submodule(matrix.name)), metric_of(matrix.name, statistics)
+    factors, error = fit_weight(matrix, weight, spec, metric)
+    return rounded(matrix, weight, spec, factors, metric), error
+
+
+def rounded(matrix: Matrix, weight: Tensor, spec: Structure, factors: Factors, metric: Metric) -> Factors:
+    """Factors on the steps of 4 bits, if these are to hold them; 8 bits lose too little to make up for."""
+    if matrix.bits != 4:
+        return factors
+    with naming(matrix.name):
+        return round_factors(weight, spec, factors, metric)
+
+
 def fit_weight(
     matrix: Matrix, weight: Tensor, spec: Structure, metric: Metric, rounds: int | None = None
 ) -> tuple[Factors, float]:
@@ -102,6 +119,7 @@ def fit_target(
     """
     metric = dataclasses.replace(Metric.of(dataclasses.replace(statistics, inputs=None)), columns=root)
     factors, error = fit_weight(matrix, target, spec, metric)
+    factors = rounded(matrix, target, spec, factors, metric)
     return factors, error, as_stored(matrix, spec, factors)
 
 

@@ -212,13 +212,24 @@ def _by_group(tensor: Tensor, factor: Tensor | None = None) -> tuple[Tensor, Ten
     largest = values.abs().amax(2)
     every = largest if factor is None else _whole(factor)
     of_all = torch.linalg.vector_norm(every, math.inf) if every.numel() else largest.new_zeros(())
-    scale = (of_all / LARGEST[4]).to(tensor.dtype).view(1)
+    exponents, scale, steps = _scales(largest, of_all, tensor.dtype)
+    return (values / steps[:, :, None]).round().clamp(-LARGEST[4], LARGEST[4]), exponents, scale
+
+
+def _scales(largest: Tensor, of_all: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Exponents of groups and the scale of all, in a type, for the largest values; and steps, in the type of these."""
+    scale = (of_all / LARGEST[4]).to(dtype).view(1)
     tiny = torch.finfo(largest.dtype).tiny
     below = STEPS * (scale.to(largest.dtype).clamp_min(tiny) * LARGEST[4] / largest.clamp_min(tiny)).log2()
-    exponents = (below + SLACK * torch.finfo(tensor.dtype).eps).floor().clamp(0, 255).to(torch.uint8)
+    exponents = (below + SLACK * torch.finfo(dtype).eps).floor().clamp(0, 255).to(torch.uint8)
     steps = _steps(exponents, scale).to(largest.dtype)
-    steps = torch.where(steps > 0, steps, 1)  # zeros, or too small for a scale
-    return (values / steps[:, :, None]).round().clamp(-LARGEST[4], LARGEST[4]), exponents, scale
+    return exponents, scale, torch.where(steps > 0, steps, 1)  # zeros, or too small for a scale
+
+
+def group_steps(largest: Tensor, dtype: torch.dtype) -> Tensor:
+    """What a code of 4 bits is worth in each group of a factor of this type, `(rows, groups)`, by its largest value."""
+    of_all = torch.linalg.vector_norm(largest, math.inf) if largest.numel() else largest.new_zeros(())
+    return _scales(largest, of_all, dtype)[2]
 
 
 def _grouped(rows: Tensor) -> Tensor:

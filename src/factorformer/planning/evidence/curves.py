@@ -13,7 +13,7 @@ from torch import nn
 
 from factorformer.fitting import QUICK, Metric
 from factorformer.fitting.linalg import truncation_errors
-from factorformer.fitting.matrices import as_stored, fit_weight, metric_of, naming
+from factorformer.fitting.matrices import as_stored, fit_weight, metric_of, naming, rounded
 from factorformer.fitting.moments import LayerStatistics
 from factorformer.fitting.sampling import sampled
 from factorformer.layers.dense import dense_weight
@@ -126,7 +126,8 @@ class _Fit:
 
     def rounded_error(self) -> float:
         """Of the factors as they are stored."""
-        return self.metric.relative_error(self.weight, as_stored(self.matrix, self.spec, dict(self.factors)))
+        factors = rounded(self.matrix, self.weight, self.spec, dict(self.factors), self.metric)
+        return self.metric.relative_error(self.weight, as_stored(self.matrix, self.spec, factors))
 
 
 def measure_curves(
@@ -255,7 +256,7 @@ def _rounding(
     weight = dense_weight(model.get_submodule(matrix.name))
     if weight.is_meta:
         return dict.fromkeys([*sizes, Dense.kind], ROUNDING[matrix.bits])
-    found = {Dense.kind: fitted(matrix, Dense(), None).error ** 2}
+    found = {Dense.kind: fitted(matrix, Dense(), None).rounded_error() ** 2}
     for kind, specs in sizes.items():
         if specs:
             spec = min(specs, key=lambda spec: abs(_part(matrix, spec) - _usual(matrix, ratio)))
