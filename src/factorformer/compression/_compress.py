@@ -18,7 +18,7 @@ from factorformer.errors import DataError, ModelError
 from factorformer.fitting import MetricName
 from factorformer.fitting import statistics as calibrate
 from factorformer.fitting.batches import Calibration, as_batches, placed
-from factorformer.fitting.matrices import Factors, as_stored, fit_group, fit_stored, fit_target, measure
+from factorformer.fitting.matrices import Factors, as_stored, fit_group, fit_matrix, fit_target, measure
 from factorformer.fitting.moments import LayerStatistics
 from factorformer.fitting.sequential import fit_sequentially
 from factorformer.layers.dense import dense_weight, is_transposed
@@ -97,18 +97,20 @@ def compress(
         plan, notes = _without_unreached(plan, measured, recipe.metric)
         few = calibrate.too_few_tokens(measured)
         notes += () if few is None else (few,)
+    # Factors that train straight through are multiplied as they are, and rounded once, at the end.
+    stored = not (hold_floats and recipe.training == "straight-through")
     calibrated = time.perf_counter()
     fitted, errors, refitted = {}, {}, {}
     if batches:
         blocks = tuple(f"{block}." for block in find_blocks(model))
-        fitted, errors, refitted = _fit_in_order(model, plan, measured, batches, blocks, progress)
+        fitted, errors, refitted = _fit_in_order(model, plan, measured, batches, blocks, progress, stored=stored)
         notes += _out_of_order(plan, [name for name in fitted if name.startswith(blocks)])
         if refitted:
             notes += (
                 f"{len(refitted)} matrices that stay dense, such as '{next(iter(refitted))}', have new weights, which "
                 "make up for errors of the matrices before them",
             )
-    fitted, errors = _fit(model, plan, measured, progress, fitted, errors)
+    fitted, errors = _fit(model, plan, measured, progress, fitted, errors, stored=stored)
     with unchanged_on_error(model):
         replace_matrices(model, plan, fitted)
         replace_weights(model, refitted)
@@ -128,6 +130,8 @@ def _fit_in_order(
     batches: Sequence[Mapping[str, Any]],
     blocks: tuple[str, ...],
     progress: Progress,
+    *,
+    stored: bool,
 ) -> tuple[dict[str, Factors], dict[str, float], dict[str, Tensor]]:
     """Factors and errors of matrices in blocks, each fitted to what the model compressed so far gives it to read.
 
@@ -146,7 +150,7 @@ def _fit_in_order(
     for name, entry in entries.items():
         if entry.spec is None or name.startswith(blocks) or name in plan.sharing or entry.shares is not None:
             continue
-        fitted[name], errors[name] = fit_stored(model, entry.matrix, entry.spec, statistics)
+        fitted[name], errors[name] = fit_matrix(model, entry.matrix, entry.spec, statistics, stored=stored)
         dense = as_stored(entry.matrix, entry.spec, fitted[name])
         layer = model.get_submodule(name)
         replaced[f"{name}.weight"] = dense.T if is_transposed(layer) else dense
@@ -160,7 +164,7 @@ def _fit_in_order(
                 return dense_weight(model.get_submodule(name))
             refitted[name] = target
             return target
-        fitted[name], errors[name], dense = fit_target(matrix, target, root, spec, statistics[name])
+        fitted[name], errors[name], dense = fit_target(matrix, target, root, spec, statistics[name], stored=stored)
         progress("fit", len(fitted), len(plan.factorized))
         return dense
 
@@ -191,6 +195,8 @@ def _fit(
     progress: Progress,
     fitted: dict[str, Factors],
     errors: dict[str, float],
+    *,
+    stored: bool,
 ) -> tuple[dict[str, Factors], dict[str, float]]:
     """Factors and error of every matrix that a plan factorizes; those that share some are fitted together."""
     sharing = plan.sharing
@@ -199,11 +205,13 @@ def _fit(
         if name in fitted:
             continue
         if name in sharing:
-            for member, (factors, error) in fit_group(model, _planned(sharing[name]), statistics).items():
+            for member, (factors, error) in fit_group(
+                model, _planned(sharing[name]), statistics, stored=stored
+            ).items():
                 fitted[member], errors[member] = factors, error
         elif entry.shares is None:
             assert entry.spec is not None
-            fitted[name], errors[name] = fit_stored(model, entry.matrix, entry.spec, statistics)
+            fitted[name], errors[name] = fit_matrix(model, entry.matrix, entry.spec, statistics, stored=stored)
         else:
             continue
         progress("fit", len(fitted), len(plan.factorized))

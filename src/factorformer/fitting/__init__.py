@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
+import torch
 from torch import Tensor
 
 from factorformer.errors import ModelError
@@ -45,16 +46,14 @@ def fit(
         raise ModelError("the matrix has no values, only a shape (device 'meta'): load the weights first")
     spec.check((weight.shape[0], weight.shape[1]))
     effort = {} if rounds is None else {"rounds": rounds}
-    device, metric = weight.device, metric or Metric()
-    if device.type in WITHOUT_FLOAT64:
-        weight, metric = weight.cpu(), metric.to("cpu")
-    with fast_float32(weight.device):
-        factors, error = FITTERS[type(spec)](weight, spec, metric, **effort)
-    return {name: factor.to(device) for name, factor in factors.items()}, error
+    device, metric = _able(weight.device), metric or Metric()
+    with fast_float32(device):
+        factors, error = FITTERS[type(spec)](weight.to(device), spec, metric.to(device), **effort)
+    return {name: factor.to(weight.device) for name, factor in factors.items()}, error
 
 
 def round_factors(weight: Tensor, spec: Structure, factors: Mapping[str, Tensor], metric: Metric) -> dict[str, Tensor]:
-    """Factors on the steps of 4 bits, whose errors make up for each other under the metric.
+    """Factors that 4 bits round to codes whose errors make up for each other under the metric.
 
     Args:
         weight: `(out, in)`, which they approximate.
@@ -64,13 +63,16 @@ def round_factors(weight: Tensor, spec: Structure, factors: Mapping[str, Tensor]
     """
     if type(spec) not in ROUNDERS:
         return dict(factors)
-    device = weight.device
-    if device.type in WITHOUT_FLOAT64:
-        weight, metric = weight.cpu(), metric.to("cpu")
-        factors = {name: factor.cpu() for name, factor in factors.items()}
-    with fast_float32(weight.device):
-        found = ROUNDERS[type(spec)](weight, spec, factors, metric)
-    return {name: factor.to(device) for name, factor in found.items()}
+    device = _able(weight.device)
+    moved = {name: factor.to(device) for name, factor in factors.items()}
+    with fast_float32(device):
+        found = ROUNDERS[type(spec)](weight.to(device), spec, moved, metric.to(device))
+    return {name: factor.to(weight.device) for name, factor in found.items()}
+
+
+def _able(device: torch.device) -> torch.device:
+    """That one, or the CPU where it has no float64."""
+    return torch.device("cpu") if device.type in WITHOUT_FLOAT64 else device
 
 
 __all__ = ["FITTERS", "QUICK", "ROUNDERS", "Metric", "MetricName", "fit", "round_factors"]

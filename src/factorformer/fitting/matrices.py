@@ -52,42 +52,42 @@ def fit_matrix(
     spec: Structure,
     metric: Metric | Mapping[str, LayerStatistics],
     rounds: int | None = None,
+    *,
+    stored: bool = False,
 ) -> tuple[Factors, float]:
     """Factors of one matrix, and their error, under a metric or that of what was measured of it.
 
-    What integers lose is not counted, but of matrices that stay dense, which lose nothing else.
+    What integers lose is not counted, but of matrices that stay dense, which lose nothing else. `stored` is as for
+    `fit_weight`.
     """
     if not isinstance(metric, Metric):
         metric = metric_of(matrix.name, metric)
-    return fit_weight(matrix, dense_weight(model.get_submodule(matrix.name)), spec, metric, rounds)
-
-
-def fit_stored(
-    model: nn.Module, matrix: Matrix, spec: Structure, statistics: Mapping[str, LayerStatistics]
-) -> tuple[Factors, float]:
-    """`fit_matrix`, with factors on the steps of the integers in which they are going to be stored."""
-    weight, metric = dense_weight(model.get_submodule(matrix.name)), metric_of(matrix.name, statistics)
-    factors, error = fit_weight(matrix, weight, spec, metric)
-    return rounded(matrix, weight, spec, factors, metric), error
-
-
-def rounded(matrix: Matrix, weight: Tensor, spec: Structure, factors: Factors, metric: Metric) -> Factors:
-    """Factors on the steps of 4 bits, if these are to hold them; 8 bits lose too little to make up for."""
-    if matrix.bits != 4:
-        return factors
-    with naming(matrix.name):
-        return round_factors(weight, spec, factors, metric)
+    return fit_weight(matrix, dense_weight(model.get_submodule(matrix.name)), spec, metric, rounds, stored=stored)
 
 
 def fit_weight(
-    matrix: Matrix, weight: Tensor, spec: Structure, metric: Metric, rounds: int | None = None
+    matrix: Matrix, weight: Tensor, spec: Structure, metric: Metric, rounds: int | None = None, *, stored: bool = False
 ) -> tuple[Factors, float]:
-    """`fit_matrix` of a weight that is not in a model, or of rows of one."""
+    """`fit_matrix` of a weight that is not in a model, or of rows of one.
+
+    Args:
+        matrix, spec, metric, rounds: as there.
+        weight: `(out, in)`.
+        stored: whether factors are to be rounded to 4 bits, if these hold them, so that errors make up for each other;
+            a dense matrix is so in any case.
+    """
     with naming(matrix.name):
         factors, error = fit(weight, spec, metric, rounds=rounds)
+        if stored or isinstance(spec, Dense):
+            factors = for_storage(matrix, weight, spec, factors, metric)
         if isinstance(spec, Dense):
             error = metric.relative_error(weight, as_stored(matrix, spec, factors))
     return factors, error
+
+
+def for_storage(matrix: Matrix, weight: Tensor, spec: Structure, factors: Factors, metric: Metric) -> Factors:
+    """Factors whose errors make up for each other in the integers of the matrix; those of 8 bits are small anyway."""
+    return round_factors(weight, spec, factors, metric) if matrix.bits == 4 else factors
 
 
 def metric_of(name: str, statistics: Mapping[str, LayerStatistics]) -> Metric:
@@ -106,7 +106,7 @@ def naming(name: str) -> Iterator[None]:
 
 
 def fit_target(
-    matrix: Matrix, target: Tensor, root: Tensor, spec: Structure, statistics: LayerStatistics
+    matrix: Matrix, target: Tensor, root: Tensor, spec: Structure, statistics: LayerStatistics, *, stored: bool
 ) -> tuple[Factors, float, Tensor]:
     """Factors of a target under the metric of other inputs than were measured, their error, and their product.
 
@@ -116,10 +116,10 @@ def fit_target(
         root: of the second moment of the inputs.
         spec: its structure.
         statistics: of the gradients at its outputs.
+        stored: as for `fit_weight`.
     """
     metric = dataclasses.replace(Metric.of(dataclasses.replace(statistics, inputs=None)), columns=root)
-    factors, error = fit_weight(matrix, target, spec, metric)
-    factors = rounded(matrix, target, spec, factors, metric)
+    factors, error = fit_weight(matrix, target, spec, metric, stored=stored)
     return factors, error, as_stored(matrix, spec, factors)
 
 
@@ -134,25 +134,41 @@ def fit_stack(
     spec: Structure,
     statistics: Mapping[str, LayerStatistics],
     rounds: int | None = None,
+    *,
+    stored: bool = False,
 ) -> tuple[Factors, float]:
-    """Factors of the tall matrix whose rows are the rows, or the columns, of all members, and their error."""
+    """Factors of the tall matrix whose rows are the rows, or the columns, of all members, and their error.
+
+    `stored` is as for `fit_weight`.
+    """
     weights = [dense_weight(model.get_submodule(member.matrix.name)) for member in members]
     rows = torch.cat([w if member.side == "rows" else w.T for w, member in zip(weights, members, strict=True)])
     try:
-        return fit(rows, spec, Metric.of_stack(members, statistics), rounds=rounds)
+        metric = Metric.of_stack(members, statistics)
+        factors, error = fit(rows, spec, metric, rounds=rounds)
+        if stored:
+            factors = for_storage(members[0].matrix, rows, spec, factors, metric)
+        return factors, error
     except FactorformerError as error:
         names = ", ".join(f"'{member.matrix.name}'" for member in members)
         raise type(error)(f"layers {names}, which share factors: {error}") from error
 
 
 def fit_group(
-    model: nn.Module, planned: Sequence[tuple[Matrix, Structure]], statistics: Mapping[str, LayerStatistics]
+    model: nn.Module,
+    planned: Sequence[tuple[Matrix, Structure]],
+    statistics: Mapping[str, LayerStatistics],
+    *,
+    stored: bool,
 ) -> dict[str, tuple[Factors, float]]:
-    """Factors of matrices that share some, fitted as one, by name; and the error of each under its own metric."""
+    """Factors of matrices that share some, fitted as one, by name; and the error of each under its own metric.
+
+    `stored` is as for `fit_weight`.
+    """
     specs = {matrix.name: spec for matrix, spec in planned}
     members = [Member(matrix, getattr(spec, "side")) for matrix, spec in planned]  # noqa: B009  # of any structure
     stack = dataclasses.replace(planned[0][1], side="rows")
-    joint, _ = fit_stack(model, members, stack, statistics)
+    joint, _ = fit_stack(model, members, stack, statistics, stored=stored)
     common: Factors = {name: nn.Parameter(joint.pop(name)) for name in stack.shareable}
     total, first = sum(member.sides[0] for member in members), 0
     fitted: dict[str, tuple[Factors, float]] = {}

@@ -5,14 +5,14 @@ are rounded one after the other, and those that follow make up for the errors so
 are alike (Optimal Brain Surgeon, 1993; GPTQ, arXiv 2210.17323); on MiniLM's dense matrices a third to an eighth of the
 squared error is left. Factors that are fitted to what is rounded already make up for that as well.
 
-What comes out are floats near the steps of `structures.integers`, which rounds them to the codes that were chosen here.
-They are not on the steps: training would take long to move any that lies in the middle.
+What comes out are floats that `structures.integers` rounds to the codes which were chosen here. They do not lie on
+these: training would take long to move any from the middle of what is rounded to one code.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +20,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from factorformer.errors import ModelError
-from factorformer.fitting.coding import refine_codes
+from factorformer.fitting.coding import RIDGE, refine_codes
+from factorformer.fitting.linalg import square_root
 from factorformer.fitting.metric import Metric
 from factorformer.kernels import support
 from factorformer.structures import Dense, DenseSparse, LowRank, Structure
@@ -30,23 +31,26 @@ from factorformer.structures.integers import LARGEST, STEPS, group_steps, rounde
 DAMPING = 0.01
 """Part of the mean of the diagonal of a moment that is added to it."""
 
-RIDGE = 1e-6
-"""The same where factors are solved for."""
-
-TOGETHER = 4 * GROUP
+TOGETHER = 128
 """Columns whose errors are passed on to all others at once."""
 
-CUTS = (0, 2, 4, 6)
+BLOCK = 32
+"""Atoms of which the same is true."""
+
+CUTS = range(11)
 """Sixteenths of an octave by which the largest value of a group may be cut off for finer steps."""
 
-INSIDE = 0.48
+INSIDE = 0.45
 """Steps by which a value may be off its code, so that it is rounded to it in bfloat16 as well."""
 
 SWEEPS, REFINEMENTS = 2, 4
 """Over the atoms of a dictionary when codes are rounded, and conjugate gradients before."""
 
-ENTRIES = 2**19
-"""Of `S` that are worked on at the same time."""
+ENTRIES = 2**22
+"""Of a factor that are rounded at the same time on a CPU."""
+
+SETTLING = 4
+"""Times that steps are asked for again, until the largest values ask for the very steps that they are stored with."""
 
 TINY = torch.finfo(torch.float32).tiny
 
@@ -62,26 +66,37 @@ def fit_dense(weight: Float[Tensor, "out inner"], spec: Dense, metric: Metric) -
     return {"weight": weight.detach().unsqueeze(1).clone()}, 0.0
 
 
-def round_dense(weight: Tensor, spec: Dense, factors: dict[str, Tensor], metric: Metric) -> dict[str, Tensor]:
-    """The matrix under the moment of its inputs."""
-    return {"weight": compensated(weight, metric.columns).unsqueeze(1)}
+def round_dense(
+    weight: Float[Tensor, "out inner"], spec: Dense, factors: Mapping[str, Tensor], metric: Metric
+) -> dict[str, Tensor]:
+    """The matrix under the moment of its inputs, `(out, 1, in)`."""
+    return {"weight": compensated(factors["weight"].squeeze(1), metric.columns).unsqueeze(1)}
 
 
-def round_low_rank(weight: Tensor, spec: LowRank, factors: dict[str, Tensor], metric: Metric) -> dict[str, Tensor]:
-    """First `right` under the moment of the inputs; then the best `weight` for it, under that of what `right` makes."""
-    right = compensated(factors["right"], metric.columns)
-    made, plain = rounded(right, 4).double(), weight.double()
+def round_low_rank(
+    weight: Float[Tensor, "out inner"], spec: LowRank, factors: Mapping[str, Tensor], metric: Metric
+) -> dict[str, Tensor]:
+    """First `right`, under the moment of the inputs; then the best `weight` for it, under that of what `right` makes.
+
+    Components are rotated among themselves before, at random, so that all matter alike: those of a singular value
+    decomposition do not, but would have as many bits each, and an error in proportion to their size.
+    """
+    generator = torch.Generator().manual_seed(0)
+    rotation = torch.linalg.qr(torch.randn(spec.rank, spec.rank, generator=generator, dtype=torch.float64))[0]
+    right = compensated((rotation.to(weight) @ factors["right"]), metric.columns)
+    made = pull = rounded(right, 4).double()
     if metric.columns is not None:
-        made, plain = made @ metric.columns, plain @ metric.columns
+        made = made @ metric.columns
+        pull = made @ metric.columns.T
     moment = made @ made.T
     moment.diagonal().add_(RIDGE * moment.diagonal().mean() or 1.0)
-    root = torch.linalg.cholesky(moment)
-    left = torch.cholesky_solve(made @ plain.T, root).T
+    root = square_root(moment)
+    left = torch.cholesky_solve((pull.float() @ weight.float().T).double(), root).T
     return {"weight": compensated(left.to(weight.dtype), root), "right": right}
 
 
 def round_dense_sparse(
-    weight: Tensor, spec: DenseSparse, factors: dict[str, Tensor], metric: Metric
+    weight: Float[Tensor, "out inner"], spec: DenseSparse, factors: Mapping[str, Tensor], metric: Metric
 ) -> dict[str, Tensor]:
     """First the dictionary, under the metric of the side that it lives in; then the best codes for it.
 
@@ -92,11 +107,12 @@ def round_dense_sparse(
     if spec.side == "columns":
         short = None if metric.rows is None else metric.rows.diag() if metric.rows.dim() == 1 else metric.rows.T
         long, target = metric.columns, weight.T
-    found = factors | {"dictionary": compensated(factors["dictionary"], short)}
+    found = {**factors, "dictionary": compensated(factors["dictionary"], short)}
     if long is not None and long.dim() == 2:
-        return found | {"weight": compensated(factors["weight"], None)}
+        return found
     atoms = rounded(found["dictionary"], 4).double()
     root = torch.eye(atoms.shape[1], dtype=atoms.dtype, device=atoms.device) if short is None else short
+    root = root / (float(root.square().mean().sqrt()) or 1.0)
     codes = _Codes(spec, factors, target, (atoms @ root).float(), root.float())
     return found | {"weight": codes.rounded().to(weight.dtype)}
 
@@ -112,34 +128,98 @@ ROUNDERS: dict[type[Structure], Callable[..., dict[str, Tensor]]] = {
 def compensated(
     values: Float[Tensor, "out inner"], root: Float[Tensor, "inner inner"] | None
 ) -> Float[Tensor, "out inner"]:
-    """A factor near the given one under `||(V - V') L||_F` when both, or `V'` alone, are rounded to 4 bits.
+    """A factor near the given one under `||(V - V') L||_F` once `V'` is rounded to 4 bits.
 
     Args:
         values: `V`.
-        root: any `L` with `L L^T` the metric; None for the identity, under which the nearest codes are the best.
+        root: any `L` with `L L^T` the metric; None for the identity, under which nothing makes up for anything.
+
+    Raises:
+        ModelError: the metric is not finite.
     """
-    out, inner = values.shape
-    moment = torch.zeros(inner, inner, dtype=torch.float64, device=values.device) if root is None else root @ root.T
-    moment = moment / (float(moment.diagonal().mean()) or 1.0)
-    moment.diagonal().add_(DAMPING)
-    order = moment.diagonal().argsort(descending=True, stable=True)
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(moment[order][:, order]))
-    chain = torch.linalg.cholesky(inverse, upper=True)
-    weights = chain.diagonal().square().reciprocal().float()
-    chain = (chain / chain.diagonal()[:, None]).float()
-    back = order.argsort()
-    # Columns lie one after the other in memory as rows.
-    grid = _Grid.of(values.float(), weights[back]).columns(order)
-    left, found = values.float().T[order].contiguous(), values.new_empty(inner, out)
-    for first in range(0, inner, TOGETHER):
-        last = min(first + TOGETHER, inner)
-        errors = left.new_empty(last - first, out)
+    if root is None:
+        return values
+    order, chain, weights = _chain(root)
+    steps, found = _steps(values.float(), weights, values.dtype), torch.empty_like(values)
+    for rows in _parts(len(values), values.shape[1], values.device):
+        left = values[rows].float()
+        grid = _Grid.of(left, steps[rows]).columns(order)
+        found[rows, order] = _one_by_one(left.T[order].contiguous(), grid, chain).T.to(values.dtype)
+    return found
+
+
+def _one_by_one(
+    left: Float[Tensor, "inner rows"], grid: _Grid, chain: Float[Tensor, "inner inner"]
+) -> Float[Tensor, "inner rows"]:
+    """Columns, each one row here, rounded in turn; those that follow are changed in place."""
+    found = torch.empty_like(left)
+    for first in range(0, len(left), TOGETHER):
+        last = min(first + TOGETHER, len(left))
+        errors = torch.empty_like(left[first:last])
         for column in range(first, last):
             found[column], read = grid.nearest(left[column], column)
             errors[column - first] = left[column] - read
             left[column + 1 : last].addr_(chain[column, column + 1 : last], errors[column - first], alpha=-1)
         left[last:].addmm_(chain[first:last, last:].T, errors, alpha=-1)
-    return found[back].T.contiguous()
+    return found
+
+
+def _chain(root: Float[Tensor, "inner inner"]) -> tuple[Int[Tensor, " inner"], Tensor, Float[Tensor, " inner"]]:
+    """How columns make up for each other's errors.
+
+    Returns:
+        Their order, the most important first; how much each later one has to change for an error of 1 of an earlier
+        one, `(inner, inner)`, in that order, upper-triangular with a diagonal of 1; and by column what is left of the
+        squared error of each.
+    """
+    moment = root @ root.T
+    moment = moment / (float(moment.diagonal().mean()) or 1.0)
+    moment.diagonal().add_(DAMPING)
+    order = moment.diagonal().argsort(descending=True, stable=True)
+    backwards = order.flip(0)
+    # With C = U U^T, the upper factor of C^-1 is U^-1.
+    upper = square_root(moment[backwards[:, None], backwards]).flip(0, 1)
+    inverse = torch.linalg.solve_triangular(upper, torch.eye(len(root)).to(upper), upper=True)
+    weights = torch.empty_like(upper[0]).scatter_(0, order, upper.diagonal().square())
+    return order, (inverse * upper.diagonal()[:, None]).float(), weights.float()
+
+
+def _parts(rows: int, width: int, device: torch.device) -> Iterator[slice]:
+    """Rows of a factor of that width, so many at a time as fit; all on devices for which that would be few."""
+    count = max(ENTRIES // max(width, 1), 1) if device.type == "cpu" else rows
+    for first in range(0, rows, count):
+        yield slice(first, first + count)
+
+
+def _grouped(values: Float[Tensor, "rows width"]) -> Float[Tensor, "rows groups group"]:
+    return F.pad(values, (0, -values.shape[1] % GROUP)).unflatten(1, (-1, GROUP))
+
+
+def _steps(
+    values: Float[Tensor, "rows width"], weights: Float[Tensor, " width"], dtype: torch.dtype
+) -> Float[Tensor, "rows groups"]:
+    """The steps that suit each group best, where squared errors weigh differently in each column.
+
+    Args:
+        values: of the factor, in float32.
+        weights: of squared errors.
+        dtype: of the factor, and so of its scale.
+    """
+    full = group_steps(_grouped(values).abs().amax(2), dtype)
+    chosen, weight = [], _grouped(weights[None])
+    for rows in _parts(len(values), values.shape[1], values.device):
+        grouped, best = _grouped(values[rows]), full[rows]
+        least = torch.full_like(best, torch.inf)
+        for cut in CUTS:
+            steps = full[rows] * 2 ** (-cut / STEPS)
+            codes = (grouped / steps[:, :, None]).round_().clamp_(-LARGEST[4], LARGEST[4])
+            loss = (grouped - codes.mul_(steps[:, :, None])).square_().mul_(weight).sum(2)
+            best, least = torch.where(loss < least, steps, best), torch.minimum(loss, least)
+        chosen.append(best)
+    steps = torch.cat(chosen)
+    for _ in range(SETTLING):
+        steps = group_steps((steps * LARGEST[4]).to(dtype).to(steps.dtype), dtype)
+    return steps
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,8 +227,9 @@ class _Grid:
     """What values of a factor can become in 4 bits, once the steps of its groups are chosen.
 
     Args:
-        steps: of each value.
-        pinned: the codes of those values that keep the steps of their groups, the largest of each; 0 for others.
+        steps: of each value, `(rows, width)` or its transpose.
+        pinned: as large: the codes of those values that keep the steps of their groups, the largest of each; 0 for
+            others.
         coarse: the steps of rows in 8 bits, in which products read what is stored in 4.
     """
 
@@ -157,23 +238,15 @@ class _Grid:
     coarse: Float[Tensor, " rows"]
 
     @classmethod
-    def of(cls, values: Float[Tensor, "rows width"], weights: Float[Tensor, " width"]) -> _Grid:
-        """With the steps that suit values best, where squared errors weigh differently in each column."""
-        width, pad = values.shape[1], -values.shape[1] % GROUP
-        grouped, weight = F.pad(values, (0, pad)).unflatten(1, (-1, GROUP)), F.pad(weights, (0, pad)).view(-1, GROUP)
+    def of(cls, values: Float[Tensor, "rows width"], steps: Float[Tensor, "rows groups"]) -> _Grid:
+        """For values whose groups have these steps."""
+        width, grouped = values.shape[1], _grouped(values)
         largest, place = grouped.abs().max(2, keepdim=True)
-        full = group_steps(largest[..., 0], values.dtype)
-        best, least = full, torch.full_like(full, torch.inf)
-        for cut in CUTS:
-            steps = full * 2 ** (-cut / STEPS)
-            codes = (grouped / steps[:, :, None]).round_().clamp_(-LARGEST[4], LARGEST[4])
-            loss = ((grouped - codes * steps[:, :, None]).square() * weight).sum(2)
-            best, least = torch.where(loss < least, steps, best), torch.minimum(loss, least)
-        best = group_steps(best * LARGEST[4], values.dtype)  # the scale of all may be another now
-        pinned = torch.zeros_like(grouped).scatter_(2, place, LARGEST[4] * grouped.gather(2, place).sign())
-        steps = best[:, :, None].expand_as(grouped).flatten(1)[:, :width]
-        coarse = (best.amax(1) * LARGEST[4] / LARGEST[8]).clamp_min(TINY)
-        return cls(steps, pinned.flatten(1)[:, :width], coarse)
+        # Where a group is so small beside others that its exponent is the last one, nothing has to keep it.
+        ends = grouped.gather(2, place).sign() * LARGEST[4] * (largest > (LARGEST[4] - 0.5) * steps[:, :, None])
+        pinned = torch.zeros_like(grouped).scatter_(2, place, ends)
+        coarse = (steps.amax(1) * LARGEST[4] / LARGEST[8]).clamp_min(TINY)
+        return cls(steps.repeat_interleave(GROUP, 1)[:, :width], pinned.flatten(1)[:, :width], coarse)
 
     def columns(self, order: Int[Tensor, " width"]) -> _Grid:
         """That of the transpose, with columns in an order."""
@@ -197,49 +270,60 @@ class _Codes:
     Args:
         spec: structure and size.
         factors: with the support, and values to start from.
-        target: `T`, `(long, short)`.
-        atoms: `D L`, `(atoms, short)`.
-        root: `L`, `(short, short)`.
+        target: `T`.
+        atoms: `D L`, of the rounded dictionary.
+        root: `L`.
     """
 
     spec: DenseSparse
-    factors: dict[str, Tensor]
-    target: Tensor
-    atoms: Tensor
-    root: Tensor
+    factors: Mapping[str, Tensor]
+    target: Float[Tensor, "long short"]
+    atoms: Float[Tensor, "atoms short"]
+    root: Float[Tensor, "short short"]
 
     def rounded(self) -> Float[Tensor, "long nonzeros"]:
         """Values of which the codes are made."""
         gram = self.atoms @ self.atoms.T
         gram.diagonal().clamp_min_(TINY)
         values = torch.cat([self._solved(*part, gram) for part in self._parts()])
-        grid = _Grid.of(values, values.new_ones(values.shape[1]))
+        chosen = _steps(values, values.new_ones(values.shape[1]), self.factors["weight"].dtype)
         found: list[Tensor] = []
         for rows, positions, projected in self._parts():
-            empty = torch.zeros_like(projected)
+            grid, empty = _Grid.of(values[rows], chosen[rows]), torch.zeros_like(projected)
             # By atom, as columns of a factor.
             steps, pinned, now = (
-                empty.scatter(1, positions, tensor[rows]).T.contiguous() for tensor in (grid.steps, grid.pinned, values)
+                empty.scatter(1, positions, tensor).T.contiguous() for tensor in (grid.steps, grid.pinned, values[rows])
             )
             mask, near = (steps > 0).float(), torch.empty_like(now)
-            part = _Grid(torch.where(steps > 0, steps, 1), pinned, grid.coarse[rows])
+            part = _Grid(torch.where(steps > 0, steps, 1), pinned, grid.coarse)
             left = projected.T - gram @ now
-            for atom in list(range(len(gram))) * SWEEPS:
-                near[atom], read = part.nearest(now[atom] + left[atom] / gram[atom, atom], atom)
-                left.addr_(gram[atom], read.mul_(mask[atom]) - now[atom], alpha=-1)
-                now[atom] = read
+            for first in list(range(0, len(gram), BLOCK)) * SWEEPS:
+                some, before = slice(first, first + BLOCK), now[first : first + BLOCK].clone()
+                for atom in range(first, min(first + BLOCK, len(gram))):
+                    near[atom], read = part.nearest(now[atom] + left[atom] / gram[atom, atom], atom)
+                    change = read.mul_(mask[atom]) - now[atom]
+                    left[some].addr_(gram[some, atom], change, alpha=-1)
+                    now[atom] += change
+                change = now[some] - before
+                for others in (slice(first), slice(first + BLOCK, None)):
+                    left[others].addmm_(gram[others, some], change, alpha=-1)
             found.append(near.T.gather(1, positions))
         return torch.cat(found)
 
     def _parts(self) -> Iterator[tuple[slice, Int[Tensor, "rows nonzeros"], Float[Tensor, "rows atoms"]]]:
         """Some of the rows, their positions, and their projections on atoms."""
-        onto, count = self.root @ self.atoms.T, max(ENTRIES // len(self.atoms), 1)
-        for first in range(0, len(self.target), count):
-            rows = slice(first, first + count)
+        onto = self.root @ self.atoms.T
+        for rows in _parts(len(self.target), len(self.atoms), self.target.device):
             positions = support.unpack(self.factors["support"][rows], self.spec.atoms, self.spec.nonzeros)
             yield rows, positions, self.target[rows].float() @ onto
 
-    def _solved(self, rows: slice, positions: Tensor, projected: Tensor, gram: Tensor) -> Tensor:
+    def _solved(
+        self,
+        rows: slice,
+        positions: Int[Tensor, "rows nonzeros"],
+        projected: Float[Tensor, "rows atoms"],
+        gram: Float[Tensor, "atoms atoms"],
+    ) -> Float[Tensor, "rows nonzeros"]:
         """The best values for some of the rows before they are rounded."""
         spread, empty = gram.diagonal().sqrt(), torch.zeros_like(projected)
         start = empty.scatter(1, positions, self.factors["weight"][rows].float()) * spread

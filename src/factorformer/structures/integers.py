@@ -19,6 +19,7 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from factorformer.kernels import Dense
@@ -44,7 +45,10 @@ STEPS = 16
 
 SLACK = 24
 """Units in the last place by which an exponent may be too large, so that what is rounded already has the exponents that
-it was given, whatever a logarithm and a narrow type lose."""
+it was given, whatever a narrow type loses."""
+
+LOGARITHM = 1e-3
+"""As SLACK, for what logarithms lose in float32: an exponent of so much more is 0.004 % of a value."""
 
 
 def stored(tensors: Mapping[str, TensorSpec], bits: Bits) -> dict[str, TensorSpec]:
@@ -72,8 +76,8 @@ def quantize(factors: Factors, bits: Bits) -> dict[str, Tensor]:
     """Codes and scales of the values, as they are stored.
 
     Nothing is clipped: in 8 bits, what a search for the best clipping gains is small beside the error of the fit, and
-    `rounded` would have to search in every step; in 4 bits, where groups keep large values from doing harm beyond them,
-    models keep less if these are cut off.
+    `rounded` would have to search in every step; in 4 bits groups keep large values from doing harm beyond them, and
+    where these are cut off nevertheless is up to `fitting.rounding`.
     """
     result: dict[str, Tensor] = {}
     for name, tensor in factors.items():
@@ -210,26 +214,26 @@ def _by_group(tensor: Tensor, factor: Tensor | None = None) -> tuple[Tensor, Ten
     """
     values = _grouped(_whole(tensor)[..., None].flatten(1))
     largest = values.abs().amax(2)
-    every = largest if factor is None else _whole(factor)
-    of_all = torch.linalg.vector_norm(every, math.inf) if every.numel() else largest.new_zeros(())
-    exponents, scale, steps = _scales(largest, of_all, tensor.dtype)
+    exponents, scale, steps = _scales(largest, largest if factor is None else _whole(factor), tensor.dtype)
     return (values / steps[:, :, None]).round().clamp(-LARGEST[4], LARGEST[4]), exponents, scale
 
 
-def _scales(largest: Tensor, of_all: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """Exponents of groups and the scale of all, in a type, for the largest values; and steps, in the type of these."""
+def _scales(
+    largest: Float[Tensor, "rows groups"], factor: Tensor, dtype: torch.dtype
+) -> tuple[UInt8[Tensor, "rows groups"], Float[Tensor, 1], Float[Tensor, "rows groups"]]:
+    """Exponents of groups and the scale of a factor, in a type, for the largest values; and steps, in that of these."""
+    of_all = torch.linalg.vector_norm(factor, math.inf) if factor.numel() else largest.new_zeros(())
     scale = (of_all / LARGEST[4]).to(dtype).view(1)
     tiny = torch.finfo(largest.dtype).tiny
     below = STEPS * (scale.to(largest.dtype).clamp_min(tiny) * LARGEST[4] / largest.clamp_min(tiny)).log2()
-    exponents = (below + SLACK * torch.finfo(dtype).eps).floor().clamp(0, 255).to(torch.uint8)
-    steps = _steps(exponents, scale).to(largest.dtype)
-    return exponents, scale, torch.where(steps > 0, steps, 1)  # zeros, or too small for a scale
+    slack = max(SLACK * torch.finfo(dtype).eps, LOGARITHM)
+    exponents = (below + slack).floor().clamp(0, 255).to(torch.uint8)
+    return exponents, scale, _steps(exponents, scale).to(largest.dtype).clamp_min(tiny)
 
 
-def group_steps(largest: Tensor, dtype: torch.dtype) -> Tensor:
-    """What a code of 4 bits is worth in each group of a factor of this type, `(rows, groups)`, by its largest value."""
-    of_all = torch.linalg.vector_norm(largest, math.inf) if largest.numel() else largest.new_zeros(())
-    return _scales(largest, of_all, dtype)[2]
+def group_steps(largest: Float[Tensor, "rows groups"], dtype: torch.dtype) -> Float[Tensor, "rows groups"]:
+    """What a code of 4 bits is worth in each group of a factor of this type, by its largest value; never 0."""
+    return _scales(largest, largest, dtype)[2]
 
 
 def _grouped(rows: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from factorformer.fitting.statistics import collect
 from factorformer.layers.surgery import find_matrices
 from factorformer.planning.evidence.curves import measure_curves
 from factorformer.structures import Dense, DenseSparse, KroneckerSum, LowRank
-from factorformer.structures.integers import Rounded
+from factorformer.structures.integers import Bits, Rounded
 
 EVERY = (LowRank, KroneckerSum, DenseSparse)
 
@@ -132,9 +132,10 @@ def test_a_weight_that_is_not_finite_is_named() -> None:
         measure_curves(model, find_matrices(model, include=["*.dense"])[0], lambda _: [LowRank], {}, 2)
 
 
-def test_int8_adds_its_rounding() -> None:
+@pytest.mark.parametrize("bits", [8, 4])
+def test_integers_add_their_rounding(bits: Bits) -> None:
     model = MODELS["bert"].build()
-    matrices = [m for m in find_matrices(model, bits=8)[0] if m.dense is None]
+    matrices = [m for m in find_matrices(model, bits=bits)[0] if m.dense is None]
     statistics = collect(model, [m.name for m in matrices], [text(16, 20)], "fisher")
     curves = measure_curves(model, matrices, lambda _: EVERY, statistics, 6)
     for matrix in matrices[::3]:
@@ -142,8 +143,8 @@ def test_int8_adds_its_rounding() -> None:
         weight = model.get_submodule(matrix.name).weight.detach()
         for kind in ("low_rank", "dense"):
             spec = Dense() if kind == "dense" else curve.sizes[kind][-1]
-            factors, error = fit_matrix(model, matrix, spec, statistics)
-            stored = spec.to_dense(matrix.shape, Rounded(factors, 8))
+            factors, error = fit_matrix(model, matrix, spec, statistics, stored=True)
+            stored = spec.to_dense(matrix.shape, Rounded(factors, bits))
             rounded = metric.relative_error(weight, stored) ** 2
             assert curve.squared_error(spec) == pytest.approx(rounded, rel=0.5)
             assert kind == "dense" or rounded > error**2

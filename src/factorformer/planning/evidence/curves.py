@@ -13,7 +13,7 @@ from torch import nn
 
 from factorformer.fitting import QUICK, Metric
 from factorformer.fitting.linalg import truncation_errors
-from factorformer.fitting.matrices import as_stored, fit_weight, metric_of, naming, rounded
+from factorformer.fitting.matrices import as_stored, fit_weight, for_storage, metric_of, naming
 from factorformer.fitting.moments import LayerStatistics
 from factorformer.fitting.sampling import sampled
 from factorformer.layers.dense import dense_weight
@@ -43,8 +43,8 @@ StructuresOf = Callable[[Matrix], Sequence[type[Structure]]]
 """What a matrix can become."""
 
 ROUNDED = 0.54
-"""Part of what rounding adds under the metric that it adds to the loss: the errors of entries are independent, and fits
-in order make up for more of such. Ours, of MiniLM's blocks dense in int8 and of the whole of it in 4 bits at 6x."""
+"""Part of what rounding adds under the metric that it adds to the loss: fits in order make up for more of it, and the
+errors of different tokens are independent. Ours, of MiniLM's blocks dense in int8 and all of it dense in 4 bits."""
 
 LEAST = 1e-12
 """Squared errors below this count as this, so that they have a logarithm."""
@@ -126,7 +126,7 @@ class _Fit:
 
     def rounded_error(self) -> float:
         """Of the factors as they are stored."""
-        factors = rounded(self.matrix, self.weight, self.spec, dict(self.factors), self.metric)
+        factors = for_storage(self.matrix, self.weight, self.spec, dict(self.factors), self.metric)
         return self.metric.relative_error(self.weight, as_stored(self.matrix, self.spec, factors))
 
 
@@ -188,6 +188,11 @@ def measure_curves(
         rows = dataclasses.replace(matrix, shape=(values.shape[0], values.shape[1]))
         return _Fit(rows, values, spec, found, *fit_weight(rows, values, spec, found, rounds))
 
+    def rounded_dense(matrix: Matrix) -> float:
+        # How far errors make up for each other is up to the inputs of each matrix.
+        dense = dense_weight(model.get_submodule(matrix.name))
+        return fit_weight(matrix, dense, Dense(), metric_of(matrix.name, statistics))[1] ** 2
+
     def error(matrix: Matrix, spec: Structure, rounds: int = QUICK) -> float:
         found = fitted(matrix, spec, rounds).error
         step()
@@ -209,9 +214,15 @@ def measure_curves(
         relative, sizes = _of_kind(model, members, structures, bare, ratio, error)
         rounding = _rounding(model, bare[members[len(members) // 2].name], sizes, fitted, ratio)
         for matrix in members:
-            curves[matrix.name] = dataclasses.replace(
-                bare[matrix.name], relative=relative, sizes=sizes, rounding=rounding
-            )
+            own = rounding
+            if (
+                matrix.bits == 4
+                and rounding[Dense.kind] > 0
+                and not dense_weight(model.get_submodule(matrix.name)).is_meta
+            ):
+                part = rounded_dense(matrix) / rounding[Dense.kind]
+                own = {kind: part * added for kind, added in rounding.items()}
+            curves[matrix.name] = dataclasses.replace(bare[matrix.name], relative=relative, sizes=sizes, rounding=own)
     return {matrix.name: curves[matrix.name] for matrix in matrices}
 
 
@@ -256,7 +267,7 @@ def _rounding(
     weight = dense_weight(model.get_submodule(matrix.name))
     if weight.is_meta:
         return dict.fromkeys([*sizes, Dense.kind], ROUNDING[matrix.bits])
-    found = {Dense.kind: fitted(matrix, Dense(), None).rounded_error() ** 2}
+    found = {Dense.kind: fitted(matrix, Dense(), None).error ** 2}
     for kind, specs in sizes.items():
         if specs:
             spec = min(specs, key=lambda spec: abs(_part(matrix, spec) - _usual(matrix, ratio)))
