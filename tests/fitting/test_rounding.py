@@ -66,6 +66,15 @@ def test_errors_make_up_for_each_other(spec: Structure, dtype: torch.dtype) -> N
     assert found < (0.5 if isinstance(spec, Dense) else 0.8) * nearest
 
 
+def test_components_of_any_size_matter_alike() -> None:
+    """Few large ones beside many small ones would all have an error in proportion to their size."""
+    left, right = (torch.linalg.qr(matrix((width, 40), seed=seed))[0] for seed, width in enumerate(SHAPE))
+    weight = left * torch.logspace(0, -3, 40) @ right.T
+    spec, metric = LowRank(30), Metric()
+    nearest, found = added(spec, weight, metric)
+    assert found < 0.5 * nearest
+
+
 @pytest.mark.parametrize("rows", ["none", "weights", "coupled"])
 @pytest.mark.parametrize("columns", ["none", "coupled"])
 @pytest.mark.parametrize("spec", SPECS, ids=str)
