@@ -81,7 +81,7 @@ def refine_codes(
         codes: the start, zero outside of the mask.
         mask: the support.
         right: `K M D^T`.
-        gram: `G = D D^T`, best with a constant diagonal.
+        gram: `G = D D^T`, best with a constant diagonal; products with it have its precision.
         moment: `K`, the identity if None; best with a constant diagonal.
         steps: of conjugate gradients.
     """
@@ -102,8 +102,13 @@ def refine_codes(
 
 def _curved(codes: Tensor, mask: Tensor, gram: Tensor, moment: Tensor | None) -> Tensor:
     """`K S G` on the mask."""
-    product = codes @ gram
+    product = times(codes, gram)
     return (product if moment is None else moment @ product).mul_(mask)
+
+
+def times(codes: Float[Tensor, "rows atoms"], gram: Float[Tensor, "atoms atoms"]) -> Float[Tensor, "rows atoms"]:
+    """`S G`, in the precision of `G`."""
+    return (codes.to(gram.dtype) @ gram).to(codes.dtype)
 
 
 def best_dictionary(

@@ -13,9 +13,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from factorformer.errors import ModelError
-from factorformer.fitting.coding import best_dictionary, largest, orthonormal_dictionary, refine_codes
+from factorformer.fitting.coding import best_dictionary, largest, orthonormal_dictionary, refine_codes, times
 from factorformer.fitting.metric import Coupling, Metric
 from factorformer.fitting.sampling import sampled
+from factorformer.layers.modes import has_bfloat16_products
 from factorformer.structures import DenseSparse
 
 ROUNDS = 24
@@ -87,7 +88,9 @@ def fit_dense_sparse(
     tall = start is None and spec.side == "rows" and len(weight) > MANY
     sample = sampled(weight, metric) if tall else None
     if sample is not None:
-        few = _Problem.of(sample[0], spec, sample[1])
+        fast = torch.bfloat16 if weight.device.type == "cpu" and has_bfloat16_products() else None
+        few = dataclasses.replace(_Problem.of(sample[0], spec, sample[1]), products=fast)
+        problem = dataclasses.replace(problem, products=fast)
         atoms, _ = few.unit(few.alternate(few.begin(rounds), rounds, EAGERNESS))
         codes, eagerness = problem.recode(problem.target.new_zeros(len(weight), spec.atoms), atoms, 1.0), 1.0
         rounds = min(rounds, FINISH)
@@ -112,6 +115,7 @@ class _Problem:
         size: the largest entry of the weight; squares of very small or very large values would leave float32's range.
         scale: what rows were multiplied by, `(long, 1)`.
         coupling: of the rows; None where nothing couples them.
+        products: precision in which codes that nothing couples meet the Gram matrix of atoms, if that is another.
     """
 
     spec: DenseSparse
@@ -120,6 +124,7 @@ class _Problem:
     size: Tensor
     scale: Tensor
     coupling: Coupling | None = None
+    products: torch.dtype | None = None
 
     @property
     def moment(self) -> Tensor | None:
@@ -208,8 +213,9 @@ class _Problem:
         gram, projected = dictionary @ dictionary.T, self.target @ dictionary.T
         codes = codes.clone()
         if self.moment is None:
+            gram = gram.to(self.products or gram.dtype)
             for rows in self.ranges(ENTRIES // self.spec.atoms):
-                moved = torch.lerp(codes[rows], projected[rows] + codes[rows] - codes[rows] @ gram, step)
+                moved = torch.lerp(codes[rows], projected[rows] + codes[rows] - times(codes[rows], gram), step)
                 mask = largest(moved.square(), self.spec.nonzeros)
                 codes[rows] = refine_codes(moved * mask, mask, projected[rows], gram, None, 2)
             return codes

@@ -3,8 +3,8 @@
 Rounded to the nearest, entries have errors that are independent, and each counts in full. Here the columns of a factor
 are rounded one after the other, and those that follow make up for the errors so far, as far as the inputs of the layer
 are alike (Optimal Brain Surgeon, 1993; GPTQ, arXiv 2210.17323); on MiniLM's dense matrices a third to an eighth of the
-squared error is left. Factors that are fitted to what is rounded already make up for that as well, and those of low rank
-are rotated so that all components matter alike.
+squared error is left. A factor that is fitted to one that is rounded already makes up for that one as well, and factors
+of low rank are rotated so that all components matter alike.
 
 What comes out are floats that `structures.integers` rounds to the codes which were chosen here. They do not lie on
 these: training would take long to move any from the middle of what is rounded to one code.
