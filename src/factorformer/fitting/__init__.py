@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-import torch
 from torch import Tensor
 
 from factorformer.errors import ModelError
@@ -46,9 +45,9 @@ def fit(
         raise ModelError("the matrix has no values, only a shape (device 'meta'): load the weights first")
     spec.check((weight.shape[0], weight.shape[1]))
     effort = {} if rounds is None else {"rounds": rounds}
-    device, metric = _able(weight.device), metric or Metric()
-    with fast_float32(device):
-        factors, error = FITTERS[type(spec)](weight.to(device), spec, metric.to(device), **effort)
+    moved, known = _where_float64_is(weight, metric or Metric())
+    with fast_float32(moved.device):
+        factors, error = FITTERS[type(spec)](moved, spec, known, **effort)
     return {name: factor.to(weight.device) for name, factor in factors.items()}, error
 
 
@@ -63,16 +62,16 @@ def round_factors(weight: Tensor, spec: Structure, factors: Mapping[str, Tensor]
     """
     if type(spec) not in ROUNDERS:
         return dict(factors)
-    device = _able(weight.device)
-    moved = {name: factor.to(device) for name, factor in factors.items()}
-    with fast_float32(device):
-        found = ROUNDERS[type(spec)](weight.to(device), spec, moved, metric.to(device))
+    moved, known = _where_float64_is(weight, metric)
+    with fast_float32(moved.device):
+        on_device = {name: factor.to(moved.device) for name, factor in factors.items()}
+        found = ROUNDERS[type(spec)](moved, spec, on_device, known)
     return {name: factor.to(weight.device) for name, factor in found.items()}
 
 
-def _able(device: torch.device) -> torch.device:
-    """That one, or the CPU where it has no float64."""
-    return torch.device("cpu") if device.type in WITHOUT_FLOAT64 else device
+def _where_float64_is(weight: Tensor, metric: Metric) -> tuple[Tensor, Metric]:
+    """Both as they are, or on the CPU where their device has no float64."""
+    return (weight.cpu(), metric.to("cpu")) if weight.device.type in WITHOUT_FLOAT64 else (weight, metric)
 
 
 __all__ = ["FITTERS", "QUICK", "ROUNDERS", "Metric", "MetricName", "fit", "round_factors"]
