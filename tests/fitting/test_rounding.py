@@ -201,4 +201,5 @@ def test_what_trains_straight_through_is_not_rounded(monkeypatch: pytest.MonkeyP
     model, batch = MODELS["bert"].build(), text(16, 20)
     plan = factorformer.plan(model, "dsformer", 9, calibration=[batch], int4=True)
     monkeypatch.setattr(matrices, "round_factors", lambda *_: pytest.fail("rounded"))
-    factorformer.compress(model, plan, [batch], hold_floats=True)
+    report = factorformer.compress(model, plan, [batch], hold_floats=True)
+    assert report.errors
