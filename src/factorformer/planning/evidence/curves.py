@@ -188,6 +188,7 @@ def measure_curves(
         rows = dataclasses.replace(matrix, shape=(values.shape[0], values.shape[1]))
         return _Fit(rows, values, spec, found, *fit_weight(rows, values, spec, found, rounds))
 
+    @functools.cache
     def rounded_dense(matrix: Matrix) -> float:
         # How far errors make up for each other is up to the inputs of each matrix.
         dense = dense_weight(model.get_submodule(matrix.name))
@@ -212,7 +213,7 @@ def measure_curves(
         metric.cache_clear()  # of a kind few matrices are fitted, each many times
         weight.cache_clear()
         relative, sizes = _of_kind(model, members, structures, bare, ratio, error)
-        rounding = _rounding(model, bare[members[len(members) // 2].name], sizes, fitted, ratio)
+        rounding = _rounding(model, bare[members[len(members) // 2].name], sizes, fitted, rounded_dense, ratio)
         for matrix in members:
             own = rounding
             if (
@@ -258,6 +259,7 @@ def _rounding(
     bare: Curve,
     sizes: Mapping[str, Sequence[Structure]],
     fitted: Callable[[Matrix, Structure, int | None], _Fit],
+    rounded_dense: Callable[[Matrix], float],
     ratio: float,
 ) -> dict[str, float]:
     """What integers add to the squared error of each structure, near the common size, and to the dense matrix."""
@@ -267,7 +269,7 @@ def _rounding(
     weight = dense_weight(model.get_submodule(matrix.name))
     if weight.is_meta:
         return dict.fromkeys([*sizes, Dense.kind], ROUNDING[matrix.bits])
-    found = {Dense.kind: fitted(matrix, Dense(), None).error ** 2}
+    found = {Dense.kind: rounded_dense(matrix)}
     for kind, specs in sizes.items():
         if specs:
             spec = min(specs, key=lambda spec: abs(_part(matrix, spec) - _usual(matrix, ratio)))
