@@ -7,6 +7,7 @@
 A model is a directory, or `minilm` for the embedded one. Every contestant is made of it and of plain text (see
 `sentences.py`), and is a directory of so many bytes of weights:
 
+- `original`: the model itself;
 - `factorformer`: `compress --int4 --scope all --ratio R --train ... --distill ... --minutes M`, the whole file counted;
 - `int8`: all matrices dense in int8, nothing trained;
 - `layers`: the first and the last layers of the model and those at equal distances between, as many as fit the bytes,
@@ -44,6 +45,7 @@ from factorformer.tasks.embeddings import Use
 
 PAIRS = ("mrpc", ("sentence1", "sentence2"))
 CLASSES = ("banking77", "sst2")
+CONTESTANTS = ["original", "factorformer", "int8", "model2vec", "layers"]
 FACTORFORMER = Path(sys.executable).with_name("factorformer")
 
 Embed = Callable[[Sequence[str]], Tensor]
@@ -65,9 +67,13 @@ class Judge:
         texts |= {name: found for name, (found, _) in self.classes.items()}
         return {name: embed(found) for name, found in texts.items()}
 
-    def measure(self, embed: Embed) -> dict[str, dict[str, float]]:
-        """Each measure of a contestant, that of the original, and their difference, with the ends of intervals."""
-        found, wanted = self._embeddings(embed), self.wanted
+    def measure(self, embed: Embed | None) -> dict[str, dict[str, float]]:
+        """Each measure of a contestant, that of the original, and their difference, with the ends of intervals.
+
+        Args:
+            embed: the contestant; None for the original, whose embeddings are known.
+        """
+        found, wanted = self.wanted if embed is None else self._embeddings(embed), self.wanted
         uses = dict(embeddings.kept(wanted["corpus"], found["corpus"]))
         pairs = ((e["first"], e["second"]) for e in (wanted, found))
         uses["mrpc_auc"] = embeddings.pairs(*pairs, self.same)["pair_auc"]
@@ -129,19 +135,25 @@ def fewer_layers(source: Path, output: Path, limit: int) -> int:
     return count
 
 
-def static(source: Path, limit: int) -> tuple[Embed, int]:
-    """Static embeddings in so many bytes, and their dimension."""
+def static(source: Path, limit: int) -> tuple[Embed, Any]:
+    """Static embeddings in so many bytes, and the table of them, `(tokens, dimension)`."""
     from model2vec.distill import distill
 
-    size = AutoConfig.from_pretrained(source).hidden_size
-    tokens = len(AutoTokenizer.from_pretrained(source))
-    dimension = min(limit // tokens, size)
-    model = distill(str(source), pca_dims=dimension, quantize_to="int8")
-    return lambda texts: torch.from_numpy(model.encode(list(texts))), dimension
+    size, tokens, model = (
+        AutoConfig.from_pretrained(source).hidden_size,
+        len(AutoTokenizer.from_pretrained(source)),
+        None,
+    )
+    while model is None or len(model.embedding) < tokens:  # it leaves out tokens that are not used
+        tokens = tokens if model is None else len(model.embedding)
+        model = distill(str(source), pca_dims=min(limit // tokens, size), quantize_to="int8")
+    return lambda texts: torch.from_numpy(model.encode(list(texts))), model.embedding
 
 
-def contestants(name_of_model: str, source: Path, folder: Path, args: Any) -> Iterator[tuple[dict[str, Any], Embed]]:
-    """Rows without their measures, and what embeds."""
+def contestants(
+    name_of_model: str, source: Path, folder: Path, args: Any
+) -> Iterator[tuple[dict[str, Any], Embed | None]]:
+    """Rows without their measures, and what embeds; None for the original."""
     original = weight_bytes(source)
     text = folder / "learned.txt"
     healing = ("--train", text, "--distill", source, "--minutes", args.minutes, "--seed", args.seed)
@@ -156,16 +168,21 @@ def contestants(name_of_model: str, source: Path, folder: Path, args: Any) -> It
             }
             if name == "factorformer":
                 key |= {"values": args.values} | ({"options": args.options} if args.options else {})
-            if name == "int8":
-                key |= {"ratio": 4.0, "minutes": 0}
+            if name in ("original", "int8"):
+                key |= {"ratio": 1.0 if name == "original" else 4.0, "minutes": 0}
+            if name == "model2vec":
+                key |= {"minutes": 0}
             known = ({k: row[k] for k in (*key, "options", "values") if k in row} for row in read_lines(args.output))
             if key in known:
                 continue
             output, began = folder / f"{name}-{ratio:g}", time.perf_counter()
             limit, more = int(original / ratio), {}
+            if name == "original":
+                yield {**key, "bytes": original, "total_seconds": 0}, None
+                continue
             if name == "model2vec":
-                embed, more["dimension"] = static(source, limit)
-                more["bytes"] = more["dimension"] * len(AutoTokenizer.from_pretrained(source))
+                embed, table = static(source, limit)
+                more |= {"dimension": table.shape[1], "bytes": table.nbytes}
             elif name == "layers":
                 dense = folder / f"layers-{ratio:g}-dense"
                 more["layers"] = fewer_layers(source, dense, limit)
@@ -233,7 +250,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=default_data(), help="folder with one folder for each task")
     parser.add_argument("--work", type=Path, help="folder for texts and models")
     parser.add_argument("--ratios", nargs="+", type=float, default=[4.0, 10.0, 20.0, 32.0])
-    parser.add_argument("--contestants", nargs="+", default=["factorformer", "int8", "layers", "model2vec"])
+    parser.add_argument("--contestants", nargs="+", default=CONTESTANTS, choices=CONTESTANTS)
     parser.add_argument(
         "--values", choices=["int4", "int8"], default="int4", help="in which `factorformer` stores them"
     )
@@ -244,7 +261,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = start(parser)
     if args.plot is not None:
-        draw([row for row in read_lines(args.output) if row["model"] == args.model], args.plot)
+        rows = [row for row in read_lines(args.output) if row["model"] == args.model]
+        draw([row for row in rows if row["contestant"] != "original"], args.plot)
         return
     if args.work is None:
         parser.error("--work is needed: a folder for texts and models")

@@ -57,6 +57,8 @@ RUNS = {
     "straight-through": [("straight_through", "")],
     "fitting": [("fitting", "")],
     "planning": [("planning", "")],
+    "lookups": [("lookups", "")],
+    "encoders": [("encoders", "minilm --minutes 30 --work runs/encoders")],
 }
 QUICK = {
     "headline": "--train-rows 96 --test-rows 64 --epochs 1 --original-epochs 1 --methods whitened --shapes 1x32 "
@@ -73,20 +75,31 @@ QUICK = {
     "straight_through": "--ratios 2.8 --rounds 2",
     "fitting": "--repetitions 1",
     "planning": "--tasks sst2 --ratios --compared 3 --times --train-rows 64 --test-rows 32 --calibration-rows 64",
+    "lookups": "--shapes 0 --rounds 3",
+    "encoders": "minilm --contestants original factorformer --ratios 10 --minutes 0.1",
 }
 IMAGES = {"planning": "planning.svg", "translation": "translation.svg"}
 """Scripts that draw an image, which --quick puts beside its results."""
 
-KEPT = ("headline", "latency", "accuracy", "translation", "planning")
+KEPT = ("headline", "latency", "accuracy", "translation", "planning", "encoders")
 """Scripts that keep models in a folder."""
 
-WITH_DATA = ("headline", "accuracy", "embeddings", "straight_through", "dynamic_rank", "planning", "translation")
+WITH_DATA = (
+    "headline",
+    "accuracy",
+    "embeddings",
+    "straight_through",
+    "dynamic_rank",
+    "planning",
+    "translation",
+    "encoders",
+)
 
 
 def quick(script: str, data: Path) -> list[str]:
     """Arguments of a cheap run that leaves the results alone."""
     place = Path("runs/quick")
-    ending = "jsonl" if script in ("accuracy", "latency", "products") else "json"
+    ending = "jsonl" if script in ("accuracy", "latency", "products", "encoders") else "json"
     arguments = [*QUICK[script].split(), "--allow-dirty", "--output", str(place / f"{script}.{ending}")]
     if script in IMAGES:
         arguments += ["--image", str(place / IMAGES[script])]

@@ -552,18 +552,18 @@ def encoders() -> list[str]:
     rows = sorted(rows_of("encoders.jsonl"), key=lambda row: (row["model"], -row["bytes"], row["minutes"]))
     table = []
     for row in rows:
-        uses = row["uses"]
+        uses, whole = row["uses"], row["contestant"] == "original"
         line = [
             row["model"],
-            f"{row['ratio']:g}x",
+            "whole" if whole else f"{row['ratio']:g}x",
             row["contestant"] + (f", {row.get('values', 'int8')}" if row["contestant"] == "factorformer" else ""),
             f"{row['bytes'] / 1e6:.1f}",
             f"{row['minutes']:g}",
         ]
         line += [f"{uses[name]['value']:.3f}" for name in KEPT if name in uses] + [""] * (KEPT[0] not in uses)
         for name in USES:
-            ends = [100 * uses[name][f"difference_{end}"] for end in ("value", "low", "high")]
-            line.append("{:+.1f} [{:+.1f}, {:+.1f}]".format(*ends))
+            ends = [100 * uses[name][f"{'' if whole else 'difference_'}{end}"] for end in ("value", "low", "high")]
+            line.append(("{:.1f} [{:.1f}, {:.1f}]" if whole else "{:+.1f} [{:+.1f}, {:+.1f}]").format(*ends))
         table.append(line)
     header = ["model", "file", "made by", "MB", "minutes", "cosine", "similarities", "recall@10", *USES.values()]
     return markdown(header, table) + measured_with(row["machine"] for row in rows)

@@ -10,31 +10,39 @@ import sys
 from pathlib import Path
 
 import datasets
+import torch
 from transformers import AutoModel, AutoTokenizer
 
 import factorformer
+from factorformer.export.sentence import find_layout
 from factorformer.hf import minilm
+from factorformer.hf.source import copy_companions
+from factorformer.layers.modes import has_bfloat16_products
 from factorformer.tasks.data import Columns, batches, count_tokens, encode, sample
 from factorformer.tasks.docstrings import stdlib_docstrings
+from factorformer.tasks.targets import Embeddings
 
-path = Path(sys.argv[1]) if len(sys.argv) > 1 else minilm.directory()
+layout = find_layout(sys.argv[1] if len(sys.argv) > 1 else str(minilm.directory()))
 if len(sys.argv) > 2:
     texts = [line for line in Path(sys.argv[2]).read_text(encoding="utf-8").splitlines() if line.strip()]
 else:
     texts = list(stdlib_docstrings()["train"]["text"])
-tokenizer, original = AutoTokenizer.from_pretrained(path), AutoModel.from_pretrained(path).eval()
+tokenizer = AutoTokenizer.from_pretrained(layout.transformer)
+original, model = (AutoModel.from_pretrained(layout.transformer, dtype=torch.float32).eval() for _ in range(2))
 data = encode(tokenizer, datasets.Dataset.from_dict({"text": texts}), Columns(("text",)), max_length=64)
 
-model = AutoModel.from_pretrained(path).eval()
 options = {"calibration": list(batches(tokenizer, sample(data, 256))), "token_counts": None}
 options["token_counts"] = count_tokens([data], model.get_input_embeddings().num_embeddings)
-plan = factorformer.plan(model, ratio=10, scope="all", int4=True, keep_statistics=True, **options)
-print(plan)  # every matrix: what it becomes, what it costs
-factorformer.compress(model, plan, hold_floats=True, **options)
+target = Embeddings(layout.pool)  # as the model's directory says: the mean over tokens, the first one, ...
+with target.shown(model):
+    plan = factorformer.plan(model, ratio=10, scope="all", int4=True, keep_statistics=True, **options)
+    print(plan)  # every matrix: what it becomes, what it costs
+    factorformer.compress(model, plan, hold_floats=True, **options)
 
-settings = factorformer.HealingSettings(minutes=2, precision="bf16")
-curve = factorformer.heal(model, original, data, settings, tokenizer=tokenizer, report=print)
+settings = factorformer.HealingSettings(minutes=2, precision="bf16" if has_bfloat16_products() else "fp32")
+curve = factorformer.heal(model, original, data, settings, tokenizer=tokenizer, target=target, report=print)
 factorformer.quantize(model)
-model.save_pretrained("encoder")
-tokenizer.save_pretrained("encoder")
+output = Path("encoder")
+model.save_pretrained(output / layout.transformer.relative_to(layout.source))
+copy_companions(layout.source, output)  # the tokenizer, and what sentence-transformers needs
 print({name: round(value, 3) for name, value in curve[-1].items()})

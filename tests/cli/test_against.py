@@ -127,6 +127,16 @@ def test_what_pairs_say_is_told(run: Any, base: Path, small: Path, files: Path, 
     assert metrics(run("evaluate", small, "--against", base, *given))["scored_pair_spearman"] > 0
 
 
+def test_columns_that_are_not_measured(run: Any, base: Path, small: Path, tmp_path: Path) -> None:
+    """What no one asked for does not stand in the way of what can be measured."""
+    texts = [f"{word} {other}" for word in (*GOOD, *BAD) for other in ("film", "book")]
+    rows = [{"text": text, "label": 0.1 * n, "id": "a" if n else 1} for n, text in enumerate(texts)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    done = run("evaluate", small, "--against", base, "--data", tmp_path / "rows.jsonl", "--json")
+    assert {name for name in metrics(done) if not name.endswith(("_low", "_high"))} == {f"rows_{name}" for name in KEPT}
+    assert "column 'label' is left out" in done.stderr
+
+
 def test_what_cannot_be_measured_is_refused(
     run: Any, base: Path, trained: Path, small: Path, files: Path, tables: Path, tmp_path: Path
 ) -> None:
@@ -141,7 +151,7 @@ def test_what_cannot_be_measured_is_refused(
     for arguments, message in (
         (("--data", tables / "two.txt"), "2 rows"),
         (("--data", tmp_path / "pairs.tsv"), "--label"),
-        (("--data", tmp_path / "single.tsv"), "1 have 5 or more"),
+        (("--data", tmp_path / "single.tsv", "--label", "label"), "1 have 5 or more"),
         (("--data", tmp_path / "inference.tsv"), "--label label"),
         (("--data", tables / "train.jsonl", "--label", "none"), "none"),
         (("--data", files / "texts.txt", "--words"), "--words"),

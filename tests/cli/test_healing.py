@@ -17,6 +17,7 @@ from tokenizers import Tokenizer
 import factorformer
 from factorformer.cli._jobs import compress as job
 from factorformer.hf.source import load_tokenizer
+from factorformer.training.distillation import mean_pool
 
 OPTIONS = ("--ratio", 3, "--int8", "--scope", "all", "--batch-size", 4, "--lr", 5e-3, "--json")
 
@@ -146,7 +147,9 @@ def test_each_is_pooled_as_its_directory_says(
 
     def remember(*args: Any, **kwargs: Any) -> list[dict[str, float]]:
         target = kwargs["target"]
-        pools.update({name: getattr(target, name).__self__.pooling.modes for name in ("pool", "teacher_pool")})
+        for name in ("pool", "teacher_pool"):
+            pool = getattr(target, name)
+            pools[name] = ("mean",) if pool is mean_pool else pool.__self__.pooling.modes
         return [{"seconds": 0.0}]
 
     monkeypatch.setattr(job, "heal", remember)
@@ -243,6 +246,37 @@ def test_shared_layers_and_a_small_vocabulary(run: Any, base: Path, tables: Path
         done = run("compress", base, tmp_path / "other", "--ratio", 6, *wrong)
         assert done.exit_code == 2
         assert message in done.stderr
+
+
+def test_the_original_reads_all_of_its_tokens(run: Any, base: Path, tables: Path, tmp_path: Path) -> None:
+    """Where the text that a vocabulary is cut to is not the text that is learned from."""
+    text, small = tmp_path / "text.txt", tmp_path / "small"
+    text.write_text("a film\n" + "the " * 200 + "book\n")  # the last word is beyond what the model reads
+    learned = ("--train", tables / "texts.txt", "--eval", tables / "texts.txt", "--distill", base)
+    options = ("--trim-vocabulary", text, "--scope", "all", "--int8", "--ratio", 5, "--epochs", 2, "--batch-size", 4)
+    done = run("compress", base, small, *learned, *options, "--json")
+    content = result_of(done)
+    assert "vocabulary: 9 of 18 tokens are kept" in done.stderr  # four words and the special ones
+    found = result_of(run("evaluate", small, "--against", base, "--data", tables / "texts.txt", "--json"))
+    assert content["metrics"]["embedding_cosine"] == pytest.approx(found["metrics"]["texts_embedding_cosine"], abs=1e-4)
+    assert found["bytes"]["original"] == content["bytes"]["original"] == stored(base)
+
+
+def test_two_columns_of_an_encoder_are_two_texts(
+    run: Any, command: tuple[Any, ...], tables: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: dict[str, int] = {}
+
+    def remember(model: Any, teacher: Any, data: Any, *args: Any, held: Any, **kwargs: Any) -> list[dict[str, float]]:
+        seen.update(rows=len(data) + len(held), longest=max(data["length"]))
+        return [{"seconds": 0.0}]
+
+    monkeypatch.setattr(job, "heal", remember)
+    rows = tables / "train.jsonl"
+    arguments = [rows if part == tables / "texts.txt" else part for part in command]
+    done = run(*arguments, "--text", "text", "--text", "other")
+    assert "each by itself" in done.stderr
+    assert seen == {"rows": 2 * len(rows.read_text().splitlines()), "longest": 5}
 
 
 def test_a_multilingual_encoder_is_mostly_its_vocabulary(run: Any, tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from factorformer.fitting.moments import LayerStatistics, SecondMoment
 from factorformer.fitting.objective import TEMPERATURE, Objective, objective
 from factorformer.fitting.statistics import collect
 from factorformer.structures import Dense, DenseSparse, KroneckerSum, LowRank, Structure
+from factorformer.tasks.targets import Embeddings
 
 SPECS: list[Structure] = [
     LowRank(3),
@@ -435,6 +436,30 @@ def test_every_batch_has_draws_of_its_own(monkeypatch: pytest.MonkeyPatch) -> No
     mask = {"attention_mask": torch.ones(2, 7).long()}
     both_sides(model, names(model), [mask | {"input_ids": tiny.text(2, 7, seed)["input_ids"]} for seed in range(3)])
     assert len(set(seeds)) == 3
+
+
+def test_embeddings_are_pooled_as_users_do() -> None:
+    model, data = tf.BertModel(tf.BertConfig(**tiny._ENCODER)).eval(), [tiny.text(4)]
+    layers = names(model)
+
+    class First(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = model
+
+        def forward(self, **batch: Tensor) -> dict[str, Tensor]:
+            return {"sentence_embedding": model(**batch).last_hidden_state[:, 0]}
+
+    mean = both_sides(model, layers, data)
+    with Embeddings(lambda states, mask: states[:, 0]).shown(model):
+        found = both_sides(model, layers, data)
+    expected = both_sides(First(), [f"inner.{layer}" for layer in layers], data)
+    for layer in layers:
+        wanted = full(expected[f"inner.{layer}"].outputs)
+        torch.testing.assert_close(full(found[layer].outputs), wanted, rtol=1e-3, atol=1e-4 * float(wanted.abs().max()))
+        assert float((full(mean[layer].outputs) - wanted).norm()) > 0.2 * float(wanted.norm())
+    again = both_sides(model, layers, data)
+    assert all(torch.equal(full(again[layer].outputs), full(mean[layer].outputs)) for layer in layers)
 
 
 def test_nothing_to_predict_is_an_error() -> None:

@@ -24,7 +24,8 @@ from tests.tiny import MODELS
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
-from factorformer.errors import DataError
+from factorformer.errors import DataError, ModelError
+from factorformer.hf.source import load_tokenizer
 from factorformer.tasks.data import (
     Columns,
     Labels,
@@ -442,6 +443,18 @@ def test_labels_of_words(tokenizer: tf.PreTrainedTokenizerBase, tmp_path: Path) 
         read(tmp_path / "t.jsonl", columns)
     with pytest.raises(DataError, match=r"words.*a string"):
         encode(tokenizer, rows, columns, Labels("multi_label", ("B", "I", "O")))
+
+
+def test_what_pads_texts(tmp_path: Path) -> None:
+    tf.BertModel(tf.BertConfig(vocab_size=4, hidden_size=8, num_attention_heads=1)).save_pretrained(tmp_path)
+    words = Tokenizer(WordLevel({"a": 0, "b": 1, "?": 2, "|": 3}, unk_token="?"))
+    for names, expected in (({"unk_token": "?", "sep_token": "|"}, "|"), ({"unk_token": "?"}, "?"), ({}, None)):
+        tf.PreTrainedTokenizerFast(tokenizer_object=words, **names).save_pretrained(tmp_path)
+        if expected is None:
+            with pytest.raises(ModelError, match="no token to pad"):
+                load_tokenizer(tmp_path)
+        else:
+            assert load_tokenizer(tmp_path).pad_token == expected
 
 
 def test_texts_without_tokens() -> None:

@@ -117,6 +117,8 @@ def test_pairs_by_classes_and_by_scores() -> None:
         ("paraphrase", "non-paraphrase"),
         ("related", "unrelated"),
         ("same", "different"),
+        ("Same", "different"),
+        ("equivalent", "Not equivalent"),
         ("similar", "dissimilar"),
         ("normal", "abnormal"),
         (True, False),

@@ -15,14 +15,15 @@ import transformers as tf
 from torch import Tensor
 
 import factorformer
-from factorformer.errors import DivergedError
+from factorformer.errors import DataError, DivergedError
 from factorformer.layers.quantization import quantize
 from factorformer.tasks.evaluation import compare_embeddings, embed
-from factorformer.tasks.healing import HealingSettings, heal
+from factorformer.tasks.healing import HealingSettings, Reading, heal
 from factorformer.tasks.targets import Embeddings, Predictions
 from factorformer.training.distillation import mean_pool
 
 Make = Callable[..., tf.PreTrainedModel]
+KEYS = ("input_ids", "attention_mask")
 FAST = HealingSettings(epochs=12, learning_rate=5e-3, batch_size=8, points=3)
 
 
@@ -93,6 +94,63 @@ def test_a_training_that_harms_is_undone(
     assert curve[-1]["step"] == 0
     assert curve[-1]["embedding_cosine"] == pytest.approx(found["embedding_cosine"], abs=1e-4)
     assert curve[-2]["embedding_cosine"] < found["embedding_cosine"]
+
+
+class Scripted(Embeddings):
+    """Embeddings whose cosines are told beforehand."""
+
+    def __init__(self, model: tf.PreTrainedModel, cosines: list[float]) -> None:
+        super().__init__()
+        self.__dict__.update(model=model, cosines=cosines, seen=[])
+
+    def compare(self, wanted: Tensor, found: Tensor) -> dict[str, float]:
+        self.seen.append({name: value.clone() for name, value in self.model.state_dict().items()})
+        return {"embedding_cosine": self.cosines.pop(0)}
+
+
+def test_the_closest_point_is_kept(
+    teacher: tf.PreTrainedModel, tokenizer: tf.PreTrainedTokenizerBase, plain: datasets.Dataset
+) -> None:
+    student, lines = compressed(teacher), []
+    target = Scripted(student, [0.5, 0.7, 0.9, 0.8])
+    curve = heal(student, teacher, plain, FAST, tokenizer=tokenizer, held=plain, target=target, report=lines.append)
+    assert [row["embedding_cosine"] for row in curve] == [0.7, 0.9, 0.8, 0.9]
+    assert curve[-1]["step"] == curve[1]["step"]
+    assert f"undone from step {curve[1]['step']} on" in lines[-1]
+    assert all(torch.equal(value, target.seen[2][name]) for name, value in student.state_dict().items())
+    assert not all(torch.equal(value, target.seen[3][name]) for name, value in student.state_dict().items())
+
+
+def test_near_models_learn_slowly(
+    teacher: tf.PreTrainedModel, tokenizer: tf.PreTrainedTokenizerBase, plain: datasets.Dataset
+) -> None:
+    settings = dataclasses.replace(FAST, learning_rate=None, epochs=1)
+    for cosine, rate in ((0.4, "0.0005"), (0.98, "0.0001")):
+        student, lines = compressed(teacher), []
+        target = Scripted(student, [cosine, 0.98, 0.98, 0.99])
+        heal(student, teacher, plain, settings, tokenizer=tokenizer, held=plain, target=target, report=lines.append)
+        assert f"learning rate {rate}," in lines[1]
+
+
+def test_a_teacher_with_more_words(
+    teacher: tf.PreTrainedModel, tokenizer: tf.PreTrainedTokenizerBase, plain: datasets.Dataset
+) -> None:
+    """It is given the rows as it reads them, whatever the model does."""
+    student, read = compressed(teacher), set()
+    theirs = plain.map(lambda row: {"input_ids": row["input_ids"][::-1]})
+
+    class Noting(Embeddings):
+        def read_teacher(self, model: Any, inputs: Any) -> Tensor:
+            read.update(tuple(row[mask.bool()].tolist()) for row, mask in zip(*map(inputs.get, KEYS), strict=True))
+            return super().read_teacher(model, inputs)
+
+    reading = Reading(tokenizer, theirs, theirs)
+    heal(student, teacher, plain, FAST, tokenizer=tokenizer, held=plain, target=Noting(), reading=reading)
+    assert read == {tuple(row) for row in theirs["input_ids"]}
+    assert read != {tuple(row) for row in plain["input_ids"]}
+    other = Reading(tokenizer, theirs.select([0]), theirs)
+    with pytest.raises(DataError, match="other rows"):
+        heal(student, teacher, plain, FAST, tokenizer=tokenizer, held=plain, reading=other)
 
 
 def test_the_teacher_is_asked_once_for_each_text(

@@ -11,6 +11,7 @@ from torch import nn
 
 from factorformer.errors import MethodError
 from factorformer.tasks.finetuning import TrainingSettings
+from factorformer.tasks.healing import HealingSettings
 from factorformer.tasks.trainer import in_full_precision, seeded
 
 
@@ -60,3 +61,6 @@ def test_settings_that_cannot_be() -> None:
             with pytest.raises(MethodError, match=f"{name.replace('_', ' ')} has to be .* got {value}"):
                 TrainingSettings(**{name: value})
     TrainingSettings(learning_rate=0, warmup=0, weight_decay=0)
+    for minutes in (0, -1, nan, inf):
+        with pytest.raises(MethodError, match=f"minutes has to be .* got {minutes}"):
+            HealingSettings(minutes=minutes)

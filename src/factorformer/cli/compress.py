@@ -56,7 +56,8 @@ LearningRate = Annotated[
         "--lr",
         min=0.0,
         callback=finite,
-        help="Peak of the learning rate. By default 1e-4, and 5e-4 for an encoder that learns from --distill alone.",
+        help="Peak of the learning rate. By default 1e-4; for an encoder that learns from --distill alone up to 5e-4, "
+        "less where it is near to the original already.",
     ),
 ]
 BatchSize = Annotated[
@@ -155,7 +156,7 @@ def compress(
         note_unused("without --train", "epochs", "minutes", "lr", "freeze_embeddings")
     elif minutes is not None:
         note_unused("beside --minutes", "epochs")
-    if train is None and evaluation is None and calibration is None:
+    if train is None and evaluation is None and calibration is None and trim_vocabulary is None:
         note_unused("without data", "text", "words", "max_length", "batch_size", "calibration_rows", "seed")
     from factorformer.cli._inputs import columns_of
     from factorformer.cli._jobs.compress import CompressJob, run

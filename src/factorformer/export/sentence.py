@@ -135,6 +135,14 @@ class Layout:
     transformer: Path
     pooling: Pooling | None = None
 
+    @property
+    def is_mean(self) -> bool:
+        """Up to its norm, what users get is the mean over real tokens."""
+        pooling = self.pooling
+        return pooling is None or (
+            pooling.modes == ("mean",) and all(isinstance(module, Normalize) for module in pooling.after)
+        )
+
     def pool(
         self, hidden: Float[Tensor, "batch length width"], mask: Bool[Tensor, "batch length"]
     ) -> Float[Tensor, "batch pooled"]:

@@ -84,7 +84,10 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
             _check_reads_text(path)
         raise ModelError(f"'{path}' has no tokenizer: none of {', '.join(sorted(files))}")
     if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
+        others = (tokenizer.eos_token, tokenizer.sep_token, tokenizer.unk_token)
+        tokenizer.pad_token = next((token for token in others if token is not None), None)
+    if tokenizer.pad_token is None:
+        raise ModelError(f"the tokenizer of '{path}' has no token to pad texts with: set its pad_token and save it")
     return tokenizer
 
 

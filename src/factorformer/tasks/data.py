@@ -51,7 +51,7 @@ def encode(
     rows: datasets.Dataset,
     columns: Columns,
     labels: Labels | None = None,
-    max_length: int = 128,
+    max_length: int | None = 128,
 ) -> datasets.Dataset:
     """Token ids of every row, with `labels` where the task has them, and `length` for bucketing.
 
@@ -63,7 +63,7 @@ def encode(
         rows: a table.
         columns: where its texts and labels are.
         labels: read from the training data; None for plain text.
-        max_length: longer inputs are cut.
+        max_length: longer inputs are cut; None cuts none.
 
     Raises:
         DataError: a missing column or text, a labelled text without any token, or labels that do not fit.
@@ -77,7 +77,8 @@ def encode(
     if words and not tokenizer.is_fast:
         raise ModelError(f"{type(tokenizer).__name__} does not tell which word a token is of: a fast tokenizer does")
     texts: Any = [[v if isinstance(v, list) else str(v) for v in rows[column]] for column in columns.text]
-    options: dict[str, Any] = {"truncation": True, "max_length": max_length, "is_split_into_words": words}
+    options: dict[str, Any] = {"truncation": max_length is not None, "max_length": max_length, "verbose": False}
+    options["is_split_into_words"] = words
     encoded = tokenizer(texts[0], texts[1] if len(texts) > 1 else None, **options)
     content: dict[str, Any] = {key: encoded[key] for key in encoded if key in tokenizer.model_input_names}
     content["length"] = [len(ids) for ids in content["input_ids"]]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -120,13 +121,8 @@ def classes(original: Tensor, compressed: Tensor, labels: Sequence[Any], seed: i
     Raises:
         DataError: fewer than two classes of as many texts as there are parts.
     """
-    names, ids = np.unique(np.asarray([str(label) for label in labels]), return_inverse=True)
-    large = int((np.bincount(ids) >= FOLDS).sum())
-    if large < 2:
-        raise DataError(
-            f"of {len(names)} classes of {len(ids)} texts, {large} have {FOLDS} or more: classes are told apart by "
-            f"{FOLDS}-fold cross-validation, which needs two of that size"
-        )
+    check_classes(labels)
+    ids = np.unique(np.asarray([str(label) for label in labels]), return_inverse=True)[1]
     right: dict[str, list[np.ndarray]] = {"nearest_neighbour_accuracy": [], "logistic_regression_accuracy": []}
     for embeddings in (unit(original), unit(compressed)):
         nearest = torch.cat(list(_nearest(embeddings, 1)))[:, 0].numpy()
@@ -138,6 +134,22 @@ def classes(original: Tensor, compressed: Tensor, labels: Sequence[Any], seed: i
             predicted = cross_val_predict(LogisticRegression(C=10, max_iter=200), embeddings.numpy(), ids, cv=folds)
         right["logistic_regression_accuracy"].append(predicted == ids)
     return {name: _both(*(r.astype(np.float64) for r in pair), seed=seed) for name, pair in right.items()}
+
+
+def check_classes(labels: Sequence[Any]) -> None:
+    """Raise `DataError` for labels by which classes cannot be told apart: fewer than two of as many texts as parts."""
+    sizes = Counter(str(label) for label in labels)
+    large = sum(size >= FOLDS for size in sizes.values())
+    if large < 2:
+        raise DataError(
+            f"of {len(sizes)} classes of {len(labels)} texts, {large} have {FOLDS} or more: classes are told apart by "
+            f"{FOLDS}-fold cross-validation, which needs two of that size"
+        )
+
+
+def check_pairs(labels: Sequence[Any]) -> None:
+    """Raise `DataError` for labels of pairs that are neither two classes nor scores."""
+    _scores(labels)
 
 
 def pairs(
@@ -172,11 +184,11 @@ def same_class(labels: Sequence[Any]) -> Any | None:
     Of numbers it is the larger one. Of names it is the one that sorts last (`yes`, `same`, `true`), unless that denies
     the other, as `not_equivalent`, `non-paraphrase` and `unrelated` do.
     """
-    values = sorted(set(labels), key=lambda label: (_number(label) is None, _number(label), str(label)))
+    values = sorted(set(labels), key=lambda label: (_number(label) is None, _number(label), str(label).casefold()))
     if len(values) != 2:
         return None
-    first, last = (str(value) for value in values)
-    denies = _number(values[1]) is None and (last.endswith(first) or re.match(r"(no|non|not)(\b|_)", last, re.I))
+    first, last = (str(value).casefold() for value in values)
+    denies = _number(values[1]) is None and (last.endswith(first) or re.match(r"(no|non|not)(\b|_)", last))
     return values[0] if denies else values[1]
 
 

@@ -46,6 +46,13 @@ WARMING = 20
 """Steps in which the learning rate rises at least, however short the training: the first ones of Adam are as long
 whatever gradients say."""
 
+FASTEST = 5e-4
+"""The peak of the learning rate, unless one is given, for a model that is FAR from the original or further."""
+
+FAR = 0.1
+"""A `distance` of targets. A model that is nearer learns more slowly in proportion: what a good fit left to learn is
+little beside what long steps disturb."""
+
 REMEMBERED = 2**32
 """Bytes of the original's outputs that are remembered; for further rows it is asked each time."""
 
@@ -55,18 +62,40 @@ class HealingSettings(Settings):
     """How a compressed model is healed; see `Settings` for the rest.
 
     Args:
+        learning_rate: peak of a linear schedule with warm-up; None sets it by how far the model is from the original
+            before training.
         minutes: of training, what is measured and saved on the way included; if given, `epochs` does not count, and
             the learning rate falls with time.
         points: at which held-out rows are compared and a checkpoint is written.
         freeze_embeddings: leave dense tables of word embeddings as they are; factorized ones are trained in any case.
     """
 
-    learning_rate: float = 5e-4
+    learning_rate: float | None = None
     batch_size: int = 128
     warmup: float = 0.03
     minutes: float | None = None
     points: int = 10
     freeze_embeddings: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class Reading:
+    """The same rows as the teacher reads them, whose vocabulary is another.
+
+    Args:
+        tokenizer: of the teacher.
+        data: to learn on, in the same order.
+        held: to compare on, likewise.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    data: datasets.Dataset
+    held: datasets.Dataset
+
+    def batch(self, rows: Tensor) -> dict[str, Tensor]:
+        """Some rows of the data."""
+        chosen = self.data.remove_columns("length")
+        return dict(collator(self.tokenizer, chosen)([chosen[row] for row in rows.tolist()]))
 
 
 class HealingTrainer(ReproducibleTrainer):
@@ -79,7 +108,8 @@ class HealingTrainer(ReproducibleTrainer):
         target: which outputs are compared, and how.
         settings: of the training.
         rows: of the training data, numbered in the column `ROW`.
-        measure: the metrics of the model as it is.
+        measure: the metrics of the model as it is, after so many steps and seconds.
+        reading: what the teacher reads, if that is not what the model does.
     """
 
     def __init__(
@@ -89,12 +119,13 @@ class HealingTrainer(ReproducibleTrainer):
         target: Target,
         settings: HealingSettings,
         rows: int,
-        measure: Callable[[], dict[str, float]],
+        measure: Callable[[int, float], dict[str, float]],
+        reading: Reading | None,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
         self.follow(teacher)
-        self.target, self.settings, self.measure = target, settings, measure
+        self.target, self.settings, self.measure, self.reading = target, settings, measure, reading
         self.remembered: Tensor | None = None
         self.known = torch.zeros(rows, dtype=torch.bool)
         use_one_gpu(self.args)  # several would each need their part of what is remembered
@@ -133,6 +164,8 @@ class HealingTrainer(ReproducibleTrainer):
     def _wanted(self, rows: Tensor, inputs: Mapping[str, Any]) -> Tensor:
         if self.remembered is not None and bool(self.known[rows].all()):
             return self.remembered[rows].to(self.args.device)
+        if self.reading is not None:
+            inputs = {name: value.to(self.args.device) for name, value in self.reading.batch(rows).items()}
         with torch.no_grad(), self._products():
             made = self.target.read_teacher(self.teacher, inputs)
         if self.remembered is None:
@@ -159,7 +192,8 @@ class HealingTrainer(ReproducibleTrainer):
 
     def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> dict[str, float]:
         """Compare what is made of held-out rows with what the teacher makes of them."""
-        return self.measured({f"{metric_key_prefix}_{name}": value for name, value in self.measure().items()})
+        metrics = self.measure(self.state.global_step, self.clock.seconds)
+        return self.measured({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
 
 
 class _Points(TrainerCallback):
@@ -185,6 +219,26 @@ class _Points(TrainerCallback):
             control.should_save = self.saves
 
 
+class _Closest:
+    """The values of a model where it was closest to the original."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model, self.distance, self.point = model, math.inf, {}
+        self._values: dict[str, Tensor] = {}
+
+    def see(self, step: int, metrics: Mapping[str, float], distance: float) -> None:
+        """The model after so many steps."""
+        if distance < self.distance:
+            self.distance, self.point = distance, {"step": step, **metrics}
+            self._values = {name: value.detach().clone() for name, value in self.model.named_parameters()}
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Bring it back."""
+        for name, parameter in self.model.named_parameters():
+            parameter.copy_(self._values[name])
+
+
 def heal(
     model: PreTrainedModel,
     teacher: PreTrainedModel,
@@ -200,13 +254,15 @@ def heal(
     report: Callable[[str], None] = lambda line: None,
     progress: Progress = silent,
     phase: str = "train",
+    reading: Reading | None = None,
 ) -> list[dict[str, float]]:
     """Train a compressed model in place to do as the original does: no labels, nothing but inputs.
 
     What is learned are embeddings, of text, images or sound, or the scores of a cross-encoder (`target`). Integers have
     to be held as floats (`compress(..., hold_floats=True)`); `quantize` makes them integers afterwards. A run that was
-    interrupted goes on from the last checkpoint in `output`. A training that leaves the model further from the original
-    than it was is undone, as far as it began in this run and moved nothing but values.
+    interrupted goes on from the last checkpoint in `output`. Where nothing but values is trained, what is left is the
+    model as it was when it was closest to the original, of all points at which they were compared in this run, the one
+    before training among them.
 
     Args:
         model: compressed.
@@ -222,10 +278,11 @@ def heal(
         report: told in one line how similar the two are, at each point.
         progress: progress callback, in steps, or in seconds where time ends the training.
         phase: name of the phase reported to `progress`.
+        reading: what the teacher reads, if its vocabulary is another; `held` has to be given then.
 
     Returns:
-        The curve, one row for each point: `step`, `seconds`, and the metrics of the target; and one more of step 0 if
-        training was undone.
+        The curve, one row for each point: `step`, `seconds`, and the metrics of the target; and one more of an earlier
+        step if what came after it was undone.
 
     Raises:
         DataError: texts longer than the model can read, or too few rows to hold some out.
@@ -240,12 +297,18 @@ def heal(
     if tokenizer is not None:
         check_lengths(model, data, "the training data")
         check_lengths(model, held, "the held-out texts")
-    wanted = read_all(partial(target.read_teacher, teacher), teacher, tokenizer, held)
+    if reading is not None and (len(reading.data), len(reading.held)) != (len(data), len(held)):
+        raise DataError("the teacher reads other rows than the model: give `reading` and `held` of the same ones")
+    theirs = (tokenizer, held) if reading is None else (reading.tokenizer, reading.held)
+    wanted = read_all(partial(target.read_teacher, teacher), teacher, *theirs)
+    closest = None if straight or ranks else _Closest(model)
 
-    def measure() -> dict[str, float]:
+    def measure(step: int, seconds: float) -> dict[str, float]:
         found = target.compare(wanted, read_all(partial(target.read, model), model, tokenizer, held))
         values = ", ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in found.items())
-        report(f"{phase}: after {trainer.clock.seconds / 60:.1f} minutes {values}")
+        report(f"{phase}: after {seconds / 60:.1f} minutes {values}")
+        if closest is not None:
+            closest.see(step, found, target.distance(found))
         return found
 
     an_epoch = math.ceil(len(data) / settings.batch_size)
@@ -273,6 +336,11 @@ def heal(
         requiring_gradients(teacher.parameters(), False),
     ):
         check_same_run(folder, description)
+        begun = last_checkpoint(folder)
+        before = target.distance(measure(0, 0.0))
+        if settings.learning_rate is None:
+            settings = dataclasses.replace(settings, learning_rate=FASTEST * min(max(before, 0.0) / FAR, 1.0))
+            report(f"{phase}: learning rate {settings.learning_rate:.2g}, for a model so far from the original")
         trainer = HealingTrainer(
             model=model,
             args=settings.arguments(
@@ -294,12 +362,9 @@ def heal(
             settings=settings,
             rows=len(data),
             measure=measure,
+            reading=reading,
         )
         trainer.add_callback(_Points(trainer, progress, phase, saves=output is not None))
-        begun = last_checkpoint(folder)
-        before = measure() if begun is None else {}
-        values = () if begun or straight or ranks else model.named_parameters()
-        undone = {name: value.detach().clone() for name, value in values}
         try:
             history = finish(trainer, begun, steps)
         finally:
@@ -309,18 +374,14 @@ def heal(
                 ranks.detach()
     model.eval()
     curve = _curve(history)
-    if undone and _first(curve[-1]) < _first(before):
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                parameter.copy_(undone[name])
-        curve.append({"step": 0, "seconds": curve[-1]["seconds"], **before})
-        report(f"{phase}: undone, as the model was closer to the original before; a lower learning rate may help")
+    if closest is not None and closest.distance < target.distance(curve[-1]):
+        closest.restore()
+        curve.append({"seconds": curve[-1]["seconds"], **closest.point})
+        report(
+            f"{phase}: undone from step {closest.point['step']} on, where the model was closest to the original; a "
+            "lower learning rate may help"
+        )
     return curve
-
-
-def _first(metrics: Mapping[str, float]) -> float:
-    """The metric that decides which of two models is closer: the first of its target."""
-    return next(value for name, value in metrics.items() if name not in ("step", "seconds"))
 
 
 def _digest(data: datasets.Dataset) -> str:

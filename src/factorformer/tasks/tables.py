@@ -125,6 +125,19 @@ def read(
         raise DataError(f"cannot read '{path}': {one_line(error)}") from error
 
 
+def column_names(source: str | os.PathLike[str], note: Callable[[str], None] = warnings.warn) -> list[str]:
+    """The columns of what `read` reads, whatever their cells are.
+
+    Raises:
+        DataError: as `read`, but for cells.
+    """
+    path = Path(source)
+    if text_format(path) is None:
+        return read(source).column_names
+    check_file(path)
+    return list(read_rows(path, (), note).names)
+
+
 def _parquet(path: Path) -> datasets.Dataset:
     check_file(path)
     try:

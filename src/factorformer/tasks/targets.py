@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar, Protocol
 
+import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
@@ -37,6 +39,10 @@ class Target(Protocol):
         """Metrics that say what this is worth, of held-out rows."""
         ...
 
+    def distance(self, metrics: Mapping[str, float]) -> float:
+        """How far the two are apart by these metrics: 0 where they do the same."""
+        ...
+
 
 @dataclasses.dataclass(frozen=True)
 class Embeddings:
@@ -50,6 +56,28 @@ class Embeddings:
     fields: ClassVar[tuple[str, ...]] = ("vocab_size", "hidden_size")
     pool: Pool = mean_pool
     teacher_pool: Pool | None = None
+
+    @contextlib.contextmanager
+    def shown(self, model: PreTrainedModel) -> Iterator[None]:
+        """While this lasts, the model's outputs tell what is made of its hidden states, as `sentence_embedding`.
+
+        Plans and fits go by that, and else by the mean, of which they know without being told.
+        """
+
+        def add(module: PreTrainedModel, args: tuple[Any, ...], inputs: Mapping[str, Any], output: Any) -> None:
+            states = getattr(output, "last_hidden_state", None)
+            if states is None:
+                return
+            mask = inputs.get("attention_mask")
+            mask = torch.ones(states.shape[:2], device=states.device) if mask is None else mask
+            output["sentence_embedding"] = self.pool(states, mask.bool())
+
+        hook = None if self.pool is mean_pool else model.register_forward_hook(add, with_kwargs=True)
+        try:
+            yield
+        finally:
+            if hook is not None:
+                hook.remove()
 
     def read(self, model: PreTrainedModel, inputs: Mapping[str, Any]) -> Tensor:
         """Pooled hidden states."""
@@ -66,6 +94,10 @@ class Embeddings:
     def compare(self, wanted: Tensor, found: Tensor) -> dict[str, float]:
         """See `compare_embeddings`."""
         return compare_embeddings(wanted, found)
+
+    def distance(self, metrics: Mapping[str, float]) -> float:
+        """One minus the mean cosine."""
+        return 1 - metrics["embedding_cosine"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,3 +126,7 @@ class Predictions:
     def compare(self, wanted: Tensor, found: Tensor) -> dict[str, float]:
         """See `compare_predictions`."""
         return compare_predictions(wanted, found, independent=self.independent)
+
+    def distance(self, metrics: Mapping[str, float]) -> float:
+        """The divergence, in nats, or one minus the correlation of scores: agreement of few rows moves in steps."""
+        return metrics.get("prediction_divergence", 1 - metrics.get("score_pearson", 0.0))

@@ -39,7 +39,7 @@ _COUNT = (lambda number: number >= 1, "at least 1")
 _FRACTION = (lambda number: 0 <= number < 1, "a fraction of at least 0 and below 1")
 
 ALLOWED: dict[str, tuple[Callable[[float], bool], str]] = {
-    **dict.fromkeys(("epochs", "clip"), _POSITIVE),
+    **dict.fromkeys(("epochs", "clip", "minutes"), _POSITIVE),
     **dict.fromkeys(("learning_rate", "weight_decay"), _NOT_NEGATIVE),
     **dict.fromkeys(("batch_size", "steps", "points"), _COUNT),
     **dict.fromkeys(("warmup", "label_smoothing", "adam_beta2"), _FRACTION),
@@ -57,7 +57,7 @@ class Settings:
 
     Args:
         epochs: passes over the training data.
-        learning_rate: peak of a linear schedule with warm-up.
+        learning_rate: peak of a linear schedule with warm-up; None where that which is trained decides.
         batch_size: rows in a step, of similar length.
         seed: of initialization, order and dropout.
         warmup: fraction of all steps in which the learning rate rises.
@@ -69,7 +69,7 @@ class Settings:
     """
 
     epochs: float = 3.0
-    learning_rate: float = 1e-4
+    learning_rate: float | None = 1e-4
     batch_size: int = 32
     seed: int = 0
     warmup: float = 0.1
@@ -107,6 +107,7 @@ class Settings:
             on_cpu: leave a GPU alone.
             others: further arguments.
         """
+        assert self.learning_rate is not None
         return TrainingArguments(
             output_dir=str(output),
             num_train_epochs=self.epochs,

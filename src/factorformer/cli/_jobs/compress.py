@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import time
@@ -23,7 +24,7 @@ from factorformer.cli._inputs import (
     saved,
     update,
 )
-from factorformer.cli._jobs.compress_inputs import Inputs, read_inputs
+from factorformer.cli._jobs.compress_inputs import Inputs, OriginalInputs, read_inputs
 from factorformer.cli._jobs.compress_options import CompressJob, check
 from factorformer.cli._jobs.unfinished import Unfinished
 from factorformer.cli._measure import Measured, compare, measure
@@ -44,6 +45,7 @@ from factorformer.tasks.classification import load_classifier
 from factorformer.tasks.data import check_lengths, count_tokens
 from factorformer.tasks.finetuning import train
 from factorformer.tasks.healing import heal
+from factorformer.tasks.targets import Embeddings
 from factorformer.tasks.trainer import in_full_precision
 from factorformer.tasks.vocabulary import trim_model
 from factorformer.training.dynamic_rank import DynamicRank
@@ -72,12 +74,8 @@ def _make(
     job: CompressJob, inputs: Inputs, unfinished: Unfinished | None, started: float
 ) -> tuple[Result, PreTrainedModel, Measured | None]:
     """The result, whose directory is complete but for what is measured; the model, and what the original measured."""
-    model, whole = _load(job, inputs)
-    before = None
-    if job.unique_layers is not None:
-        with bars() as progress:
-            before = None if inputs.fresh else _measure(inputs, model, progress, "evaluate original")
-        tie_layers(model, job.unique_layers)
+    model = _load(job, inputs)
+    before, whole = _drop(job, inputs, model)
     calibration, counts = None, None
     if inputs.calibration is not None and inputs.tokenizer is not None:
         rows, size = job.calibration_rows, job.settings.batch_size
@@ -87,7 +85,8 @@ def _make(
             text = [data for data in (inputs.train, inputs.calibration) if data is not None]
             counts = count_tokens(text, table.num_embeddings)
     begun = time.perf_counter()
-    plan, warnings = _plan(job, model, calibration, counts, inputs.fresh, whole, unfinished)
+    with _shown(inputs, model):
+        plan, warnings = _plan(job, model, calibration, counts, inputs.fresh, whole, unfinished)
     seconds = {} if job.plan is not None else {"plan": time.perf_counter() - begun}
     with bars() as progress:
         if before is None and not inputs.fresh:
@@ -129,8 +128,8 @@ def _measured(
     return result
 
 
-def _load(job: CompressJob, inputs: Inputs) -> tuple[PreTrainedModel, Cost | None]:
-    """The model in its own precision, with the head to be trained; and its cost, if a part of it will be dropped."""
+def _load(job: CompressJob, inputs: Inputs) -> PreTrainedModel:
+    """The model in its own precision, with the head to be trained."""
     if inputs.head is None:
         model = load_model(inputs.path, device=job.device)
     else:
@@ -139,12 +138,24 @@ def _load(job: CompressJob, inputs: Inputs) -> tuple[PreTrainedModel, Cost | Non
         data = getattr(inputs, name)
         if data is not None:
             check_lengths(model, data, f"the {name} data")
+    return model
+
+
+def _drop(job: CompressJob, inputs: Inputs, model: PreTrainedModel) -> tuple[Measured | None, Cost | None]:
+    """Drop tokens and layers in place, if asked to; what the whole model measured then, and its cost."""
     if inputs.kept is None and job.unique_layers is None:
-        return model, None
-    before = inventory(model, job.scope or recipes.get(job.chosen).scope).original
-    if inputs.kept is not None:
-        trim_model(model, inputs.kept)
-    return model, before
+        return None, None
+    before, whole = None, inventory(model, job.scope or recipes.get(job.chosen).scope).original
+    with bars() as progress:
+        if inputs.original is not None and not inputs.fresh:
+            before = _measure(inputs, model, progress, "evaluate original", inputs.original)
+        if inputs.kept is not None:
+            trim_model(model, inputs.kept)
+        if job.unique_layers is not None:
+            if before is None and not inputs.fresh:
+                before = _measure(inputs, model, progress, "evaluate original")
+            tie_layers(model, job.unique_layers)
+    return before, whole
 
 
 def _plan(
@@ -213,33 +224,38 @@ def _fit(
     """
     recipe, training = recipes.get(job.chosen), inputs.train is not None
     ranks, straight, seconds = None, None, {}
-    if training and recipe.allocation == "dynamic":
-        begun = time.perf_counter()
-        begun_from = None if unfinished is None else last_checkpoint(unfinished.checkpoints)
-        ranks = DynamicRank(model, plan, calibration, progress=progress, new_head=inputs.fresh, resume_from=begun_from)
-        seconds["start"] = time.perf_counter() - begun
-    else:
-        through = training and recipe.training == "straight-through"
-        if through and not any(entry.spec is not None and entry.spec.training_form for entry in plan.factorized):
-            note(f"method '{job.chosen}' has no supports to learn at this ratio: all matrices are dense in integers")
-            through = False
-        dense = copy.deepcopy(model) if through else None
-        report = compression.compress(
-            model,
-            plan,
-            calibration,
-            progress,
-            keep_statistics=through,
-            hold_floats=training,
-            new_head=inputs.fresh,
-            token_counts=counts,
-        )
-        straight = None if dense is None else StraightThrough(model, report.statistics, dense)
-        seconds |= report.seconds
-        plan = report.plan
-        for line in report.notes:
-            note(line)
-        del dense, report  # both are large
+    with _shown(inputs, model):
+        if training and recipe.allocation == "dynamic":
+            begun = time.perf_counter()
+            begun_from = None if unfinished is None else last_checkpoint(unfinished.checkpoints)
+            ranks = DynamicRank(
+                model, plan, calibration, progress=progress, new_head=inputs.fresh, resume_from=begun_from
+            )
+            seconds["start"] = time.perf_counter() - begun
+        else:
+            through = training and recipe.training == "straight-through"
+            if through and not any(entry.spec is not None and entry.spec.training_form for entry in plan.factorized):
+                note(
+                    f"method '{job.chosen}' has no supports to learn at this ratio: all matrices are dense in integers"
+                )
+                through = False
+            dense = copy.deepcopy(model) if through else None
+            report = compression.compress(
+                model,
+                plan,
+                calibration,
+                progress,
+                keep_statistics=through,
+                hold_floats=training,
+                new_head=inputs.fresh,
+                token_counts=counts,
+            )
+            straight = None if dense is None else StraightThrough(model, report.statistics, dense)
+            seconds |= report.seconds
+            plan = report.plan
+            for line in report.notes:
+                note(line)
+            del dense, report  # both are large
     if training:
         seconds["train"] = _train(job, inputs, model, straight, ranks, unfinished, progress)
         quantize(model)
@@ -259,10 +275,10 @@ def _train(
     assert inputs.train is not None
     assert inputs.tokenizer is not None
     teacher = load_teacher(job.distill, model)
-    if teacher is not None and inputs.kept is not None:
-        trim_model(teacher, inputs.kept)
     moving: dict[str, Any] = {"straight": straight, "ranks": ranks, "progress": progress}
     if unfinished is None:
+        if teacher is not None and inputs.kept is not None:
+            trim_model(teacher, inputs.kept)  # so that both have the same states of the same tokens
         return train(model, inputs.tokenizer, inputs.train, job.settings, teacher=teacher, **moving)
     assert teacher is not None
     assert inputs.evaluation is not None
@@ -275,6 +291,7 @@ def _train(
         tokenizer=inputs.tokenizer,
         held=inputs.evaluation,
         target=inputs.target,
+        reading=None if inputs.original is None else inputs.original.reading,
         output=unfinished.checkpoints,
         report=note,
         **moving,
@@ -282,7 +299,16 @@ def _train(
     return curve[-1]["seconds"]
 
 
-def _measure(inputs: Inputs, model: PreTrainedModel, progress: Progress, phase: str) -> Measured | None:
-    if inputs.evaluation is None or inputs.tokenizer is None:
+def _shown(inputs: Inputs, model: PreTrainedModel) -> contextlib.AbstractContextManager[None]:
+    """While this lasts, outputs tell what users of an encoder make of its hidden states."""
+    return inputs.target.shown(model) if isinstance(inputs.target, Embeddings) else contextlib.nullcontext()
+
+
+def _measure(
+    inputs: Inputs, model: PreTrainedModel, progress: Progress, phase: str, reads: OriginalInputs | None = None
+) -> Measured | None:
+    """Of rows as they are read, or as the original did."""
+    tokenizer, rows = (reads or inputs).tokenizer, (reads or inputs).evaluation
+    if rows is None or tokenizer is None:
         return None
-    return measure(model, inputs.tokenizer, inputs.evaluation, inputs.labels, progress, phase, inputs.target)
+    return measure(model, tokenizer, rows, inputs.labels, progress, phase, inputs.target)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 
 import datasets
-import torch
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
@@ -27,12 +27,35 @@ from factorformer.cli._options import note
 from factorformer.errors import DataError, MethodError
 from factorformer.hf.source import find, load_tokenizer, read_config
 from factorformer.tasks.classification import Head, check_head, find_head, head_labels, is_causal, labels_for
-from factorformer.tasks.data import Columns, Labels, count_tokens, hold_out, sample
+from factorformer.tasks.data import Columns, Labels, count_tokens, encode, hold_out, sample
+from factorformer.tasks.healing import Reading
 from factorformer.tasks.targets import Embeddings, Predictions, Target
 from factorformer.tasks.vocabulary import trimmed_tokenizer, used_tokens
+from factorformer.training.distillation import mean_pool
 
 COMPARED = 1000
 """Embeddings are compared on at most so many rows: the similarities are those of all pairs."""
+
+
+@dataclasses.dataclass(frozen=True)
+class OriginalInputs:
+    """Rows as the tokenizer reads them that knows all tokens.
+
+    Args:
+        tokenizer: of the original.
+        train, evaluation: encoded rows.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    train: datasets.Dataset | None
+    evaluation: datasets.Dataset | None
+
+    @property
+    def reading(self) -> Reading:
+        """What a teacher reads."""
+        assert self.train is not None
+        assert self.evaluation is not None
+        return Reading(self.tokenizer, self.train, self.evaluation)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +70,7 @@ class Inputs:
         train, evaluation, calibration: encoded rows.
         target: what is compared with the original where there are no labels; None for a language model.
         kept: tokens of the original that are left, where others are dropped; the tokenizer knows these alone.
+        original: what the original reads of the same rows then; None for a language model, which predicts tokens.
     """
 
     path: Path
@@ -58,6 +82,7 @@ class Inputs:
     calibration: datasets.Dataset | None
     target: Target | None
     kept: Tensor | None = None
+    original: OriginalInputs | None = None
 
     @property
     def heals(self) -> bool:
@@ -99,22 +124,42 @@ def read_inputs(job: CompressJob) -> Inputs:
     target = None if label is not None or is_causal(config) or not tables else _target(path, config, job.distill)
     if job.distill is not None:
         check_teacher(job.distill, config, head, target)
-    tokenizer, kept = load_tokenizer(path) if tables or job.trim_vocabulary is not None else None, None
+    if isinstance(target, Predictions) and config.num_labels == 1 and all(len(c.text) == 1 for c in columns.values()):
+        note(
+            "the model gives one score, and the text has one column: if it scores pairs, as rerankers do, name the "
+            "columns of both texts by --text"
+        )
+    apart = isinstance(target, Embeddings) and any(len(c.text) > 1 for c in columns.values())
+    if apart:
+        note("the texts of the two columns are embedded each by itself")
+
+    def encoded(tokenizer: PreTrainedTokenizerBase) -> dict[str, datasets.Dataset]:
+        data: dict[str, datasets.Dataset] = {}
+        for name, rows in tables.items():
+            known = labels if columns[name].label is not None else None
+            each = [Columns((column,)) for column in columns[name].text] if apart else [columns[name]]
+            data[name] = datasets.concatenate_datasets(
+                [encode_table(sources[name], rows, c, tokenizer, known, job.max_length, config) for c in each]
+            )
+        seed = job.settings.seed
+        if label is None and job.train is not None and job.evaluation is None:
+            data["train"], data["evaluation"] = hold_out(data["train"], seed)
+            if job.calibration == job.train:  # what is measured on is not calibrated on
+                data["calibration"] = data["train"]
+        if labels is None and "evaluation" in data:
+            check_measurable(config, data["evaluation"], job.evaluation or job.train or "")
+            data["evaluation"] = sample(data["evaluation"], COMPARED, seed)
+        return data
+
+    tokenizer = load_tokenizer(path) if tables or job.trim_vocabulary is not None else None
+    kept, original, data = None, None, {}
     if tokenizer is not None and job.trim_vocabulary is not None:
-        tokenizer, kept = _trimmed(tokenizer, job, config)
-    data: dict[str, datasets.Dataset] = {}
-    for name, rows in tables.items():
-        assert tokenizer is not None
-        known = labels if columns[name].label is not None else None
-        data[name] = encode_table(sources[name], rows, columns[name], tokenizer, known, job.max_length, config)
-    seed = job.settings.seed
-    if label is None and job.train is not None and job.evaluation is None:
-        data["train"], data["evaluation"] = hold_out(data["train"], seed)
-        if job.calibration == job.train:  # what is measured on is not calibrated on
-            data["calibration"] = data["train"]
-    if labels is None and "evaluation" in data:
-        check_measurable(config, data["evaluation"], job.evaluation or job.train or "")
-        data["evaluation"] = sample(data["evaluation"], COMPARED, seed)
+        if target is not None or labels is not None:
+            whole = encoded(tokenizer)
+            original = OriginalInputs(tokenizer, whole.get("train"), whole.get("evaluation"))
+        tokenizer, kept = _trimmed(load_tokenizer(path), job)
+    if tokenizer is not None:
+        data = encoded(tokenizer)
     if job.healing.minutes is not None and job.train is not None and target is None:
         raise MethodError(f"--minutes is for encoders, and '{job.model}' is a language model: give --epochs")
     return Inputs(
@@ -127,21 +172,19 @@ def read_inputs(job: CompressJob) -> Inputs:
         data.get("calibration"),
         target,
         kept,
+        original,
     )
 
 
-def _trimmed(
-    tokenizer: PreTrainedTokenizerBase, job: CompressJob, config: PretrainedConfig
-) -> tuple[PreTrainedTokenizerBase, Tensor]:
+def _trimmed(tokenizer: PreTrainedTokenizerBase, job: CompressJob) -> tuple[PreTrainedTokenizerBase, Tensor]:
     """The tokenizer without the tokens that a text never uses, and the numbers of those that are left."""
     source = job.trim_vocabulary or ""
     columns = plain_columns(source, job.columns)
-    counts = torch.zeros(len(tokenizer), dtype=torch.int64)
     rows = read_table(source, columns)
-    for column in columns.text:
-        texts = encode_table(source, rows, Columns((column,)), tokenizer, None, job.max_length, config)
-        counts += count_tokens([texts], len(tokenizer))
-    kept = used_tokens(tokenizer, counts)
+    reads = copy.deepcopy(tokenizer)  # which remembers where it cut texts last
+    with about(source):
+        texts = [encode(reads, rows, Columns((column,)), max_length=None) for column in columns.text]
+    kept = used_tokens(tokenizer, count_tokens(texts, len(tokenizer)))
     note(f"vocabulary: {len(kept):,} of {len(tokenizer):,} tokens are kept")
     return trimmed_tokenizer(tokenizer, kept), kept
 
@@ -155,7 +198,7 @@ def _target(path: Path, config: PretrainedConfig, teacher: str | None) -> Target
     theirs = ours if teacher is None else find_pooling(find(teacher))
     # A plain directory is used like the one that it learns from, and the other way round.
     student, original = (theirs if ours.pooling is None else ours), (ours if theirs.pooling is None else theirs)
-    return Embeddings(student.pool, original.pool)
+    return Embeddings(*(mean_pool if layout.is_mean else layout.pool for layout in (student, original)))
 
 
 def _task(

@@ -97,6 +97,8 @@ def check(job: CompressJob) -> CompressJob:
     ):
         if happens:
             note(f"method '{job.chosen}' {text}")
+    if job.unique_layers is not None and untrained:
+        note("--unique-layers makes layers that share matrices the mean of what they were: without --train it stays so")
     measured = job.calibration is not None or job.train is not None
     given = job.method if job.plan is None else job.plan.method
     note(

@@ -21,10 +21,11 @@ from factorformer.report.result import BEFORE
 from factorformer.tasks import embeddings
 from factorformer.tasks.cells import class_label
 from factorformer.tasks.classification import head_labels, is_causal
-from factorformer.tasks.data import Columns, check_lengths, read, sample
+from factorformer.tasks.data import Columns, check_lengths, sample
 from factorformer.tasks.embeddings import Use
 from factorformer.tasks.evaluation import LEAST_TEXTS, embed
 from factorformer.tasks.reading import text_format
+from factorformer.tasks.tables import column_names
 
 TEXTS = (("text",), ("sentence",), ("sentence1", "sentence2"), ("question1", "question2"), ("premise", "hypothesis"))
 """Names of text columns that are looked for where none are given."""
@@ -135,7 +136,9 @@ def evaluate_embeddings(job: EmbeddingJob) -> Result:
             with about(table.source):
                 metrics |= _flat(name, _uses(table, before, after, job.seed))
     seconds = {"evaluate": time.perf_counter() - started}
-    return Result.of(inventory(encoders[1].load(), "all"), metrics=metrics, seconds=seconds, seed=job.seed)
+    first, second = (inventory(encoder.load(), "all") for encoder in encoders)
+    costs = dataclasses.replace(second, before=first.compressed)
+    return Result.of(costs, metrics=metrics, seconds=seconds, seed=job.seed)
 
 
 def _uses(table: _Table, before: tuple[Tensor, ...], after: tuple[Tensor, ...], seed: int) -> Mapping[str, Use]:
@@ -176,7 +179,7 @@ def _read(source: str, text: Sequence[str] | None, label: str | None, seed: int)
     if text_format(Path(source)) == ".txt":
         columns = Columns(("text",))
     else:
-        names = read(source, None, note).column_names
+        names = column_names(source, note)
         texts = tuple(text or next((found for found in TEXTS if set(found) <= set(names)), ()))
         if not texts:
             usual = "; ".join(" and ".join(found) for found in TEXTS)
@@ -199,7 +202,17 @@ def _read(source: str, text: Sequence[str] | None, label: str | None, seed: int)
     if len(columns.text) == 2 and label is None and columns.label == LABELS[0]:
         _check_scores(source, rows[columns.label])
     texts_of = tuple([str(value) for value in rows[column]] for column in columns.text)
-    return _Table(source, columns, texts_of, None if columns.label is None else _labels(source, rows, columns.label))
+    labels = None if columns.label is None else _labels(source, rows, columns.label)
+    if labels is not None:  # what is wrong with them is said before hours of embedding
+        try:
+            with about(source):
+                (embeddings.check_pairs if len(columns.text) == 2 else embeddings.check_classes)(labels)
+        except DataError as error:
+            if len(columns.text) == 2 or label is not None:
+                raise
+            note(f"{error}; column '{columns.label}' is left out")
+            columns, labels = dataclasses.replace(columns, label=None), None
+    return _Table(source, columns, texts_of, labels)
 
 
 def _labels(source: str, rows: datasets.Dataset, column: str) -> list[object]:
