@@ -121,12 +121,13 @@ def test_the_closest_point_is_kept(
     assert not all(torch.equal(value, target.seen[3][name]) for name, value in student.state_dict().items())
 
 
-def test_near_models_learn_slowly(
+def test_near_and_wide_models_learn_slowly(
     teacher: tf.PreTrainedModel, tokenizer: tf.PreTrainedTokenizerBase, plain: datasets.Dataset
 ) -> None:
     settings = dataclasses.replace(FAST, learning_rate=None, epochs=1)
-    for cosine, rate in ((0.4, "0.0005"), (0.98, "0.0001")):
+    for cosine, width, rate in ((0.4, 32, "0.0005"), (0.98, 32, "0.0001"), (0.4, 768, "0.00025")):
         student, lines = compressed(teacher), []
+        student.config.hidden_size = width
         target = Scripted(student, [cosine, 0.98, 0.98, 0.99])
         heal(student, teacher, plain, settings, tokenizer=tokenizer, held=plain, target=target, report=lines.append)
         assert f"learning rate {rate}," in lines[1]

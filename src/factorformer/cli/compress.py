@@ -57,7 +57,7 @@ LearningRate = Annotated[
         min=0.0,
         callback=finite,
         help="Peak of the learning rate. By default 1e-4; for an encoder that learns from --distill alone up to 5e-4, "
-        "less where it is near to the original already.",
+        "less for one that is near to the original already, or wider than 384.",
     ),
 ]
 BatchSize = Annotated[

@@ -53,6 +53,9 @@ FAR = 0.1
 """A `distance` of targets. A model that is nearer learns more slowly in proportion: what a good fit left to learn is
 little beside what long steps disturb."""
 
+WIDTH = 384
+"""Of hidden states, up to which these rates serve; beyond they fall as it grows (Yang et al., arXiv 2203.03466)."""
+
 REMEMBERED = 2**32
 """Bytes of the original's outputs that are remembered; for further rows it is asked each time."""
 
@@ -63,7 +66,7 @@ class HealingSettings(Settings):
 
     Args:
         learning_rate: peak of a linear schedule with warm-up; None sets it by how far the model is from the original
-            before training.
+            before training, and how wide it is.
         minutes: of training, what is measured and saved on the way included; if given, `epochs` does not count, and
             the learning rate falls with time.
         points: at which held-out rows are compared and a checkpoint is written.
@@ -339,7 +342,7 @@ def heal(
         begun = last_checkpoint(folder)
         before = target.distance(measure(0, 0.0))
         if settings.learning_rate is None:
-            settings = dataclasses.replace(settings, learning_rate=FASTEST * min(max(before, 0.0) / FAR, 1.0))
+            settings = dataclasses.replace(settings, learning_rate=_rate(model, before))
             report(f"{phase}: learning rate {settings.learning_rate:.2g}, for a model so far from the original")
         trainer = HealingTrainer(
             model=model,
@@ -382,6 +385,12 @@ def heal(
             "lower learning rate may help"
         )
     return curve
+
+
+def _rate(model: PreTrainedModel, distance: float) -> float:
+    """The peak of the learning rate for a model so far from its original."""
+    width = getattr(model.config, "hidden_size", WIDTH)
+    return FASTEST * min(max(distance, 0.0) / FAR, 1.0) * min(WIDTH / width, 1.0)
 
 
 def _digest(data: datasets.Dataset) -> str:
