@@ -560,7 +560,7 @@ def encoders() -> list[str]:
             f"{row['bytes'] / 1e6:.1f}",
             f"{row['minutes']:g}",
         ]
-        line += [f"{uses[name]['value']:.3f}" for name in KEPT if name in uses] + [""] * (KEPT[0] not in uses)
+        line += [f"{uses[name]['value']:.3f}" if name in uses else "" for name in KEPT]
         for name in USES:
             ends = [100 * uses[name][f"{'' if whole else 'difference_'}{end}"] for end in ("value", "low", "high")]
             line.append(("{:.1f} [{:.1f}, {:.1f}]" if whole else "{:+.1f} [{:+.1f}, {:+.1f}]").format(*ends))

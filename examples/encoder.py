@@ -33,7 +33,7 @@ data = encode(tokenizer, datasets.Dataset.from_dict({"text": texts}), Columns(("
 
 options = {"calibration": list(batches(tokenizer, sample(data, 256))), "token_counts": None}
 options["token_counts"] = count_tokens([data], model.get_input_embeddings().num_embeddings)
-target = Embeddings(layout.pool)  # as the model's directory says: the mean over tokens, the first one, ...
+target = Embeddings(layout.pooler)  # as the model's directory says: the mean over tokens, the first one, ...
 with target.shown(model):
     plan = factorformer.plan(model, ratio=10, scope="all", int4=True, keep_statistics=True, **options)
     print(plan)  # every matrix: what it becomes, what it costs

@@ -135,6 +135,15 @@ def test_columns_that_are_not_measured(run: Any, base: Path, small: Path, tmp_pa
     done = run("evaluate", small, "--against", base, "--data", tmp_path / "rows.jsonl", "--json")
     assert {name for name in metrics(done) if not name.endswith(("_low", "_high"))} == {f"rows_{name}" for name in KEPT}
     assert "column 'label' is left out" in done.stderr
+    for label in (None, ["plus", "minus"]):
+        (tmp_path / "rows.jsonl").write_text("".join(json.dumps({**row, "label": label}) + "\n" for row in rows))
+        done = run("evaluate", small, "--against", base, "--data", tmp_path / "rows.jsonl", "--json")
+        assert f"rows_{KEPT[0]}" in metrics(done)
+        assert "column 'label' is left out" in done.stderr
+    (tmp_path / "none.json").write_text("[]")
+    done = run("evaluate", small, "--against", base, "--data", tmp_path / "none.json")
+    assert done.exit_code == 2
+    assert "has no rows" in done.stderr
 
 
 def test_what_cannot_be_measured_is_refused(

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import tokenizers
+import torch
 import transformers as tf
 from safetensors.torch import load_file
 from tests.cli.conftest import WORDS
@@ -165,6 +166,27 @@ def test_each_is_pooled_as_its_directory_says(
         assert ("taken to be the mean" in done.stderr) == said
 
 
+def test_plans_and_fits_go_by_what_is_pooled(
+    run: Any, base: Path, base_copy: Path, tables: Path, tmp_path: Path
+) -> None:
+    (base_copy / "1_Pooling" / "config.json").write_text(json.dumps({"pooling_mode": "cls"}))
+    options = ("--calibration", tables / "texts.txt", "--ratio", 3, "--json")
+    metrics = {}
+    for name, source in (("mean", base), ("cls", base_copy)):
+        metrics[name] = result_of(run("compress", source, tmp_path / name, *options))["metrics"]
+        plan = run("plan", source, *options, "--output", tmp_path / f"{name}.json")
+        predicted = result_of(plan, layers=True)["metrics"]["predicted_cosine_loss"]
+        assert predicted == pytest.approx(metrics[name]["predicted_cosine_loss"], rel=1e-4)
+    assert metrics["cls"]["predicted_cosine_loss"] != pytest.approx(metrics["mean"]["predicted_cosine_loss"], rel=0.02)
+    fitted = {}
+    for name, source in (("mean", base), ("cls", base_copy)):
+        plan = ("--plan", tmp_path / "mean.json", "--calibration", tables / "texts.txt", "--overwrite")
+        assert run("compress", source, tmp_path / name, *plan).exit_code == 0
+        fitted[name] = load_file(tmp_path / name / "model.safetensors")
+    assert fitted["mean"].keys() == fitted["cls"].keys()
+    assert any(not torch.allclose(fitted["mean"][key], fitted["cls"][key], rtol=0.05) for key in fitted["mean"])
+
+
 @pytest.mark.parametrize("kind", ["Qwen3ForCausalLM", "T5ForConditionalGeneration"])
 def test_encoders_that_were_taken_from_other_models(run: Any, kind: str, base_copy: Path, tables: Path) -> None:
     """As Qwen3-Embedding and sentence-t5 are: config.json names a model that goes on with text."""
@@ -189,8 +211,11 @@ def test_encoders_that_were_taken_from_other_models(run: Any, kind: str, base_co
 
 @pytest.mark.parametrize("method", ["dsformer", "rankdyna"])
 def test_supports_and_ranks_move_by_time(run: Any, command: tuple[Any, ...], tmp_path: Path, method: str) -> None:
-    arguments = [part for part in command if part not in ("--int8", "--scope", "all")]
-    content = result_of(run(*arguments, "--method", method, "--minutes", 0.02))
+    arguments = [part for part in command if part not in ("--int8", "--scope", "all", "--lr", 5e-3)]
+    done = run(*arguments, "--method", method, "--minutes", 0.02)
+    content = result_of(done)
+    if method == "rankdyna":  # which starts from the whole model, no distance from the original
+        assert "learning rate 0.0005" in done.stderr
     assert content["method"] == method
     assert content["bytes"]["ratio"] == pytest.approx(3, rel=0.05)
     factorformer.load(tmp_path / "small")

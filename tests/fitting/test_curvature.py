@@ -458,6 +458,8 @@ def test_embeddings_are_pooled_as_users_do() -> None:
         wanted = full(expected[f"inner.{layer}"].outputs)
         torch.testing.assert_close(full(found[layer].outputs), wanted, rtol=1e-3, atol=1e-4 * float(wanted.abs().max()))
         assert float((full(mean[layer].outputs) - wanted).norm()) > 0.2 * float(wanted.norm())
+    with pytest.raises(KeyError), Embeddings(lambda states, mask: states[:, 0]).shown(model):
+        raise KeyError
     again = both_sides(model, layers, data)
     assert all(torch.equal(full(again[layer].outputs), full(mean[layer].outputs)) for layer in layers)
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,13 @@ from torch import Tensor
 import factorformer
 from factorformer.errors import DataError, DivergedError
 from factorformer.layers.quantization import quantize
+from factorformer.tasks import healing
 from factorformer.tasks.evaluation import compare_embeddings, embed
 from factorformer.tasks.healing import HealingSettings, Reading, heal
 from factorformer.tasks.targets import Embeddings, Predictions
 from factorformer.training.distillation import mean_pool
 
 Make = Callable[..., tf.PreTrainedModel]
-KEYS = ("input_ids", "attention_mask")
 FAST = HealingSettings(epochs=12, learning_rate=5e-3, batch_size=8, points=3)
 
 
@@ -101,11 +102,19 @@ class Scripted(Embeddings):
 
     def __init__(self, model: tf.PreTrainedModel, cosines: list[float]) -> None:
         super().__init__()
-        self.__dict__.update(model=model, cosines=cosines, seen=[])
+        self.__dict__.update(model=model, cosines=cosines, seen=[], last=0.0)
 
     def compare(self, wanted: Tensor, found: Tensor) -> dict[str, float]:
         self.seen.append({name: value.clone() for name, value in self.model.state_dict().items()})
-        return {"embedding_cosine": self.cosines.pop(0)}
+        self.__dict__["last"] = self.cosines.pop(0)
+        return {"embedding_cosine": self.last}
+
+    def distance(self, wanted: Tensor, found: Tensor) -> float:
+        return 1 - self.last
+
+
+def same(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
 def test_the_closest_point_is_kept(
@@ -117,41 +126,103 @@ def test_the_closest_point_is_kept(
     assert [row["embedding_cosine"] for row in curve] == [0.7, 0.9, 0.8, 0.9]
     assert curve[-1]["step"] == curve[1]["step"]
     assert f"undone from step {curve[1]['step']} on" in lines[-1]
-    assert all(torch.equal(value, target.seen[2][name]) for name, value in student.state_dict().items())
-    assert not all(torch.equal(value, target.seen[3][name]) for name, value in student.state_dict().items())
+    assert same(student.state_dict(), target.seen[2])
+    assert not same(student.state_dict(), target.seen[3])
+    student, lines = compressed(teacher), []
+    target = Scripted(student, [0.5, 0.7, 0.9, 0.8999])  # which is noise
+    assert len(heal(student, teacher, plain, FAST, tokenizer=tokenizer, held=plain, target=target)) == 3
+    assert same(student.state_dict(), target.seen[3])
 
 
-def test_near_and_wide_models_learn_slowly(
+def test_the_closest_point_outlasts_an_interruption(
+    teacher: tf.PreTrainedModel, tokenizer: tf.PreTrainedTokenizerBase, plain: datasets.Dataset, tmp_path: Path
+) -> None:
+    settings, lines = dataclasses.replace(FAST, learning_rate=None), []
+
+    def stopping(line: str) -> None:
+        lines.append(line)
+        if "neighbour" not in line and "minutes" in line and len(lines) == 4:
+            raise KeyboardInterrupt
+
+    rest = {"tokenizer": tokenizer, "held": plain, "output": tmp_path}
+    student = compressed(teacher)
+    target = Scripted(student, [0.95, 0.99, 0.97])
+    with pytest.raises(KeyboardInterrupt):
+        heal(student, teacher, plain, settings, target=target, report=stopping, **rest)
+    best = target.seen[1]
+    resumed, said = compressed(teacher), []
+    curve = heal(resumed, teacher, plain, settings, target=Scripted(resumed, [0.96, 0.97]), report=said.append, **rest)
+    assert [row["embedding_cosine"] for row in curve] == [0.99, 0.96, 0.97, 0.99]
+    assert same(resumed.state_dict(), best)
+    assert said[0] == lines[1] == "train: learning rate 0.00025"
+
+
+def test_an_end_that_cannot_be_told_is_undone(
     teacher: tf.PreTrainedModel, tokenizer: tf.PreTrainedTokenizerBase, plain: datasets.Dataset
 ) -> None:
+    """As that of a scorer whose scores are all the same, or not finite."""
+    for target in (Embeddings(), Predictions()):
+        assert target.distance(torch.ones(4, 1), torch.full((4, 1), torch.nan)) == math.inf
+    student = compressed(teacher)
+    target = Scripted(student, [0.5, 0.7, 0.6, -math.inf])
+    heal(student, teacher, plain, FAST, tokenizer=tokenizer, held=plain, target=target)
+    assert same(student.state_dict(), target.seen[1])
+
+
+@pytest.mark.parametrize(
+    ("cosine", "width", "rate"), [(0.4, 32, 5e-4), (0.98, 32, 1e-4), (0.4, 768, 2.5e-4), (1.0, 32, 0.0)]
+)
+def test_near_and_wide_models_learn_slowly(
+    cosine: float,
+    width: int,
+    rate: float,
+    teacher: tf.PreTrainedModel,
+    tokenizer: tf.PreTrainedTokenizerBase,
+    plain: datasets.Dataset,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    found, finish = [], healing.finish
+    monkeypatch.setattr(healing, "finish", lambda t, *args: found.append(t.args.learning_rate) or finish(t, *args))
     settings = dataclasses.replace(FAST, learning_rate=None, epochs=1)
-    for cosine, width, rate in ((0.4, 32, "0.0005"), (0.98, 32, "0.0001"), (0.4, 768, "0.00025")):
-        student, lines = compressed(teacher), []
-        student.config.hidden_size = width
-        target = Scripted(student, [cosine, 0.98, 0.98, 0.99])
-        heal(student, teacher, plain, settings, tokenizer=tokenizer, held=plain, target=target, report=lines.append)
-        assert f"learning rate {rate}," in lines[1]
+    student = compressed(teacher)
+    student.config.hidden_size = width
+    target = Scripted(student, [cosine, 0.98, 0.98, 0.99])
+    heal(student, teacher, plain, settings, tokenizer=tokenizer, held=plain, target=target)
+    assert found == [pytest.approx(rate)]
 
 
 def test_a_teacher_with_more_words(
     teacher: tf.PreTrainedModel, tokenizer: tf.PreTrainedTokenizerBase, plain: datasets.Dataset
 ) -> None:
-    """It is given the rows as it reads them, whatever the model does."""
-    student, read = compressed(teacher), set()
+    """It is given the rows as it reads them, each beside the same row of the model."""
     theirs = plain.map(lambda row: {"input_ids": row["input_ids"][::-1]})
+    both: list[tuple[list[Any], list[Any]]] = []
 
     class Noting(Embeddings):
+        def read(self, model: Any, inputs: Any) -> Tensor:
+            self.__dict__["ours"] = rows_of(inputs)
+            return super().read(model, inputs)
+
         def read_teacher(self, model: Any, inputs: Any) -> Tensor:
-            read.update(tuple(row[mask.bool()].tolist()) for row, mask in zip(*map(inputs.get, KEYS), strict=True))
+            if "ours" in self.__dict__:
+                both.append((self.__dict__.pop("ours"), rows_of(inputs)))
             return super().read_teacher(model, inputs)
 
-    reading = Reading(tokenizer, theirs, theirs)
+    student, reading = compressed(teacher), Reading(tokenizer, theirs, theirs)
     heal(student, teacher, plain, FAST, tokenizer=tokenizer, held=plain, target=Noting(), reading=reading)
-    assert read == {tuple(row) for row in theirs["input_ids"]}
-    assert read != {tuple(row) for row in plain["input_ids"]}
+    assert sum(len(ours) for ours, _ in both) >= len(plain)
+    assert all([row[::-1] for row in ours] == read for ours, read in both)
     other = Reading(tokenizer, theirs.select([0]), theirs)
     with pytest.raises(DataError, match="other rows"):
         heal(student, teacher, plain, FAST, tokenizer=tokenizer, held=plain, reading=other)
+    long = Reading(tokenizer, theirs.map(lambda row: {"length": 10**4}), theirs)
+    with pytest.raises(DataError, match="what the teacher reads"):
+        heal(student, teacher, plain, FAST, tokenizer=tokenizer, held=plain, reading=long)
+
+
+def rows_of(inputs: Mapping[str, Tensor]) -> list[list[int]]:
+    pairs = zip(inputs["input_ids"], inputs["attention_mask"].bool(), strict=True)
+    return [row[mask].tolist() for row, mask in pairs]
 
 
 def test_the_teacher_is_asked_once_for_each_text(

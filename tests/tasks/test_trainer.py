@@ -64,3 +64,5 @@ def test_settings_that_cannot_be() -> None:
     for minutes in (0, -1, nan, inf):
         with pytest.raises(MethodError, match=f"minutes has to be .* got {minutes}"):
             HealingSettings(minutes=minutes)
+    with pytest.raises(MethodError, match=r"learning rate has to be .* got None"):
+        TrainingSettings(learning_rate=None)

@@ -156,8 +156,9 @@ def compress(
         note_unused("without --train", "epochs", "minutes", "lr", "freeze_embeddings")
     elif minutes is not None:
         note_unused("beside --minutes", "epochs")
-    if train is None and evaluation is None and calibration is None and trim_vocabulary is None:
-        note_unused("without data", "text", "words", "max_length", "batch_size", "calibration_rows", "seed")
+    if train is None and evaluation is None and calibration is None:
+        read = () if trim_vocabulary is not None else ("text",)
+        note_unused("without data", *read, "words", "max_length", "batch_size", "calibration_rows", "seed")
     from factorformer.cli._inputs import columns_of
     from factorformer.cli._jobs.compress import CompressJob, run
     from factorformer.cli._jobs.unfinished import is_unfinished

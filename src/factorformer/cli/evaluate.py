@@ -84,7 +84,7 @@ def evaluate(
       factorformer evaluate small/ --data test.tsv
       factorformer evaluate small/ --data test.jsonl --text question --label intent
       factorformer evaluate chat/ --data texts.txt
-      factorformer evaluate small/ --against minilm --data sentences.txt --data intents.tsv --data pairs.tsv
+      factorformer evaluate small/ --against minilm --data others.txt --data intents.tsv --data pairs.tsv
     """
     from factorformer.cli._inputs import about, columns_of, encode_table, plain_columns, read_table
     from factorformer.cli._measure import check_measurable, measure

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from pathlib import Path
 from typing import Annotated
@@ -97,6 +98,7 @@ def plan(
         check_dense,
         columns_of,
         encode_table,
+        find_pooling,
         off_target,
         plain_columns,
         predictions,
@@ -106,7 +108,9 @@ def plan(
     from factorformer.hf.source import find, load_model, load_tokenizer, read_config
     from factorformer.progress import bars
     from factorformer.report import Result
+    from factorformer.tasks.classification import head_labels, is_causal
     from factorformer.tasks.data import check_lengths
+    from factorformer.tasks.targets import Embeddings
 
     unit = "bytes" if budget is None else budget.value
     chosen = recipes.default_method(calibrated=calibration is not None) if method is None else method
@@ -142,7 +146,9 @@ def plan(
         note(f"method: {chosen} (the default with calibration data)")
     if budget is not None and budget.value == "milliseconds":
         note(f"milliseconds are those of this machine's {loaded.device.type}")
-    with bars() as progress:
+    pooled = calibration is not None and not is_causal(config) and head_labels(config) is None
+    shown = Embeddings(find_pooling(path).pooler).shown(loaded) if pooled else contextlib.nullcontext()
+    with bars() as progress, shown:
         made = compression.plan(
             loaded,
             method,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -136,12 +137,11 @@ class Layout:
     pooling: Pooling | None = None
 
     @property
-    def is_mean(self) -> bool:
-        """Up to its norm, what users get is the mean over real tokens."""
-        pooling = self.pooling
-        return pooling is None or (
-            pooling.modes == ("mean",) and all(isinstance(module, Normalize) for module in pooling.after)
-        )
+    def pooler(self) -> Callable[[Tensor, Tensor], Tensor]:
+        """What to learn, and to fit: `pool`, and just `mean_pool` where that is the same up to the norm."""
+        means = self.pooling is None or self.pooling.modes == ("mean",)
+        after = () if self.pooling is None else self.pooling.after
+        return mean_pool if means and all(isinstance(module, Normalize) for module in after) else self.pool
 
     def pool(
         self, hidden: Float[Tensor, "batch length width"], mask: Bool[Tensor, "batch length"]

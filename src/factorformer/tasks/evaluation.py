@@ -212,10 +212,17 @@ def embed(
 def pooled(model: PreTrainedModel, inputs: Mapping[str, Tensor], pool: Pool) -> Float[Tensor, "rows pooled"]:
     """Pooled last hidden states of a batch; of images, and sound that is shortened on its way, all states are real."""
     hidden = model.base_model(**inputs).last_hidden_state
+    return pool(hidden.float(), real_tokens(hidden, inputs))
+
+
+def real_tokens(
+    hidden: Float[Tensor, "rows tokens width"], inputs: Mapping[str, Tensor]
+) -> Bool[Tensor, "rows tokens"]:
+    """Which hidden states are not of padding, by the inputs of a batch: all, where its mask is not of these."""
     mask = inputs.get("attention_mask")
     if mask is None or mask.shape != hidden.shape[:2]:
         mask = torch.ones(hidden.shape[:2], device=hidden.device)
-    return pool(hidden.float(), mask.bool())
+    return mask.bool()
 
 
 def read_all(

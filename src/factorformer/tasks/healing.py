@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import datasets
 import torch
@@ -27,6 +27,7 @@ from factorformer.layers.embeddings import embeddings_of
 from factorformer.layers.modes import requiring_gradients
 from factorformer.progress import Progress, silent
 from factorformer.tasks.checkpoints import FILES, check_same_run, last_checkpoint, locked
+from factorformer.tasks.closest import Closest
 from factorformer.tasks.data import check_lengths, collator, hold_out
 from factorformer.tasks.evaluation import read_all
 from factorformer.tasks.reproducible import ReproducibleTrainer, finish
@@ -47,11 +48,8 @@ WARMING = 20
 whatever gradients say."""
 
 FASTEST = 5e-4
-"""The peak of the learning rate, unless one is given, for a model that is FAR from the original or further."""
-
-FAR = 0.1
-"""A `distance` of targets. A model that is nearer learns more slowly in proportion: what a good fit left to learn is
-little beside what long steps disturb."""
+"""The peak of the learning rate, unless one is given, for a model that is far from the original. One that is near
+learns more slowly in proportion: what a good fit left to learn is little beside what long steps disturb."""
 
 WIDTH = 384
 """Of hidden states, up to which these rates serve; beyond they fall as it grows (Yang et al., arXiv 2203.03466)."""
@@ -73,6 +71,7 @@ class HealingSettings(Settings):
         freeze_embeddings: leave dense tables of word embeddings as they are; factorized ones are trained in any case.
     """
 
+    chooses_rate: ClassVar[bool] = True
     learning_rate: float | None = None
     batch_size: int = 128
     warmup: float = 0.03
@@ -97,8 +96,16 @@ class Reading:
 
     def batch(self, rows: Tensor) -> dict[str, Tensor]:
         """Some rows of the data."""
-        chosen = self.data.remove_columns("length")
+        names = [name for name in self.data.column_names if name != "length"]
+        chosen = self.data.select_columns(names)
         return dict(collator(self.tokenizer, chosen)([chosen[row] for row in rows.tolist()]))
+
+    def check(self, teacher: PreTrainedModel, data: datasets.Dataset, held: datasets.Dataset) -> None:
+        """Raise `DataError` where these are not the rows of the model, or not such as the teacher can read."""
+        if (len(self.data), len(self.held)) != (len(data), len(held)):
+            raise DataError("the teacher reads other rows than the model: give `reading` and `held` of the same ones")
+        check_lengths(teacher, self.data, "what the teacher reads")
+        check_lengths(teacher, self.held, "what the teacher reads")
 
 
 class HealingTrainer(ReproducibleTrainer):
@@ -222,26 +229,6 @@ class _Points(TrainerCallback):
             control.should_save = self.saves
 
 
-class _Closest:
-    """The values of a model where it was closest to the original."""
-
-    def __init__(self, model: PreTrainedModel) -> None:
-        self.model, self.distance, self.point = model, math.inf, {}
-        self._values: dict[str, Tensor] = {}
-
-    def see(self, step: int, metrics: Mapping[str, float], distance: float) -> None:
-        """The model after so many steps."""
-        if distance < self.distance:
-            self.distance, self.point = distance, {"step": step, **metrics}
-            self._values = {name: value.detach().clone() for name, value in self.model.named_parameters()}
-
-    @torch.no_grad()
-    def restore(self) -> None:
-        """Bring it back."""
-        for name, parameter in self.model.named_parameters():
-            parameter.copy_(self._values[name])
-
-
 def heal(
     model: PreTrainedModel,
     teacher: PreTrainedModel,
@@ -300,18 +287,21 @@ def heal(
     if tokenizer is not None:
         check_lengths(model, data, "the training data")
         check_lengths(model, held, "the held-out texts")
-    if reading is not None and (len(reading.data), len(reading.held)) != (len(data), len(held)):
-        raise DataError("the teacher reads other rows than the model: give `reading` and `held` of the same ones")
+    if reading is not None:
+        reading.check(teacher, data, held)
     theirs = (tokenizer, held) if reading is None else (reading.tokenizer, reading.held)
     wanted = read_all(partial(target.read_teacher, teacher), teacher, *theirs)
-    closest = None if straight or ranks else _Closest(model)
+    closest = None if straight or ranks else Closest(model, output)
+    distance = math.inf
 
     def measure(step: int, seconds: float) -> dict[str, float]:
-        found = target.compare(wanted, read_all(partial(target.read, model), model, tokenizer, held))
+        nonlocal distance
+        made = read_all(partial(target.read, model), model, tokenizer, held)
+        found, distance = target.compare(wanted, made), target.distance(wanted, made)
         values = ", ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in found.items())
         report(f"{phase}: after {seconds / 60:.1f} minutes {values}")
         if closest is not None:
-            closest.see(step, found, target.distance(found))
+            closest.see(step, found, distance)
         return found
 
     an_epoch = math.ceil(len(data) / settings.batch_size)
@@ -340,10 +330,15 @@ def heal(
     ):
         check_same_run(folder, description)
         begun = last_checkpoint(folder)
-        before = target.distance(measure(0, 0.0))
+        if begun is None:
+            measure(0, 0.0)
+        elif closest is not None and closest.load():
+            distance = closest.start
         if settings.learning_rate is None:
-            settings = dataclasses.replace(settings, learning_rate=_rate(model, before))
-            report(f"{phase}: learning rate {settings.learning_rate:.2g}, for a model so far from the original")
+            # Ranks start from the whole model, which has no distance yet.
+            rate = _rate(model, target, math.inf if ranks is not None else distance)
+            settings = dataclasses.replace(settings, learning_rate=rate)
+            report(f"{phase}: learning rate {rate:.2g}")
         trainer = HealingTrainer(
             model=model,
             args=settings.arguments(
@@ -368,6 +363,7 @@ def heal(
             reading=reading,
         )
         trainer.add_callback(_Points(trainer, progress, phase, saves=output is not None))
+        distance = math.inf  # of the end, once it is measured
         try:
             history = finish(trainer, begun, steps)
         finally:
@@ -377,7 +373,12 @@ def heal(
                 ranks.detach()
     model.eval()
     curve = _curve(history)
-    if closest is not None and closest.distance < target.distance(curve[-1]):
+    if (
+        closest is not None
+        and closest.point
+        and closest.point["step"] != curve[-1]["step"]
+        and closest.is_worth(distance)
+    ):
         closest.restore()
         curve.append({"seconds": curve[-1]["seconds"], **closest.point})
         report(
@@ -387,10 +388,11 @@ def heal(
     return curve
 
 
-def _rate(model: PreTrainedModel, distance: float) -> float:
+def _rate(model: PreTrainedModel, target: Target, distance: float) -> float:
     """The peak of the learning rate for a model so far from its original."""
     width = getattr(model.config, "hidden_size", WIDTH)
-    return FASTEST * min(max(distance, 0.0) / FAR, 1.0) * min(WIDTH / width, 1.0)
+    part = 1.0 if target.far is None else min(max(distance, 0.0) / target.far, 1.0)
+    return FASTEST * part * min(WIDTH / width, 1.0)
 
 
 def _digest(data: datasets.Dataset) -> str:

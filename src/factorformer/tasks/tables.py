@@ -135,7 +135,10 @@ def column_names(source: str | os.PathLike[str], note: Callable[[str], None] = w
     if text_format(path) is None:
         return read(source).column_names
     check_file(path)
-    return list(read_rows(path, (), note).names)
+    names = list(read_rows(path, (), note).names)
+    if not names:
+        raise DataError(f"'{path}' has no rows")
+    return names
 
 
 def _parquet(path: Path) -> datasets.Dataset:

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar, Protocol
 
-import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from factorformer.tasks.evaluation import Pool, compare_embeddings, compare_predictions, pooled
+from factorformer.tasks.evaluation import Pool, compare_embeddings, compare_predictions, pooled, real_tokens
 from factorformer.training.distillation import logit_loss, mean_pool, pooled_loss
 
 
@@ -22,6 +22,9 @@ class Target(Protocol):
 
     fields: ClassVar[tuple[str, ...]]
     """Of configurations, in which a model and the one that it learns from have to agree."""
+
+    far: ClassVar[float | None]
+    """A distance from which on models learn at the same rate, and below which more slowly; None where none is known."""
 
     def read(self, model: PreTrainedModel, inputs: Mapping[str, Any]) -> Float[Tensor, "rows outputs"]:
         """The outputs of a compressed model for a batch, float32."""
@@ -39,8 +42,8 @@ class Target(Protocol):
         """Metrics that say what this is worth, of held-out rows."""
         ...
 
-    def distance(self, metrics: Mapping[str, float]) -> float:
-        """How far the two are apart by these metrics: 0 where they do the same."""
+    def distance(self, wanted: Float[Tensor, "rows outputs"], found: Float[Tensor, "rows outputs"]) -> float:
+        """How far the two are apart, 0 where they do the same; infinite where it cannot be told."""
         ...
 
 
@@ -54,6 +57,7 @@ class Embeddings:
     """
 
     fields: ClassVar[tuple[str, ...]] = ("vocab_size", "hidden_size")
+    far: ClassVar[float | None] = 0.1
     pool: Pool = mean_pool
     teacher_pool: Pool | None = None
 
@@ -66,11 +70,8 @@ class Embeddings:
 
         def add(module: PreTrainedModel, args: tuple[Any, ...], inputs: Mapping[str, Any], output: Any) -> None:
             states = getattr(output, "last_hidden_state", None)
-            if states is None:
-                return
-            mask = inputs.get("attention_mask")
-            mask = torch.ones(states.shape[:2], device=states.device) if mask is None else mask
-            output["sentence_embedding"] = self.pool(states, mask.bool())
+            if states is not None:
+                output["sentence_embedding"] = self.pool(states, real_tokens(states, inputs))
 
         hook = None if self.pool is mean_pool else model.register_forward_hook(add, with_kwargs=True)
         try:
@@ -95,9 +96,9 @@ class Embeddings:
         """See `compare_embeddings`."""
         return compare_embeddings(wanted, found)
 
-    def distance(self, metrics: Mapping[str, float]) -> float:
+    def distance(self, wanted: Tensor, found: Tensor) -> float:
         """One minus the mean cosine."""
-        return 1 - metrics["embedding_cosine"]
+        return _known(float(self.loss(found, wanted)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,6 +110,7 @@ class Predictions:
     """
 
     fields: ClassVar[tuple[str, ...]] = ("vocab_size", "num_labels")
+    far: ClassVar[float | None] = None
     independent: bool = False
 
     def read(self, model: PreTrainedModel, inputs: Mapping[str, Any]) -> Tensor:
@@ -127,6 +129,10 @@ class Predictions:
         """See `compare_predictions`."""
         return compare_predictions(wanted, found, independent=self.independent)
 
-    def distance(self, metrics: Mapping[str, float]) -> float:
-        """The divergence, in nats, or one minus the correlation of scores: agreement of few rows moves in steps."""
-        return metrics.get("prediction_divergence", 1 - metrics.get("score_pearson", 0.0))
+    def distance(self, wanted: Tensor, found: Tensor) -> float:
+        """The loss: correlations do not tell of an offset, and agreement of few rows moves in steps."""
+        return _known(float(self.loss(found, wanted)))
+
+
+def _known(distance: float) -> float:
+    return math.inf if math.isnan(distance) else distance

@@ -8,7 +8,7 @@ import math
 import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import datasets
 import numpy as np
@@ -57,7 +57,7 @@ class Settings:
 
     Args:
         epochs: passes over the training data.
-        learning_rate: peak of a linear schedule with warm-up; None where that which is trained decides.
+        learning_rate: peak of a linear schedule with warm-up; None leaves it to trainings that choose one.
         batch_size: rows in a step, of similar length.
         seed: of initialization, order and dropout.
         warmup: fraction of all steps in which the learning rate rises.
@@ -68,6 +68,7 @@ class Settings:
         MethodError: a setting is not allowed; the message names it, its value and what is.
     """
 
+    chooses_rate: ClassVar[bool] = False
     epochs: float = 3.0
     learning_rate: float | None = 1e-4
     batch_size: int = 32
@@ -79,7 +80,8 @@ class Settings:
     def __post_init__(self) -> None:
         for name, (holds, allowed) in ALLOWED.items():
             value = getattr(self, name, None)
-            if value is not None and not holds(value):
+            missing = name == "learning_rate" and value is None and not self.chooses_rate
+            if missing or (value is not None and not holds(value)):
                 raise MethodError(f"{name.replace('_', ' ')} has to be {allowed}; got {value}")
 
     def multiple(self, model: PreTrainedModel, data: datasets.Dataset) -> int | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import datasets
@@ -31,7 +31,6 @@ from factorformer.tasks.data import Columns, Labels, count_tokens, encode, hold_
 from factorformer.tasks.healing import Reading
 from factorformer.tasks.targets import Embeddings, Predictions, Target
 from factorformer.tasks.vocabulary import trimmed_tokenizer, used_tokens
-from factorformer.training.distillation import mean_pool
 
 COMPARED = 1000
 """Embeddings are compared on at most so many rows: the similarities are those of all pairs."""
@@ -133,9 +132,10 @@ def read_inputs(job: CompressJob) -> Inputs:
     if apart:
         note("the texts of the two columns are embedded each by itself")
 
-    def encoded(tokenizer: PreTrainedTokenizerBase) -> dict[str, datasets.Dataset]:
+    def encoded(tokenizer: PreTrainedTokenizerBase, names: Collection[str]) -> dict[str, datasets.Dataset]:
         data: dict[str, datasets.Dataset] = {}
-        for name, rows in tables.items():
+        for name in names:
+            rows = tables[name]
             known = labels if columns[name].label is not None else None
             each = [Columns((column,)) for column in columns[name].text] if apart else [columns[name]]
             data[name] = datasets.concatenate_datasets(
@@ -144,7 +144,7 @@ def read_inputs(job: CompressJob) -> Inputs:
         seed = job.settings.seed
         if label is None and job.train is not None and job.evaluation is None:
             data["train"], data["evaluation"] = hold_out(data["train"], seed)
-            if job.calibration == job.train:  # what is measured on is not calibrated on
+            if "calibration" in data and job.calibration == job.train:  # what is measured on is not calibrated on
                 data["calibration"] = data["train"]
         if labels is None and "evaluation" in data:
             check_measurable(config, data["evaluation"], job.evaluation or job.train or "")
@@ -155,11 +155,12 @@ def read_inputs(job: CompressJob) -> Inputs:
     kept, original, data = None, None, {}
     if tokenizer is not None and job.trim_vocabulary is not None:
         if target is not None or labels is not None:
-            whole = encoded(tokenizer)
+            read = [name for name in tables if name == "evaluation" or (name == "train" and target is not None)]
+            whole = encoded(tokenizer, read)
             original = OriginalInputs(tokenizer, whole.get("train"), whole.get("evaluation"))
         tokenizer, kept = _trimmed(load_tokenizer(path), job)
     if tokenizer is not None:
-        data = encoded(tokenizer)
+        data = encoded(tokenizer, tables)
     if job.healing.minutes is not None and job.train is not None and target is None:
         raise MethodError(f"--minutes is for encoders, and '{job.model}' is a language model: give --epochs")
     return Inputs(
@@ -198,7 +199,7 @@ def _target(path: Path, config: PretrainedConfig, teacher: str | None) -> Target
     theirs = ours if teacher is None else find_pooling(find(teacher))
     # A plain directory is used like the one that it learns from, and the other way round.
     student, original = (theirs if ours.pooling is None else ours), (ours if theirs.pooling is None else theirs)
-    return Embeddings(*(mean_pool if layout.is_mean else layout.pool for layout in (student, original)))
+    return Embeddings(student.pooler, original.pooler)
 
 
 def _task(

@@ -136,8 +136,9 @@ def evaluate_embeddings(job: EmbeddingJob) -> Result:
             with about(table.source):
                 metrics |= _flat(name, _uses(table, before, after, job.seed))
     seconds = {"evaluate": time.perf_counter() - started}
-    first, second = (inventory(encoder.load(), "all") for encoder in encoders)
-    costs = dataclasses.replace(second, before=first.compressed)
+    original, model = (encoder.load() for encoder in encoders)
+    whole = inventory(original.to(model.dtype), "all")  # pyright: ignore[reportArgumentType]
+    costs = dataclasses.replace(inventory(model, "all"), before=whole.compressed)
     return Result.of(costs, metrics=metrics, seconds=seconds, seed=job.seed)
 
 
@@ -189,6 +190,18 @@ def _read(source: str, text: Sequence[str] | None, label: str | None, seed: int)
             )
         usual = LABELS if len(texts) == 2 else LABELS[:1]
         columns = Columns(texts, label or next((found for found in usual if found in names), None))
+    try:
+        return _checked(source, columns, label, seed)
+    except DataError as error:
+        if len(columns.text) == 2 or label is not None or columns.label is None:
+            raise
+        found = _checked(source, dataclasses.replace(columns, label=None), label, seed)
+        note(f"{error}; column '{columns.label}' is left out")
+        return found
+
+
+def _checked(source: str, columns: Columns, label: str | None, seed: int) -> _Table:
+    """The table, all of whose cells can be measured on: what is wrong is said before hours of embedding."""
     rows = read_table(source, columns)
     if len(rows) > MOST:
         note(f"'{source}': measured on {MOST:,} of {len(rows):,} rows, drawn at random")
@@ -203,15 +216,9 @@ def _read(source: str, text: Sequence[str] | None, label: str | None, seed: int)
         _check_scores(source, rows[columns.label])
     texts_of = tuple([str(value) for value in rows[column]] for column in columns.text)
     labels = None if columns.label is None else _labels(source, rows, columns.label)
-    if labels is not None:  # what is wrong with them is said before hours of embedding
-        try:
-            with about(source):
-                (embeddings.check_pairs if len(columns.text) == 2 else embeddings.check_classes)(labels)
-        except DataError as error:
-            if len(columns.text) == 2 or label is not None:
-                raise
-            note(f"{error}; column '{columns.label}' is left out")
-            columns, labels = dataclasses.replace(columns, label=None), None
+    if labels is not None:
+        with about(source):
+            (embeddings.check_pairs if len(columns.text) == 2 else embeddings.check_classes)(labels)
     return _Table(source, columns, texts_of, labels)
 
 

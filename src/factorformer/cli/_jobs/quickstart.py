@@ -139,12 +139,12 @@ def demonstrate_encoder(target: Path, *, overwrite: bool) -> Result:
     with bars() as progress:
         begun = time.perf_counter()
         options = {"calibration": texts, "token_counts": counts, "progress": progress}
+        learned = Embeddings(find_pooling(path).pooler)
         plan = compression.plan(small, ratio=ENCODER_RATIO, scope="all", int4=True, keep_statistics=True, **options)
         seconds["plan"] = time.perf_counter() - begun
         report = compression.compress(small, plan, hold_floats=True, **options)
         for line in report.notes:
             note(line)
-        learned = Embeddings(find_pooling(path).pool)
         curve = heal(
             small, original, data, settings, tokenizer=tokenizer, target=learned, report=note, progress=progress
         )
