@@ -14,7 +14,6 @@ from factorformer.cli._options import (
     AsJson,
     Budget,
     CalibrationFile,
-    CalibrationRows,
     Device,
     DeviceChoice,
     Distill,
@@ -44,6 +43,7 @@ from factorformer.cli._options import (
     TrimVocabulary,
     UniqueLayers,
     Words,
+    data_option,
     emit,
     finite,
     place_of,
@@ -58,6 +58,16 @@ LearningRate = Annotated[
         callback=finite,
         help="Peak of the learning rate. By default 1e-4; for an encoder that learns from --distill alone up to 5e-4, "
         "less for one that is near to the original already, or wider than 384.",
+    ),
+]
+RowsToFit = Annotated[
+    int | None,
+    data_option(
+        "--calibration-rows",
+        min=1,
+        max=LARGEST,
+        help="How many of its rows are used. By default 512, and 2,048 for an encoder that learns from --distill "
+        "alone: more make better fits, and take longer.",
     ),
 ]
 BatchSize = Annotated[
@@ -97,7 +107,7 @@ def compress(
     trim_vocabulary: TrimVocabulary = None,
     plan: PlanFile = None,
     calibration: CalibrationFile = None,
-    calibration_rows: CalibrationRows = 512,
+    calibration_rows: RowsToFit = None,
     train: TrainFile = None,
     evaluation: EvalFile = None,
     text: TextColumns = None,

@@ -52,6 +52,12 @@ from factorformer.training.dynamic_rank import DynamicRank
 from factorformer.training.rank_history import RankHistory
 from factorformer.training.straight_through import StraightThrough
 
+ROWS = 512
+"""Calibrated on, unless told otherwise."""
+
+ROWS_TO_HEAL = 2048
+"""The same before an encoder learns for minutes from its original, beside which a better fit costs little."""
+
 
 def run(job: CompressJob, *, resume: bool) -> Result:
     """Check, plan, fit, train, save, measure; an encoder that learns from a teacher alone leaves checkpoints."""
@@ -78,7 +84,7 @@ def _make(
     before, whole = _drop(job, inputs, model)
     calibration, counts = None, None
     if inputs.calibration is not None and inputs.tokenizer is not None:
-        rows, size = job.calibration_rows, job.settings.batch_size
+        rows, size = job.calibration_rows or (ROWS_TO_HEAL if inputs.heals else ROWS), job.settings.batch_size
         calibration = calibration_batches(model, inputs.tokenizer, inputs.calibration, rows, job.settings.seed, size)
         table = embeddings_of(model, "input_embeddings")
         if isinstance(table, nn.Embedding):

@@ -41,7 +41,7 @@ class CompressJob:
     train: str | None
     evaluation: str | None
     calibration: str | None
-    calibration_rows: int
+    calibration_rows: int | None
     max_length: int
     settings: TrainingSettings
     healing: HealingSettings
