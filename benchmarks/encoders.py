@@ -139,11 +139,8 @@ def static(source: Path, limit: int) -> tuple[Embed, Any]:
     """Static embeddings in so many bytes, and the table of them, `(tokens, dimension)`."""
     from model2vec.distill import distill
 
-    size, tokens, model = (
-        AutoConfig.from_pretrained(source).hidden_size,
-        len(AutoTokenizer.from_pretrained(source)),
-        None,
-    )
+    size, model = AutoConfig.from_pretrained(source).hidden_size, None
+    tokens = len(AutoTokenizer.from_pretrained(source))
     while model is None or len(model.embedding) < tokens:  # it leaves out tokens that are not used
         tokens = tokens if model is None else len(model.embedding)
         model = distill(str(source), pca_dims=min(limit // tokens, size), quantize_to="int8")

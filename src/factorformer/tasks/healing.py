@@ -251,8 +251,8 @@ def heal(
     What is learned are embeddings, of text, images or sound, or the scores of a cross-encoder (`target`). Integers have
     to be held as floats (`compress(..., hold_floats=True)`); `quantize` makes them integers afterwards. A run that was
     interrupted goes on from the last checkpoint in `output`. Where nothing but values is trained, what is left is the
-    model as it was when it was closest to the original, of all points at which they were compared in this run, the one
-    before training among them.
+    model as it was when it was closest to the original, of all points at which they were compared, the one before
+    training among them.
 
     Args:
         model: compressed.
