@@ -16,11 +16,13 @@ A model is a directory, or `minilm` for the embedded one. Every contestant is ma
 
 Embeddings are compared with those of the original on 20,000 sentences that nothing was trained on, on pairs of mrpc
 (area under the curve), and on banking77 and sst2 (nearest neighbour, and logistic regression with cross-validation).
-Each contestant is a row; a run skips those that are there already.
+Each contestant is a row; a run skips those that are there already. What the original makes of these texts is kept in
+the folder of work, for the next run with the same texts, weights and torch.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import subprocess
 import sys
@@ -32,12 +34,14 @@ from typing import Any
 import sentences
 import torch
 from common import append_line, default_data, machine, options, read_lines, start
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModel, AutoTokenizer
 from transformers.utils import logging
 
 import factorformer
 from factorformer.export.sentence import find_layout
+from factorformer.files import whole_file
 from factorformer.hf import minilm
 from factorformer.hf.source import copy_companions
 from factorformer.tasks import data, embeddings, evaluation
@@ -54,18 +58,24 @@ Embed = Callable[[Sequence[str]], Tensor]
 class Judge:
     """Texts, and what the original makes of them."""
 
-    def __init__(self, folder: Path, corpus: list[str], original: Embed) -> None:
-        self.corpus = corpus
+    def __init__(self, folder: Path, corpus: list[str], source: Path, work: Path) -> None:
         table = data.read(folder / PAIRS[0] / "test.tsv")
         self.pairs, self.same = [list(table[column]) for column in PAIRS[1]], list(table["label"])
         tables = {name: data.read(folder / name / "test.tsv") for name in CLASSES}
         self.classes = {name: (list(table["text"]), list(table["label"])) for name, table in tables.items()}
-        self.wanted = self._embeddings(original)
+        self.texts = {"corpus": corpus, "first": self.pairs[0], "second": self.pairs[1]}
+        self.texts |= {name: found for name, (found, _) in self.classes.items()}
+        digest = hashlib.sha256(json.dumps([self.texts, torch.__version__]).encode())
+        for file in sorted(source.rglob("*.safetensors")):
+            digest.update(file.read_bytes())
+        kept = work / f"original-{digest.hexdigest()[:16]}.safetensors"
+        if not kept.exists():
+            with whole_file(kept, "the embeddings of the original") as partial:
+                save_file(self._embeddings(encoder(source)), partial)
+        self.wanted = load_file(kept)
 
     def _embeddings(self, embed: Embed) -> dict[str, Tensor]:
-        texts = {"corpus": self.corpus, "first": self.pairs[0], "second": self.pairs[1]}
-        texts |= {name: found for name, (found, _) in self.classes.items()}
-        return {name: embed(found) for name, found in texts.items()}
+        return {name: embed(found) for name, found in self.texts.items()}
 
     def measure(self, embed: Embed | None) -> dict[str, dict[str, float]]:
         """Each measure of a contestant, that of the original, and their difference, with the ends of intervals.
@@ -272,7 +282,7 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     learned, judged = sentences.split(args.data)
     (folder / "learned.txt").write_text("\n".join(learned) + "\n", encoding="utf-8")
-    judge = Judge(args.data, judged, encoder(source))
+    judge = Judge(args.data, judged, source, folder)
     for row, embed in contestants(called, source, folder, args):
         uses = judge.measure(embed)
         if row["contestant"] == "model2vec":  # whose dimensions are others

@@ -56,13 +56,16 @@ def added(spec: Structure, weight: Tensor, metric: Metric) -> tuple[float, float
     return nearest, found
 
 
+def side_by_side(spec: Structure) -> Metric:
+    """Of the side in which entries of a factor lie next to each other."""
+    on_rows = isinstance(spec, DenseSparse) and spec.side == "columns"
+    return Metric(root(SHAPE[0]).T.contiguous(), None) if on_rows else Metric(None, root(SHAPE[1]))
+
+
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize("spec", SPECS, ids=str)
 def test_errors_make_up_for_each_other(spec: Structure, dtype: torch.dtype) -> None:
-    """Under the metric of the side in which entries of a factor lie next to each other."""
-    on_rows = isinstance(spec, DenseSparse) and spec.side == "columns"
-    metric = Metric(root(SHAPE[0]).T.contiguous(), None) if on_rows else Metric(None, root(SHAPE[1]))
-    nearest, found = added(spec, matrix(dtype=dtype), metric)
+    nearest, found = added(spec, matrix(dtype=dtype), side_by_side(spec))
     assert found < (0.5 if isinstance(spec, Dense) else 0.8) * nearest
 
 
@@ -131,6 +134,28 @@ def test_values_lie_within_the_cells_of_their_codes() -> None:
     off = (values - on_codes).abs() / steps
     assert 0.15 < float(off.mean()) < 0.25
     assert float(off.max()) < 0.46
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("spec", SPECS, ids=str)
+def test_steps_outlast_the_first_of_training(spec: Structure, dtype: torch.dtype) -> None:
+    """The largest values of groups may grow or shrink by 1 %: no code changes, and nothing but the scale does."""
+    metric = side_by_side(spec)
+    factors, _ = fit(matrix(dtype=dtype), spec, metric)
+    for name, values in round_factors(matrix(dtype=dtype), spec, factors, metric).items():
+        if not values.is_floating_point():
+            continue
+        grouped = F.pad(values, (0, -values.shape[-1] % GROUP)).unflatten(-1, (-1, GROUP)).flatten(0, -3)
+        largest = grouped == grouped.abs().amax(2, keepdim=True) * grouped.sign()
+        codes, exponents, _ = integers._by_group(values)
+        below = exponents.flatten() > 0
+        assert float(below.float().mean()) > 0.5, name
+        for change in (0.99, 1.01):
+            moved = torch.where(largest & (grouped.abs() < values.abs().max()), grouped * change, grouped)
+            moved = moved.flatten(1)[:, : values.shape[-1]].reshape(values.shape)
+            again, others, _ = integers._by_group(moved)
+            assert torch.equal(others.flatten()[below], exponents.flatten()[below]), name
+            assert torch.equal(again.flatten(0, 1)[below], codes.flatten(0, 1)[below]), name
 
 
 def test_parts_are_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:

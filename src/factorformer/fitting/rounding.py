@@ -7,7 +7,8 @@ squared error is left. A factor that is fitted to one that is rounded already ma
 of low rank are rotated so that all components matter alike.
 
 What comes out are floats that `structures.integers` rounds to the codes which were chosen here. They do not lie on
-these: training would take long to move any from the middle of what is rounded to one code.
+these: training would take long to move any from the middle of what is rounded to one code. Nor do the largest of their
+groups, which would get other steps, and all of a group other codes, with the first step of training.
 """
 
 from __future__ import annotations
@@ -43,6 +44,9 @@ CUTS = range(11)
 
 INSIDE = 0.45
 """Steps by which a value may be off its code, so that it is rounded to it in bfloat16 as well."""
+
+MIDDLE = 2 ** (-0.5 / STEPS)
+"""Of what a code of `LARGEST` stands for: the middle of the largest values that have the same steps."""
 
 SWEEPS, REFINEMENTS = 2, 4
 """Over the atoms of a dictionary when codes are rounded, and conjugate gradients before."""
@@ -144,7 +148,7 @@ def compensated(
     steps, found = _steps(values.float(), weights, values.dtype), torch.empty_like(values)
     for rows in _parts(len(values), values.shape[1], values.device):
         left = values[rows].float()
-        grid = _Grid.of(left, steps[rows]).columns(order)
+        grid = _Grid.of(left, steps, rows).columns(order)
         found[rows, order] = _one_by_one(left.T[order].contiguous(), grid, chain).T.to(values.dtype)
     return found
 
@@ -232,26 +236,30 @@ class _Grid:
         pinned: as large: the codes of those values that keep the steps of their groups, the largest of each; 0 for
             others.
         coarse: the steps of rows in 8 bits, in which products read what is stored in 4.
+        scale: the largest steps of the factor, which follow from its largest value: this one lies on its code.
     """
 
     steps: Tensor
     pinned: Tensor
     coarse: Float[Tensor, " rows"]
+    scale: Float[Tensor, ""]
 
     @classmethod
-    def of(cls, values: Float[Tensor, "rows width"], steps: Float[Tensor, "rows groups"]) -> _Grid:
-        """For values whose groups have these steps."""
-        width, grouped = values.shape[1], _grouped(values)
+    def of(cls, values: Float[Tensor, "some width"], whole: Float[Tensor, "rows groups"], rows: slice) -> _Grid:
+        """For the values of some rows of a factor, and the steps of all its groups."""
+        width, grouped, steps = values.shape[1], _grouped(values), whole[rows]
         largest, place = grouped.abs().max(2, keepdim=True)
         # Where a group is so small beside others that its exponent is the last one, nothing has to keep it.
         ends = grouped.gather(2, place).sign() * LARGEST[4] * (largest > (LARGEST[4] - 0.5) * steps[:, :, None])
         pinned = torch.zeros_like(grouped).scatter_(2, place, ends)
         coarse = (steps.amax(1) * LARGEST[4] / LARGEST[8]).clamp_min(TINY)
-        return cls(steps.repeat_interleave(GROUP, 1)[:, :width], pinned.flatten(1)[:, :width], coarse)
+        return cls(steps.repeat_interleave(GROUP, 1)[:, :width], pinned.flatten(1)[:, :width], coarse, whole.max())
 
     def columns(self, order: Int[Tensor, " width"]) -> _Grid:
         """That of the transpose, with columns in an order."""
-        return _Grid(self.steps.T[order].contiguous(), self.pinned.T[order].contiguous(), self.coarse)
+        return dataclasses.replace(
+            self, steps=self.steps.T[order].contiguous(), pinned=self.pinned.T[order].contiguous()
+        )
 
     def nearest(self, values: Float[Tensor, " rows"], column: int) -> tuple[Tensor, Tensor]:
         """The nearest values of a column of which codes are made, and what products read then."""
@@ -259,9 +267,10 @@ class _Grid:
         codes = (values / steps).round_().clamp_(-LARGEST[4], LARGEST[4])
         codes = torch.where(pinned == 0, codes, pinned)
         near = values.clamp((codes - INSIDE) * steps, (codes + INSIDE) * steps)
-        near = near.clamp(-LARGEST[4] * steps, LARGEST[4] * steps)
+        largest = LARGEST[4] * torch.where(steps < MIDDLE * self.scale, MIDDLE * steps, steps)
+        near = near.clamp(-largest, largest)
         read = (codes * steps / self.coarse).round_().mul_(self.coarse)
-        return torch.where(pinned == 0, near, codes * steps), read
+        return torch.where(pinned == 0, near, pinned.sign() * largest), read
 
 
 @dataclasses.dataclass(frozen=True)
@@ -290,13 +299,13 @@ class _Codes:
         chosen = _steps(values, values.new_ones(values.shape[1]), self.factors["weight"].dtype)
         found: list[Tensor] = []
         for rows, positions, projected in self._parts():
-            grid, empty = _Grid.of(values[rows], chosen[rows]), torch.zeros_like(projected)
+            grid, empty = _Grid.of(values[rows], chosen, rows), torch.zeros_like(projected)
             # By atom, as columns of a factor.
             steps, pinned, now = (
                 empty.scatter(1, positions, tensor).T.contiguous() for tensor in (grid.steps, grid.pinned, values[rows])
             )
             mask, near = (steps > 0).float(), torch.empty_like(now)
-            part = _Grid(torch.where(steps > 0, steps, 1), pinned, grid.coarse)
+            part = dataclasses.replace(grid, steps=torch.where(steps > 0, steps, 1), pinned=pinned)
             left = projected.T - gram @ now
             for first in list(range(0, len(gram), BLOCK)) * SWEEPS:
                 some, before = slice(first, first + BLOCK), now[first : first + BLOCK].clone()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import math
 from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar, Protocol
 
@@ -24,7 +23,7 @@ class Target(Protocol):
     """Of configurations, in which a model and the one that it learns from have to agree."""
 
     far: ClassVar[float | None]
-    """A distance from which on models learn at the same rate, and below which more slowly; None where none is known."""
+    """A loss from which on models learn at the same rate, and below which more slowly; None where none is known."""
 
     def read(self, model: PreTrainedModel, inputs: Mapping[str, Any]) -> Float[Tensor, "rows outputs"]:
         """The outputs of a compressed model for a batch, float32."""
@@ -35,15 +34,11 @@ class Target(Protocol):
         ...
 
     def loss(self, found: Float[Tensor, "rows outputs"], wanted: Float[Tensor, "rows outputs"]) -> Float[Tensor, ""]:
-        """What training makes small."""
+        """What training makes small, 0 where the two do the same."""
         ...
 
     def compare(self, wanted: Float[Tensor, "rows outputs"], found: Float[Tensor, "rows outputs"]) -> dict[str, float]:
         """Metrics that say what this is worth, of held-out rows."""
-        ...
-
-    def distance(self, wanted: Float[Tensor, "rows outputs"], found: Float[Tensor, "rows outputs"]) -> float:
-        """How far the two are apart, 0 where they do the same; infinite where it cannot be told."""
         ...
 
 
@@ -96,10 +91,6 @@ class Embeddings:
         """See `compare_embeddings`."""
         return compare_embeddings(wanted, found)
 
-    def distance(self, wanted: Tensor, found: Tensor) -> float:
-        """One minus the mean cosine."""
-        return _known(float(self.loss(found, wanted)))
-
 
 @dataclasses.dataclass(frozen=True)
 class Predictions:
@@ -128,11 +119,3 @@ class Predictions:
     def compare(self, wanted: Tensor, found: Tensor) -> dict[str, float]:
         """See `compare_predictions`."""
         return compare_predictions(wanted, found, independent=self.independent)
-
-    def distance(self, wanted: Tensor, found: Tensor) -> float:
-        """The loss: correlations do not tell of an offset, and agreement of few rows moves in steps."""
-        return _known(float(self.loss(found, wanted)))
-
-
-def _known(distance: float) -> float:
-    return math.inf if math.isnan(distance) else distance
