@@ -1,4 +1,4 @@
-"""Rounding to 4 bits: errors that make up for each other, of all structures, types and sizes."""
+"""Rounding to few bits: errors that make up for each other, of all structures, types and sizes."""
 
 from __future__ import annotations
 
@@ -16,12 +16,14 @@ from factorformer.fitting import ROUNDERS, Metric, fit, matrices, round_factors,
 from factorformer.fitting.rounding import compensated
 from factorformer.layers.nn import FactorizedMatrix
 from factorformer.layers.surgery import find_matrices
+from factorformer.planning.evidence import prediction
 from factorformer.structures import Dense, DenseSparse, KroneckerSum, LowRank, Structure, integers
 from factorformer.structures.base import GROUP, TensorSpec
 
 SHAPE = (48, 200)
 SPECS = [Dense(), LowRank(20), DenseSparse(32, 12), DenseSparse(32, 12, side="columns"), DenseSparse(40, 20)]
 TYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+FEW: list[integers.Bits] = [4, 3]
 
 
 def root(width: int, seed: int = 0) -> Tensor:
@@ -33,24 +35,24 @@ def root(width: int, seed: int = 0) -> Tensor:
     return torch.linalg.cholesky(inputs.T @ inputs / len(inputs) + 0.01 * torch.eye(width))
 
 
-def stored(factors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def stored(factors: Mapping[str, Tensor], bits: integers.Bits = 4) -> dict[str, Tensor]:
     """What products read of factors once they are integers."""
-    return {name: integers.rounded(t, 4) if t.is_floating_point() else t for name, t in factors.items()}
+    return {name: integers.rounded(t, bits) if t.is_floating_point() else t for name, t in factors.items()}
 
 
 def matrix(shape: tuple[int, int] = SHAPE, dtype: torch.dtype = torch.float32, seed: int = 1) -> Tensor:
     return (torch.randn(shape, generator=torch.Generator().manual_seed(seed)) / 8).to(dtype)
 
 
-def added(spec: Structure, weight: Tensor, metric: Metric) -> tuple[float, float]:
+def added(spec: Structure, weight: Tensor, metric: Metric, bits: integers.Bits = 4) -> tuple[float, float]:
     """What rounding adds to the squared error of the fit: to the nearest, and made up for."""
     factors, error = fit(weight, spec, metric)
-    rounded = round_factors(weight, spec, factors, metric)
+    rounded = round_factors(weight, spec, factors, metric, bits)
     assert {name: (t.shape, t.dtype) for name, t in rounded.items()} == {
         name: (t.shape, t.dtype) for name, t in factors.items()
     }
     nearest, found = (
-        metric.relative_error(weight, spec.to_dense(SHAPE, stored(known))) ** 2 - error**2
+        metric.relative_error(weight, spec.to_dense(SHAPE, stored(known, bits))) ** 2 - error**2
         for known in (factors, rounded)
     )
     return nearest, found
@@ -62,10 +64,11 @@ def side_by_side(spec: Structure) -> Metric:
     return Metric(root(SHAPE[0]).T.contiguous(), None) if on_rows else Metric(None, root(SHAPE[1]))
 
 
+@pytest.mark.parametrize("bits", FEW)
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize("spec", SPECS, ids=str)
-def test_errors_make_up_for_each_other(spec: Structure, dtype: torch.dtype) -> None:
-    nearest, found = added(spec, matrix(dtype=dtype), side_by_side(spec))
+def test_errors_make_up_for_each_other(spec: Structure, dtype: torch.dtype, bits: integers.Bits) -> None:
+    nearest, found = added(spec, matrix(dtype=dtype), side_by_side(spec), bits)
     assert found < (0.5 if isinstance(spec, Dense) else 0.8) * nearest
 
 
@@ -100,10 +103,11 @@ def example(kind: str, dtype: torch.dtype) -> Tensor:
     return values
 
 
+@pytest.mark.parametrize("bits", FEW)
 @pytest.mark.parametrize("kind", ["plain", "zeros", "outlier", "small"])
 @pytest.mark.parametrize("dtype", TYPES)
 def test_integers_hold_the_codes_that_were_chosen(
-    kind: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    kind: str, dtype: torch.dtype, bits: integers.Bits, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     values, reads, plain = example(kind, dtype), [], rounding._Grid.nearest
 
@@ -113,47 +117,49 @@ def test_integers_hold_the_codes_that_were_chosen(
         return near, read
 
     monkeypatch.setattr(rounding._Grid, "nearest", nearest)
-    found = compensated(values, root(200))
+    found = compensated(values, root(200), bits)
     chosen = torch.empty_like(values, dtype=torch.float32)
     chosen[:, rounding._chain(root(200))[0]] = torch.stack(reads, 1)
-    read = integers.rounded(found, 4).float()
+    read = integers.rounded(found, bits).float()
     coarse = read.abs().amax(1, keepdim=True) / 127
     # Another code would be off by a seventh of the largest value of its group; narrow types by a step of 8 bits.
     off, narrow = (read - chosen).abs(), dtype in (torch.bfloat16, torch.float16)
     assert bool((off <= 1.1 * coarse + read.abs() * torch.finfo(dtype).eps).all())
-    assert narrow or float(off.max()) < 1e-6 * float(values.abs().max())
+    # Half of the largest value of a row lies between two steps of 8 bits, and may become either.
+    assert narrow or float((off > 1e-6 * values.abs().max()).float().mean()) < 0.01
 
 
 def test_values_lie_within_the_cells_of_their_codes() -> None:
     """Not in the middle, from where training would take long to move them."""
-    values = compensated(matrix(), root(SHAPE[1]))
+    values = compensated(matrix(), root(SHAPE[1]), 4)
     codes = integers.quantize({"weight": values}, 4)
-    on_codes = integers.restored(codes, {"weight": TensorSpec(SHAPE)})["weight"]
+    on_codes = integers.restored(codes, {"weight": TensorSpec(SHAPE)}, 4)["weight"]
     largest = F.pad(values, (0, -SHAPE[1] % GROUP)).unflatten(1, (-1, GROUP)).abs().amax(2)
-    steps = integers.group_steps(largest, values.dtype).repeat_interleave(GROUP, 1)[:, : SHAPE[1]]
+    steps = integers.group_steps(largest, values.dtype, 4).repeat_interleave(GROUP, 1)[:, : SHAPE[1]]
     off = (values - on_codes).abs() / steps
     assert 0.15 < float(off.mean()) < 0.25
     assert float(off.max()) < 0.46
 
 
+@pytest.mark.parametrize("bits", FEW)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("spec", SPECS, ids=str)
-def test_steps_outlast_the_first_of_training(spec: Structure, dtype: torch.dtype) -> None:
+def test_steps_outlast_the_first_of_training(spec: Structure, dtype: torch.dtype, bits: integers.Bits) -> None:
     """The largest values of groups may grow or shrink by 1 %: no code changes, and nothing but the scale does."""
     metric = side_by_side(spec)
     factors, _ = fit(matrix(dtype=dtype), spec, metric)
-    for name, values in round_factors(matrix(dtype=dtype), spec, factors, metric).items():
+    for name, values in round_factors(matrix(dtype=dtype), spec, factors, metric, bits).items():
         if not values.is_floating_point():
             continue
         grouped = F.pad(values, (0, -values.shape[-1] % GROUP)).unflatten(-1, (-1, GROUP)).flatten(0, -3)
         largest = grouped == grouped.abs().amax(2, keepdim=True) * grouped.sign()
-        codes, exponents, _ = integers._by_group(values)
+        codes, exponents, _ = integers._by_group(values, bits)
         below = exponents.flatten() > 0
         assert float(below.float().mean()) > 0.5, name
         for change in (0.99, 1.01):
             moved = torch.where(largest & (grouped.abs() < values.abs().max()), grouped * change, grouped)
             moved = moved.flatten(1)[:, : values.shape[-1]].reshape(values.shape)
-            again, others, _ = integers._by_group(moved)
+            again, others, _ = integers._by_group(moved, bits)
             assert torch.equal(others.flatten()[below], exponents.flatten()[below]), name
             assert torch.equal(again.flatten(0, 1)[below], codes.flatten(0, 1)[below]), name
 
@@ -163,10 +169,10 @@ def test_parts_are_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     for spec in SPECS:
         metric = Metric(torch.rand(SHAPE[0]).double() + 0.1, root(SHAPE[1]))
         factors, _ = fit(matrix(), spec, metric)
-        whole = round_factors(matrix(), spec, factors, metric)
+        whole = round_factors(matrix(), spec, factors, metric, 4)
         with monkeypatch.context() as patch:
             patch.setattr(rounding, "ENTRIES", 1000)
-            parts = round_factors(matrix(), spec, factors, metric)
+            parts = round_factors(matrix(), spec, factors, metric, 4)
         for name, factor in stored(whole).items():
             # Sums in another order may make another code of what lies between two.
             assert float((stored(parts)[name] != factor).float().mean()) < 0.02, (spec, name)
@@ -177,7 +183,7 @@ def test_a_matrix_of_zeros_stays_one(spec: Structure) -> None:
     weight = torch.zeros(SHAPE)
     for metric in (Metric(), Metric(None, root(SHAPE[1]))):
         factors, _ = fit(weight, spec, metric)
-        found = spec.to_dense(SHAPE, stored(round_factors(weight, spec, factors, metric)))
+        found = spec.to_dense(SHAPE, stored(round_factors(weight, spec, factors, metric, 4)))
         assert float(found.abs().max()) < 1e-6
 
 
@@ -185,7 +191,7 @@ def test_other_structures_are_left_as_they_are() -> None:
     spec = KroneckerSum(rank=2, left=(6, 10), right=(8, 20))
     assert type(spec) not in ROUNDERS
     factors, _ = fit(matrix(), spec, Metric())
-    found = round_factors(matrix(), spec, factors, Metric())
+    found = round_factors(matrix(), spec, factors, Metric(), 4)
     assert all(torch.equal(found[name], factor) for name, factor in factors.items())
 
 
@@ -200,15 +206,16 @@ def test_values_that_are_not_finite_are_refused() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_whole_models_lose_less(name: str, method: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """And a report tells what dense matrices in 4 bits lose."""
-    batch, lost = text(32, 20), {}
+    batch, lost, plan = text(32, 20), {}, None
+    monkeypatch.setattr(prediction, "NARROW", None)
     for compensates in (True, False):
         model = MODELS[name].build().to(dtype)
         dense = {m.name: model.get_submodule(m.name) for m in find_matrices(model)[0]}
         dense = {known: (m.weight.T if name == "gpt2" else m.weight).detach().clone() for known, m in dense.items()}
         with monkeypatch.context() as patch:
             if not compensates:
-                patch.setattr(matrices, "round_factors", lambda weight, spec, factors, metric: factors)
-            plan = factorformer.plan(model, method, 8.5, calibration=[batch], int4=True)
+                patch.setattr(matrices, "round_factors", lambda weight, spec, factors, metric, bits: factors)
+            plan = plan or factorformer.plan(model, method, 8.5, calibration=[batch], int4=True)
             report = factorformer.compress(model, plan, [batch], keep_statistics=True)
         errors = {}
         for known, layer in model.named_modules():

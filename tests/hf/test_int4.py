@@ -74,14 +74,41 @@ def test_four_bits_or_eight_whichever_loses_less(tmp_path: Path, monkeypatch: py
     assert {layer["values"] for layer in describe(again).layers.values()} == {"int4", "int8"}
     assert inventory(again).compressed == mixed.compressed
     assert Plan.from_dict(mixed.to_dict()) == mixed
-    # Where all fit in 8 bits they are in 8 bits, and far beyond that there is nothing to compare.
+    # Where all fit in 8 bits they are in 8 bits.
     assert {entry.values for entry in planned(3.353).factorized} == {"int8"}
     monkeypatch.setattr(prediction, "MIXED_UP_TO", 4)
     narrow = planned(5)
-    assert {entry.values for entry in narrow.factorized} == {"int4"}
+    assert "int8" not in {entry.values for entry in narrow.factorized}
     assert mixed.predicted is not None
     assert narrow.predicted is not None
     assert mixed.predicted < narrow.predicted
+
+
+def test_beyond_that_three_bits_or_four(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs, data = MODELS["bert"].inputs(), [text(16)]
+    model = MODELS["bert"].build()
+    mixed = factorformer.plan(model, "fisher", 16, int4=True, calibration=data)
+    assert {entry.values for entry in mixed.factorized} == {"int3", "int4"}
+    assert Plan.from_dict(mixed.to_dict()) == mixed
+    dense = sum(p.numel() * p.element_size() for p in model.parameters())
+    factorformer.compress(model, mixed, data, hold_floats=True)
+    assert {layer["values"] for layer in describe(model).layers.values()} == {"fake_int3", "fake_int4"}
+    held = logits(model, inputs)
+    quantize(model)
+    assert relative(logits(model, inputs), held) < LOST
+    model.save_pretrained(tmp_path)
+    assert dense - stored_bytes(tmp_path) == mixed.original.bytes - mixed.compressed.bytes
+    again = factorformer.load(tmp_path)
+    assert torch.equal(logits(again, inputs), logits(model, inputs))
+    assert inventory(again).compressed == mixed.compressed
+    hold_floats(again)
+    assert relative(logits(again, inputs), held) < 1e-4
+    monkeypatch.setattr(prediction, "NARROW", None)
+    alone = factorformer.plan(MODELS["bert"].build(), "fisher", 16, int4=True, calibration=data)
+    assert {entry.values for entry in alone.factorized} == {"int4"}
+    assert mixed.predicted is not None
+    assert alone.predicted is not None
+    assert mixed.predicted < alone.predicted
 
 
 def test_plain_transformers_loads_it(tmp_path: Path) -> None:

@@ -141,74 +141,91 @@ def test_values_in_another_type() -> None:
     torch.testing.assert_close(low.float(), integers.floats(stored)["weight"], rtol=0.02, atol=0)
 
 
-# In 4 bits
+# In few bits
+
+FEW: list[integers.Bits] = [4, 3]
 
 
-def half_bytes(tensor: Tensor) -> Tensor:
-    return integers.restored(integers.quantize({"weight": tensor}, 4), {"weight": TensorSpec(tuple(tensor.shape))})[
-        "weight"
-    ]
+def narrow(tensor: Tensor, bits: integers.Bits) -> Tensor:
+    spec = {"weight": TensorSpec(tuple(tensor.shape))}
+    return integers.restored(integers.quantize({"weight": tensor}, bits), spec, bits)["weight"]
 
 
+@pytest.mark.parametrize("bits", FEW)
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
 @pytest.mark.parametrize("size", [*SIZES, (3, 32), (3, 33), (5, 1, 70)], ids=str)
-def test_two_values_take_a_byte(size: tuple[int, ...], dtype: torch.dtype) -> None:
+def test_values_share_bytes(size: tuple[int, ...], dtype: torch.dtype, bits: integers.Bits) -> None:
     tensor, spec = draw(size, dtype), TensorSpec(size)
-    stored = integers.quantize({"weight": tensor}, 4)
-    described = integers.stored({"weight": spec}, 4)
+    stored = integers.quantize({"weight": tensor}, bits)
+    described = integers.stored({"weight": spec}, bits)
     assert {n: (tuple(t.shape), t.dtype) for n, t in stored.items()} == {
         n: (t.size, t.dtype or dtype) for n, t in described.items()
     }
-    assert sum(t.numel() * t.element_size() for t in stored.values()) == spec.bytes(integers.TYPES[4], dtype)
-    again = half_bytes(tensor)
+    assert sum(t.numel() * t.element_size() for t in stored.values()) == spec.bytes(integers.TYPES[bits], dtype)
+    again = narrow(tensor, bits)
     assert again.shape == tensor.shape
     assert again.dtype == dtype
-    multiplied = integers.in_int8(stored, {"weight": spec})
+    multiplied = integers.in_int8(stored, {"weight": spec}, bits)
     assert {n: (tuple(t.shape), t.dtype) for n, t in multiplied.items()} == {
         "weight": (size, torch.int8),
         "weight_scale": (size[:1], dtype),
     }
-    assert torch.equal(integers.rounded(tensor, 4), integers.floats(multiplied)["weight"])
-    torch.testing.assert_close(half_bytes(again), again, rtol=4 * torch.finfo(dtype).eps, atol=0)
+    assert torch.equal(integers.rounded(tensor, bits), integers.floats(multiplied)["weight"])
+    torch.testing.assert_close(narrow(again, bits), again, rtol=4 * torch.finfo(dtype).eps, atol=0)
 
 
+def test_the_first_value_has_the_lowest_bits() -> None:
+    """As files say that were written before."""
+    codes = torch.tensor([[1.0, -1.0, 7.0, -7.0, 3.0]])
+    assert integers.quantize({"weight": codes}, 4)["weight"].view(torch.uint8).tolist() == [[0xF1, 0x97, 0x03]]
+    codes = torch.tensor([[1.0, -1.0, 3.0, -3.0, 0.0, 2.0, -2.0, 1.0, -3.0]])
+    word = sum((int(code) & 7) << 3 * place for place, code in enumerate(codes[0, :8].tolist()))
+    expected = [word & 255, word >> 8 & 255, word >> 16, 0b101]
+    assert integers.quantize({"weight": codes}, 3)["weight"].view(torch.uint8).tolist() == [expected]
+
+
+@pytest.mark.parametrize("bits", FEW)
 @given(st.integers(1, 80), st.floats(-30, 30), st.floats(-3, 0), st.integers(0, 1000))
-def test_a_value_is_off_by_half_a_step_of_its_group(width: int, exponent: float, spread: float, seed: int) -> None:
+def test_a_value_is_off_by_half_a_step_of_its_group(
+    bits: integers.Bits, width: int, exponent: float, spread: float, seed: int
+) -> None:
     generator = torch.Generator().manual_seed(seed)
     groups = -(-width // 32)
     scales = 10 ** (exponent + spread * torch.rand(3, groups, generator=generator)).repeat_interleave(32, 1)[:, :width]
     tensor = scales * torch.randn(3, width, generator=generator)
-    error = (half_bytes(tensor) - tensor).abs()
+    error, step = (narrow(tensor, bits) - tensor).abs(), 1 / integers.LARGEST[bits]
     for first in range(0, width, 32):
         part = tensor[:, first : first + 32]
-        assert (error[:, first : first + 32] <= 0.53 / 7 * part.abs().amax(1, keepdim=True)).all()
+        assert (error[:, first : first + 32] <= 0.53 * step * part.abs().amax(1, keepdim=True)).all()
 
 
 def test_a_large_value_costs_its_neighbours_alone() -> None:
     tensor = draw((4, 128))
     tensor[0, 3] = 1000.0
-    error = (half_bytes(tensor) - tensor).square().mean(1)
-    assert (half_bytes(tensor)[0, 32:] - tensor[0, 32:]).square().mean() < 2 * error[1:].mean()
-    assert half_bytes(tensor)[0, 3] == pytest.approx(1000, rel=1e-3)
+    error = (narrow(tensor, 4) - tensor).square().mean(1)
+    assert (narrow(tensor, 4)[0, 32:] - tensor[0, 32:]).square().mean() < 2 * error[1:].mean()
+    assert narrow(tensor, 4)[0, 3] == pytest.approx(1000, rel=1e-3)
     # Products read int8 with a scale for each row, and training sees what that costs.
     assert (integers.rounded(tensor, 4)[0, 32:] == 0).all()
-    torch.testing.assert_close(integers.rounded(tensor, 4)[1:], half_bytes(tensor)[1:], rtol=0, atol=0.03)
+    torch.testing.assert_close(integers.rounded(tensor, 4)[1:], narrow(tensor, 4)[1:], rtol=0, atol=0.03)
 
 
-def test_zeros_stay_zeros() -> None:
+@pytest.mark.parametrize("bits", FEW)
+def test_zeros_stay_zeros(bits: integers.Bits) -> None:
     tensor = torch.zeros(3, 70)
-    assert torch.equal(half_bytes(tensor), tensor)
+    assert torch.equal(narrow(tensor, bits), tensor)
     tensor[1] = draw((70,))
-    assert torch.equal(half_bytes(tensor)[[0, 2]], tensor[[0, 2]])
+    assert torch.equal(narrow(tensor, bits)[[0, 2]], tensor[[0, 2]])
 
 
-def test_gradients_pass_in_4_bits_too() -> None:
+@pytest.mark.parametrize("bits", FEW)
+def test_gradients_pass_in_few_bits_too(bits: integers.Bits) -> None:
     tensor, target = draw((6, 40)).requires_grad_(), draw((6, 40))
-    (integers.rounded(tensor, 4) * target).sum().backward()
+    (integers.rounded(tensor, bits) * target).sum().backward()
     assert torch.equal(tensor.grad, target)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("bits", [8, *FEW])
 def test_rows_that_are_looked_up_are_rounded_alone(bits: integers.Bits) -> None:
     factors = {"weight": draw((50, 40)), "right": draw((40, 6))}
     index, lazy = torch.tensor([[3, 0], [5, 3]]), integers.Rounded(factors, bits)

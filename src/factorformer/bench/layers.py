@@ -64,7 +64,7 @@ class LayerComparison:
         names: of the layers.
         shape: `(out, in)`.
         spec: their structure.
-        dtype: in which the factors are stored: `int8`, `int4`, or the floating type of the layers.
+        dtype: in which the factors are stored: `int8`, `int4`, `int3`, or the floating type of the layers.
         timings: in growing numbers of tokens.
     """
 

@@ -15,6 +15,7 @@ from factorformer.fitting.svd import fit_low_rank
 from factorformer.fitting.van_loan import fit_kronecker_sum
 from factorformer.layers.modes import fast_float32
 from factorformer.structures import Dense, DenseSparse, KroneckerSum, LowRank, Structure
+from factorformer.structures.integers import Bits
 
 QUICK = 2
 """Rounds of the fits that only choose a size."""
@@ -51,21 +52,24 @@ def fit(
     return {name: factor.to(weight.device) for name, factor in factors.items()}, error
 
 
-def round_factors(weight: Tensor, spec: Structure, factors: Mapping[str, Tensor], metric: Metric) -> dict[str, Tensor]:
-    """Factors that 4 bits round to codes whose errors make up for each other under the metric.
+def round_factors(
+    weight: Tensor, spec: Structure, factors: Mapping[str, Tensor], metric: Metric, bits: Bits
+) -> dict[str, Tensor]:
+    """Factors that few bits round to codes whose errors make up for each other under the metric.
 
     Args:
         weight: `(out, in)`, which they approximate.
         spec: structure and size.
         factors: from `fit`.
         metric: that they were fitted under.
+        bits: of codes, 4 or 3.
     """
     if type(spec) not in ROUNDERS:
         return dict(factors)
     moved, known = _where_float64_is(weight, metric)
     with fast_float32(moved.device):
         on_device = {name: factor.to(moved.device) for name, factor in factors.items()}
-        found = ROUNDERS[type(spec)](moved, spec, on_device, known)
+        found = ROUNDERS[type(spec)](moved, spec, on_device, known, bits)
     return {name: factor.to(weight.device) for name, factor in found.items()}
 
 

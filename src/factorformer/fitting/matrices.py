@@ -73,8 +73,8 @@ def fit_weight(
     Args:
         matrix, spec, metric, rounds: as there.
         weight: `(out, in)`.
-        stored: whether factors are to be rounded to 4 bits, if these hold them, so that errors make up for each other;
-            a dense matrix is so in any case.
+        stored: whether factors are to be rounded so that errors make up for each other, if few bits hold them; a dense
+            matrix is so in any case.
     """
     with naming(matrix.name):
         factors, error = fit(weight, spec, metric, rounds=rounds)
@@ -87,7 +87,7 @@ def fit_weight(
 
 def for_storage(matrix: Matrix, weight: Tensor, spec: Structure, factors: Factors, metric: Metric) -> Factors:
     """Factors whose errors make up for each other in the integers of the matrix; those of 8 bits are small anyway."""
-    return round_factors(weight, spec, factors, metric) if matrix.bits == 4 else factors
+    return factors if matrix.bits in (None, 8) else round_factors(weight, spec, factors, metric, matrix.bits)
 
 
 def metric_of(name: str, statistics: Mapping[str, LayerStatistics]) -> Metric:

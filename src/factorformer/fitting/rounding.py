@@ -1,4 +1,4 @@
-"""Rounding to 4 bits so that errors make up for each other; and dense matrices, of which nothing else is lost.
+"""Rounding to few bits so that errors make up for each other; and dense matrices, of which nothing else is lost.
 
 Rounded to the nearest, entries have errors that are independent, and each counts in full. Here the columns of a factor
 are rounded one after the other, and those that follow make up for the errors so far, as far as the inputs of the layer
@@ -28,7 +28,7 @@ from factorformer.fitting.metric import Metric
 from factorformer.kernels import support
 from factorformer.structures import Dense, DenseSparse, LowRank, Structure
 from factorformer.structures.base import GROUP
-from factorformer.structures.integers import LARGEST, STEPS, group_steps, rounded
+from factorformer.structures.integers import LARGEST, STEPS, Bits, group_steps, rounded
 
 DAMPING = 0.01
 """Part of the mean of the diagonal of a moment that is added to it."""
@@ -72,14 +72,14 @@ def fit_dense(weight: Float[Tensor, "out inner"], spec: Dense, metric: Metric) -
 
 
 def round_dense(
-    weight: Float[Tensor, "out inner"], spec: Dense, factors: Mapping[str, Tensor], metric: Metric
+    weight: Float[Tensor, "out inner"], spec: Dense, factors: Mapping[str, Tensor], metric: Metric, bits: Bits
 ) -> dict[str, Tensor]:
     """The matrix under the moment of its inputs, `(out, 1, in)`."""
-    return {"weight": compensated(factors["weight"].squeeze(1), metric.columns).unsqueeze(1)}
+    return {"weight": compensated(factors["weight"].squeeze(1), metric.columns, bits).unsqueeze(1)}
 
 
 def round_low_rank(
-    weight: Float[Tensor, "out inner"], spec: LowRank, factors: Mapping[str, Tensor], metric: Metric
+    weight: Float[Tensor, "out inner"], spec: LowRank, factors: Mapping[str, Tensor], metric: Metric, bits: Bits
 ) -> dict[str, Tensor]:
     """First `right`, under the moment of the inputs; then the best `weight` for it, under that of what `right` makes.
 
@@ -88,8 +88,8 @@ def round_low_rank(
     """
     generator = torch.Generator().manual_seed(0)
     rotation = torch.linalg.qr(torch.randn(spec.rank, spec.rank, generator=generator, dtype=torch.float64))[0]
-    right = compensated((rotation.to(weight) @ factors["right"]), metric.columns)
-    made = pull = rounded(right, 4).double()
+    right = compensated((rotation.to(weight) @ factors["right"]), metric.columns, bits)
+    made = pull = rounded(right, bits).double()
     if metric.columns is not None:
         made = made @ metric.columns
         pull = made @ metric.columns.T
@@ -97,11 +97,11 @@ def round_low_rank(
     moment.diagonal().add_(RIDGE * moment.diagonal().mean() or 1.0)
     root = square_root(moment)
     left = torch.cholesky_solve((pull.float() @ weight.float().T).double(), root).T
-    return {"weight": compensated(left.to(weight.dtype), root), "right": right}
+    return {"weight": compensated(left.to(weight.dtype), root, bits), "right": right}
 
 
 def round_dense_sparse(
-    weight: Float[Tensor, "out inner"], spec: DenseSparse, factors: Mapping[str, Tensor], metric: Metric
+    weight: Float[Tensor, "out inner"], spec: DenseSparse, factors: Mapping[str, Tensor], metric: Metric, bits: Bits
 ) -> dict[str, Tensor]:
     """First the dictionary, under the metric of the side that it lives in; then the best codes for it.
 
@@ -112,13 +112,13 @@ def round_dense_sparse(
     if spec.side == "columns":
         short = None if metric.rows is None else metric.rows.diag() if metric.rows.dim() == 1 else metric.rows.T
         long, target = metric.columns, weight.T
-    found = {**factors, "dictionary": compensated(factors["dictionary"], short)}
+    found = {**factors, "dictionary": compensated(factors["dictionary"], short, bits)}
     if long is not None and long.dim() == 2:
         return found
-    atoms = rounded(found["dictionary"], 4).double()
+    atoms = rounded(found["dictionary"], bits).double()
     root = torch.eye(atoms.shape[1], dtype=atoms.dtype, device=atoms.device) if short is None else short
     root = root / (float(root.square().mean().sqrt()) or 1.0)
-    codes = _Codes(spec, factors, target, (atoms @ root).float(), root.float())
+    codes = _Codes(spec, factors, target, (atoms @ root).float(), root.float(), bits)
     return found | {"weight": codes.rounded().to(weight.dtype)}
 
 
@@ -131,13 +131,14 @@ ROUNDERS: dict[type[Structure], Callable[..., dict[str, Tensor]]] = {
 
 
 def compensated(
-    values: Float[Tensor, "out inner"], root: Float[Tensor, "inner inner"] | None
+    values: Float[Tensor, "out inner"], root: Float[Tensor, "inner inner"] | None, bits: Bits
 ) -> Float[Tensor, "out inner"]:
-    """A factor near the given one under `||(V - V') L||_F` once `V'` is rounded to 4 bits.
+    """A factor near the given one under `||(V - V') L||_F` once `V'` is rounded to so many bits.
 
     Args:
         values: `V`.
         root: any `L` with `L L^T` the metric; None for the identity, under which nothing makes up for anything.
+        bits: of codes.
 
     Raises:
         ModelError: the metric is not finite.
@@ -145,10 +146,10 @@ def compensated(
     if root is None:
         return values
     order, chain, weights = _chain(root)
-    steps, found = _steps(values.float(), weights, values.dtype), torch.empty_like(values)
+    steps, found = _steps(values.float(), weights, values.dtype, bits), torch.empty_like(values)
     for rows in _parts(len(values), values.shape[1], values.device):
         left = values[rows].float()
-        grid = _Grid.of(left, steps, rows).columns(order)
+        grid = _Grid.of(left, steps, rows, bits).columns(order)
         found[rows, order] = _one_by_one(left.T[order].contiguous(), grid, chain).T.to(values.dtype)
     return found
 
@@ -201,7 +202,7 @@ def _grouped(values: Float[Tensor, "rows width"]) -> Float[Tensor, "rows groups 
 
 
 def _steps(
-    values: Float[Tensor, "rows width"], weights: Float[Tensor, " width"], dtype: torch.dtype
+    values: Float[Tensor, "rows width"], weights: Float[Tensor, " width"], dtype: torch.dtype, bits: Bits
 ) -> Float[Tensor, "rows groups"]:
     """The steps that suit each group best, where squared errors weigh differently in each column.
 
@@ -209,51 +210,59 @@ def _steps(
         values: of the factor, in float32.
         weights: of squared errors.
         dtype: of the factor, and so of its scale.
+        bits: of codes.
     """
-    full = group_steps(_grouped(values).abs().amax(2), dtype)
+    largest = LARGEST[bits]
+    full = group_steps(_grouped(values).abs().amax(2), dtype, bits)
     chosen, weight = [], _grouped(weights[None])
     for rows in _parts(len(values), values.shape[1], values.device):
         grouped, best = _grouped(values[rows]), full[rows]
         least = torch.full_like(best, torch.inf)
         for cut in CUTS:
             steps = full[rows] * 2 ** (-cut / STEPS)
-            codes = (grouped / steps[:, :, None]).round_().clamp_(-LARGEST[4], LARGEST[4])
+            codes = (grouped / steps[:, :, None]).round_().clamp_(-largest, largest)
             loss = (grouped - codes.mul_(steps[:, :, None])).square_().mul_(weight).sum(2)
             best, least = torch.where(loss < least, steps, best), torch.minimum(loss, least)
         chosen.append(best)
     steps = torch.cat(chosen)
     for _ in range(SETTLING):
-        steps = group_steps((steps * LARGEST[4]).to(dtype).to(steps.dtype), dtype)
+        steps = group_steps((steps * largest).to(dtype).to(steps.dtype), dtype, bits)
     return steps
 
 
 @dataclasses.dataclass(frozen=True)
 class _Grid:
-    """What values of a factor can become in 4 bits, once the steps of its groups are chosen.
+    """What values of a factor can become in few bits, once the steps of its groups are chosen.
 
     Args:
         steps: of each value, `(rows, width)` or its transpose.
         pinned: as large: the codes of those values that keep the steps of their groups, the largest of each; 0 for
             others.
-        coarse: the steps of rows in 8 bits, in which products read what is stored in 4.
+        coarse: the steps of rows in 8 bits, in which products read what is stored in fewer.
         scale: the largest steps of the factor, which follow from its largest value: this one lies on its code.
+        largest: code.
     """
 
     steps: Tensor
     pinned: Tensor
     coarse: Float[Tensor, " rows"]
     scale: Float[Tensor, ""]
+    largest: int
 
     @classmethod
-    def of(cls, values: Float[Tensor, "some width"], whole: Float[Tensor, "rows groups"], rows: slice) -> _Grid:
+    def of(
+        cls, values: Float[Tensor, "some width"], whole: Float[Tensor, "rows groups"], rows: slice, bits: Bits
+    ) -> _Grid:
         """For the values of some rows of a factor, and the steps of all its groups."""
+        code = LARGEST[bits]
         width, grouped, steps = values.shape[1], _grouped(values), whole[rows]
         largest, place = grouped.abs().max(2, keepdim=True)
         # Where a group is so small beside others that its exponent is the last one, nothing has to keep it.
-        ends = grouped.gather(2, place).sign() * LARGEST[4] * (largest > (LARGEST[4] - 0.5) * steps[:, :, None])
+        ends = grouped.gather(2, place).sign() * code * (largest > (code - 0.5) * steps[:, :, None])
         pinned = torch.zeros_like(grouped).scatter_(2, place, ends)
-        coarse = (steps.amax(1) * LARGEST[4] / LARGEST[8]).clamp_min(TINY)
-        return cls(steps.repeat_interleave(GROUP, 1)[:, :width], pinned.flatten(1)[:, :width], coarse, whole.max())
+        coarse = (steps.amax(1) * code / LARGEST[8]).clamp_min(TINY)
+        each = steps.repeat_interleave(GROUP, 1)[:, :width]
+        return cls(each, pinned.flatten(1)[:, :width], coarse, whole.max(), code)
 
     def columns(self, order: Int[Tensor, " width"]) -> _Grid:
         """That of the transpose, with columns in an order."""
@@ -264,10 +273,10 @@ class _Grid:
     def nearest(self, values: Float[Tensor, " rows"], column: int) -> tuple[Tensor, Tensor]:
         """The nearest values of a column of which codes are made, and what products read then."""
         steps, pinned = self.steps[column], self.pinned[column]
-        codes = (values / steps).round_().clamp_(-LARGEST[4], LARGEST[4])
+        codes = (values / steps).round_().clamp_(-self.largest, self.largest)
         codes = torch.where(pinned == 0, codes, pinned)
         near = values.clamp((codes - INSIDE) * steps, (codes + INSIDE) * steps)
-        largest = LARGEST[4] * torch.where(steps < MIDDLE * self.scale, MIDDLE * steps, steps)
+        largest = self.largest * torch.where(steps < MIDDLE * self.scale, MIDDLE * steps, steps)
         near = near.clamp(-largest, largest)
         read = (codes * steps / self.coarse).round_().mul_(self.coarse)
         return torch.where(pinned == 0, near, pinned.sign() * largest), read
@@ -283,6 +292,7 @@ class _Codes:
         target: `T`.
         atoms: `D L`, of the rounded dictionary.
         root: `L`.
+        bits: of codes.
     """
 
     spec: DenseSparse
@@ -290,16 +300,17 @@ class _Codes:
     target: Float[Tensor, "long short"]
     atoms: Float[Tensor, "atoms short"]
     root: Float[Tensor, "short short"]
+    bits: Bits
 
     def rounded(self) -> Float[Tensor, "long nonzeros"]:
         """Values of which the codes are made."""
         gram = self.atoms @ self.atoms.T
         gram.diagonal().clamp_min_(TINY)
         values = torch.cat([self._solved(*part, gram) for part in self._parts()])
-        chosen = _steps(values, values.new_ones(values.shape[1]), self.factors["weight"].dtype)
+        chosen = _steps(values, values.new_ones(values.shape[1]), self.factors["weight"].dtype, self.bits)
         found: list[Tensor] = []
         for rows, positions, projected in self._parts():
-            grid, empty = _Grid.of(values[rows], chosen, rows), torch.zeros_like(projected)
+            grid, empty = _Grid.of(values[rows], chosen, rows, self.bits), torch.zeros_like(projected)
             # By atom, as columns of a factor.
             steps, pinned, now = (
                 empty.scatter(1, positions, tensor).T.contiguous() for tensor in (grid.steps, grid.pinned, values[rows])

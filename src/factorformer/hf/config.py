@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, get_args, runtime_checkable
 
 from torch import Tensor
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -15,7 +15,7 @@ from factorformer.structures.integers import Bits
 METHOD = "factorformer"
 FORMAT = 1
 
-STORED: dict[str, Bits] = {"int8": 8, "int4": 4}
+STORED: dict[str, Bits] = {f"int{bits}": bits for bits in get_args(Bits)}
 """The `values` of a layer whose factors are stored in integers with scales."""
 
 FAKE = "fake_"
@@ -28,8 +28,8 @@ class FactorformerConfig(QuantizationConfigMixin):
     Args:
         layers: for each factorized matrix, by module name, its `shape`, the fields of its structure, the names of
             modules `tied` to it, the name of the layer whose factors it `shares`, if it does, and its `values`:
-            `int8` or `int4` if its factors are stored so, `fake_int8` or `fake_int4` for floats that products round to
-            these (quantization-aware training), and nothing for plain floats.
+            `int8`, `int4` or `int3` if its factors are stored so, `fake_int8` and so on for floats that products round
+            to these (quantization-aware training), and nothing for plain floats.
         format: version of this description.
 
     Raises:

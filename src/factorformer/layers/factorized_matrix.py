@@ -312,19 +312,22 @@ class FactorizedMatrix(nn.Module):
             return self.factors
         if torch.compiler.is_compiling():  # a graph holds what the last product before it read
             held = self._in_int8
-            return integers.in_int8(self.factors, self.spec.tensors(self.shape)) if held is None else held[1]
+            return self._as_int8() if held is None else held[1]
         state = tuple(map(_state, self.factors.values()))
         if self._in_int8 is not None and self._in_int8[0] == state:
             return self._in_int8[1]
-        made = integers.in_int8(self.factors, self.spec.tensors(self.shape))
+        made = self._as_int8()
         if unobserved():
             self._in_int8 = state, made
         return made
 
+    def _as_int8(self) -> Factors:
+        return integers.in_int8(self.factors, self.spec.tensors(self.shape), self.bits)
+
     def floats(self) -> Factors:
         """The values of the factors, however they are stored."""
-        if self.quantized and self.bits == 4:
-            return integers.restored(self.factors, self.spec.tensors(self.shape))
+        if self.quantized and self.bits != 8:
+            return integers.restored(self.factors, self.spec.tensors(self.shape), self.bits)
         return integers.floats(self.factors)
 
     def keep(self, selection: Selection) -> None:

@@ -84,7 +84,7 @@ class Entry:
 
     @property
     def values(self) -> str:
-        """The type in which its values are stored: `int8`, `int4`, or a floating type such as `float32`."""
+        """The type in which its values are stored: `int8`, `int4`, `int3`, or a floating type such as `float32`."""
         bits = None if self.spec is None else self.matrix.bits
         return self.matrix.dtype if bits is None else f"int{bits}"
 

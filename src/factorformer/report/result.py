@@ -20,7 +20,7 @@
 
 A number that is not finite is null. `plan` and `inspect` add `layers`, a list with one object for each weight matrix:
 `name`, `tied`, `shape` (out, in), `structure` (null if dense), `values` (the type in which they are stored: "int8",
-"int4", or a floating one), `note`, and the same three costs. Where ranks were found in training, `inspect` adds
+"int4", "int3", or a floating one), `note`, and the same three costs. Where ranks were found in training, `inspect` adds
 `rank_history`: `layers`, their `structures` and `full` ranks, the `steps` after which units were removed, and for each
 of these the `ranks` and the mean `scores` of what was left in each layer. Where a layer has so many left that factors
 would be larger than the matrix, it is dense.

@@ -26,11 +26,11 @@ Shape = tuple[int, int]
 Factors = Mapping[str, Tensor]
 
 
-INT4: torch.dtype = getattr(torch, "int4")  # noqa: B009  # of which type checkers do not know
-"""The name of values in 4 bits; torch computes nothing in it."""
+PACKED: dict[torch.dtype, int] = {getattr(torch, f"int{bits}"): bits for bits in (4, 3)}
+"""The names of values in so few bits that they share bytes, and these bits; torch computes nothing in them."""
 
 GROUP = 32
-"""Values of a row that have a scale of their own in 4 bits."""
+"""Values of a row that have a scale of their own then."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,23 +47,23 @@ class TensorSpec:
 
     def bytes(self, dtype: torch.dtype, scale: torch.dtype = torch.float32) -> int:
         """Stored bytes when values are of type `dtype`; see `structures.integers` for what goes with integers."""
-        if self.dtype is None and dtype == INT4:
-            return math.prod(packed(self.size)) + math.prod(groups(self.size)) + scale.itemsize
+        if self.dtype is None and dtype in PACKED:
+            return math.prod(packed(self.size, PACKED[dtype])) + math.prod(groups(self.size)) + scale.itemsize
         scales = self.size[0] * scale.itemsize if self.dtype is None and dtype == torch.int8 else 0
         return math.prod(self.size) * (self.dtype or dtype).itemsize + scales
 
 
-def packed(size: tuple[int, ...]) -> tuple[int, int]:
-    """The bytes of a factor in 4 bits, `(rows, bytes)`: two values in a byte, rows apart.
+def packed(size: tuple[int, ...], bits: int) -> tuple[int, int]:
+    """The bytes of a factor whose values share them, `(rows, bytes)`: rows apart.
 
-    >>> packed((8, 1, 5))
+    >>> packed((8, 1, 5), 4)
     (8, 3)
     """
-    return size[0], -(-math.prod(size[1:]) // 2)
+    return size[0], -(-math.prod(size[1:]) * bits // 8)
 
 
 def groups(size: tuple[int, ...]) -> tuple[int, int]:
-    """Those of a factor in 4 bits, `(rows, groups)`.
+    """Those of such a factor, `(rows, groups)`.
 
     >>> groups((8, 1, 65))
     (8, 3)
@@ -73,7 +73,7 @@ def groups(size: tuple[int, ...]) -> tuple[int, int]:
 
 def dense_bytes(shape: Shape, dtype: torch.dtype) -> int:
     """Those of a dense matrix with values of a type, without scales."""
-    return math.prod(packed(shape)) if dtype == INT4 else math.prod(shape) * dtype.itemsize
+    return math.prod(packed(shape, PACKED[dtype])) if dtype in PACKED else math.prod(shape) * dtype.itemsize
 
 
 @dataclasses.dataclass(frozen=True)

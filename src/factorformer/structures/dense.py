@@ -1,4 +1,4 @@
-"""Dense matrices stored in integers, for plans in int8 or int4: what a matrix becomes that is better left whole."""
+"""Dense matrices stored in integers, for plans in these: what a matrix becomes that is better left whole."""
 
 from __future__ import annotations
 

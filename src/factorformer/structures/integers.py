@@ -1,21 +1,21 @@
-"""Factors stored in integers of 8 or 4 bits, with scales.
+"""Factors stored in integers of 8, 4 or 3 bits, with scales.
 
 In 8 bits `value = code * scale`, with codes from -127 to 127 and a scale for each row, which is everything under one
 index of the factor's first dimension.
 
 In 4 bits `value = code * scale * 2^(-exponent / STEPS)`, with codes from -7 to 7, an exponent of 8 bits for each group
 of `GROUP` values of a row, and one scale: a single scale for a row would be that of its largest value, beside which
-most others are nothing. Two codes take a byte. Products read factors in 4 bits as int8 with a scale for each row, which
-they are turned into once; training rounds twice as well.
+most others are nothing. Two codes take a byte. In 3 bits codes are from -3 to 3, and eight take three bytes. Products
+read such factors as int8 with a scale for each row, which they are turned into once; training rounds twice as well.
 
-Both are symmetric. Scales are values of their own, named after the factor, and so are exponents.
+All are symmetric. Scales are values of their own, named after the factor, and so are exponents.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -23,21 +23,25 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from factorformer.kernels import Dense
-from factorformer.structures.base import GROUP, INT4, Factors, TensorSpec, groups, packed
+from factorformer.structures.base import GROUP, Factors, TensorSpec, groups, packed
 
-Bits = Literal[8, 4]
+Bits = Literal[8, 4, 3]
 """Of a code."""
 
-TYPES: dict[Bits, torch.dtype] = {8: torch.int8, 4: INT4}
-"""What values of so many bits are called; torch computes nothing in the second."""
+TYPES: dict[Bits, torch.dtype] = {bits: getattr(torch, f"int{bits}") for bits in get_args(Bits)}
+"""What values of so many bits are called."""
 
 SCALE, EXPONENTS = "_scale", "_exponents"
 """End the names of the scales of a factor, and of its exponents."""
 
-ENDS: dict[Bits, tuple[str, ...]] = {8: ("", SCALE), 4: ("", EXPONENTS, SCALE)}
+ENDS: dict[Bits, tuple[str, ...]] = {8: ("", SCALE), **dict.fromkeys((4, 3), ("", EXPONENTS, SCALE))}
 """Of the names of all that is stored of a factor."""
 
-LARGEST: dict[Bits, int] = {8: 127, 4: 7}
+LARGEST: dict[Bits, int] = {8: 127, 4: 7, 3: 3}
+"""Codes."""
+
+TOGETHER: dict[Bits, int] = {4: 2, 3: 8}
+"""Codes that fill whole bytes."""
 
 STEPS = 16
 """From a scale to half of it: those of groups can differ by a factor of 2^16, and are up to 4 % larger than need be."""
@@ -60,7 +64,7 @@ def stored(tensors: Mapping[str, TensorSpec], bits: Bits) -> dict[str, TensorSpe
         elif bits == 8:
             result |= {name: TensorSpec(tensor.size, torch.int8), name + SCALE: TensorSpec(tensor.size[:1])}
         else:
-            result[name] = TensorSpec(packed(tensor.size), torch.int8)
+            result[name] = TensorSpec(packed(tensor.size, bits), torch.int8)
             result[name + EXPONENTS] = TensorSpec(groups(tensor.size), torch.uint8)
             result[name + SCALE] = TensorSpec((1,))
     return result
@@ -76,7 +80,7 @@ def quantize(factors: Factors, bits: Bits) -> dict[str, Tensor]:
     """Codes and scales of the values, as they are stored.
 
     Nothing is clipped: in 8 bits, what a search for the best clipping gains is small beside the error of the fit, and
-    `rounded` would have to search in every step; in 4 bits groups keep large values from doing harm beyond them, and
+    `rounded` would have to search in every step; in fewer groups keep large values from doing harm beyond them, and
     where these are cut off nevertheless is up to `fitting.rounding`.
     """
     result: dict[str, Tensor] = {}
@@ -87,36 +91,53 @@ def quantize(factors: Factors, bits: Bits) -> dict[str, Tensor]:
             codes, result[name + SCALE] = _by_row(tensor)
             result[name] = codes.to(torch.int8)
         else:
-            codes, result[name + EXPONENTS], result[name + SCALE] = _by_group(tensor)
-            result[name] = _pack(codes.flatten(1).to(torch.int8)[:, : math.prod(tensor.shape[1:])])
+            codes, result[name + EXPONENTS], result[name + SCALE] = _by_group(tensor, bits)
+            result[name] = _pack(codes.flatten(1)[:, : math.prod(tensor.shape[1:])], bits)
     return result
 
 
-def _pack(codes: Tensor) -> Tensor:
-    """Codes of 4 bits `(rows, values)`, two to a byte.
+def _pack(codes: Tensor, bits: Bits) -> Tensor:
+    """Codes `(rows, values)` as bytes `(rows, bytes)`, of which each value takes the lowest bits that are left.
 
     Bytes are int8 as well: some architectures look whether a weight is, before they cast activations to its type.
     """
-    codes = F.pad(codes, (0, codes.shape[1] % 2))
-    return ((codes[:, ::2] & 15) | (codes[:, 1::2] << 4)).contiguous()
+    width, count = codes.shape[1], TOGETHER[bits]
+    fields = F.pad(codes.to(torch.int32), (0, -width % count)).unflatten(1, (-1, count)) & (2**bits - 1)
+    words = (fields << _places(count, bits, codes.device)).sum(2, keepdim=True, dtype=torch.int32)
+    packed = (words >> _places(bits * count // 8, 8, codes.device)) & 255
+    return packed.flatten(1)[:, : -(-width * bits // 8)].to(torch.uint8).view(torch.int8).contiguous()
 
 
-def in_int8(factors: Factors, tensors: Mapping[str, TensorSpec]) -> dict[str, Tensor]:
-    """Factors that are stored in 4 bits as they would be in 8, for products; sizes are those of the structure."""
-    return quantize(restored(factors, tensors), 8)
+def _unpack(packed: Tensor, bits: Bits, width: int) -> Tensor:
+    """The codes `(rows, width)` that `_pack` made bytes of, int32."""
+    count = bits * TOGETHER[bits] // 8
+    fields = F.pad(packed.to(torch.int32), (0, -packed.shape[1] % count)).unflatten(1, (-1, count)) & 255
+    words = (fields << _places(count, 8, packed.device)).sum(2, keepdim=True, dtype=torch.int32)
+    codes = (words >> _places(TOGETHER[bits], bits, packed.device)) & (2**bits - 1)
+    half = 2 ** (bits - 1)  # from which on codes are negative
+    return ((codes ^ half) - half).flatten(1)[:, :width]
+
+
+def _places(count: int, bits: int, device: torch.device) -> Tensor:
+    """Where so many fields of a word begin."""
+    return bits * torch.arange(count, dtype=torch.int32, device=device)
+
+
+def in_int8(factors: Factors, tensors: Mapping[str, TensorSpec], bits: Bits) -> dict[str, Tensor]:
+    """Factors that are stored in fewer bits as they would be in 8, for products; sizes are those of the structure."""
+    return quantize(restored(factors, tensors, bits), 8)
 
 
 @torch.no_grad()
-def restored(factors: Factors, tensors: Mapping[str, TensorSpec]) -> dict[str, Tensor]:
-    """The values of factors that are stored in 4 bits; sizes are those of the structure."""
+def restored(factors: Factors, tensors: Mapping[str, TensorSpec], bits: Bits) -> dict[str, Tensor]:
+    """The values of factors that are stored in fewer than 8 bits; sizes are those of the structure."""
     result: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         if tensor.dtype is not None:
             result[name] = factors[name]
             continue
         width, scale = math.prod(tensor.size[1:]), factors[name + SCALE]
-        # Shifts to the right keep the sign.
-        codes = torch.stack([factors[name] << 4 >> 4, factors[name] >> 4], dim=2).flatten(1)[:, :width]
+        codes = _unpack(factors[name], bits, width)
         values = _grouped(codes.to(scale.dtype)) * _steps(factors[name + EXPONENTS], scale)[:, :, None]
         result[name] = values.flatten(1)[:, :width].reshape(tensor.size).contiguous()
     return result
@@ -190,8 +211,8 @@ def rounded(tensor: Tensor, bits: Bits, factor: Tensor | None = None) -> Tensor:
         factor: whose rows they are.
     """
     fixed = values = tensor.detach()
-    if bits == 4:
-        codes, exponents, scale = _by_group(fixed, None if factor is None else factor.detach())
+    if bits != 8:
+        codes, exponents, scale = _by_group(fixed, bits, None if factor is None else factor.detach())
         whole = codes.to(scale.dtype) * _steps(exponents, scale)[:, :, None]
         values = whole.flatten(1)[:, : math.prod(tensor.shape[1:])].view(tensor.shape)
     return _values(*_by_row(values)) + (tensor - fixed)
@@ -205,35 +226,36 @@ def _by_row(tensor: Tensor) -> tuple[Tensor, Tensor]:
     return (whole / _over_rows(whole, divisor)).round().clamp(-LARGEST[8], LARGEST[8]), scale
 
 
-def _by_group(tensor: Tensor, factor: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes of 4 bits `(rows, groups, GROUP)` in floats, exponents `(rows, groups)`, the scale of the factor `(1,)`.
+def _by_group(tensor: Tensor, bits: Bits, factor: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes `(rows, groups, GROUP)` in floats, exponents `(rows, groups)`, the scale of the factor `(1,)`.
 
     Args:
         tensor: a factor, or rows of one.
+        bits: of codes.
         factor: whose rows they are.
     """
     values = _grouped(_whole(tensor)[..., None].flatten(1))
     largest = values.abs().amax(2)
-    exponents, scale, steps = _scales(largest, largest if factor is None else _whole(factor), tensor.dtype)
-    return (values / steps[:, :, None]).round().clamp(-LARGEST[4], LARGEST[4]), exponents, scale
+    exponents, scale, steps = _scales(largest, largest if factor is None else _whole(factor), tensor.dtype, bits)
+    return (values / steps[:, :, None]).round().clamp(-LARGEST[bits], LARGEST[bits]), exponents, scale
 
 
 def _scales(
-    largest: Float[Tensor, "rows groups"], factor: Tensor, dtype: torch.dtype
+    largest: Float[Tensor, "rows groups"], factor: Tensor, dtype: torch.dtype, bits: Bits
 ) -> tuple[UInt8[Tensor, "rows groups"], Float[Tensor, 1], Float[Tensor, "rows groups"]]:
     """Exponents of groups and the scale of a factor, in a type, for the largest values; and steps, in that of these."""
     of_all = torch.linalg.vector_norm(factor, math.inf) if factor.numel() else largest.new_zeros(())
-    scale = (of_all / LARGEST[4]).to(dtype).view(1)
+    scale = (of_all / LARGEST[bits]).to(dtype).view(1)
     tiny = torch.finfo(largest.dtype).tiny
-    below = STEPS * (scale.to(largest.dtype).clamp_min(tiny) * LARGEST[4] / largest.clamp_min(tiny)).log2()
+    below = STEPS * (scale.to(largest.dtype).clamp_min(tiny) * LARGEST[bits] / largest.clamp_min(tiny)).log2()
     slack = max(SLACK * torch.finfo(dtype).eps, LOGARITHM)
     exponents = (below + slack).floor().clamp(0, 255).to(torch.uint8)
     return exponents, scale, _steps(exponents, scale).to(largest.dtype).clamp_min(tiny)
 
 
-def group_steps(largest: Float[Tensor, "rows groups"], dtype: torch.dtype) -> Float[Tensor, "rows groups"]:
-    """What a code of 4 bits is worth in each group of a factor of this type, by its largest value; never 0."""
-    return _scales(largest, largest, dtype)[2]
+def group_steps(largest: Float[Tensor, "rows groups"], dtype: torch.dtype, bits: Bits) -> Float[Tensor, "rows groups"]:
+    """What a code is worth in each group of a factor of this type, by its largest value; never 0."""
+    return _scales(largest, largest, dtype, bits)[2]
 
 
 def _grouped(rows: Tensor) -> Tensor:

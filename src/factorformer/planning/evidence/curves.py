@@ -36,7 +36,7 @@ twelfth."""
 SMALL = 2**18
 """Entries up to which three matrices of a kind are fitted, the first, the middle and the last; of larger ones one."""
 
-ROUNDING: dict[Bits, float] = {8: 1e-4, 4: 2e-2}
+ROUNDING: dict[Bits, float] = {8: 1e-4, 4: 2e-2, 3: 1e-1}
 """Squared relative error that integers of so many bits add, where weights are not there to tell."""
 
 StructuresOf = Callable[[Matrix], Sequence[type[Structure]]]
@@ -217,7 +217,7 @@ def measure_curves(
         for matrix in members:
             own = rounding
             if (
-                matrix.bits == 4
+                matrix.bits not in (None, 8)
                 and rounding[Dense.kind] > 0
                 and not dense_weight(model.get_submodule(matrix.name)).is_meta
             ):

@@ -22,6 +22,7 @@ from factorformer.planning.evidence.times import Timer, measure_times
 from factorformer.planning.knapsack import by_loss
 from factorformer.progress import Progress, silent
 from factorformer.structures import Structure
+from factorformer.structures.integers import Bits
 
 REPAIRED, OPTIMISM = 0.6, 6.0
 """What a matrix adds on other texts for what it adds on those of calibration: `REPAIRED + OPTIMISM width / tokens`,
@@ -34,8 +35,11 @@ LEVELLING = 10.0
 bounded, and the order makes up for more of what is large. Ours, from 18 plans of three structures for MiniLM."""
 
 MIXED_UP_TO = 7.0
-"""Largest ratio at which matrices may be in 8 bits where those are planned in 4. Beyond what dense 4 bits give, factors
-would have to pay for it: MiniLM at 10x then lost more than it was predicted to gain."""
+"""Largest ratio at which matrices that are planned in 4 bits may be in 8. Beyond what dense 4 bits give, factors would
+have to pay for it: MiniLM at 10x then lost more than it was predicted to gain."""
+
+NARROW: Bits | None = 3
+"""Of such matrices beyond that ratio, where more of them lose less."""
 
 WEIGHTS = "error of the weights"
 """What is predicted where nothing is known of the loss."""
@@ -49,13 +53,14 @@ class Prediction:
         curves: what each matrix adds to the loss by what it becomes; of those alone of which it is known.
         objective: in what the loss is.
         others: what each matrix adds on other texts for what it adds on those of calibration. Plans do not weigh it.
-        wider: curves in 8 bits, of matrices that are to be stored in 4 or in 8, whichever loses less for its bytes.
+        second: curves in integers of another width, of matrices that are to be stored in whichever loses less for its
+            bytes.
     """
 
     curves: Mapping[str, Curve]
     objective: str = WEIGHTS
     others: Mapping[str, float] = dataclasses.field(default_factory=dict)
-    wider: Mapping[str, Curve] = dataclasses.field(default_factory=dict)
+    second: Mapping[str, Curve] = dataclasses.field(default_factory=dict)
 
     @classmethod
     def of(
@@ -66,7 +71,7 @@ class Prediction:
         statistics: Mapping[str, LayerStatistics] | None,
         ratio: float,
         progress: Progress = silent,
-        two_widths: bool = False,
+        second: Bits | None = None,
     ) -> Prediction:
         """Error curves of matrices, in units of the loss.
 
@@ -82,34 +87,34 @@ class Prediction:
             statistics: of each layer, with both sides; None without calibration data.
             ratio: dense bytes over the bytes that matrices have on average.
             progress: progress callback.
-            two_widths: whether matrices that are to be stored in 4 bits may be in 8 as well.
+            second: bits in which matrices may be stored that are planned in 4; None for no others.
         """
         able = [m for m in matrices if m.dense is None and (statistics is None or m.name in statistics)]
         measured = statistics or {}
         count = itertools.count(1)
         common = (structures, measured, ratio, lambda _: progress("curves", next(count), None))
         curves = measure_curves(model, able, *common)
-        also = [dataclasses.replace(m, bits=8) for m in able if m.bits == 4] if two_widths else []
-        wider = measure_curves(model, also, *common, known=curves)
+        also = [dataclasses.replace(m, bits=second) for m in able if m.bits == 4 and second is not None]
+        others = measure_curves(model, also, *common, known=curves)
         if statistics is None:
             used = {m.name: math.prod(m.shape) * max(m.products, m.lookups, 1) for m in able}
             total = sum(used.values())
-            curves, wider = (
+            curves, others = (
                 {name: dataclasses.replace(curve, energy=used[name] / total) for name, curve in found.items()}
-                for found in (curves, wider)
+                for found in (curves, others)
             )
         # What the loss does not depend on has nothing to weigh.
-        curves, wider = (
-            {name: curve for name, curve in found.items() if 0 < curve.energy < math.inf} for found in (curves, wider)
+        curves, others = (
+            {name: curve for name, curve in found.items() if 0 < curve.energy < math.inf} for found in (curves, others)
         )
         objectives = sorted({known.objective for known in measured.values() if known.objective})
-        others = {name: _on_other_texts(measured[name]) for name in curves if name in measured}
-        return cls(curves, objectives[0] if objectives else WEIGHTS, others, wider)
+        elsewhere = {name: _on_other_texts(measured[name]) for name in curves if name in measured}
+        return cls(curves, objectives[0] if objectives else WEIGHTS, elsewhere, others)
 
     def curve(self, matrix: Matrix) -> Curve | None:
         """Of a matrix in the integers that it says; None where nothing is known of it."""
-        wider = self.wider.get(matrix.name)
-        return wider if wider is not None and wider.matrix.bits == matrix.bits else self.curves.get(matrix.name)
+        second = self.second.get(matrix.name)
+        return second if second is not None and second.matrix.bits == matrix.bits else self.curves.get(matrix.name)
 
     def loss(self, matrix: Matrix, spec: Structure | None) -> float:
         """What a matrix adds to the loss on the texts of calibration under a spec; 0 where it is not known."""
@@ -123,7 +128,8 @@ class Prediction:
         options = [Option(None, cost(matrix, None), 0.0)]
         if matrix.dense is not None:
             return options
-        widths = [matrix] + ([dataclasses.replace(matrix, bits=8)] if matrix.name in self.wider else [])
+        second = self.second.get(matrix.name)
+        widths = [matrix] if second is None else [matrix, second.matrix]
         for stored in widths:
             curve = self.curve(stored)
             specs = [] if stored.whole is None else [stored.whole]
@@ -201,9 +207,9 @@ def plan_by_loss(
     statistics = None
     if calibration is not None:
         statistics = measure(model, names, metric, calibration, progress, new_head, token_counts)
-    # FLOPs and times are those of int8 for both widths.
-    two_widths = draft.budget == "bytes" and draft.target <= MIXED_UP_TO
-    prediction = Prediction.of(model, matrices, structures, statistics, draft.target, progress, two_widths)
+    second: Bits | None = 8 if draft.target <= MIXED_UP_TO else NARROW
+    second = second if draft.budget == "bytes" else None  # FLOPs and times are those of int8 for all widths
+    prediction = Prediction.of(model, matrices, structures, statistics, draft.target, progress, second)
     unmeasured = [name for name in names if name not in prediction.curves]
     cost, timer = _prices(model, draft.budget, prediction, matrices, progress)
     rest = {"bytes": draft.rest.bytes, "flops": draft.rest.flops, "milliseconds": 0.0}[draft.budget]
