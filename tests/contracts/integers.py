@@ -1,4 +1,4 @@
-"""What every structure promises when its factors are stored in integers of 8 or 4 bits."""
+"""What every structure promises when its factors are stored in integers of few bits."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class IntegersContract:
     @property
     def little(self) -> float:
         """What a matrix may lose."""
-        return 0.02 if self.bits == 8 else 0.25
+        return {8: 0.02, 4: 0.25, 3: 0.6}[self.bits]
 
     # The values
 

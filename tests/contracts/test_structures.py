@@ -71,6 +71,11 @@ class TestInt4(IntegersContract):
     bits = 4
 
 
+@pytest.mark.parametrize("case", [CASES[place] for place in PATHS], ids=str)
+class TestInt3(IntegersContract):
+    bits = 3
+
+
 @pytest.mark.parametrize("structure", STRUCTURES.values(), ids=STRUCTURES)
 class TestKinds(KindContract):
     pass

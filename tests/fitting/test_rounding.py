@@ -122,11 +122,13 @@ def test_integers_hold_the_codes_that_were_chosen(
     chosen[:, rounding._chain(root(200))[0]] = torch.stack(reads, 1)
     read = integers.rounded(found, bits).float()
     coarse = read.abs().amax(1, keepdim=True) / 127
-    # Another code would be off by a seventh of the largest value of its group; narrow types by a step of 8 bits.
+    # Another code would be off by a seventh at least of the largest of its group; narrow types by a step of 8 bits.
     off, narrow = (read - chosen).abs(), dtype in (torch.bfloat16, torch.float16)
     assert bool((off <= 1.1 * coarse + read.abs() * torch.finfo(dtype).eps).all())
     # Half of the largest value of a row lies between two steps of 8 bits, and may become either.
-    assert narrow or float((off > 1e-6 * values.abs().max()).float().mean()) < 0.01
+    place = (chosen.abs() / coarse.clamp_min(1e-30)).round() * (coarse > 0)
+    between = (place == 63) | (place == 64)
+    assert narrow or float((off * ~between).max()) < 1e-6 * float(values.abs().max())
 
 
 def test_values_lie_within_the_cells_of_their_codes() -> None:
@@ -214,7 +216,7 @@ def test_whole_models_lose_less(name: str, method: str, dtype: torch.dtype, monk
         dense = {known: (m.weight.T if name == "gpt2" else m.weight).detach().clone() for known, m in dense.items()}
         with monkeypatch.context() as patch:
             if not compensates:
-                patch.setattr(matrices, "round_factors", lambda weight, spec, factors, metric, bits: factors)
+                patch.setattr(matrices, "round_factors", lambda weight, spec, factors, *rest: factors)
             plan = plan or factorformer.plan(model, method, 8.5, calibration=[batch], int4=True)
             report = factorformer.compress(model, plan, [batch], keep_statistics=True)
         errors = {}

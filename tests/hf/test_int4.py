@@ -14,6 +14,7 @@ from tests.tiny import MODELS, logits, text
 
 import factorformer
 from factorformer.errors import BudgetError, MethodError, ModelError
+from factorformer.fitting import rounding
 from factorformer.hf.description import describe
 from factorformer.layers.matrix import Scope
 from factorformer.layers.nn import FactorizedMatrix
@@ -216,6 +217,40 @@ def test_shared_dictionaries(tmp_path: Path) -> None:
     assert not any("exponents" in name for name in again.state_dict())
     again.save_pretrained(tmp_path / "held")
     assert relative(logits(factorformer.load(tmp_path / "held"), inputs), logits(model, inputs)) < LOST
+
+
+def test_what_shares_a_dictionary_keeps_the_codes_that_were_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of several matrices are rounded together, and stored apart: of each the largest value says the scale."""
+    chosen: list[torch.Tensor] = []
+
+    def seeing(self: rounding._Codes) -> torch.Tensor:
+        found = plain(self)
+        chosen.extend(part.clone() for part in found.split(list(self.parts)))
+        return found
+
+    plain = rounding._Codes.rounded
+    monkeypatch.setattr(rounding._Codes, "rounded", seeing)
+    model, data = MODELS["bert"].build(), [text(16)]
+    with torch.no_grad():  # so that the largest steps of matrices differ
+        for place, layer in enumerate(found for found in model.modules() if isinstance(found, torch.nn.Linear)):
+            layer.weight.mul_(1 + place % 3)
+    plan = factorformer.plan(model, "dense_sparse", 9, share="inputs", int4=True, calibration=data)
+    factorformer.compress(model, plan, data, hold_floats=True)
+    sharing = [layer for layer in factorized(model).values() if layer.shared]
+    assert len(chosen) > len(sharing) > 0
+    known = {found.shape: [] for found in chosen}
+    for found in chosen:
+        known[found.shape].append(found)
+    for layer in sharing:
+        values = layer.get_parameter("weight").detach()
+        assert any(torch.equal(values, found) for found in known[values.shape])
+        grouped = torch.nn.functional.pad(values, (0, -values.shape[1] % 32)).unflatten(1, (-1, 32)).abs().amax(2)
+        scale = grouped.max()
+        octaves = 16 * (scale / grouped[grouped > 0]).log2()
+        # The largest lie on their codes, and all others in the middle of what has their steps.
+        off = (octaves - octaves.round()).abs()
+        assert float(torch.minimum(off, (off - 0.5).abs()).max()) < 0.01
+        assert float((off[octaves > 0.25] - 0.5).abs().max()) < 0.01
 
 
 def test_plans_say_so_and_survive_json(tmp_path: Path) -> None:

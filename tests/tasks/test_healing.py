@@ -154,7 +154,7 @@ def test_the_closest_point_outlasts_an_interruption(
     curve = heal(resumed, teacher, plain, settings, target=Scripted(resumed, [0.96, 0.97]), report=said.append, **rest)
     assert [row["embedding_cosine"] for row in curve] == [0.99, 0.96, 0.97, 0.99]
     assert same(resumed.state_dict(), best)
-    assert said[0] == lines[1] == "train: learning rate 0.00025"
+    assert said[0] == lines[1] == "train: learning rate 0.00035"
 
 
 def test_an_end_that_cannot_be_told_is_undone(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 from torch import Tensor
 
@@ -53,7 +53,12 @@ def fit(
 
 
 def round_factors(
-    weight: Tensor, spec: Structure, factors: Mapping[str, Tensor], metric: Metric, bits: Bits
+    weight: Tensor,
+    spec: Structure,
+    factors: Mapping[str, Tensor],
+    metric: Metric,
+    bits: Bits,
+    parts: Sequence[int] = (),
 ) -> dict[str, Tensor]:
     """Factors that few bits round to codes whose errors make up for each other under the metric.
 
@@ -63,13 +68,15 @@ def round_factors(
         factors: from `fit`.
         metric: that they were fitted under.
         bits: of codes, 4 or 3.
+        parts: of a structure whose factors can be shared, the numbers of rows that will be factors of their own.
     """
     if type(spec) not in ROUNDERS:
         return dict(factors)
     moved, known = _where_float64_is(weight, metric)
     with fast_float32(moved.device):
         on_device = {name: factor.to(moved.device) for name, factor in factors.items()}
-        found = ROUNDERS[type(spec)](moved, spec, on_device, known, bits)
+        more = {"parts": parts} if parts else {}
+        found = ROUNDERS[type(spec)](moved, spec, on_device, known, bits, **more)
     return {name: factor.to(weight.device) for name, factor in found.items()}
 
 

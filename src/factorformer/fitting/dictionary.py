@@ -35,8 +35,8 @@ TOGETHER = 64
 """Coupled rows that choose their supports at the same time, at most; small matrices take an eighth of their rows."""
 
 MANY, FINISH = 2**17, 3
-"""Rows beyond which a dictionary is learned from a sample of them, and rounds in which all then choose their supports.
-Of MiniLM's 30,522 a sample leaves a tenth more error, in half the time."""
+"""Rows beyond which a dictionary is learned from a sample of them, and rounds after all have chosen their supports for
+it. Of MiniLM's 30,522 a sample leaves a tenth more error, in half the time."""
 
 SHRUNK = 0.1
 """Weight of the identity, beside the Gram matrix of unit atoms, in the codes from which these rounds start."""

@@ -85,9 +85,14 @@ def fit_weight(
     return factors, error
 
 
-def for_storage(matrix: Matrix, weight: Tensor, spec: Structure, factors: Factors, metric: Metric) -> Factors:
-    """Factors whose errors make up for each other in the integers of the matrix; those of 8 bits are small anyway."""
-    return factors if matrix.bits in (None, 8) else round_factors(weight, spec, factors, metric, matrix.bits)
+def for_storage(
+    matrix: Matrix, weight: Tensor, spec: Structure, factors: Factors, metric: Metric, parts: Sequence[int] = ()
+) -> Factors:
+    """Factors whose errors make up for each other in the integers of the matrix; those of 8 bits are small anyway.
+
+    `parts` is as for `round_factors`.
+    """
+    return factors if matrix.bits in (None, 8) else round_factors(weight, spec, factors, metric, matrix.bits, parts)
 
 
 def metric_of(name: str, statistics: Mapping[str, LayerStatistics]) -> Metric:
@@ -147,7 +152,7 @@ def fit_stack(
         metric = Metric.of_stack(members, statistics)
         factors, error = fit(rows, spec, metric, rounds=rounds)
         if stored:
-            factors = for_storage(members[0].matrix, rows, spec, factors, metric)
+            factors = for_storage(members[0].matrix, rows, spec, factors, metric, [m.sides[0] for m in members])
         return factors, error
     except FactorformerError as error:
         names = ", ".join(f"'{member.matrix.name}'" for member in members)

@@ -8,13 +8,14 @@ of low rank are rotated so that all components matter alike.
 
 What comes out are floats that `structures.integers` rounds to the codes which were chosen here. They do not lie on
 these: training would take long to move any from the middle of what is rounded to one code. Nor do the largest of their
-groups, which would get other steps, and all of a group other codes, with the first step of training.
+groups, which would get other steps, and all of a group other codes, with the first step of training. (Factors under
+no metric, and structures that are rounded to the nearest, are left as they are.)
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -101,7 +102,12 @@ def round_low_rank(
 
 
 def round_dense_sparse(
-    weight: Float[Tensor, "out inner"], spec: DenseSparse, factors: Mapping[str, Tensor], metric: Metric, bits: Bits
+    weight: Float[Tensor, "out inner"],
+    spec: DenseSparse,
+    factors: Mapping[str, Tensor],
+    metric: Metric,
+    bits: Bits,
+    parts: Sequence[int] = (),
 ) -> dict[str, Tensor]:
     """First the dictionary, under the metric of the side that it lives in; then the best codes for it.
 
@@ -118,7 +124,7 @@ def round_dense_sparse(
     atoms = rounded(found["dictionary"], bits).double()
     root = torch.eye(atoms.shape[1], dtype=atoms.dtype, device=atoms.device) if short is None else short
     root = root / (float(root.square().mean().sqrt()) or 1.0)
-    codes = _Codes(spec, factors, target, (atoms @ root).float(), root.float(), bits)
+    codes = _Codes(spec, factors, target, (atoms @ root).float(), root.float(), bits, parts or (len(target),))
     return found | {"weight": codes.rounded().to(weight.dtype)}
 
 
@@ -149,7 +155,7 @@ def compensated(
     steps, found = _steps(values.float(), weights, values.dtype, bits), torch.empty_like(values)
     for rows in _parts(len(values), values.shape[1], values.device):
         left = values[rows].float()
-        grid = _Grid.of(left, steps, rows, bits).columns(order)
+        grid = _Grid.of(left, steps[rows], steps.max(), bits).columns(order)
         found[rows, order] = _one_by_one(left.T[order].contiguous(), grid, chain).T.to(values.dtype)
     return found
 
@@ -239,30 +245,35 @@ class _Grid:
         pinned: as large: the codes of those values that keep the steps of their groups, the largest of each; 0 for
             others.
         coarse: the steps of rows in 8 bits, in which products read what is stored in fewer.
-        scale: the largest steps of the factor, which follow from its largest value: this one lies on its code.
+        scale: the largest steps of the whole factor that will be stored, which follow from its largest value: largest
+            values of groups with these steps lie on their codes, those of others a 32nd of an octave below.
         largest: code.
     """
 
     steps: Tensor
     pinned: Tensor
     coarse: Float[Tensor, " rows"]
-    scale: Float[Tensor, ""]
+    scale: Tensor
     largest: int
 
     @classmethod
     def of(
-        cls, values: Float[Tensor, "some width"], whole: Float[Tensor, "rows groups"], rows: slice, bits: Bits
+        cls,
+        values: Float[Tensor, "rows width"],
+        steps: Float[Tensor, "rows groups"],
+        scale: Tensor,
+        bits: Bits,
     ) -> _Grid:
-        """For the values of some rows of a factor, and the steps of all its groups."""
+        """For values whose groups have these steps, and the largest steps of their factor, or of that of each row."""
         code = LARGEST[bits]
-        width, grouped, steps = values.shape[1], _grouped(values), whole[rows]
+        width, grouped = values.shape[1], _grouped(values)
         largest, place = grouped.abs().max(2, keepdim=True)
         # Where a group is so small beside others that its exponent is the last one, nothing has to keep it.
         ends = grouped.gather(2, place).sign() * code * (largest > (code - 0.5) * steps[:, :, None])
         pinned = torch.zeros_like(grouped).scatter_(2, place, ends)
         coarse = (steps.amax(1) * code / LARGEST[8]).clamp_min(TINY)
         each = steps.repeat_interleave(GROUP, 1)[:, :width]
-        return cls(each, pinned.flatten(1)[:, :width], coarse, whole.max(), code)
+        return cls(each, pinned.flatten(1)[:, :width], coarse, scale, code)
 
     def columns(self, order: Int[Tensor, " width"]) -> _Grid:
         """That of the transpose, with columns in an order."""
@@ -293,6 +304,7 @@ class _Codes:
         atoms: `D L`, of the rounded dictionary.
         root: `L`.
         bits: of codes.
+        parts: numbers of rows that will be factors of their own.
     """
 
     spec: DenseSparse
@@ -301,6 +313,7 @@ class _Codes:
     atoms: Float[Tensor, "atoms short"]
     root: Float[Tensor, "short short"]
     bits: Bits
+    parts: Sequence[int]
 
     def rounded(self) -> Float[Tensor, "long nonzeros"]:
         """Values of which the codes are made."""
@@ -308,9 +321,11 @@ class _Codes:
         gram.diagonal().clamp_min_(TINY)
         values = torch.cat([self._solved(*part, gram) for part in self._parts()])
         chosen = _steps(values, values.new_ones(values.shape[1]), self.factors["weight"].dtype, self.bits)
+        scale = torch.cat([part.max().expand(len(part)) for part in chosen.split(list(self.parts)) if len(part)])
         found: list[Tensor] = []
         for rows, positions, projected in self._parts():
-            grid, empty = _Grid.of(values[rows], chosen, rows, self.bits), torch.zeros_like(projected)
+            grid = _Grid.of(values[rows], chosen[rows], scale[rows], self.bits)
+            empty = torch.zeros_like(projected)
             # By atom, as columns of a factor.
             steps, pinned, now = (
                 empty.scatter(1, positions, tensor).T.contiguous() for tensor in (grid.steps, grid.pinned, values[rows])

@@ -51,7 +51,7 @@ def hold_floats(model: nn.Module) -> bool:
     Factors that were frozen before `quantize` are frozen again.
 
     Args:
-        model: from a directory in int8 or int4, say; nothing changes in others.
+        model: from a directory in integers, say; nothing changes in others.
 
     Returns:
         Whether there were any.

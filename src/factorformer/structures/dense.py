@@ -18,7 +18,7 @@ from factorformer.structures.integers import SCALE, TYPES, Rounded, floats, look
 
 @dataclasses.dataclass(frozen=True)
 class Dense(Structure):
-    """`W = weight[:, 0]` with `weight: (out, 1, in)`: one byte a value, or half of one, and scales.
+    """`W = weight[:, 0]` with `weight: (out, 1, in)`: one byte a value, or less, and scales.
 
     In floats it saves nothing, so it is no candidate there; factors hold floats only while they train for integers. The
     dimension of size 1 keeps a program without this package from taking codes for a weight.

@@ -101,26 +101,23 @@ def _pack(codes: Tensor, bits: Bits) -> Tensor:
 
     Bytes are int8 as well: some architectures look whether a weight is, before they cast activations to its type.
     """
-    width, count = codes.shape[1], TOGETHER[bits]
-    fields = F.pad(codes.to(torch.int32), (0, -width % count)).unflatten(1, (-1, count)) & (2**bits - 1)
-    words = (fields << _places(count, bits, codes.device)).sum(2, keepdim=True, dtype=torch.int32)
-    packed = (words >> _places(bits * count // 8, 8, codes.device)) & 255
-    return packed.flatten(1)[:, : -(-width * bits // 8)].to(torch.uint8).view(torch.int8).contiguous()
+    words = _joined(codes.to(torch.int8), TOGETHER[bits], bits)
+    parts = [(words >> 8 * place & 255).to(torch.uint8) for place in range(TOGETHER[bits] * bits // 8)]
+    packed = torch.stack(parts, 2).flatten(1)[:, : -(-codes.shape[1] * bits // 8)]
+    return packed.contiguous().view(torch.int8)
 
 
 def _unpack(packed: Tensor, bits: Bits, width: int) -> Tensor:
-    """The codes `(rows, width)` that `_pack` made bytes of, int32."""
-    count = bits * TOGETHER[bits] // 8
-    fields = F.pad(packed.to(torch.int32), (0, -packed.shape[1] % count)).unflatten(1, (-1, count)) & 255
-    words = (fields << _places(count, 8, packed.device)).sum(2, keepdim=True, dtype=torch.int32)
-    codes = (words >> _places(TOGETHER[bits], bits, packed.device)) & (2**bits - 1)
-    half = 2 ** (bits - 1)  # from which on codes are negative
-    return ((codes ^ half) - half).flatten(1)[:, :width]
+    """The codes `(rows, width)` that `_pack` made bytes of, int8."""
+    words, half = _joined(packed, TOGETHER[bits] * bits // 8, 8), 2 ** (bits - 1)  # from which on codes are negative
+    fields = (words >> bits * place & (2 * half - 1) for place in range(TOGETHER[bits]))
+    return torch.stack([((field ^ half) - half).to(torch.int8) for field in fields], 2).flatten(1)[:, :width]
 
 
-def _places(count: int, bits: int, device: torch.device) -> Tensor:
-    """Where so many fields of a word begin."""
-    return bits * torch.arange(count, dtype=torch.int32, device=device)
+def _joined(fields: Tensor, count: int, bits: int) -> Tensor:
+    """Integers `(rows, fields)` as words `(rows, words)`, so many bits of so many fields in each, the first lowest."""
+    columns = F.pad(fields, (0, -fields.shape[1] % count)).unflatten(1, (-1, count)).unbind(2)
+    return sum((column.to(torch.int32) & (2**bits - 1)) << bits * place for place, column in enumerate(columns))
 
 
 def in_int8(factors: Factors, tensors: Mapping[str, TensorSpec], bits: Bits) -> dict[str, Tensor]:

@@ -132,7 +132,7 @@ def test_a_weight_that_is_not_finite_is_named() -> None:
         measure_curves(model, find_matrices(model, include=["*.dense"])[0], lambda _: [LowRank], {}, 2)
 
 
-@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("bits", [8, 4, 3])
 def test_integers_add_their_rounding(bits: Bits) -> None:
     model = MODELS["bert"].build()
     matrices = [m for m in find_matrices(model, bits=bits)[0] if m.dense is None]

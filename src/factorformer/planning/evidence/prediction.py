@@ -39,7 +39,7 @@ MIXED_UP_TO = 7.0
 have to pay for it: MiniLM at 10x then lost more than it was predicted to gain."""
 
 NARROW: Bits | None = 3
-"""Of such matrices beyond that ratio, where more of them lose less."""
+"""Bits in which they may be beyond that ratio, where more values lose less than finer ones; None for no others."""
 
 WEIGHTS = "error of the weights"
 """What is predicted where nothing is known of the loss."""
@@ -95,21 +95,22 @@ class Prediction:
         common = (structures, measured, ratio, lambda _: progress("curves", next(count), None))
         curves = measure_curves(model, able, *common)
         also = [dataclasses.replace(m, bits=second) for m in able if m.bits == 4 and second is not None]
-        others = measure_curves(model, also, *common, known=curves)
+        of_second = measure_curves(model, also, *common, known=curves)
         if statistics is None:
             used = {m.name: math.prod(m.shape) * max(m.products, m.lookups, 1) for m in able}
             total = sum(used.values())
-            curves, others = (
+            curves, of_second = (
                 {name: dataclasses.replace(curve, energy=used[name] / total) for name, curve in found.items()}
-                for found in (curves, others)
+                for found in (curves, of_second)
             )
         # What the loss does not depend on has nothing to weigh.
-        curves, others = (
-            {name: curve for name, curve in found.items() if 0 < curve.energy < math.inf} for found in (curves, others)
+        curves, of_second = (
+            {name: curve for name, curve in found.items() if 0 < curve.energy < math.inf}
+            for found in (curves, of_second)
         )
         objectives = sorted({known.objective for known in measured.values() if known.objective})
-        elsewhere = {name: _on_other_texts(measured[name]) for name in curves if name in measured}
-        return cls(curves, objectives[0] if objectives else WEIGHTS, elsewhere, others)
+        others = {name: _on_other_texts(measured[name]) for name in curves if name in measured}
+        return cls(curves, objectives[0] if objectives else WEIGHTS, others, second=of_second)
 
     def curve(self, matrix: Matrix) -> Curve | None:
         """Of a matrix in the integers that it says; None where nothing is known of it."""
