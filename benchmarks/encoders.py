@@ -17,7 +17,7 @@ A model is a directory, or `minilm` for the embedded one. Every contestant is ma
 Embeddings are compared with those of the original on 20,000 sentences that nothing was trained on, on pairs of mrpc
 (area under the curve), and on banking77 and sst2 (nearest neighbour, and logistic regression with cross-validation).
 Each contestant is a row; a run skips those that are there already. What the original makes of these texts is kept in
-the folder of work, for the next run with the same texts, weights and torch.
+the folder of work, for the next run with the same texts, files, processor and libraries.
 """
 
 from __future__ import annotations
@@ -65,8 +65,10 @@ class Judge:
         self.classes = {name: (list(table["text"]), list(table["label"])) for name, table in tables.items()}
         self.texts = {"corpus": corpus, "first": self.pairs[0], "second": self.pairs[1]}
         self.texts |= {name: found for name, (found, _) in self.classes.items()}
-        digest = hashlib.sha256(json.dumps([self.texts, torch.__version__]).encode())
-        for file in sorted(source.rglob("*.safetensors")):
+        here = machine()
+        known = [self.texts, *(here[key] for key in ("device", "instructions", "torch", "transformers"))]
+        digest = hashlib.sha256(json.dumps(known).encode())
+        for file in sorted(found for found in source.rglob("*") if found.is_file()):
             digest.update(file.read_bytes())
         kept = work / f"original-{digest.hexdigest()[:16]}.safetensors"
         if not kept.exists():

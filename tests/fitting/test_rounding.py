@@ -16,7 +16,6 @@ from factorformer.fitting import ROUNDERS, Metric, fit, matrices, round_factors,
 from factorformer.fitting.rounding import compensated
 from factorformer.layers.nn import FactorizedMatrix
 from factorformer.layers.surgery import find_matrices
-from factorformer.planning.evidence import prediction
 from factorformer.structures import Dense, DenseSparse, KroneckerSum, LowRank, Structure, integers
 from factorformer.structures.base import GROUP, TensorSpec
 
@@ -209,7 +208,6 @@ def test_values_that_are_not_finite_are_refused() -> None:
 def test_whole_models_lose_less(name: str, method: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """And a report tells what dense matrices in 4 bits lose."""
     batch, lost, plan = text(32, 20), {}, None
-    monkeypatch.setattr(prediction, "NARROW", None)
     for compensates in (True, False):
         model = MODELS[name].build().to(dtype)
         dense = {m.name: model.get_submodule(m.name) for m in find_matrices(model)[0]}

@@ -79,13 +79,13 @@ def test_four_bits_or_eight_whichever_loses_less(tmp_path: Path, monkeypatch: py
     assert {entry.values for entry in planned(3.353).factorized} == {"int8"}
     monkeypatch.setattr(prediction, "MIXED_UP_TO", 4)
     narrow = planned(5)
-    assert "int8" not in {entry.values for entry in narrow.factorized}
+    assert {entry.values for entry in narrow.factorized} == {"int4"}
     assert mixed.predicted is not None
     assert narrow.predicted is not None
     assert mixed.predicted < narrow.predicted
 
 
-def test_beyond_that_three_bits_or_four(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_far_beyond_that_three_bits_or_four(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     inputs, data = MODELS["bert"].inputs(), [text(16)]
     model = MODELS["bert"].build()
     mixed = factorformer.plan(model, "fisher", 16, int4=True, calibration=data)
@@ -104,7 +104,7 @@ def test_beyond_that_three_bits_or_four(tmp_path: Path, monkeypatch: pytest.Monk
     assert inventory(again).compressed == mixed.compressed
     hold_floats(again)
     assert relative(logits(again, inputs), held) < 1e-4
-    monkeypatch.setattr(prediction, "NARROW", None)
+    monkeypatch.setattr(prediction, "NARROW_FROM", 100)
     alone = factorformer.plan(MODELS["bert"].build(), "fisher", 16, int4=True, calibration=data)
     assert {entry.values for entry in alone.factorized} == {"int4"}
     assert mixed.predicted is not None

@@ -38,8 +38,9 @@ MIXED_UP_TO = 7.0
 """Largest ratio at which matrices that are planned in 4 bits may be in 8. Beyond what dense 4 bits give, factors would
 have to pay for it: MiniLM at 10x then lost more than it was predicted to gain."""
 
-NARROW: Bits | None = 3
-"""Bits in which they may be beyond that ratio, where more values lose less than finer ones; None for no others."""
+NARROW_FROM = 15.0
+"""Smallest ratio at which they may be in 3 bits, where more values lose less than finer ones. MiniLM at 20x is better
+for it; at 10x it was predicted to be, and was not."""
 
 WEIGHTS = "error of the weights"
 """What is predicted where nothing is known of the loss."""
@@ -208,7 +209,7 @@ def plan_by_loss(
     statistics = None
     if calibration is not None:
         statistics = measure(model, names, metric, calibration, progress, new_head, token_counts)
-    second: Bits | None = 8 if draft.target <= MIXED_UP_TO else NARROW
+    second: Bits | None = 8 if draft.target <= MIXED_UP_TO else 3 if draft.target >= NARROW_FROM else None
     second = second if draft.budget == "bytes" else None  # FLOPs and times are those of int8 for all widths
     prediction = Prediction.of(model, matrices, structures, statistics, draft.target, progress, second)
     unmeasured = [name for name in names if name not in prediction.curves]
