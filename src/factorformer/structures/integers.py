@@ -117,7 +117,10 @@ def _unpack(packed: Tensor, bits: Bits, width: int) -> Tensor:
 def _joined(fields: Tensor, count: int, bits: int) -> Tensor:
     """Integers `(rows, fields)` as words `(rows, words)`, so many bits of so many fields in each, the first lowest."""
     columns = F.pad(fields, (0, -fields.shape[1] % count)).unflatten(1, (-1, count)).unbind(2)
-    return sum((column.to(torch.int32) & (2**bits - 1)) << bits * place for place, column in enumerate(columns))
+    words = torch.zeros_like(columns[0], dtype=torch.int32)
+    for place, column in enumerate(columns):
+        words |= (column.to(torch.int32) & (2**bits - 1)) << bits * place
+    return words
 
 
 def in_int8(factors: Factors, tensors: Mapping[str, TensorSpec], bits: Bits) -> dict[str, Tensor]:
