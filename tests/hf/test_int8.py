@@ -276,7 +276,7 @@ def edit(folder: Path, tensors: Callable[[dict[str, Tensor]], object], config: C
             id,
             rf"'{QUERY}\.weight_scale' is stored as",
         ),
-        (id, lambda layers: layers[QUERY].update(values="int3"), rf"'{QUERY}'.*'int3'"),
+        (id, lambda layers: layers[QUERY].update(values="int2"), rf"'{QUERY}'.*'int2'"),
         (id, lambda layers: layers[QUERY].update(values=["int8"]), rf"'{QUERY}'.*\['int8'\]"),
         (id, lambda layers: layers[QUERY].pop("values"), rf"unexpected: {QUERY}\.right_scale"),
     ],
