@@ -161,6 +161,8 @@ def test_an_end_that_cannot_be_told_is_undone(
     teacher: tf.PreTrainedModel, tokenizer: tf.PreTrainedTokenizerBase, plain: datasets.Dataset
 ) -> None:
     """As that of a scorer whose scores are not finite."""
+    for target in (Embeddings(), Predictions()):
+        assert math.isnan(float(target.loss(torch.full((4, 1), torch.nan), torch.ones(4, 1))))
     for end in (-math.inf, math.nan):
         student = compressed(teacher)
         target = Scripted(student, [0.5, 0.7, 0.6, end])

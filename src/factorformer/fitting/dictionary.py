@@ -36,7 +36,7 @@ TOGETHER = 64
 
 MANY, FINISH = 2**17, 3
 """Rows beyond which a dictionary is learned from a sample of them, and rounds after all have chosen their supports for
-it. Of MiniLM's 30,522 a sample leaves a tenth more error, in half the time."""
+it. Of MiniLM's 30,522 a sample leaves a tenth more error."""
 
 SHRUNK = 0.1
 """Weight of the identity, beside the Gram matrix of unit atoms, in the codes from which these rounds start."""
@@ -235,8 +235,8 @@ class _Problem:
     def encode(self, atoms: Float[Tensor, "atoms short"], rounds: int) -> Float[Tensor, "long atoms"]:
         """Codes for unit atoms that stay as they are, of rows that nothing couples.
 
-        They start from the largest of the codes that all atoms would have together, a little shrunk. The largest
-        projections on atoms would need four rounds to come as near.
+        They start from the largest of the codes that all atoms would have together, a little shrunk: two rounds come as
+        near then as four from the largest projections on atoms.
         """
         dtype, gram = self.products or atoms.dtype, atoms @ atoms.T
         inverse = torch.linalg.inv(gram + SHRUNK * torch.eye(len(gram)).to(gram)).to(dtype)

@@ -133,7 +133,7 @@ ROUNDERS: dict[type[Structure], Callable[..., dict[str, Tensor]]] = {
     DenseSparse: round_dense_sparse,
     LowRank: round_low_rank,
 }
-"""By structure; others are rounded to the nearest."""
+"""By structure; others are rounded to the nearest. Those of structures that can share factors take `parts` as well."""
 
 
 def compensated(

@@ -34,14 +34,13 @@ TYPES: dict[Bits, torch.dtype] = {bits: getattr(torch, f"int{bits}") for bits in
 SCALE, EXPONENTS = "_scale", "_exponents"
 """End the names of the scales of a factor, and of its exponents."""
 
-ENDS: dict[Bits, tuple[str, ...]] = {8: ("", SCALE), **dict.fromkeys((4, 3), ("", EXPONENTS, SCALE))}
+ENDS: dict[Bits, tuple[str, ...]] = {
+    bits: ("", SCALE) if bits == 8 else ("", EXPONENTS, SCALE) for bits in get_args(Bits)
+}
 """Of the names of all that is stored of a factor."""
 
 LARGEST: dict[Bits, int] = {8: 127, 4: 7, 3: 3}
 """Codes."""
-
-TOGETHER: dict[Bits, int] = {4: 2, 3: 8}
-"""Codes that fill whole bytes."""
 
 STEPS = 16
 """From a scale to half of it: those of groups can differ by a factor of 2^16, and are up to 4 % larger than need be."""
@@ -101,17 +100,25 @@ def _pack(codes: Tensor, bits: Bits) -> Tensor:
 
     Bytes are int8 as well: some architectures look whether a weight is, before they cast activations to its type.
     """
-    words = _joined(codes.to(torch.int8), TOGETHER[bits], bits)
-    parts = [(words >> 8 * place & 255).to(torch.uint8) for place in range(TOGETHER[bits] * bits // 8)]
+    fields, count = _word(bits)
+    words = _joined(codes.to(torch.int8), fields, bits)
+    parts = [(words >> 8 * place & 255).to(torch.uint8) for place in range(count)]
     packed = torch.stack(parts, 2).flatten(1)[:, : -(-codes.shape[1] * bits // 8)]
     return packed.contiguous().view(torch.int8)
 
 
 def _unpack(packed: Tensor, bits: Bits, width: int) -> Tensor:
     """The codes `(rows, width)` that `_pack` made bytes of, int8."""
-    words, half = _joined(packed, TOGETHER[bits] * bits // 8, 8), 2 ** (bits - 1)  # from which on codes are negative
-    fields = (words >> bits * place & (2 * half - 1) for place in range(TOGETHER[bits]))
-    return torch.stack([((field ^ half) - half).to(torch.int8) for field in fields], 2).flatten(1)[:, :width]
+    fields, count = _word(bits)
+    words, half = _joined(packed, count, 8), 2 ** (bits - 1)  # from which on codes are negative
+    codes = [(((words >> bits * place & (2 * half - 1)) ^ half) - half).to(torch.int8) for place in range(fields)]
+    return torch.stack(codes, 2).flatten(1)[:, :width]
+
+
+def _word(bits: Bits) -> tuple[int, int]:
+    """The fewest codes that fill whole bytes, and these."""
+    whole = math.lcm(bits, 8)
+    return whole // bits, whole // 8
 
 
 def _joined(fields: Tensor, count: int, bits: int) -> Tensor:
