@@ -171,11 +171,13 @@ def test_an_end_that_cannot_be_told_is_undone(
 
 
 @pytest.mark.parametrize(
-    ("cosine", "width", "rate"), [(0.4, 32, 5e-4), (0.975, 32, 2.5e-4), (0.4, 768, 2.5e-4), (1.0, 32, 0.0)]
+    ("cosine", "width", "depth", "rate"),
+    [(0.4, 32, 2, 5e-4), (0.975, 32, 2, 2.5e-4), (0.4, 768, 2, 2.5e-4), (0.4, 32, 24, 2.5e-4), (1.0, 32, 2, 0.0)],
 )
-def test_near_and_wide_models_learn_slowly(
+def test_near_and_large_models_learn_slowly(
     cosine: float,
     width: int,
+    depth: int,
     rate: float,
     teacher: tf.PreTrainedModel,
     tokenizer: tf.PreTrainedTokenizerBase,
@@ -186,7 +188,7 @@ def test_near_and_wide_models_learn_slowly(
     monkeypatch.setattr(healing, "finish", lambda t, *args: found.append(t.args.learning_rate) or finish(t, *args))
     settings = dataclasses.replace(FAST, learning_rate=None, epochs=1)
     student = compressed(teacher)
-    student.config.hidden_size = width
+    student.config.hidden_size, student.config.num_hidden_layers = width, depth
     target = Scripted(student, [cosine, 0.98, 0.98, 0.99])
     heal(student, teacher, plain, settings, tokenizer=tokenizer, held=plain, target=target)
     assert found == [pytest.approx(rate)]

@@ -55,6 +55,9 @@ disturb."""
 WIDTH = 384
 """Of hidden states, up to which these rates serve; beyond they fall as it grows (Yang et al., arXiv 2203.03466)."""
 
+DEPTH = 6
+"""Layers, likewise; beyond, rates fall with the root of their number (Yang et al., arXiv 2310.02244)."""
+
 REMEMBERED = 2**32
 """Bytes of the original's outputs that are remembered; for further rows it is asked each time."""
 
@@ -65,7 +68,7 @@ class HealingSettings(Settings):
 
     Args:
         learning_rate: peak of a linear schedule with warm-up; None sets it by how far the model is from the original
-            before training, and how wide it is.
+            before training, and how wide and deep it is.
         minutes: of training, what is measured and saved on the way included; if given, `epochs` does not count, and
             the learning rate falls with time.
         points: at which held-out rows are compared and a checkpoint is written.
@@ -394,8 +397,9 @@ def heal(
 def _rate(model: PreTrainedModel, target: Target, distance: float) -> float:
     """The peak of the learning rate for a model so far from its original."""
     width = getattr(model.config, "hidden_size", WIDTH)
+    depth = getattr(model.config, "num_hidden_layers", DEPTH)
     part = 1.0 if target.far is None else min(max(distance, 0.0) / target.far, 1.0)
-    return FASTEST * math.sqrt(part) * min(WIDTH / width, 1.0)
+    return FASTEST * math.sqrt(part * min(DEPTH / max(depth, 1), 1.0)) * min(WIDTH / width, 1.0)
 
 
 def _digest(data: datasets.Dataset) -> str:
