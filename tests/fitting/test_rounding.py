@@ -14,7 +14,7 @@ import factorformer
 from factorformer.errors import ModelError
 from factorformer.fitting import ROUNDERS, Metric, fit, matrices, round_factors, rounding
 from factorformer.fitting.rounding import compensated
-from factorformer.layers.nn import FactorizedMatrix
+from factorformer.layers.nn import FactorizedLinear, FactorizedMatrix
 from factorformer.layers.surgery import find_matrices
 from factorformer.structures import Dense, DenseSparse, KroneckerSum, LowRank, Structure, integers
 from factorformer.structures.base import GROUP, TensorSpec
@@ -150,8 +150,37 @@ def test_steps_outlast_the_first_of_training(spec: Structure, dtype: torch.dtype
     metric = side_by_side(spec)
     factors, _ = fit(matrix(dtype=dtype), spec, metric)
     for name, values in round_factors(matrix(dtype=dtype), spec, factors, metric, bits).items():
-        if not values.is_floating_point():
-            continue
+        check_settled(name, values, bits)
+
+
+@pytest.mark.parametrize("bits", FEW)
+@pytest.mark.parametrize("spec", [*SPECS, KroneckerSum(2, (6, 20), (8, 10))], ids=str)
+def test_nor_do_steps_without_a_metric(spec: Structure, bits: integers.Bits) -> None:
+    factors, _ = fit(matrix(), spec, Metric())
+    for name, values in round_factors(matrix(), spec, factors, Metric(), bits).items():
+        check_settled(name, values, bits, chosen=False)
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("bits", FEW)
+def test_what_was_stored_is_settled_before_it_is_trained(dtype: torch.dtype, bits: integers.Bits) -> None:
+    layer = FactorizedLinear(Dense(), SHAPE, dtype=dtype)
+    layer.fake_quantize(bits)
+    layer.quantize()
+    codes = {name: tensor.clone() for name, tensor in layer.factors.items()}
+    layer.hold_floats()
+    values = layer.factors["weight"].detach()
+    if dtype != torch.bfloat16:  # whose values are 0.4 % off
+        check_settled("weight", values, bits)
+    assert float((integers.settled(values, bits) / values).sub(1).abs().nan_to_num().max()) < 0.01
+    layer.quantize()
+    assert all(torch.equal(tensor, codes[name]) for name, tensor in layer.factors.items())
+
+
+def check_settled(name: str, values: torch.Tensor, bits: integers.Bits, *, chosen: bool = True) -> None:
+    """The largest values of groups may grow or shrink by 1 %; nor do codes change that have a margin."""
+    if values.is_floating_point():
+        values = values.flatten(1)
         grouped = F.pad(values, (0, -values.shape[-1] % GROUP)).unflatten(-1, (-1, GROUP)).flatten(0, -3)
         largest = grouped == grouped.abs().amax(2, keepdim=True) * grouped.sign()
         codes, exponents, _ = integers._by_group(values, bits)
@@ -162,7 +191,8 @@ def test_steps_outlast_the_first_of_training(spec: Structure, dtype: torch.dtype
             moved = moved.flatten(1)[:, : values.shape[-1]].reshape(values.shape)
             again, others, _ = integers._by_group(moved, bits)
             assert torch.equal(others.flatten()[below], exponents.flatten()[below]), name
-            assert torch.equal(again.flatten(0, 1)[below], codes.flatten(0, 1)[below]), name
+            if chosen:
+                assert torch.equal(again.flatten(0, 1)[below], codes.flatten(0, 1)[below]), name
 
 
 def test_parts_are_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -188,12 +218,12 @@ def test_a_matrix_of_zeros_stays_one(spec: Structure) -> None:
         assert float(found.abs().max()) < 1e-6
 
 
-def test_other_structures_are_left_as_they_are() -> None:
+def test_other_structures_keep_their_codes() -> None:
     spec = KroneckerSum(rank=2, left=(6, 10), right=(8, 20))
     assert type(spec) not in ROUNDERS
     factors, _ = fit(matrix(), spec, Metric())
     found = round_factors(matrix(), spec, factors, Metric(), 4)
-    assert all(torch.equal(found[name], factor) for name, factor in factors.items())
+    assert all(torch.equal(factor, stored(factors)[name]) for name, factor in stored(found).items())
 
 
 def test_values_that_are_not_finite_are_refused() -> None:

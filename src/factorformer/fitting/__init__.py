@@ -15,7 +15,7 @@ from factorformer.fitting.svd import fit_low_rank
 from factorformer.fitting.van_loan import fit_kronecker_sum
 from factorformer.layers.modes import fast_float32
 from factorformer.structures import Dense, DenseSparse, KroneckerSum, LowRank, Structure
-from factorformer.structures.integers import Bits
+from factorformer.structures.integers import Bits, settled
 
 QUICK = 2
 """Rounds of the fits that only choose a size."""
@@ -71,7 +71,7 @@ def round_factors(
         parts: of a structure whose factors can be shared, the numbers of rows that will be factors of their own.
     """
     if type(spec) not in ROUNDERS:
-        return dict(factors)
+        return {name: settled(f, bits) if f.is_floating_point() else f for name, f in factors.items()}
     moved, known = _where_float64_is(weight, metric)
     with fast_float32(moved.device):
         on_device = {name: factor.to(moved.device) for name, factor in factors.items()}

@@ -29,7 +29,7 @@ from factorformer.fitting.metric import Metric
 from factorformer.kernels import support
 from factorformer.structures import Dense, DenseSparse, LowRank, Structure
 from factorformer.structures.base import GROUP
-from factorformer.structures.integers import LARGEST, STEPS, Bits, group_steps, rounded
+from factorformer.structures.integers import LARGEST, MIDDLE, STEPS, Bits, group_steps, rounded, settled
 
 DAMPING = 0.01
 """Part of the mean of the diagonal of a moment that is added to it."""
@@ -45,9 +45,6 @@ CUTS = range(11)
 
 INSIDE = 0.45
 """Steps by which a value may be off its code, so that it is rounded to it in bfloat16 as well."""
-
-MIDDLE = 2 ** (-0.5 / STEPS)
-"""Of what a code of `LARGEST` stands for: the middle of the largest values that have the same steps."""
 
 SWEEPS, REFINEMENTS = 2, 4
 """Over the atoms of a dictionary when codes are rounded, and conjugate gradients before."""
@@ -119,12 +116,13 @@ def round_dense_sparse(
         short = None if metric.rows is None else metric.rows.diag() if metric.rows.dim() == 1 else metric.rows.T
         long, target = metric.columns, weight.T
     found = {**factors, "dictionary": compensated(factors["dictionary"], short, bits)}
+    parts = parts or (len(target),)
     if long is not None and long.dim() == 2:
-        return found
+        return found | {"weight": torch.cat([settled(p, bits) for p in factors["weight"].split(list(parts))])}
     atoms = rounded(found["dictionary"], bits).double()
     root = torch.eye(atoms.shape[1], dtype=atoms.dtype, device=atoms.device) if short is None else short
     root = root / (float(root.square().mean().sqrt()) or 1.0)
-    codes = _Codes(spec, factors, target, (atoms @ root).float(), root.float(), bits, parts or (len(target),))
+    codes = _Codes(spec, factors, target, (atoms @ root).float(), root.float(), bits, parts)
     return found | {"weight": codes.rounded().to(weight.dtype)}
 
 
@@ -150,7 +148,7 @@ def compensated(
         ModelError: the metric is not finite.
     """
     if root is None:
-        return values
+        return settled(values, bits)
     order, chain, weights = _chain(root)
     steps, found = _steps(values.float(), weights, values.dtype, bits), torch.empty_like(values)
     for rows in _parts(len(values), values.shape[1], values.device):

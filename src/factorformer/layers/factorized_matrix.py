@@ -244,7 +244,7 @@ class FactorizedMatrix(nn.Module):
             ModelError: they are floats already, or a form stands in for them.
         """
         self._require("cannot be turned into floats", floats=False)
-        values = self.floats() if values is None else values
+        values = self.trainable() if values is None else values
         for name in self._names:
             delattr(self, name)
         self._mode = Mode.FAKE_QUANTIZED
@@ -329,6 +329,13 @@ class FactorizedMatrix(nn.Module):
         if self.quantized and self.bits != 8:
             return integers.restored(self.factors, self.spec.tensors(self.shape), self.bits)
         return integers.floats(self.factors)
+
+    def trainable(self) -> Factors:
+        """The values of factors in integers to go on training from: the same integers are made of them."""
+        values = self.floats()
+        if self.bits == 8:
+            return values
+        return {n: integers.settled(t, self.bits) if t.is_floating_point() else t for n, t in values.items()}
 
     def keep(self, selection: Selection) -> None:
         """Drop the units that `spec.select` left out; the rest stays bit for bit what it is.

@@ -61,7 +61,7 @@ def hold_floats(model: nn.Module) -> bool:
     with unchanged_on_error(model):
         for layer in layers:
             codes, values = layer.factors, {}
-            for name, tensor in layer.floats().items():
+            for name, tensor in layer.trainable().items():
                 held = nn.Parameter(tensor) if tensor.is_floating_point() else tensor
                 values[name] = known.setdefault(id(codes[name]), held)
             layer.hold_floats(values)

@@ -45,6 +45,8 @@ LARGEST: dict[Bits, int] = {8: 127, 4: 7, 3: 3}
 STEPS = 16
 """From a scale to half of it: those of groups can differ by a factor of 2^16, and are up to 4 % larger than need be."""
 
+MIDDLE = 2 ** (-0.5 / STEPS)
+"""Of what a code of `LARGEST` stands for: the middle of the largest values that have the same steps."""
 
 SLACK = 24
 """Units in the last place by which an exponent may be too large, so that what is rounded already has the exponents that
@@ -148,6 +150,22 @@ def restored(factors: Factors, tensors: Mapping[str, TensorSpec], bits: Bits) ->
         values = _grouped(codes.to(scale.dtype)) * _steps(factors[name + EXPONENTS], scale)[:, :, None]
         result[name] = values.flatten(1)[:, :width].reshape(tensor.size).contiguous()
     return result
+
+
+@torch.no_grad()
+def settled(factor: Tensor, bits: Bits) -> Tensor:
+    """A factor with the same codes whose first changes in training leave its steps alone.
+
+    The largest value of each group moves to the middle of those that have the same steps; of what was stored it lies at
+    their end, from where the first step of an optimizer would change half of all groups. The largest of all stay.
+    """
+    values = _grouped(factor[..., None].flatten(1))
+    exponents, scale = _by_group(factor, bits)[1:]
+    middle = (LARGEST[bits] * MIDDLE * _steps(exponents, scale))[:, :, None]
+    largest, moves = values.abs().amax(2, keepdim=True), ((exponents > 0) & (exponents < 255))[:, :, None]
+    settled = torch.where(values.abs() == largest, values.sign() * middle, values.clamp(-middle, middle))
+    values = torch.where(moves, settled, values)
+    return values.flatten(1)[:, : math.prod(factor.shape[1:])].reshape(factor.shape).contiguous()
 
 
 def floats(factors: Factors, dtype: torch.dtype | None = None) -> Factors:

@@ -344,7 +344,8 @@ def heal(
             # Ranks start from the whole model, which has no distance yet.
             rate = _rate(model, target, math.inf if ranks is not None else distance)
             settings = dataclasses.replace(settings, learning_rate=rate)
-            report(f"{phase}: learning rate {rate:.2g}")
+            if begun is None or closest is not None:  # others go on with the rate of their checkpoint
+                report(f"{phase}: learning rate {rate:.2g}")
         trainer = HealingTrainer(
             model=model,
             args=settings.arguments(
