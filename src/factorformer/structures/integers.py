@@ -156,7 +156,7 @@ def restored(factors: Factors, tensors: Mapping[str, TensorSpec], bits: Bits) ->
 def settled(factor: Tensor, bits: Bits) -> Tensor:
     """A factor with the same codes whose first changes in training leave its steps alone.
 
-    The largest value of each group moves to the middle of those that have the same steps; of what was stored it lies at
+    The largest value of each group moves to the middle of those that have the same steps; in what was stored it lies at
     their end, from where the first step of an optimizer would change half of all groups. The largest of all stay.
     """
     values = _grouped(factor[..., None].flatten(1))
