@@ -18,7 +18,6 @@ import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -29,7 +28,7 @@ from factorformer.fitting.metric import Metric
 from factorformer.kernels import support
 from factorformer.structures import Dense, DenseSparse, LowRank, Structure
 from factorformer.structures.base import GROUP
-from factorformer.structures.integers import LARGEST, MIDDLE, STEPS, Bits, group_steps, rounded, settled
+from factorformer.structures.integers import LARGEST, MIDDLE, STEPS, Bits, group_steps, in_groups, rounded, settled
 
 DAMPING = 0.01
 """Part of the mean of the diagonal of a moment that is added to it."""
@@ -201,10 +200,6 @@ def _parts(rows: int, width: int, device: torch.device) -> Iterator[slice]:
         yield slice(first, first + count)
 
 
-def _grouped(values: Float[Tensor, "rows width"]) -> Float[Tensor, "rows groups group"]:
-    return F.pad(values, (0, -values.shape[1] % GROUP)).unflatten(1, (-1, GROUP))
-
-
 def _steps(
     values: Float[Tensor, "rows width"], weights: Float[Tensor, " width"], dtype: torch.dtype, bits: Bits
 ) -> Float[Tensor, "rows groups"]:
@@ -217,10 +212,10 @@ def _steps(
         bits: of codes.
     """
     largest = LARGEST[bits]
-    full = group_steps(_grouped(values).abs().amax(2), dtype, bits)
-    chosen, weight = [], _grouped(weights[None])
+    full = group_steps(in_groups(values).abs().amax(2), dtype, bits)
+    chosen, weight = [], in_groups(weights[None])
     for rows in _parts(len(values), values.shape[1], values.device):
-        grouped, best = _grouped(values[rows]), full[rows]
+        grouped, best = in_groups(values[rows]), full[rows]
         least = torch.full_like(best, torch.inf)
         for cut in CUTS:
             steps = full[rows] * 2 ** (-cut / STEPS)
@@ -264,7 +259,7 @@ class _Grid:
     ) -> _Grid:
         """For values whose groups have these steps, and the largest steps of their factor, or of that of each row."""
         code = LARGEST[bits]
-        width, grouped = values.shape[1], _grouped(values)
+        width, grouped = values.shape[1], in_groups(values)
         largest, place = grouped.abs().max(2, keepdim=True)
         # Where a group is so small beside others that its exponent is the last one, nothing has to keep it.
         ends = grouped.gather(2, place).sign() * code * (largest > (code - 0.5) * steps[:, :, None])

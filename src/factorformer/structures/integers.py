@@ -14,7 +14,7 @@ All are symmetric. Scales are values of their own, named after the factor, and s
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal, get_args
 
 import torch
@@ -147,8 +147,8 @@ def restored(factors: Factors, tensors: Mapping[str, TensorSpec], bits: Bits) ->
             continue
         width, scale = math.prod(tensor.size[1:]), factors[name + SCALE]
         codes = _unpack(factors[name], bits, width)
-        values = _grouped(codes.to(scale.dtype)) * _steps(factors[name + EXPONENTS], scale)[:, :, None]
-        result[name] = values.flatten(1)[:, :width].reshape(tensor.size).contiguous()
+        values = in_groups(codes.to(scale.dtype)) * _steps(factors[name + EXPONENTS], scale)[:, :, None]
+        result[name] = _of_groups(values, tensor.size)
     return result
 
 
@@ -159,13 +159,12 @@ def settled(factor: Tensor, bits: Bits) -> Tensor:
     The largest value of each group moves to the middle of those that have the same steps; in what was stored it lies at
     their end, from where the first step of an optimizer would change half of all groups. The largest of all stay.
     """
-    values = _grouped(factor[..., None].flatten(1))
+    values = in_groups(factor[..., None].flatten(1))
     exponents, scale = _by_group(factor, bits)[1:]
     middle = (LARGEST[bits] * MIDDLE * _steps(exponents, scale))[:, :, None]
     largest, moves = values.abs().amax(2, keepdim=True), ((exponents > 0) & (exponents < 255))[:, :, None]
-    settled = torch.where(values.abs() == largest, values.sign() * middle, values.clamp(-middle, middle))
-    values = torch.where(moves, settled, values)
-    return values.flatten(1)[:, : math.prod(factor.shape[1:])].reshape(factor.shape).contiguous()
+    lowered = torch.where(values.abs() == largest, values.sign() * middle, values.clamp(-middle, middle))
+    return _of_groups(torch.where(moves, lowered, values), factor.shape)
 
 
 def floats(factors: Factors, dtype: torch.dtype | None = None) -> Factors:
@@ -238,8 +237,7 @@ def rounded(tensor: Tensor, bits: Bits, factor: Tensor | None = None) -> Tensor:
     fixed = values = tensor.detach()
     if bits != 8:
         codes, exponents, scale = _by_group(fixed, bits, None if factor is None else factor.detach())
-        whole = codes.to(scale.dtype) * _steps(exponents, scale)[:, :, None]
-        values = whole.flatten(1)[:, : math.prod(tensor.shape[1:])].view(tensor.shape)
+        values = _of_groups(codes.to(scale.dtype) * _steps(exponents, scale)[:, :, None], tensor.shape)
     return _values(*_by_row(values)) + (tensor - fixed)
 
 
@@ -259,7 +257,7 @@ def _by_group(tensor: Tensor, bits: Bits, factor: Tensor | None = None) -> tuple
         bits: of codes.
         factor: whose rows they are.
     """
-    values = _grouped(_whole(tensor)[..., None].flatten(1))
+    values = in_groups(_whole(tensor)[..., None].flatten(1))
     largest = values.abs().amax(2)
     exponents, scale, steps = _scales(largest, largest if factor is None else _whole(factor), tensor.dtype, bits)
     return (values / steps[:, :, None]).round().clamp(-LARGEST[bits], LARGEST[bits]), exponents, scale
@@ -283,9 +281,14 @@ def group_steps(largest: Float[Tensor, "rows groups"], dtype: torch.dtype, bits:
     return _scales(largest, largest, dtype, bits)[2]
 
 
-def _grouped(rows: Tensor) -> Tensor:
-    """`(rows, values)` as `(rows, groups, GROUP)`, padded with zeros."""
+def in_groups(rows: Float[Tensor, "rows values"]) -> Float[Tensor, "rows groups group"]:
+    """Rows of a factor in groups of `GROUP` values, padded with zeros."""
     return F.pad(rows, (0, -rows.shape[1] % GROUP)).unflatten(1, (-1, GROUP))
+
+
+def _of_groups(values: Float[Tensor, "rows groups group"], size: Sequence[int]) -> Tensor:
+    """A factor of that size, without what its groups are padded with."""
+    return values.flatten(1)[:, : math.prod(size[1:])].reshape(size).contiguous()
 
 
 def _steps(exponents: Tensor, scale: Tensor) -> Tensor:
