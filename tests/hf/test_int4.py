@@ -22,6 +22,7 @@ from factorformer.layers.quantization import hold_floats, quantize
 from factorformer.planning import Plan
 from factorformer.planning.evidence import prediction
 from factorformer.report import inventory
+from factorformer.structures.integers import STEPS
 
 LOST = 0.02
 """What products lose that read factors of 4 bits as int8."""
@@ -77,7 +78,7 @@ def test_four_bits_or_eight_whichever_loses_less(tmp_path: Path, monkeypatch: py
     assert Plan.from_dict(mixed.to_dict()) == mixed
     # Where all fit in 8 bits they are in 8 bits.
     assert {entry.values for entry in planned(3.353).factorized} == {"int8"}
-    monkeypatch.setattr(prediction, "MIXED_UP_TO", 4)
+    monkeypatch.setattr(prediction, "other_width", lambda draft: None)
     narrow = planned(5)
     assert {entry.values for entry in narrow.factorized} == {"int4"}
     assert mixed.predicted is not None
@@ -85,7 +86,7 @@ def test_four_bits_or_eight_whichever_loses_less(tmp_path: Path, monkeypatch: py
     assert mixed.predicted < narrow.predicted
 
 
-def test_far_beyond_that_three_bits_or_four(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_beyond_that_three_bits_or_four(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     inputs, data = MODELS["bert"].inputs(), [text(16)]
     model = MODELS["bert"].build()
     mixed = factorformer.plan(model, "fisher", 16, int4=True, calibration=data)
@@ -104,7 +105,7 @@ def test_far_beyond_that_three_bits_or_four(tmp_path: Path, monkeypatch: pytest.
     assert inventory(again).compressed == mixed.compressed
     hold_floats(again)
     assert relative(logits(again, inputs), held) < 1e-4
-    monkeypatch.setattr(prediction, "NARROW_FROM", 100)
+    monkeypatch.setattr(prediction, "other_width", lambda draft: None)
     alone = factorformer.plan(MODELS["bert"].build(), "fisher", 16, int4=True, calibration=data)
     assert {entry.values for entry in alone.factorized} == {"int4"}
     assert mixed.predicted is not None
@@ -246,8 +247,8 @@ def test_what_shares_a_dictionary_keeps_the_codes_that_were_chosen(monkeypatch: 
         assert any(torch.equal(values, found) for found in known[values.shape])
         grouped = torch.nn.functional.pad(values, (0, -values.shape[1] % 32)).unflatten(1, (-1, 32)).abs().amax(2)
         scale = grouped.max()
-        octaves = 16 * (scale / grouped[grouped > 0]).log2()
-        # The largest lie on their codes, and all others in the middle of what has their steps.
+        octaves = STEPS * (scale / grouped[grouped > 0]).log2()
+        # The largest lie on their codes, and all others in the middle of what has their exponents.
         off = (octaves - octaves.round()).abs()
         assert float(torch.minimum(off, (off - 0.5).abs()).max()) < 0.01
         assert float((off[octaves > 0.25] - 0.5).abs().max()) < 0.01

@@ -12,6 +12,7 @@ import resource
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import get_args
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +21,7 @@ from torch import Tensor
 from factorformer.kernels import Dense, cpu, sparse_product, support
 from factorformer.kernels import chain as dense_chain
 from factorformer.kernels import gelu as dense_gelu
+from factorformer.structures import TensorSpec, integers
 
 TOKENS = (0, 1, 3, 4, 5, 16, 17, 31, 33, 64, 100, 700)
 THREADS = (1, 2, 3)
@@ -232,6 +234,25 @@ def check_rows_that_are_not_there() -> None:
                 raise AssertionError(index)
 
 
+def check_rounding(draw: random.Random) -> None:
+    """To the very values that products read of what is stored."""
+    size = draw.choice(((0, 4), (1, 1), (7, 5), (4, 3, 6), (3, 32), (5, 1, 70), (150, 300)))
+    spread = torch.logspace(0, -draw.randint(0, 6), size[0]).view(-1, *[1] * (len(size) - 1))
+    x = torch.randn(size) * spread * 10.0 ** draw.randint(-30, 30)
+    if draw.random() < 0.3:
+        x[..., : draw.randint(1, size[-1])] = 0
+    for bits in get_args(integers.Bits):
+        stored = integers.quantize({"weight": x}, bits)
+        if bits != 8:
+            stored = integers.in_int8(stored, {"weight": TensorSpec(size)}, bits)
+        for _ in on_threads():
+            assert torch.equal(integers.rounded(x, bits), integers.floats(stored)["weight"]), (size, bits)
+    wrong = torch.randn(3, 70)
+    wrong[1, 40] = draw.choice((torch.nan, torch.inf))
+    assert integers.rounded(wrong, 8).isnan().all(1).tolist() == [False, True, False]
+    assert integers.rounded(wrong, 4).isnan().all()  # whose rows have a scale in common
+
+
 def check_gelu() -> None:
     compiled = cpu.variant() != cpu.REFERENCE
     allowed = torch.tensor(4e-7 if compiled else 2e-6)
@@ -351,6 +372,7 @@ def main(name: str, cases: int) -> None:
         check_rows_of_sparse(draw)
         check_rows_of_kronecker(draw)
         check_rows_of_dense(draw)
+        check_rounding(draw)
     check_rows_that_are_not_there()
     check_exact_integers()
     check_what_is_no_number()

@@ -178,6 +178,16 @@ def test_many_matrices_meet_their_budget_closely() -> None:
         assert original / ratio * 0.995 <= cost <= original / ratio * 1.0001
 
 
+def test_others_do_with_less_for_the_large_step_of_one() -> None:
+    """Such as that of a table, which is half of a model, from 3 bits to 4."""
+    options = {f"small{i}": options_of([(cost, 10 - cost) for cost in range(1, 10)], 10) for i in range(4)}
+    options["large"] = options_of([(40, 1)], 60)
+    matrices = [Matrix(name, (64, 64)) for name in options]
+    found = chosen(by_loss(matrices, options, ratio=100 / 88, rest=0), options)
+    assert sum(option.cost for option in found) == pytest.approx(88, rel=TOLERANCE)
+    assert found[-1].cost == 60
+
+
 def test_what_matters_more_gets_more() -> None:
     matrices = [Matrix(name, (64, 64)) for name in ("little", "much")]
     options = {

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from hypothesis import given
@@ -9,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from factorformer.structures import LowRank, TensorSpec, integers
+from factorformer.structures.base import GROUP
 
 TYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 SIZES = [(1, 1), (7, 5), (4, 3, 6), (0, 4)]
@@ -176,27 +179,53 @@ def test_values_share_bytes(size: tuple[int, ...], dtype: torch.dtype, bits: int
 
 def test_the_first_value_has_the_lowest_bits() -> None:
     """As files say that were written before."""
-    codes = torch.tensor([[1.0, -1.0, 7.0, -7.0, 3.0]])
-    assert integers.quantize({"weight": codes}, 4)["weight"].view(torch.uint8).tolist() == [[0xF1, 0x97, 0x03]]
-    codes = torch.tensor([[1.0, -1.0, 3.0, -3.0, 0.0, 2.0, -2.0, 1.0, -3.0]])
-    word = sum((int(code) & 7) << 3 * place for place, code in enumerate(codes[0, :8].tolist()))
+    codes = torch.tensor([[1, -1, 8, -7, 3]])
+    assert integers.quantize({"weight": integers.levels_of(codes, 4, torch.float32)}, 4)["weight"].view(
+        torch.uint8
+    ).tolist() == [[0xF1, 0x98, 0x03]]
+    codes = torch.tensor([[1, -1, 4, -3, 0, 2, -2, 1, -3]])
+    word = sum((code & 7) << 3 * place for place, code in enumerate(codes[0, :8].tolist()))
     expected = [word & 255, word >> 8 & 255, word >> 16, 0b101]
-    assert integers.quantize({"weight": codes}, 3)["weight"].view(torch.uint8).tolist() == [expected]
+    assert integers.quantize({"weight": integers.levels_of(codes, 3, torch.float32)}, 3)["weight"].view(
+        torch.uint8
+    ).tolist() == [expected]
+
+
+@pytest.mark.parametrize("bits", FEW)
+def test_a_group_has_the_sign_of_its_largest_value(bits: integers.Bits) -> None:
+    """Opposite of which no level lies."""
+    tensor = torch.tensor(integers.LEVELS[bits])
+    for values in (tensor, -tensor, 1000 * tensor):
+        assert torch.equal(narrow(values[None], bits)[0], values)
+    mirrored = torch.cat([tensor, -tensor])[None]
+    assert float((narrow(mirrored, bits) - mirrored).abs().max()) == pytest.approx(1 + integers.LEVELS[bits][0])
+
+
+@pytest.mark.parametrize(("bits", "decibels"), [(4, 22.3), (3, 16.2)])
+def test_levels_lie_where_values_do(bits: integers.Bits, decibels: float) -> None:
+    """Of normally distributed values, whose groups have the exponents that suit them best."""
+    values = torch.randn(20_000, GROUP, generator=torch.Generator().manual_seed(0))
+    least = values.new_full((len(values),), torch.inf)
+    for cut in range(8):
+        reach = integers.extremes(values[None])[0] * 2 ** (-cut / integers.STEPS)
+        read = integers.levels_of(integers.nearest(values / reach[:, None], bits), bits, torch.float32)
+        least = least.minimum((values - read * reach[:, None]).square().mean(1))
+    assert -10 * math.log10(float(least.mean())) == pytest.approx(decibels, abs=0.2)
 
 
 @pytest.mark.parametrize("bits", FEW)
 @given(st.integers(1, 80), st.floats(-30, 30), st.floats(-3, 0), st.integers(0, 1000))
-def test_a_value_is_off_by_half_a_step_of_its_group(
+def test_a_value_is_off_by_a_part_of_the_largest_of_its_group(
     bits: integers.Bits, width: int, exponent: float, spread: float, seed: int
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
     groups = -(-width // 32)
     scales = 10 ** (exponent + spread * torch.rand(3, groups, generator=generator)).repeat_interleave(32, 1)[:, :width]
     tensor = scales * torch.randn(3, width, generator=generator)
-    error, step = (narrow(tensor, bits) - tensor).abs(), 1 / integers.LARGEST[bits]
+    error, most = (narrow(tensor, bits) - tensor).abs(), 1 + integers.LEVELS[bits][0]
     for first in range(0, width, 32):
         part = tensor[:, first : first + 32]
-        assert (error[:, first : first + 32] <= 0.53 * step * part.abs().amax(1, keepdim=True)).all()
+        assert (error[:, first : first + 32] <= 1.001 * most * part.abs().amax(1, keepdim=True)).all()
 
 
 def test_a_large_value_costs_its_neighbours_alone() -> None:

@@ -119,9 +119,9 @@ Int4 = Annotated[
     bool,
     weights_option(
         "--int4",
-        help="As --int8, with two values in a byte: twice as many in as many bytes, each rounded to 15 steps, which "
+        help="As --int8, with two values in a byte: twice as many in as many bytes, each rounded to 16 levels, which "
         "training makes up for. Where that loses less for its bytes, 'fisher' and 'auto' keep matrices in int8 up to a "
-        "ratio of 7, and in 3 bits from 15 on.",
+        "ratio of 7, and in 3 bits beyond.",
     ),
 ]
 Scope = Annotated[

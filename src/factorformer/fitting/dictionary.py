@@ -94,15 +94,18 @@ def fit_dense_sparse(
         fast = torch.bfloat16 if weight.device.type == "cpu" and has_bfloat16_products() else None
         few = dataclasses.replace(_Problem.of(sample[0], spec, sample[1]), products=fast)
         problem = dataclasses.replace(problem, products=fast)
-        atoms, _ = few.unit(few.alternate(few.begin(rounds), rounds, EAGERNESS))
+        codes = few.alternate(few.begin(rounds), rounds, EAGERNESS)
+        atoms, norms = few.unit(codes)
+        known = atoms, best_dictionary(codes * norms.T, few.plain)
         codes = problem.encode(atoms, min(rounds, FINISH))
     else:
+        known = None
         if start is None:
             codes, eagerness = problem.begin(rounds), EAGERNESS if problem.moment is None else COUPLED
         else:
             codes, eagerness = spec.coefficients(start).to(problem.target.dtype) * problem.scale, 1.0
         codes = problem.alternate(codes, rounds if problem.moment is None else -(-rounds // SHARE), eagerness)
-    factors = problem.factors(codes, weight.dtype)
+    factors = problem.factors(codes, weight.dtype, known)
     wide = {name: factor.to(codes.dtype) if factor.is_floating_point() else factor for name, factor in factors.items()}
     return factors, metric.relative_error(weight, spec.to_dense((weight.shape[0], weight.shape[1]), wide))
 
@@ -270,13 +273,25 @@ class _Problem:
         for first in range(0, len(self.target), size):
             yield slice(first, min(first + size, len(self.target)))
 
-    def factors(self, codes: Float[Tensor, "long atoms"], dtype: torch.dtype) -> dict[str, Tensor]:
-        """Codes as they are stored, sorted and balanced, and the best dictionary for what is stored."""
-        used = codes.square().sum(0) * best_dictionary(codes, self.target, self.moment).square().sum(1)
-        codes = codes[:, used.sort(descending=True, stable=True).indices]
-        # The matrix determines what it needs: the dictionary in its own, not whitened coordinates.
-        norms = best_dictionary(codes, self.plain, self.moment).square().mean(1).sqrt()
-        codes = codes / self.scale * norms
+    def factors(
+        self, codes: Float[Tensor, "long atoms"], dtype: torch.dtype, known: tuple[Tensor, Tensor] | None = None
+    ) -> dict[str, Tensor]:
+        """Codes as they are stored, sorted and balanced, and the best dictionary for what is stored.
+
+        Args:
+            codes: in any order, of atoms of any norm.
+            dtype: of the factors.
+            known: a dictionary for these codes, `(atoms, short)`, in whitened coordinates, and in those of the matrix,
+                if there is one: they tell which atoms matter, and how large they are.
+        """
+        dictionary, plain = known or (
+            best_dictionary(codes, self.target, self.moment),
+            best_dictionary(codes, self.plain, self.moment),
+        )
+        # The matrix determines what it needs: the dictionary in its own coordinates.
+        used, norms = codes.square().sum(0) * dictionary.square().sum(1), plain.square().mean(1).sqrt()
+        order = used.sort(descending=True, stable=True).indices
+        codes = codes[:, order] / self.scale * norms[order]
         share = (codes.square().sum() / (self.spec.nonzeros * len(codes))).sqrt()
         root = self.size.sqrt()
         codes = codes / share.clamp_min(torch.finfo(codes.dtype).tiny).sqrt()

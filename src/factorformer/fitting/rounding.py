@@ -8,7 +8,7 @@ of low rank are rotated so that all components matter alike.
 
 What comes out are floats that `structures.integers` rounds to the codes which were chosen here. They do not lie on
 these: training would take long to move any from the middle of what is rounded to one code. Nor do the largest of their
-groups, which would get other steps, and all of a group other codes, with the first step of training. (Factors under
+groups, which would get other exponents, and all of a group other codes, with the first step of training. (Factors under
 no metric, and structures that are rounded to the nearest, are left as they are.)
 """
 
@@ -28,7 +28,22 @@ from factorformer.fitting.metric import Metric
 from factorformer.kernels import support
 from factorformer.structures import Dense, DenseSparse, LowRank, Structure
 from factorformer.structures.base import GROUP
-from factorformer.structures.integers import LARGEST, MIDDLE, STEPS, Bits, group_steps, in_groups, rounded, settled
+from factorformer.structures.integers import (
+    BOUNDS,
+    LARGEST,
+    LEVELS,
+    MIDDLE,
+    OPPOSITE,
+    STEPS,
+    Bits,
+    extremes,
+    group_reach,
+    in_groups,
+    levels_of,
+    nearest,
+    rounded,
+    settled,
+)
 
 DAMPING = 0.01
 """Part of the mean of the diagonal of a moment that is added to it."""
@@ -39,11 +54,12 @@ TOGETHER = 128
 BLOCK = 32
 """Atoms of which the same is true."""
 
-CUTS = range(11)
-"""Sixteenths of an octave by which the largest value of a group may be cut off for finer steps."""
+CUTS = range(9)
+"""Steps of exponents by which the largest value of a group may be cut off for finer levels."""
 
-INSIDE = 0.45
-"""Steps by which a value may be off its code, so that it is rounded to it in bfloat16 as well."""
+INSIDE = 0.9
+"""Of the way from its level to the next bound that a value may be off it, so that it is rounded to it in bfloat16 as
+well."""
 
 SWEEPS, REFINEMENTS = 2, 4
 """Over the atoms of a dictionary when codes are rounded, and conjugate gradients before."""
@@ -52,7 +68,7 @@ ENTRIES = 2**22
 """Of a factor that are rounded at the same time on a CPU."""
 
 SETTLING = 4
-"""Times that steps are asked for again, until the largest values ask for the very steps that they are stored with."""
+"""Times that exponents are asked for again, until the largest values ask for those that they are stored with."""
 
 TINY = torch.finfo(torch.float32).tiny
 
@@ -149,10 +165,10 @@ def compensated(
     if root is None:
         return settled(values, bits)
     order, chain, weights = _chain(root)
-    steps, found = _steps(values.float(), weights, values.dtype, bits), torch.empty_like(values)
+    reach, found = _reach(values.float(), weights, values.dtype, bits), torch.empty_like(values)
     for rows in _parts(len(values), values.shape[1], values.device):
         left = values[rows].float()
-        grid = _Grid.of(left, steps[rows], steps.max(), bits).columns(order)
+        grid = _Grid.of(left, reach[rows], reach.abs().max(), bits).columns(order)
         found[rows, order] = _one_by_one(left.T[order].contiguous(), grid, chain).T.to(values.dtype)
     return found
 
@@ -200,10 +216,10 @@ def _parts(rows: int, width: int, device: torch.device) -> Iterator[slice]:
         yield slice(first, first + count)
 
 
-def _steps(
+def _reach(
     values: Float[Tensor, "rows width"], weights: Float[Tensor, " width"], dtype: torch.dtype, bits: Bits
 ) -> Float[Tensor, "rows groups"]:
-    """The steps that suit each group best, where squared errors weigh differently in each column.
+    """The extreme of each group that suits it best, where squared errors weigh differently in each column.
 
     Args:
         values: of the factor, in float32.
@@ -211,79 +227,81 @@ def _steps(
         dtype: of the factor, and so of its scale.
         bits: of codes.
     """
-    largest = LARGEST[bits]
-    full = group_steps(in_groups(values).abs().amax(2), dtype, bits)
+    full = group_reach(extremes(in_groups(values)), dtype)
     chosen, weight = [], in_groups(weights[None])
     for rows in _parts(len(values), values.shape[1], values.device):
         grouped, best = in_groups(values[rows]), full[rows]
         least = torch.full_like(best, torch.inf)
         for cut in CUTS:
-            steps = full[rows] * 2 ** (-cut / STEPS)
-            codes = (grouped / steps[:, :, None]).round_().clamp_(-largest, largest)
-            loss = (grouped - codes.mul_(steps[:, :, None])).square_().mul_(weight).sum(2)
-            best, least = torch.where(loss < least, steps, best), torch.minimum(loss, least)
+            reach = full[rows] * 2 ** (-cut / STEPS)
+            read = levels_of(nearest(grouped / reach[:, :, None], bits), bits, grouped.dtype)
+            loss = (grouped - read.mul_(reach[:, :, None])).square_().mul_(weight).sum(2)
+            best, least = torch.where(loss < least, reach, best), torch.minimum(loss, least)
         chosen.append(best)
-    steps = torch.cat(chosen)
+    reach = torch.cat(chosen)
     for _ in range(SETTLING):
-        steps = group_steps((steps * largest).to(dtype).to(steps.dtype), dtype, bits)
-    return steps
+        reach = group_reach(reach.to(dtype).to(reach.dtype), dtype)
+    return reach
 
 
 @dataclasses.dataclass(frozen=True)
 class _Grid:
-    """What values of a factor can become in few bits, once the steps of its groups are chosen.
+    """What values of a factor can become in few bits, once the reach of its groups is chosen.
 
     Args:
-        steps: of each value, `(rows, width)` or its transpose.
-        pinned: as large: the codes of those values that keep the steps of their groups, the largest of each; 0 for
-            others.
+        reach: of the group of each value, with its sign, `(rows, width)` or its transpose.
+        pinned: as large: 1 for those values that keep the exponents of their groups, the extremes; 0 for others.
         coarse: the steps of rows in 8 bits, in which products read what is stored in fewer.
-        scale: the largest steps of the whole factor that will be stored, which follow from its largest value: largest
-            values of groups with these steps lie on their codes, those of others a 32nd of an octave below.
-        largest: code.
+        scale: the largest reach of the whole factor that will be stored, which is its largest value: extremes of groups
+            with this reach are that, those of others half of a step of exponents below theirs.
+        bits: of codes.
     """
 
-    steps: Tensor
+    reach: Tensor
     pinned: Tensor
     coarse: Float[Tensor, " rows"]
     scale: Tensor
-    largest: int
+    bits: Bits
 
     @classmethod
     def of(
         cls,
         values: Float[Tensor, "rows width"],
-        steps: Float[Tensor, "rows groups"],
+        reach: Float[Tensor, "rows groups"],
         scale: Tensor,
         bits: Bits,
     ) -> _Grid:
-        """For values whose groups have these steps, and the largest steps of their factor, or of that of each row."""
-        code = LARGEST[bits]
-        width, grouped = values.shape[1], in_groups(values)
-        largest, place = grouped.abs().max(2, keepdim=True)
-        # Where a group is so small beside others that its exponent is the last one, nothing has to keep it.
-        ends = grouped.gather(2, place).sign() * code * (largest > (code - 0.5) * steps[:, :, None])
-        pinned = torch.zeros_like(grouped).scatter_(2, place, ends)
-        coarse = (steps.amax(1) * code / LARGEST[8]).clamp_min(TINY)
-        each = steps.repeat_interleave(GROUP, 1)[:, :width]
-        return cls(each, pinned.flatten(1)[:, :width], coarse, scale, code)
+        """For values whose groups have this reach, and the largest of their factor, or of that of each row."""
+        width, grouped = values.shape[1], in_groups(values) * reach.sign()[:, :, None]
+        pinned = torch.zeros_like(grouped).scatter_(2, grouped.argmax(2, keepdim=True), 1.0)
+        coarse = reach.abs().amax(1) / LARGEST
+        coarse = torch.where(coarse < TINY, 1, coarse)  # of rows that are zero
+        each = reach.repeat_interleave(GROUP, 1)[:, :width]
+        return cls(each, pinned.flatten(1)[:, :width], coarse, scale, bits)
 
     def columns(self, order: Int[Tensor, " width"]) -> _Grid:
         """That of the transpose, with columns in an order."""
         return dataclasses.replace(
-            self, steps=self.steps.T[order].contiguous(), pinned=self.pinned.T[order].contiguous()
+            self, reach=self.reach.T[order].contiguous(), pinned=self.pinned.T[order].contiguous()
         )
 
     def nearest(self, values: Float[Tensor, " rows"], column: int) -> tuple[Tensor, Tensor]:
         """The nearest values of a column of which codes are made, and what products read then."""
-        steps, pinned = self.steps[column], self.pinned[column]
-        codes = (values / steps).round_().clamp_(-self.largest, self.largest)
-        codes = torch.where(pinned == 0, codes, pinned)
-        near = values.clamp((codes - INSIDE) * steps, (codes + INSIDE) * steps)
-        largest = self.largest * torch.where(steps < MIDDLE * self.scale, MIDDLE * steps, steps)
-        near = near.clamp(-largest, largest)
-        read = (codes * steps / self.coarse).round_().mul_(self.coarse)
-        return torch.where(pinned == 0, near, pinned.sign() * largest), read
+        reach, pinned = self.reach[column], self.pinned[column] > 0
+        parts = values / reach
+        level, low, high = _cells(nearest(parts, self.bits), self.bits, parts)
+        largest = torch.where(reach.abs() < MIDDLE * self.scale, MIDDLE, 1.0)
+        near = torch.where(pinned, largest, parts.clamp(low, high).minimum(largest)) * reach
+        return near, (torch.where(pinned, 1.0, level) * reach / self.coarse).round_().mul_(self.coarse)
+
+
+def _cells(codes: Tensor, bits: Bits, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The levels of codes, and the least and the greatest of the values which surely get these codes."""
+    levels, bounds = like.new_tensor(LEVELS[bits]), like.new_tensor(BOUNDS[bits])
+    low = torch.cat([levels.new_tensor([-OPPOSITE]), torch.lerp(levels[1:], bounds, INSIDE)])
+    high = torch.cat([torch.lerp(levels[:-1], bounds, INSIDE), levels.new_ones(1)])
+    place = codes + len(levels) // 2 - 1
+    return levels[place], low[place], high[place]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -313,18 +331,19 @@ class _Codes:
         gram = self.atoms @ self.atoms.T
         gram.diagonal().clamp_min_(TINY)
         values = torch.cat([self._solved(*part, gram) for part in self._parts()])
-        chosen = _steps(values, values.new_ones(values.shape[1]), self.factors["weight"].dtype, self.bits)
-        scale = torch.cat([part.max().expand(len(part)) for part in chosen.split(list(self.parts)) if len(part)])
+        chosen = _reach(values, values.new_ones(values.shape[1]), self.factors["weight"].dtype, self.bits)
+        largest = (part.abs().max().expand(len(part)) for part in chosen.split(list(self.parts)) if len(part))
+        scale = torch.cat(list(largest))
         found: list[Tensor] = []
         for rows, positions, projected in self._parts():
             grid = _Grid.of(values[rows], chosen[rows], scale[rows], self.bits)
             empty = torch.zeros_like(projected)
             # By atom, as columns of a factor.
-            steps, pinned, now = (
-                empty.scatter(1, positions, tensor).T.contiguous() for tensor in (grid.steps, grid.pinned, values[rows])
+            reach, pinned, now = (
+                empty.scatter(1, positions, tensor).T.contiguous() for tensor in (grid.reach, grid.pinned, values[rows])
             )
-            mask, near = (steps > 0).float(), torch.empty_like(now)
-            part = dataclasses.replace(grid, steps=torch.where(steps > 0, steps, 1), pinned=pinned)
+            mask, near = (reach != 0).float(), torch.empty_like(now)
+            part = dataclasses.replace(grid, reach=torch.where(reach != 0, reach, 1), pinned=pinned)
             left = projected.T - gram @ now
             for first in list(range(0, len(gram), BLOCK)) * SWEEPS:
                 some, before = slice(first, first + BLOCK), now[first : first + BLOCK].clone()

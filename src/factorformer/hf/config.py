@@ -13,7 +13,7 @@ from factorformer.structures import Shape, Structure, TensorSpec, from_dict, int
 from factorformer.structures.integers import Bits
 
 METHOD = "factorformer"
-FORMAT = 1
+FORMAT = 2
 
 STORED: dict[str, Bits] = {f"int{bits}": bits for bits in get_args(Bits)}
 """The `values` of a layer whose factors are stored in integers with scales."""

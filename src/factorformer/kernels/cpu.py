@@ -20,11 +20,16 @@ from factorformer.errors import FactorformerError, FactorformerWarning, ModelErr
 from factorformer.kernels.compile import FAILED, LIBRARY, SOURCES, VARIANTS, fingerprint
 from factorformer.kernels.support import CODES, code_of, row_bytes
 
+GROUP = 32
+"""Values of a row that are rounded together."""
+
 LONGEST = 4
 """Matrices in a chain, at most."""
 
 NO_ROW = 2
 """What kernels return that were asked for a row that there is not."""
+
+_NEVER_FAIL = ("gelu", "extremes", "round_rows")
 
 REFERENCE = "reference"
 _VALUES = (torch.float32, torch.int8)
@@ -69,10 +74,12 @@ def _load() -> ctypes.CDLL | None:
         "sparse_rows": (_pointer, _count, _fields, _fields, _pointer),
         "kronecker_rows": (_pointer, _count, _fields, _pointer),
         "dense_rows": (_pointer, _count, _fields, _fields, _pointer),
+        "extremes": (_pointer, _count, _count, _pointer),
+        "round_rows": (_pointer, _count, _count, _pointer, _pointer, _count, _pointer),
     }
     for name, types in arguments.items():
         function = getattr(loaded, f"factorformer_{name}")
-        function.argtypes, function.restype = types, None if name == "gelu" else ctypes.c_int32
+        function.argtypes, function.restype = types, None if name in _NEVER_FAIL else ctypes.c_int32
     if wanted and loaded.factorformer_variant().decode() != wanted:
         raise FactorformerError(f"FACTORFORMER_CPU is '{wanted}', which this processor does not have")
     return loaded
@@ -281,6 +288,29 @@ def _whole(index: Tensor) -> Tensor:
 def gelu(x: Tensor, y: Tensor) -> Tensor:
     """The exact GELU, within 4e-7; both contiguous, and perhaps the same."""
     _loaded().factorformer_gelu(x.data_ptr(), x.numel(), y.data_ptr())
+    return y
+
+
+def extremes(x: Tensor, group: int) -> Tensor:
+    """The value of each group that is farthest from 0: `(rows, width)` to `(rows, groups)`; both contiguous."""
+    _require("values of a group", group, GROUP)
+    ends = x.new_empty(x.shape[0], -(-x.shape[1] // group))
+    _loaded().factorformer_extremes(x.data_ptr(), *x.shape, ends.data_ptr())
+    return ends
+
+
+def round_rows(x: Tensor, reach: Tensor | None, levels: Tensor | None) -> Tensor:
+    """What products read of rows that are stored in integers, `(rows, width)`.
+
+    Args:
+        x: the rows; all inputs are contiguous float32.
+        reach: what the level 1 stands for, by groups, `(rows, groups)`; None for 8 bits.
+        levels: `(2 count - 1)`: the levels of fewer bits, ascending, and the bounds between them.
+    """
+    y, count = torch.empty_like(x), 0 if levels is None else (levels.numel() + 1) // 2
+    if reach is not None:
+        _require("reaches of groups", reach.numel(), x.shape[0] * -(-x.shape[1] // GROUP))
+    _loaded().factorformer_round_rows(*(x.data_ptr(), *x.shape, _address(reach), _address(levels), count, y.data_ptr()))
     return y
 
 

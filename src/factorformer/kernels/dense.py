@@ -72,6 +72,11 @@ def served(x: Tensor, *others: Tensor | None, support: Tensor | None = None) -> 
     return unobserved()
 
 
+def rounds(x: Tensor) -> bool:
+    """Whether the compiled kernels round a factor, in training as well."""
+    return cpu.serves(x, x) and x.dim() > 0 and not torch.compiler.is_compiling() and unobserved()
+
+
 def gelu(x: Tensor, *, overwrite: bool = False) -> Tensor:
     """The exact GELU, in place of its input if that may be lost and the compiled kernels serve."""
     if served(x) and x.is_contiguous() and not torch.compiler.is_compiling():

@@ -26,6 +26,9 @@ IN_FLOATS = "the budget allows floats, and rounding to integers would lose more 
 MOST = 10**8
 """Partial choices that are looked at, at most: beyond them the choice that the price makes stands."""
 
+FEW = 4
+"""Steps that are too expensive for what is left, of which it is seen what others would have to do with, at most."""
+
 GAP = 1e-3
 """How much more than the best choice within the budget a plan may lose, relative to it."""
 
@@ -183,7 +186,12 @@ def _purchases(ladders: Mapping[str, _Ladder]) -> list[tuple[str, Option, Option
 
 
 def _spend(
-    ladders: Mapping[str, _Ladder], purchases: Sequence[tuple[str, Option, Option]], budget: float, tolerance: float
+    ladders: Mapping[str, _Ladder],
+    purchases: Sequence[tuple[str, Option, Option]],
+    budget: float,
+    tolerance: float,
+    *,
+    exchanging: bool = True,
 ) -> dict[str, Option]:
     """The options that a budget buys; where they leave more than the tolerance, perhaps a little more than that."""
     chosen = {name: ladder.frontier[0] for name, ladder in ladders.items()}
@@ -203,6 +211,16 @@ def _spend(
         return chosen
     # All of this stays below the budget; one more step may come nearer to it.
     steps = [(after.cost - chosen[n].cost, n, after) for n in waiting if (after := ladders[n].following(chosen[n]))]
+    if exchanging:  # for which others do with less, where the steps of one matrix are a large part of the budget
+        exchanges = []
+        for _, name, after in sorted(steps, key=lambda item: item[0])[:FEW]:
+            others = {n: ladder for n, ladder in ladders.items() if n != name}
+            left_for, their = budget - after.cost, [purchase for purchase in purchases if purchase[0] != name]
+            if left_for >= math.fsum(ladder.frontier[0].cost for ladder in others.values()):
+                exchanges.append({**_spend(others, their, left_for, tolerance, exchanging=False), name: after})
+        near = [choice for choice in exchanges if abs(budget - _cost(choice)) <= tolerance]
+        if near:
+            return min(near, key=lambda choice: math.fsum(option.loss for option in choice.values()))
     if steps:
         step, name, after = min(steps, key=lambda item: item[0])
         if step < 2 * left:

@@ -48,6 +48,12 @@ struct Attention {
     float scale;
 };
 
+// What values of few bits can be, ascending, and the bounds between each and the next.
+struct Levels {
+    const float *levels, *bounds; // (count), (count - 1)
+    int64_t count;
+};
+
 struct Table {
     const char *name;
     // y (n, rows) = x (n, atoms) S^T + bias
@@ -66,4 +72,8 @@ struct Table {
     int32_t (*kronecker_rows)(const int64_t *index, int64_t n, const Kronecker *, float *y);
     // y (n, in) = rows of a table (rows, in), or, if there is a second matrix, their products with it
     int32_t (*dense_rows)(const int64_t *index, int64_t n, const Matrix *, const Matrix *, float *y);
+    // ends (rows, groups) of x (rows, width)
+    void (*extremes)(const float *x, int64_t rows, int64_t width, float *ends);
+    // y (rows, width); reach (rows, groups) may be null, and then there are no levels
+    void (*round_rows)(const float *x, int64_t rows, int64_t width, const float *reach, const Levels *, float *y);
 };

@@ -112,6 +112,17 @@ EXPORT int32_t factorformer_chain(const float *x, int64_t n, const int64_t *fiel
     return table->chain(x, n, m, count, bias, y);
 }
 
+EXPORT void factorformer_extremes(const float *x, int64_t rows, int64_t width, float *ends) {
+    table->extremes(x, rows, width, ends);
+}
+
+// Levels, then the bounds between them.
+EXPORT void factorformer_round_rows(const float *x, int64_t rows, int64_t width, const float *reach, const float *levels,
+                                    int64_t count, float *y) {
+    const Levels l = {levels, levels + count, count};
+    table->round_rows(x, rows, width, reach, &l, y);
+}
+
 EXPORT void factorformer_gelu(const float *x, int64_t n, float *y) { table->gelu(x, n, y); }
 
 // Five pointers, then the integers of the structure in their order.

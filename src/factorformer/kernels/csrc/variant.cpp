@@ -3,6 +3,7 @@
 #include "attention.h"
 #include "dense.h"
 #include "lookup.h"
+#include "rounding.h"
 #include "sparse.h"
 
 #define NAME(x) NAME_OF(x)
@@ -11,5 +12,5 @@
 extern "C" const Table FACTORFORMER_VARIANT;
 const Table FACTORFORMER_VARIANT = {
     NAME(FACTORFORMER_VARIANT), sparse, sparse_transposed, sparse_outer, chain, gelu, attention, sparse_rows, kronecker_rows,
-    dense_rows,
+    dense_rows, extremes, round_rows,
 };

@@ -34,13 +34,10 @@ LEVELLING = 10.0
 """How soon `1 - cosine` grows slower than the sum `p` over all matrices: as `p / sqrt(1 + LEVELLING p)`. A cosine is
 bounded, and the order makes up for more of what is large. Ours, from 18 plans of three structures for MiniLM."""
 
-MIXED_UP_TO = 7.0
-"""Largest ratio at which matrices that are planned in 4 bits may be in 8. Beyond what dense 4 bits give, factors would
-have to pay for it: MiniLM at 10x then lost more than it was predicted to gain."""
-
-NARROW_FROM = 15.0
-"""Smallest ratio at which they may be in 3 bits, where more values lose less than finer ones. MiniLM at 20x is better
-for it; at 10x it was predicted to be, and was not."""
+WIDE_UP_TO = 7.0
+"""Largest ratio at which matrices that are planned in 4 bits may be in 8. Beyond, where not even all of them dense in 4
+are few enough bytes, they may be in 3: more values lose less than finer ones. MiniLM at 8x is as near for it, and
+nearer at 10x."""
 
 WEIGHTS = "error of the weights"
 """What is predicted where nothing is known of the loss."""
@@ -209,8 +206,7 @@ def plan_by_loss(
     statistics = None
     if calibration is not None:
         statistics = measure(model, names, metric, calibration, progress, new_head, token_counts)
-    second: Bits | None = 8 if draft.target <= MIXED_UP_TO else 3 if draft.target >= NARROW_FROM else None
-    second = second if draft.budget == "bytes" else None  # FLOPs and times are those of int8 for all widths
+    second = other_width(draft)
     prediction = Prediction.of(model, matrices, structures, statistics, draft.target, progress, second)
     unmeasured = [name for name in names if name not in prediction.curves]
     cost, timer = _prices(model, draft.budget, prediction, matrices, progress)
@@ -229,6 +225,13 @@ def plan_by_loss(
         milliseconds=times,
         statistics=statistics or {},
     )
+
+
+def other_width(draft: Plan) -> Bits | None:
+    """Bits in which a plan may store matrices that it would store in 4; None for no others."""
+    if draft.budget != "bytes":  # FLOPs and times are those of int8 for all widths
+        return None
+    return 8 if draft.target <= WIDE_UP_TO else 3
 
 
 def _prices(
