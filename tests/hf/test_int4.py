@@ -78,7 +78,7 @@ def test_four_bits_or_eight_whichever_loses_less(tmp_path: Path, monkeypatch: py
     assert Plan.from_dict(mixed.to_dict()) == mixed
     # Where all fit in 8 bits they are in 8 bits.
     assert {entry.values for entry in planned(3.353).factorized} == {"int8"}
-    monkeypatch.setattr(prediction, "other_width", lambda draft: None)
+    monkeypatch.setattr(prediction, "other_width", lambda *_: None)
     narrow = planned(5)
     assert {entry.values for entry in narrow.factorized} == {"int4"}
     assert mixed.predicted is not None
@@ -105,7 +105,7 @@ def test_beyond_that_three_bits_or_four(tmp_path: Path, monkeypatch: pytest.Monk
     assert inventory(again).compressed == mixed.compressed
     hold_floats(again)
     assert relative(logits(again, inputs), held) < 1e-4
-    monkeypatch.setattr(prediction, "other_width", lambda draft: None)
+    monkeypatch.setattr(prediction, "other_width", lambda *_: None)
     alone = factorformer.plan(MODELS["bert"].build(), "fisher", 16, int4=True, calibration=data)
     assert {entry.values for entry in alone.factorized} == {"int4"}
     assert mixed.predicted is not None

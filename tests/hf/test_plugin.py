@@ -60,6 +60,12 @@ def test_description_of_a_layer() -> None:
 def test_a_newer_format_is_refused() -> None:
     with pytest.raises(CheckpointError, match=f"format {FORMAT + 1}.*format {FORMAT}"):
         FactorformerConfig(format=FORMAT + 1)
+    layer = {"shape": [8, 8], "structure": "low_rank", "rank": 2}
+    for values in ("int8", "fake_int8", None):  # stored as ever
+        assert FactorformerConfig({"a": {**layer, "values": values}}, format=FORMAT - 1).format == FORMAT
+    for values in ("int4", "fake_int3"):
+        with pytest.raises(CheckpointError, match=r"4 or 3 bits; compress the original again"):
+            FactorformerConfig({"a": {**layer, "values": values}}, format=FORMAT - 1)
 
 
 def test_a_shrunk_layer_is_saved_as_it_is(tmp_path: Path) -> None:

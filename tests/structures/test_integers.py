@@ -247,6 +247,40 @@ def test_zeros_stay_zeros(bits: integers.Bits) -> None:
     assert torch.equal(narrow(tensor, bits)[[0, 2]], tensor[[0, 2]])
 
 
+@pytest.mark.parametrize("bits", [8, *FEW])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_other_usual_types_and_devices_change_nothing(dtype: torch.dtype, bits: integers.Bits) -> None:
+    tensor = draw((6, 40))
+    expected = integers.rounded(tensor, bits)
+    integers._tables.cache_clear()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device("meta"):
+            assert torch.equal(integers.rounded(tensor, bits), expected)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("bits", [8, *FEW])
+def test_what_is_rounded_may_be_changed_in_place(bits: integers.Bits) -> None:
+    """As the outputs of embeddings are in some models."""
+    tensor = draw((6, 40)).requires_grad_()
+    rows = integers.rounded(tensor, bits)
+    rows += 1
+    rows.sum().backward()
+    assert torch.equal(tensor.grad, torch.ones(6, 40))  # type: ignore[arg-type]
+
+
+def test_groups_beside_which_others_are_huge_have_few_levels_left() -> None:
+    tensor = torch.cat([torch.full((1, 32), 2.0**20), torch.randn(1, 32) * 2**20 / 2 ** (12.7)])
+    found = narrow(tensor, 4)
+    assert float((found[1] - tensor[1]).norm() / tensor[1].norm()) < 0.2
+    assert torch.equal(narrow(found, 4), found)
+    assert torch.equal(narrow(integers.settled(found, 4), 4), found)
+    tensor[1] *= 2**-6
+    assert torch.equal(narrow(tensor, 4)[1], torch.zeros(32))
+
+
 @pytest.mark.parametrize("bits", FEW)
 def test_gradients_pass_in_few_bits_too(bits: integers.Bits) -> None:
     tensor, target = draw((6, 40)).requires_grad_(), draw((6, 40))

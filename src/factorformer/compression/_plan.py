@@ -74,8 +74,8 @@ def plan(
             allocate by loss leave those matrices in floats that rounding harms most, as many as fit whole; other
             methods exceed such ratios.
         int4: the same in 4 bits, two values in a byte, with scales for groups of values. Methods that allocate by loss
-            store matrices in another width where that loses less for its bytes: in 8 bits at ratios of bytes up to 7,
-            and in 3 beyond; others exceed ratios below 8.
+            store matrices in another width where that loses less for its bytes: in 8 bits as long as all would fit
+            dense in 4, and in 3 beyond; others exceed ratios below 8.
         rank_multiple: ranks of low-rank matrices are multiples of this; for methods that make such.
         calibration: batches as for `compress`; with them the cheap fits minimize the error that the method minimizes,
             and without them the plain error of the weights. With them allocation by loss is by the predicted

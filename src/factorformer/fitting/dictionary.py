@@ -81,8 +81,8 @@ def fit_dense_sparse(
     Returns:
         `weight`, `support` and `dictionary` as `DenseSparse` stores them, in the type of the given weight, and the
         relative error `||R (W - W') L||_F / ||R W L||_F`. Stored values have the same root mean square as the entries
-        of the dictionary, and as those of each atom. Atoms are sorted by the energy that they contribute, the most
-        important first.
+        of the dictionary, and as those of each atom; after a sample, about so. Atoms are sorted by the energy that they
+        contribute, the most important first.
 
     Raises:
         ModelError: the weight holds NaN or infinite values.
@@ -96,7 +96,9 @@ def fit_dense_sparse(
         problem = dataclasses.replace(problem, products=fast)
         codes = few.alternate(few.begin(rounds), rounds, EAGERNESS)
         atoms, norms = few.unit(codes)
-        known = atoms, best_dictionary(codes * norms.T, few.plain)
+        plain, used = best_dictionary(codes * norms.T, few.plain), (codes != 0).any(0)
+        plain[~used] = plain[used].square().mean().sqrt()  # which others may use
+        known = atoms, plain
         codes = problem.encode(atoms, min(rounds, FINISH))
     else:
         known = None

@@ -36,10 +36,10 @@ from factorformer.structures.integers import (
     OPPOSITE,
     STEPS,
     Bits,
+    at_levels,
     extremes,
     group_reach,
     in_groups,
-    levels_of,
     nearest,
     rounded,
     settled,
@@ -230,12 +230,12 @@ def _reach(
     full = group_reach(extremes(in_groups(values)), dtype)
     chosen, weight = [], in_groups(weights[None])
     for rows in _parts(len(values), values.shape[1], values.device):
-        grouped, best = in_groups(values[rows]), full[rows]
+        part, best = values[rows].contiguous(), full[rows]
         least = torch.full_like(best, torch.inf)
         for cut in CUTS:
             reach = full[rows] * 2 ** (-cut / STEPS)
-            read = levels_of(nearest(grouped / reach[:, :, None], bits), bits, grouped.dtype)
-            loss = (grouped - read.mul_(reach[:, :, None])).square_().mul_(weight).sum(2)
+            error = at_levels(part, reach, bits).sub_(part).square_()
+            loss = in_groups(error).mul(weight).sum(2)
             best, least = torch.where(loss < least, reach, best), torch.minimum(loss, least)
         chosen.append(best)
     reach = torch.cat(chosen)
@@ -255,6 +255,7 @@ class _Grid:
         scale: the largest reach of the whole factor that will be stored, which is its largest value: extremes of groups
             with this reach are that, those of others half of a step of exponents below theirs.
         bits: of codes.
+        cells: levels, and the least and the greatest of the values that surely get them.
     """
 
     reach: Tensor
@@ -262,6 +263,7 @@ class _Grid:
     coarse: Float[Tensor, " rows"]
     scale: Tensor
     bits: Bits
+    cells: tuple[Tensor, Tensor, Tensor]
 
     @classmethod
     def of(
@@ -273,11 +275,14 @@ class _Grid:
     ) -> _Grid:
         """For values whose groups have this reach, and the largest of their factor, or of that of each row."""
         width, grouped = values.shape[1], in_groups(values) * reach.sign()[:, :, None]
-        pinned = torch.zeros_like(grouped).scatter_(2, grouped.argmax(2, keepdim=True), 1.0)
+        largest, place = grouped.max(2, keepdim=True)
+        # Where a group is so small beside others that its exponent is the last one, nothing has to keep it.
+        ends = (largest > BOUNDS[bits][-1] * reach.abs()[:, :, None]).to(grouped.dtype)
+        pinned = torch.zeros_like(grouped).scatter_(2, place, ends)
         coarse = reach.abs().amax(1) / LARGEST
         coarse = torch.where(coarse < TINY, 1, coarse)  # of rows that are zero
         each = reach.repeat_interleave(GROUP, 1)[:, :width]
-        return cls(each, pinned.flatten(1)[:, :width], coarse, scale, bits)
+        return cls(each, pinned.flatten(1)[:, :width], coarse, scale, bits, _cells(bits, values))
 
     def columns(self, order: Int[Tensor, " width"]) -> _Grid:
         """That of the transpose, with columns in an order."""
@@ -289,19 +294,19 @@ class _Grid:
         """The nearest values of a column of which codes are made, and what products read then."""
         reach, pinned = self.reach[column], self.pinned[column] > 0
         parts = values / reach
-        level, low, high = _cells(nearest(parts, self.bits), self.bits, parts)
-        largest = torch.where(reach.abs() < MIDDLE * self.scale, MIDDLE, 1.0)
+        place = nearest(parts, self.bits) + len(self.cells[0]) // 2 - 1
+        level, low, high = (table[place] for table in self.cells)
+        largest = torch.where(reach.abs() < MIDDLE * self.scale, MIDDLE, 1.0).to(parts.dtype)
         near = torch.where(pinned, largest, parts.clamp(low, high).minimum(largest)) * reach
         return near, (torch.where(pinned, 1.0, level) * reach / self.coarse).round_().mul_(self.coarse)
 
 
-def _cells(codes: Tensor, bits: Bits, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The levels of codes, and the least and the greatest of the values which surely get these codes."""
+def _cells(bits: Bits, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Levels, and the least and the greatest of the values that surely get them."""
     levels, bounds = like.new_tensor(LEVELS[bits]), like.new_tensor(BOUNDS[bits])
     low = torch.cat([levels.new_tensor([-OPPOSITE]), torch.lerp(levels[1:], bounds, INSIDE)])
     high = torch.cat([torch.lerp(levels[:-1], bounds, INSIDE), levels.new_ones(1)])
-    place = codes + len(levels) // 2 - 1
-    return levels[place], low[place], high[place]
+    return levels, low, high
 
 
 @dataclasses.dataclass(frozen=True)

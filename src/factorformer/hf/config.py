@@ -14,12 +14,18 @@ from factorformer.structures.integers import Bits
 
 METHOD = "factorformer"
 FORMAT = 2
+EQUAL_STEPS = 1
+"""The format before, which says the same but for what values in 4 and 3 bits are."""
 
 STORED: dict[str, Bits] = {f"int{bits}": bits for bits in get_args(Bits)}
 """The `values` of a layer whose factors are stored in integers with scales."""
 
 FAKE = "fake_"
 """Begins the `values` of a layer whose factors are floats that every product rounds to such integers."""
+
+
+def _in_few_bits(layer: Mapping[str, Any]) -> bool:
+    return str(layer.get("values", "")).removeprefix(FAKE) in {name for name, bits in STORED.items() if bits != 8}
 
 
 class FactorformerConfig(QuantizationConfigMixin):
@@ -37,14 +43,17 @@ class FactorformerConfig(QuantizationConfigMixin):
     """
 
     def __init__(self, layers: Mapping[str, Mapping[str, Any]] | None = None, format: int = FORMAT, **_: Any) -> None:
-        if format != FORMAT:
-            raise CheckpointError(f"the model was saved in format {format}, this version reads format {FORMAT}")
         self.quant_method = METHOD  # pyright: ignore[reportAttributeAccessIssue]  # a name, as for every plug-in
-        self.format = format
+        self.format = FORMAT
         try:
             self.layers = {name: dict(layer) for name, layer in (layers or {}).items()}
         except (AttributeError, TypeError, ValueError) as error:
             raise CheckpointError(f"config.json describes no layers but {layers!r}") from error
+        if format != FORMAT and (format != EQUAL_STEPS or any(map(_in_few_bits, self.layers.values()))):
+            raise CheckpointError(
+                f"the model was saved in format {format}, this version reads format {FORMAT}, and {EQUAL_STEPS} where "
+                "nothing is stored in 4 or 3 bits; compress the original again"
+            )
 
     def structure(self, name: str) -> tuple[Structure, Shape]:
         """Spec and shape of a layer."""

@@ -75,7 +75,7 @@ def _load() -> ctypes.CDLL | None:
         "kronecker_rows": (_pointer, _count, _fields, _pointer),
         "dense_rows": (_pointer, _count, _fields, _fields, _pointer),
         "extremes": (_pointer, _count, _count, _pointer),
-        "round_rows": (_pointer, _count, _count, _pointer, _pointer, _count, _pointer),
+        "round_rows": (_pointer, _count, _count, _pointer, _pointer, _pointer, _count, ctypes.c_int32, _pointer),
     }
     for name, types in arguments.items():
         function = getattr(loaded, f"factorformer_{name}")
@@ -292,26 +292,45 @@ def gelu(x: Tensor, y: Tensor) -> Tensor:
 
 
 def extremes(x: Tensor, group: int) -> Tensor:
-    """The value of each group that is farthest from 0: `(rows, width)` to `(rows, groups)`; both contiguous."""
+    """The value of each group that is farthest from 0: `(rows, ...)` to `(rows, groups)`; both contiguous."""
     _require("values of a group", group, GROUP)
-    ends = x.new_empty(x.shape[0], -(-x.shape[1] // group))
-    _loaded().factorformer_extremes(x.data_ptr(), *x.shape, ends.data_ptr())
+    rows, width = _row_sizes(x)
+    ends = x.new_empty(rows, -(-width // group))
+    _loaded().factorformer_extremes(x.data_ptr(), rows, width, ends.data_ptr())
     return ends
 
 
-def round_rows(x: Tensor, reach: Tensor | None, levels: Tensor | None) -> Tensor:
-    """What products read of rows that are stored in integers, `(rows, width)`.
+def round_rows(
+    x: Tensor,
+    reach: Tensor | None = None,
+    levels: Tensor | None = None,
+    bounds: Tensor | None = None,
+    *,
+    in_int8: bool = True,
+) -> Tensor:
+    """What products read of rows that are stored in integers, `(rows, ...)`.
 
     Args:
         x: the rows; all inputs are contiguous float32.
         reach: what the level 1 stands for, by groups, `(rows, groups)`; None for 8 bits.
-        levels: `(2 count - 1)`: the levels of fewer bits, ascending, and the bounds between them.
+        levels, bounds: of fewer bits, ascending, and what lies between each and the next.
+        in_int8: whether products read them in 8 bits with a scale for each row.
     """
-    y, count = torch.empty_like(x), 0 if levels is None else (levels.numel() + 1) // 2
+    (rows, width), y, count = _row_sizes(x), torch.empty_like(x), 0
     if reach is not None:
-        _require("reaches of groups", reach.numel(), x.shape[0] * -(-x.shape[1] // GROUP))
-    _loaded().factorformer_round_rows(*(x.data_ptr(), *x.shape, _address(reach), _address(levels), count, y.data_ptr()))
+        assert levels is not None
+        assert bounds is not None
+        count = levels.numel()
+        _require("bounds between levels", bounds.numel(), count - 1)
+        _require("reaches of groups", reach.numel(), rows * -(-width // GROUP))
+    where = (_address(reach), _address(levels), _address(bounds))
+    _loaded().factorformer_round_rows(x.data_ptr(), rows, width, *where, count, in_int8, y.data_ptr())
     return y
+
+
+def _row_sizes(x: Tensor) -> tuple[int, int]:
+    """Rows of a factor, and their values."""
+    return x.shape[0], x.numel() // max(x.shape[0], 1)
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:

@@ -74,7 +74,7 @@ def served(x: Tensor, *others: Tensor | None, support: Tensor | None = None) -> 
 
 def rounds(x: Tensor) -> bool:
     """Whether the compiled kernels round a factor, in training as well."""
-    return cpu.serves(x, x) and x.dim() > 0 and not torch.compiler.is_compiling() and unobserved()
+    return cpu.serves(x, x) and x.dim() > 0 and not x.is_neg() and not torch.compiler.is_compiling() and unobserved()
 
 
 def gelu(x: Tensor, *, overwrite: bool = False) -> Tensor:

@@ -30,7 +30,7 @@ PACKED: dict[torch.dtype, int] = {getattr(torch, f"int{bits}"): bits for bits in
 """The names of values in so few bits that they share bytes, and these bits; torch computes nothing in them."""
 
 GROUP = 32
-"""Values of a row that have a scale of their own then."""
+"""Values of a row that have an exponent of their own then."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,6 +15,7 @@ Scales are values of their own, named after the factor, and so are exponents.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -64,8 +65,9 @@ BOUNDS: dict[Bits, tuple[float, ...]] = {
 STEPS = 10
 """From a scale to half of it: those of groups can differ by a factor of 2^12.7, and are up to 7 % too large."""
 
-NOTHING = 127
-"""The exponent of groups that are zero, and the lowest bits of all exponents; the highest bit is their sign."""
+LAST = 127
+"""Exponent, and the lowest bits of all: the highest bit is a sign. Groups that are smaller have this one, without a
+sign: their largest values may be rounded to any level."""
 
 MIDDLE = 2 ** (-0.5 / STEPS)
 """Of the reach of a group: the middle of the largest values that have the same exponent."""
@@ -179,18 +181,19 @@ def restored(factors: Factors, tensors: Mapping[str, TensorSpec], bits: Bits) ->
 
 @torch.no_grad()
 def settled(factor: Tensor, bits: Bits) -> Tensor:
-    """A factor with the same codes whose first changes in training leave its exponents alone.
+    """A factor with the same codes whose first changes in training leave its exponents and their signs alone.
 
     The largest value of each group moves to the middle of those that have the same exponent; in what was stored it lies
     at their end, from where the first step of an optimizer would change half of all groups. The largest of all stay.
     """
     values = in_groups(factor[..., None].flatten(1))
-    exponents, scale = _by_group(factor, bits)[1:]
+    ends = extremes(_whole(values))
+    exponents, scale = _scales(ends, ends, factor.dtype)
     reach = _reach(exponents, scale)[:, :, None]
-    parts = values / torch.where(reach == 0, 1, reach)
-    below = (exponents & NOTHING)[:, :, None]
-    lowered = torch.where(parts == parts.amax(2, keepdim=True), MIDDLE, parts.clamp(-OPPOSITE, MIDDLE))
-    return _of_groups(torch.where((below > 0) & (below < NOTHING), lowered * reach, values), factor.shape)
+    parts = (values / torch.where(reach == 0, 1, reach)).clamp_min(-OPPOSITE)
+    moves = ((exponents & LAST) % LAST > 0)[:, :, None]
+    middle = torch.where(parts == parts.amax(2, keepdim=True), MIDDLE, parts.clamp_max(MIDDLE))
+    return _of_groups(torch.where(moves, middle, parts) * reach, factor.shape)
 
 
 def floats(factors: Factors, dtype: torch.dtype | None = None) -> Factors:
@@ -261,35 +264,47 @@ def rounded(tensor: Tensor, bits: Bits, factor: Tensor | None = None) -> Tensor:
         factor: whose rows they are.
     """
     fixed = values = tensor.detach()
+    factor = None if factor is None else factor.detach()
     if rounds(fixed):
-        values = _rounded_by_kernel(fixed, bits, None if factor is None else factor.detach())
-        return _StraightThrough.apply(tensor, values)
+        return _StraightThrough.apply(tensor, bits, factor)
     if bits != 8:
-        codes, exponents, scale = _by_group(fixed, bits, None if factor is None else factor.detach())
+        codes, exponents, scale = _by_group(fixed, bits, factor)
         values = _of_groups(levels_of(codes, bits, scale.dtype) * _reach(exponents, scale)[:, :, None], tensor.shape)
     return _values(*_by_row(values)) + (tensor - fixed)
 
 
 class _StraightThrough(torch.autograd.Function):
-    """Values in place of a tensor that gets their gradient; two passes over both are saved."""
+    """The same by the compiled kernel, which gradients pass as well."""
 
     @staticmethod
-    def forward(ctx: Any, tensor: Tensor, values: Tensor) -> Tensor:
-        return values
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        return gradients[0], None
-
-
-def _rounded_by_kernel(tensor: Tensor, bits: Bits, factor: Tensor | None) -> Tensor:
-    rows = tensor[..., None].flatten(1)
-    reach = levels = None
-    if bits != 8:
-        ends = cpu.extremes(rows, GROUP)
+    def forward(ctx: Any, tensor: Tensor, bits: Bits, factor: Tensor | None) -> Tensor:
+        if bits == 8:
+            return cpu.round_rows(tensor)
+        ends = cpu.extremes(tensor, GROUP)
         reach = _reach(*_scales(ends, ends if factor is None else factor, tensor.dtype))
-        levels = torch.tensor((*LEVELS[bits], *BOUNDS[bits]))
-    return cpu.round_rows(rows, reach, levels).view(tensor.shape)
+        return cpu.round_rows(tensor, reach, *_tables(bits))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        return gradients[0], None, None
+
+
+def at_levels(
+    values: Float[Tensor, "rows width"], reach: Float[Tensor, "rows groups"], bits: Bits
+) -> Float[Tensor, "rows width"]:
+    """Rows of a factor at the levels that are nearest, where groups have this reach, before they become int8."""
+    if rounds(values):
+        return cpu.round_rows(values.contiguous(), reach.contiguous(), *_tables(bits), in_int8=False)
+    grouped = levels_of(nearest(in_groups(values) / reach[:, :, None], bits), bits, values.dtype) * reach[:, :, None]
+    return _of_groups(grouped, values.shape)
+
+
+@functools.cache
+def _tables(bits: Bits) -> tuple[Tensor, Tensor]:
+    """Levels and bounds for the compiled kernel, whatever types and devices are usual."""
+    tables = (torch.tensor(numbers, dtype=torch.float32, device="cpu") for numbers in (LEVELS[bits], BOUNDS[bits]))
+    first, second = tables
+    return first, second
 
 
 def _by_row(tensor: Tensor) -> tuple[Tensor, Tensor]:
@@ -328,8 +343,8 @@ def _scales(
     scale, tiny = of_all.to(dtype).view(1), torch.finfo(ends.dtype).tiny
     below = STEPS * (scale.to(ends.dtype).clamp_min(tiny) / ends.abs().clamp_min(tiny)).log2()
     slack = max(SLACK * torch.finfo(dtype).eps, LOGARITHM)
-    exponents = (below + slack).floor().clamp(0, NOTHING).to(torch.uint8)
-    return exponents | (ends < 0).to(torch.uint8) * (NOTHING + 1), scale
+    exponents = (below + slack).floor().clamp(0, LAST).to(torch.uint8)
+    return exponents | ((ends < 0) & (exponents < LAST)).to(torch.uint8) * (LAST + 1), scale
 
 
 def group_reach(ends: Float[Tensor, "rows groups"], dtype: torch.dtype) -> Float[Tensor, "rows groups"]:
@@ -344,13 +359,13 @@ def _divisor(exponents: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
 
 def nearest(values: Tensor, bits: Bits) -> Tensor:
     """The codes, int32, of the levels that are nearest to the values."""
-    return torch.bucketize(values, values.new_tensor(BOUNDS[bits]), out_int32=True) - _zero(bits)
+    return torch.bucketize(values.contiguous(), values.new_tensor(BOUNDS[bits]), out_int32=True) - _zero(bits)
 
 
 def levels_of(codes: Tensor, bits: Bits, dtype: torch.dtype) -> Tensor:
     """What codes stand for."""
-    levels = torch.tensor(LEVELS[bits], dtype=dtype, device=codes.device)
-    return levels.index_select(0, (codes.flatten().int() + _zero(bits)) % len(levels)).view(codes.shape)
+    levels = torch.tensor(LEVELS[bits], dtype=dtype, device=codes.device).roll(-_zero(bits))
+    return levels.index_select(0, codes.flatten().int() & (len(levels) - 1)).view(codes.shape)
 
 
 def _zero(bits: Bits) -> int:
@@ -371,8 +386,7 @@ def _of_groups(values: Float[Tensor, "rows groups group"], size: Sequence[int]) 
 def _reach(exponents: Tensor, scale: Tensor) -> Tensor:
     """What the largest level of each group stands for, with its sign, in the type of the scale."""
     whole = _whole(scale)
-    powers = torch.exp2(torch.arange(NOTHING + 1, device=scale.device, dtype=whole.dtype) / -STEPS)
-    powers[NOTHING] = 0
+    powers = torch.exp2(torch.arange(LAST + 1, device=scale.device, dtype=whole.dtype) / -STEPS)
     return (whole * torch.cat([powers, -powers])[exponents.long()]).to(scale.dtype)
 
 

@@ -75,5 +75,6 @@ struct Table {
     // ends (rows, groups) of x (rows, width)
     void (*extremes)(const float *x, int64_t rows, int64_t width, float *ends);
     // y (rows, width); reach (rows, groups) may be null, and then there are no levels
-    void (*round_rows)(const float *x, int64_t rows, int64_t width, const float *reach, const Levels *, float *y);
+    void (*round_rows)(const float *x, int64_t rows, int64_t width, const float *reach, const Levels *, int32_t in_int8,
+                       float *y);
 };

@@ -116,11 +116,10 @@ EXPORT void factorformer_extremes(const float *x, int64_t rows, int64_t width, f
     table->extremes(x, rows, width, ends);
 }
 
-// Levels, then the bounds between them.
 EXPORT void factorformer_round_rows(const float *x, int64_t rows, int64_t width, const float *reach, const float *levels,
-                                    int64_t count, float *y) {
-    const Levels l = {levels, levels + count, count};
-    table->round_rows(x, rows, width, reach, &l, y);
+                                    const float *bounds, int64_t count, int32_t in_int8, float *y) {
+    const Levels l = {levels, bounds, count};
+    table->round_rows(x, rows, width, reach, &l, in_int8, y);
 }
 
 EXPORT void factorformer_gelu(const float *x, int64_t n, float *y) { table->gelu(x, n, y); }

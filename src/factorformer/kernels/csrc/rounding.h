@@ -61,7 +61,8 @@ void extremes(const float *x, int64_t rows, int64_t width, float *ends) {
 }
 
 // y (rows, width): x rounded to levels times the reach of its group, and that to 8 bits with a scale for each row.
-void round_rows(const float *x, int64_t rows, int64_t width, const float *reach, const Levels *l, float *y) {
+void round_rows(const float *x, int64_t rows, int64_t width, const float *reach, const Levels *l, int32_t in_int8,
+                float *y) {
     const int64_t groups = (width + GROUP - 1) / GROUP;
 #pragma omp parallel if (rows * width >= MUCH)
     {
@@ -84,6 +85,7 @@ void round_rows(const float *x, int64_t rows, int64_t width, const float *reach,
                 high = maximum(maximum(v, -v), high);
                 wrong += v - v;
             }
+            if (!in_int8) continue;
             float most = 0, nothing = 0;
             for (int lane = 0; lane < LANES; ++lane) {
                 most = std::max(most, high[lane]);

@@ -34,11 +34,6 @@ LEVELLING = 10.0
 """How soon `1 - cosine` grows slower than the sum `p` over all matrices: as `p / sqrt(1 + LEVELLING p)`. A cosine is
 bounded, and the order makes up for more of what is large. Ours, from 18 plans of three structures for MiniLM."""
 
-WIDE_UP_TO = 7.0
-"""Largest ratio at which matrices that are planned in 4 bits may be in 8. Beyond, where not even all of them dense in 4
-are few enough bytes, they may be in 3: more values lose less than finer ones. MiniLM at 8x is as near for it, and
-nearer at 10x."""
-
 WEIGHTS = "error of the weights"
 """What is predicted where nothing is known of the loss."""
 
@@ -206,7 +201,7 @@ def plan_by_loss(
     statistics = None
     if calibration is not None:
         statistics = measure(model, names, metric, calibration, progress, new_head, token_counts)
-    second = other_width(draft)
+    second = other_width(draft, matrices)
     prediction = Prediction.of(model, matrices, structures, statistics, draft.target, progress, second)
     unmeasured = [name for name in names if name not in prediction.curves]
     cost, timer = _prices(model, draft.budget, prediction, matrices, progress)
@@ -227,11 +222,19 @@ def plan_by_loss(
     )
 
 
-def other_width(draft: Plan) -> Bits | None:
-    """Bits in which a plan may store matrices that it would store in 4; None for no others."""
+def other_width(draft: Plan, matrices: Sequence[Matrix]) -> Bits | None:
+    """Bits in which a plan may store matrices that it would store in 4; None for no others.
+
+    Where all of them fit as they are, some may have 8. Where they do not, more values in 3 lose less than finer ones:
+    MiniLM at 8x is as near to the original for it, and nearer at 10x.
+    """
     if draft.budget != "bytes":  # FLOPs and times are those of int8 for all widths
         return None
-    return 8 if draft.target <= WIDE_UP_TO else 3
+    original, narrow = (
+        draft.rest.bytes + sum(m.bytes(s) for m, s in pairs)
+        for pairs in ([(m, None) for m in matrices], [(m, m.whole) for m in matrices])
+    )
+    return 8 if narrow <= original / draft.target else 3
 
 
 def _prices(
