@@ -120,8 +120,8 @@ Int4 = Annotated[
     weights_option(
         "--int4",
         help="As --int8, with two values in a byte: twice as many in as many bytes, each rounded to 16 levels, which "
-        "training makes up for. Where that loses less for its bytes, 'fisher' and 'auto' keep matrices in int8, as long "
-        "as all would fit dense in 4 bits, and in 3 bits beyond.",
+        "training makes up for. Where that loses less for its bytes, 'fisher' and 'auto' keep matrices in int8, as "
+        "long as all would fit dense in 4 bits, and in 3 bits beyond.",
     ),
 ]
 Scope = Annotated[
