@@ -261,7 +261,7 @@ WRONG_LAYERS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "a layer less": (lambda c: c["quantization_config"]["layers"].pop(QUERY), QUERY.removeprefix("bert.")),
     "a layer more": (lambda c: c["quantization_config"]["layers"].update({"bert.other": layer(c)}), "bert.other"),
     "no layers": (lambda c: c["quantization_config"].pop("layers"), "attention"),
-    "a newer format": (lambda c: c["quantization_config"].update(format=3), "format 3.*format 2.*compress"),
+    "a newer format": (lambda c: c["quantization_config"].update(format=3), "format 3.*format 2.*newer version"),
 }
 
 

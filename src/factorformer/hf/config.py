@@ -50,10 +50,9 @@ class FactorformerConfig(QuantizationConfigMixin):
         except (AttributeError, TypeError, ValueError) as error:
             raise CheckpointError(f"config.json describes no layers but {layers!r}") from error
         if format != FORMAT and (format != EQUAL_STEPS or any(map(_in_few_bits, self.layers.values()))):
-            raise CheckpointError(
-                f"the model was saved in format {format}, this version reads format {FORMAT}, and {EQUAL_STEPS} where "
-                "nothing is stored in 4 or 3 bits; compress the original again"
-            )
+            known = f"this version reads format {FORMAT}, and {EQUAL_STEPS} where nothing is stored in 4 or 3 bits"
+            way_out = "compress the original again" if format == EQUAL_STEPS else "a newer version may read it"
+            raise CheckpointError(f"the model was saved in format {format}, {known}; {way_out}")
 
     def structure(self, name: str) -> tuple[Structure, Shape]:
         """Spec and shape of a layer."""

@@ -302,9 +302,8 @@ def at_levels(
 @functools.cache
 def _tables(bits: Bits) -> tuple[Tensor, Tensor]:
     """Levels and bounds for the compiled kernel, whatever types and devices are usual."""
-    tables = (torch.tensor(numbers, dtype=torch.float32, device="cpu") for numbers in (LEVELS[bits], BOUNDS[bits]))
-    first, second = tables
-    return first, second
+    levels, bounds = (torch.tensor(x, dtype=torch.float32, device="cpu") for x in (LEVELS[bits], BOUNDS[bits]))
+    return levels, bounds
 
 
 def _by_row(tensor: Tensor) -> tuple[Tensor, Tensor]:
