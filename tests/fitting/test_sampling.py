@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from factorformer.fitting import Metric, dictionary, fit
+from factorformer.fitting import Metric, dictionary, fit, sampling
 from factorformer.fitting.linalg import square_root
 from factorformer.fitting.sampling import FEWEST, WORTH, sampled
 from factorformer.structures import DenseSparse
@@ -88,3 +88,15 @@ def test_a_dictionary_of_a_sample_serves_all_rows(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(dictionary, "MANY", ROWS)
     _, full = fit(weight, spec, metric, rounds=8)
     assert error < 1.05 * full
+
+
+def test_atoms_that_no_sampled_row_uses_serve_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dictionary, "MANY", 1000)
+    monkeypatch.setattr(sampling, "FEWEST", 256)
+    monkeypatch.setattr(sampling, "FOR_EACH", 1)
+    generator = torch.Generator().manual_seed(0)
+    few = torch.randn(30, 16, generator=generator)
+    weight = few[torch.randint(30, (4000,), generator=generator)]
+    factors, error = fit(weight, DenseSparse(48, 1), Metric())
+    assert error < 0.01
+    assert bool((factors["weight"] != 0).all())

@@ -16,10 +16,10 @@ import factorformer
 from factorformer.errors import BudgetError, MethodError, ModelError
 from factorformer.fitting import rounding
 from factorformer.hf.description import describe
-from factorformer.layers.matrix import Scope
+from factorformer.layers.matrix import Cost, Matrix, Scope
 from factorformer.layers.nn import FactorizedMatrix
 from factorformer.layers.quantization import hold_floats, quantize
-from factorformer.planning import Plan
+from factorformer.planning import Plan, Unit
 from factorformer.planning.evidence import prediction
 from factorformer.report import inventory
 from factorformer.structures.integers import STEPS
@@ -84,6 +84,18 @@ def test_four_bits_or_eight_whichever_loses_less(tmp_path: Path, monkeypatch: py
     assert mixed.predicted is not None
     assert narrow.predicted is not None
     assert mixed.predicted < narrow.predicted
+
+
+@pytest.mark.parametrize(("dtype", "most"), [("float32", 7.5), ("bfloat16", 3.7)])
+def test_the_other_width_depends_on_whether_all_fits_in_four_bits(dtype: str, most: float) -> None:
+    matrices = [Matrix(str(i), (768, 768), dtype=dtype, bits=4) for i in range(4)]
+    stays = Matrix("stays", (768, 768), dtype=dtype, bits=4, dense="no gradient reaches it")
+
+    def width(ratio: float, *more: Matrix, budget: Unit = "bytes") -> int | None:
+        return prediction.other_width(Plan("fisher", "all", ratio, (), Cost(), budget), [*matrices, *more])
+
+    assert (width(most), width(most + 0.1), width(most, budget="flops")) == (8, 3, None)
+    assert (width(most, stays), width(1.3, stays)) == (3, 8)
 
 
 def test_beyond_that_three_bits_or_four(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -272,13 +272,32 @@ def test_what_is_rounded_may_be_changed_in_place(bits: integers.Bits) -> None:
 
 
 def test_groups_beside_which_others_are_huge_have_few_levels_left() -> None:
-    tensor = torch.cat([torch.full((1, 32), 2.0**20), torch.randn(1, 32) * 2**20 / 2 ** (12.7)])
-    found = narrow(tensor, 4)
-    assert float((found[1] - tensor[1]).norm() / tensor[1].norm()) < 0.2
-    assert torch.equal(narrow(found, 4), found)
-    assert torch.equal(narrow(integers.settled(found, 4), 4), found)
+    for largest in (1.0, 0.9, -0.9, 0.5, -0.5):  # of what the last exponent reaches
+        part = draw((1, 32)) / 4
+        part = part.clamp(-0.4, 0.4).scatter(1, torch.tensor([[7]]), largest)
+        tensor = torch.cat([torch.full((1, 32), 2.0**20), part * 2 ** (20 - integers.LAST / integers.STEPS)])
+        stored = integers.quantize({"weight": tensor}, 4)
+        assert stored["weight_exponents"].flatten().tolist() == [0, integers.LAST]
+        found = narrow(tensor, 4)
+        assert float((found[1] - tensor[1]).norm() / tensor[1].norm()) < 0.2
+        assert torch.equal(narrow(found, 4), found)
+        settled = integers.settled(found, 4)
+        for change in (0.99, 1.0, 1.01):
+            moved = torch.cat([settled[:1], change * settled[1:]])
+            assert torch.equal(narrow(moved, 4)[1], found[1])
     tensor[1] *= 2**-6
     assert torch.equal(narrow(tensor, 4)[1], torch.zeros(32))
+
+
+@pytest.mark.parametrize("bits", FEW)
+def test_rows_at_levels(bits: integers.Bits) -> None:
+    values, reach = draw((5, 70)), torch.rand(5, 3) + 0.5
+    found = integers.at_levels(values, reach, bits)
+    grouped = integers.in_groups(values)
+    expected = integers.levels_of(integers.nearest(grouped / reach[:, :, None], bits), bits, torch.float32)
+    assert torch.equal(found, (expected * reach[:, :, None]).flatten(1)[:, :70])
+    torch.testing.assert_close(integers.at_levels(values.double(), reach.double(), bits).float(), found)
+    assert torch.equal(integers.at_levels(values, reach.double(), bits), found)
 
 
 @pytest.mark.parametrize("bits", FEW)

@@ -296,7 +296,7 @@ class _Grid:
         parts = values / reach
         place = nearest(parts, self.bits) + len(self.cells[0]) // 2 - 1
         level, low, high = (table[place] for table in self.cells)
-        largest = torch.where(reach.abs() < MIDDLE * self.scale, MIDDLE, 1.0).to(parts.dtype)
+        largest = torch.where(reach.abs() < MIDDLE * self.scale, parts.new_tensor(MIDDLE), 1.0)
         near = torch.where(pinned, largest, parts.clamp(low, high).minimum(largest)) * reach
         return near, (torch.where(pinned, 1.0, level) * reach / self.coarse).round_().mul_(self.coarse)
 

@@ -43,16 +43,22 @@ class FactorformerConfig(QuantizationConfigMixin):
     """
 
     def __init__(self, layers: Mapping[str, Mapping[str, Any]] | None = None, format: int = FORMAT, **_: Any) -> None:
+        if format not in (FORMAT, EQUAL_STEPS):
+            raise CheckpointError(
+                f"the model was saved in format {format}, this version reads format {FORMAT} and most of "
+                f"{EQUAL_STEPS}; a newer version may read it"
+            )
         self.quant_method = METHOD  # pyright: ignore[reportAttributeAccessIssue]  # a name, as for every plug-in
         self.format = FORMAT
         try:
             self.layers = {name: dict(layer) for name, layer in (layers or {}).items()}
         except (AttributeError, TypeError, ValueError) as error:
             raise CheckpointError(f"config.json describes no layers but {layers!r}") from error
-        if format != FORMAT and (format != EQUAL_STEPS or any(map(_in_few_bits, self.layers.values()))):
-            known = f"this version reads format {FORMAT}, and {EQUAL_STEPS} where nothing is stored in 4 or 3 bits"
-            way_out = "compress the original again" if format == EQUAL_STEPS else "a newer version may read it"
-            raise CheckpointError(f"the model was saved in format {format}, {known}; {way_out}")
+        if format != FORMAT and any(map(_in_few_bits, self.layers.values())):
+            raise CheckpointError(
+                f"the model was saved in format {format}, of which this version reads nothing that is stored in 4 or 3 "
+                "bits; compress the original again"
+            )
 
     def structure(self, name: str) -> tuple[Structure, Shape]:
         """Spec and shape of a layer."""

@@ -212,7 +212,7 @@ def _spend(
     # All of this stays below the budget; one more step may come nearer to it.
     steps = [(after.cost - chosen[n].cost, n, after) for n in waiting if (after := ladders[n].following(chosen[n]))]
     if exchanging:  # for which others do with less, where the steps of one matrix are a large part of the budget
-        exchanges = [chosen | {name: after} for _, name, after in sorted(steps, key=lambda item: item[0])[:1]]
+        exchanges = [chosen | {name: after} for _, name, after in steps]
         for _, name, after in sorted(steps, key=lambda item: item[0])[:FEW]:
             others = {n: ladder for n, ladder in ladders.items() if n != name}
             left_for, their = budget - after.cost, [purchase for purchase in purchases if purchase[0] != name]

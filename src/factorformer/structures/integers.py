@@ -191,9 +191,10 @@ def settled(factor: Tensor, bits: Bits) -> Tensor:
     exponents, scale = _scales(ends, ends, factor.dtype)
     reach = _reach(exponents, scale)[:, :, None]
     parts = (values / torch.where(reach == 0, 1, reach)).clamp_min(-OPPOSITE)
-    moves = ((exponents & LAST) % LAST > 0)[:, :, None]
-    middle = torch.where(parts == parts.amax(2, keepdim=True), MIDDLE, parts.clamp_max(MIDDLE))
-    return _of_groups(torch.where(moves, middle, parts) * reach, factor.shape)
+    below = (exponents & LAST)[:, :, None]
+    moves = (parts == parts.amax(2, keepdim=True)) & (below > 0) & (below < LAST)  # smaller ones have the last anyway
+    lowered = torch.where(below > 0, parts.clamp_max(MIDDLE), parts)
+    return _of_groups(torch.where(moves, MIDDLE, lowered) * reach, factor.shape)
 
 
 def floats(factors: Factors, dtype: torch.dtype | None = None) -> Factors:
@@ -294,7 +295,7 @@ def at_levels(
 ) -> Float[Tensor, "rows width"]:
     """Rows of a factor at the levels that are nearest, where groups have this reach, before they become int8."""
     if rounds(values):
-        return cpu.round_rows(values.contiguous(), reach.contiguous(), *_tables(bits), in_int8=False)
+        return cpu.round_rows(values, reach.to(values.dtype).contiguous(), *_tables(bits), in_int8=False)
     grouped = levels_of(nearest(in_groups(values) / reach[:, :, None], bits), bits, values.dtype) * reach[:, :, None]
     return _of_groups(grouped, values.shape)
 

@@ -230,10 +230,8 @@ def other_width(draft: Plan, matrices: Sequence[Matrix]) -> Bits | None:
     """
     if draft.budget != "bytes":  # FLOPs and times are those of int8 for all widths
         return None
-    original, narrow = (
-        draft.rest.bytes + sum(m.bytes(s) for m, s in pairs)
-        for pairs in ([(m, None) for m in matrices], [(m, m.whole) for m in matrices])
-    )
+    original = draft.rest.bytes + sum(matrix.bytes(None) for matrix in matrices)
+    narrow = draft.rest.bytes + sum(Entry.whole(matrix).compressed.bytes for matrix in matrices)
     return 8 if narrow <= original / draft.target else 3
 
 
