@@ -14,10 +14,10 @@ import factorformer
 from factorformer.errors import ModelError
 from factorformer.fitting import ROUNDERS, Metric, fit, matrices, round_factors, rounding
 from factorformer.fitting.rounding import compensated
+from factorformer.kernels.cpu import GROUP
 from factorformer.layers.nn import FactorizedLinear, FactorizedMatrix
 from factorformer.layers.surgery import find_matrices
 from factorformer.structures import Dense, DenseSparse, KroneckerSum, LowRank, Structure, integers
-from factorformer.structures.base import GROUP
 
 SHAPE = (48, 200)
 SPECS = [Dense(), LowRank(20), DenseSparse(32, 12), DenseSparse(32, 12, side="columns"), DenseSparse(40, 20)]

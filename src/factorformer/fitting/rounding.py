@@ -26,8 +26,8 @@ from factorformer.fitting.coding import RIDGE, refine_codes
 from factorformer.fitting.linalg import square_root
 from factorformer.fitting.metric import Metric
 from factorformer.kernels import support
+from factorformer.kernels.cpu import GROUP
 from factorformer.structures import Dense, DenseSparse, LowRank, Structure
-from factorformer.structures.base import GROUP
 from factorformer.structures.integers import (
     BOUNDS,
     LARGEST,

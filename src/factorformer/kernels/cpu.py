@@ -21,7 +21,7 @@ from factorformer.kernels.compile import FAILED, LIBRARY, SOURCES, VARIANTS, fin
 from factorformer.kernels.support import CODES, code_of, row_bytes
 
 GROUP = 32
-"""Values of a row that are rounded together."""
+"""Values of a row that have an exponent of their own in fewer than 8 bits."""
 
 LONGEST = 4
 """Matrices in a chain, at most."""
@@ -291,11 +291,10 @@ def gelu(x: Tensor, y: Tensor) -> Tensor:
     return y
 
 
-def extremes(x: Tensor, group: int) -> Tensor:
+def extremes(x: Tensor) -> Tensor:
     """The value of each group that is farthest from 0: `(rows, ...)` to `(rows, groups)`; both contiguous."""
-    _require("values of a group", group, GROUP)
     rows, width = _row_sizes(x)
-    ends = x.new_empty(rows, -(-width // group))
+    ends = x.new_empty(rows, -(-width // GROUP))
     _loaded().factorformer_extremes(x.data_ptr(), rows, width, ends.data_ptr())
     return ends
 

@@ -19,6 +19,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from factorformer.errors import ModelError
+from factorformer.kernels.cpu import GROUP
 
 Shape = tuple[int, int]
 """Always `(out, in)`, as the weight of `nn.Linear`; an embedding is `(rows, width)`."""
@@ -28,9 +29,6 @@ Factors = Mapping[str, Tensor]
 
 PACKED: dict[torch.dtype, int] = {getattr(torch, f"int{bits}"): bits for bits in (4, 3)}
 """The names of values in so few bits that they share bytes, and these bits; torch computes nothing in them."""
-
-GROUP = 32
-"""Values of a row that have an exponent of their own then."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +61,7 @@ def packed(size: tuple[int, ...], bits: int) -> tuple[int, int]:
 
 
 def groups(size: tuple[int, ...]) -> tuple[int, int]:
-    """Those of such a factor, `(rows, groups)`.
+    """Those of such a factor that have an exponent each, `(rows, groups)`.
 
     >>> groups((8, 1, 65))
     (8, 3)

@@ -27,7 +27,9 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from factorformer.kernels import Dense, cpu, rounds
-from factorformer.structures.base import GROUP, Factors, TensorSpec, groups, packed
+from factorformer.kernels.cpu import GROUP
+from factorformer.structures.base import Factors, TensorSpec, groups, packed
+from factorformer.structures.packing import pack, unpack
 
 Bits = Literal[8, 4, 3]
 """Of a code."""
@@ -120,43 +122,8 @@ def quantize(factors: Factors, bits: Bits) -> dict[str, Tensor]:
             result[name] = codes.to(torch.int8)
         else:
             codes, result[name + EXPONENTS], result[name + SCALE] = _by_group(tensor, bits)
-            result[name] = _pack(codes.flatten(1)[:, : math.prod(tensor.shape[1:])], bits)
+            result[name] = pack(codes.flatten(1)[:, : math.prod(tensor.shape[1:])], bits)
     return result
-
-
-def _pack(codes: Tensor, bits: Bits) -> Tensor:
-    """Codes `(rows, values)` as bytes `(rows, bytes)`, of which each value takes the lowest bits that are left.
-
-    Bytes are int8 as well: some architectures look whether a weight is, before they cast activations to its type.
-    """
-    fields, count = _word(bits)
-    words = _joined(codes.to(torch.int8), fields, bits)
-    parts = [(words >> 8 * place & 255).to(torch.uint8) for place in range(count)]
-    packed = torch.stack(parts, 2).flatten(1)[:, : -(-codes.shape[1] * bits // 8)]
-    return packed.contiguous().view(torch.int8)
-
-
-def _unpack(packed: Tensor, bits: Bits, width: int) -> Tensor:
-    """The codes `(rows, width)` that `_pack` made bytes of, int8; that of the largest level comes out negative."""
-    fields, count = _word(bits)
-    words, half = _joined(packed, count, 8), 2 ** (bits - 1)  # from which on codes are negative
-    codes = [(((words >> bits * place & (2 * half - 1)) ^ half) - half).to(torch.int8) for place in range(fields)]
-    return torch.stack(codes, 2).flatten(1)[:, :width]
-
-
-def _word(bits: Bits) -> tuple[int, int]:
-    """The fewest codes that fill whole bytes, and these."""
-    whole = math.lcm(bits, 8)
-    return whole // bits, whole // 8
-
-
-def _joined(fields: Tensor, count: int, bits: int) -> Tensor:
-    """Integers `(rows, fields)` as words `(rows, words)`, so many bits of so many fields in each, the first lowest."""
-    columns = F.pad(fields, (0, -fields.shape[1] % count)).unflatten(1, (-1, count)).unbind(2)
-    words = torch.zeros_like(columns[0], dtype=torch.int32)
-    for place, column in enumerate(columns):
-        words |= (column.to(torch.int32) & (2**bits - 1)) << bits * place
-    return words
 
 
 def in_int8(factors: Factors, tensors: Mapping[str, TensorSpec], bits: Bits) -> dict[str, Tensor]:
@@ -173,7 +140,7 @@ def restored(factors: Factors, tensors: Mapping[str, TensorSpec], bits: Bits) ->
             result[name] = factors[name]
             continue
         width, scale = math.prod(tensor.size[1:]), factors[name + SCALE]
-        codes = _unpack(factors[name], bits, width)
+        codes = unpack(factors[name], bits, width)
         values = in_groups(levels_of(codes, bits, scale.dtype)) * _reach(factors[name + EXPONENTS], scale)[:, :, None]
         result[name] = _of_groups(values, tensor.size)
     return result
@@ -281,7 +248,7 @@ class _StraightThrough(torch.autograd.Function):
     def forward(ctx: Any, tensor: Tensor, bits: Bits, factor: Tensor | None) -> Tensor:
         if bits == 8:
             return cpu.round_rows(tensor)
-        ends = cpu.extremes(tensor, GROUP)
+        ends = cpu.extremes(tensor)
         reach = _reach(*_scales(ends, ends if factor is None else factor, tensor.dtype))
         return cpu.round_rows(tensor, reach, *_tables(bits))
 
