@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import copy
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -214,6 +215,19 @@ def test_factors_that_are_stored_in_int8(int8: bool, tmp_path: Path) -> None:
         0.15 if int8 else 0.05
     )  # torch multiplies in int8
     assert numbers(tmp_path / "out") < stored(model) + CONSTANTS
+
+
+@pytest.mark.parametrize("int8", [False, True])
+def test_factors_of_few_bits_from_a_file(int8: bool, tmp_path: Path) -> None:
+    model = structured("low_rank")
+    for module, bits in zip([m for m in model.modules() if isinstance(m, FactorizedMatrix)], itertools.cycle([3, 4])):
+        module.fake_quantize(bits)
+        module.quantize()
+    model.save_pretrained(tmp_path / "small")
+    again = factorformer.load(tmp_path / "small")
+    assert {m.bits for m in again.modules() if isinstance(m, FactorizedMatrix)} == {3, 4}
+    export(tmp_path / "small", tmp_path / "out", int8=int8)
+    assert deviation(tmp_path / "out", lambda **x: again(**x).logits, SHAPES) < (0.15 if int8 else 0.05)
 
 
 @pytest.mark.parametrize(

@@ -115,6 +115,9 @@ def test_beyond_that_three_bits_or_four(tmp_path: Path, monkeypatch: pytest.Monk
     again = factorformer.load(tmp_path)
     assert torch.equal(logits(again, inputs), logits(model, inputs))
     assert inventory(again).compressed == mixed.compressed
+    with torch.inference_mode():
+        found = torch.compile(again, backend="eager")(**inputs).logits
+    torch.testing.assert_close(found, logits(model, inputs), rtol=0, atol=1e-4)
     hold_floats(again)
     assert relative(logits(again, inputs), held) < 1e-4
     monkeypatch.setattr(prediction, "other_width", lambda *_: None)
