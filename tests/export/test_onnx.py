@@ -24,6 +24,7 @@ from factorformer.export.onnx import Exported, export
 from factorformer.export.sentence import Pooling
 from factorformer.kernels.support import code_of
 from factorformer.layers.nn import FactorizedEmbedding, FactorizedLinear, FactorizedMatrix
+from factorformer.registration import attach
 from factorformer.structures import DenseSparse, KroneckerSum, LowRank, Structure
 
 TALL = 600
@@ -223,10 +224,11 @@ def test_factors_of_few_bits_from_a_file(int8: bool, tmp_path: Path) -> None:
     for module, bits in zip([m for m in model.modules() if isinstance(m, FactorizedMatrix)], itertools.cycle([3, 4])):
         module.fake_quantize(bits)
         module.quantize()
+    attach(model)
     model.save_pretrained(tmp_path / "small")
     again = factorformer.load(tmp_path / "small")
     assert {m.bits for m in again.modules() if isinstance(m, FactorizedMatrix)} == {3, 4}
-    export(tmp_path / "small", tmp_path / "out", int8=int8)
+    export(again, tmp_path / "out", int8=int8)
     assert deviation(tmp_path / "out", lambda **x: again(**x).logits, SHAPES) < (0.15 if int8 else 0.05)
 
 
