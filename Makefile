@@ -24,9 +24,8 @@ test test-fast: export HF_HUB_OFFLINE = 1
 test: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/pyright
 	$(BIN)/python benchmarks/render.py --check
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/pyright & types=$$!; $(BIN)/python -m pytest $(PYTEST_ARGS); tests=$$?; wait $$types && exit $$tests
 
 # Under two minutes, for the time between two edits; `make test` decides.
 test-fast: $(VENV)/.installed-dev

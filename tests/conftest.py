@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,12 +14,14 @@ pytest.register_assert_rewrite("tests.contracts.structure", "tests.contracts.int
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import jaxtyping  # noqa: E402
+from tests import annotations  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 
 # Modules that name shapes have every annotation checked whenever a function of theirs is called; an int is a fine
 # float (PEP 484). Those of the others are left to pyright: checked as well, they would take a quarter of all time.
 SOURCES = ROOT / "src"
+annotations.install()
 jaxtyping.install_import_hook(
     [
         ".".join(file.relative_to(SOURCES).with_suffix("").parts)
@@ -28,11 +31,8 @@ jaxtyping.install_import_hook(
     "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))",
 )
 
-import datasets  # noqa: E402
-import torch  # noqa: E402
 from hypothesis import HealthCheck, settings  # noqa: E402
 from tests.clock import Clock  # noqa: E402
-from transformers.utils import logging  # noqa: E402
 
 # Property tests draw the same examples everywhere: a failure on one machine is a failure on all.
 settings.register_profile(
@@ -45,8 +45,22 @@ settings.register_profile(
 settings.load_profile("factorformer")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _what_was_imported_stays() -> None:
+    """Garbage is collected again and again, by each training twice: without all that was imported, this is quick."""
+    gc.collect()
+    gc.freeze()
+
+
+# What is imported here takes long: only in processes that run tests, and not in the one that hands these out.
+
+
 @pytest.fixture(autouse=True)
 def _quiet_and_seeded() -> None:
+    import datasets
+    import torch
+    from transformers.utils import logging
+
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     datasets.disable_progress_bars()
@@ -81,6 +95,8 @@ def no_shape_checks() -> Iterator[None]:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     """The clock of all measured times, by which a dense product takes a millisecond, and what a test lets take some."""
+    import torch
+
     from factorformer.bench import layers
     from factorformer.planning.evidence import times
 

@@ -15,6 +15,7 @@ import torch
 import transformers
 from tests.cli.test_commands import result_of
 from tests.cli.test_errors import check
+from tests.export.once import translate_once
 from transformers import AutoTokenizer
 
 import factorformer
@@ -48,8 +49,9 @@ def test_a_compressed_sentence_encoder(run: Any, base: Path, tmp_path: Path) -> 
     assert np.allclose(found, ((hidden * mask).sum(1) / mask.sum(1)).numpy(), atol=1e-5)
 
 
-def test_a_classifier_in_int8(run: Any, trained: Path, tmp_path: Path) -> None:
+def test_a_classifier_in_int8(run: Any, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In a process that has neither torch nor transformers nor this package."""
+    translate_once(monkeypatch)
     output = tmp_path / "exported"
     content = result_of(run("export", trained, "--output", output, "--int8", "--json"))
     assert content["metrics"]["deviation"] < 0.2

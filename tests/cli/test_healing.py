@@ -18,6 +18,9 @@ from tokenizers import Tokenizer
 import factorformer
 from factorformer.cli._jobs import compress as job
 from factorformer.hf.source import load_tokenizer
+from factorformer.layers.nn import FactorizedMatrix
+from factorformer.structures import DenseSparse
+from factorformer.tasks import healing
 from factorformer.training.distillation import mean_pool
 
 OPTIONS = ("--ratio", 3, "--int8", "--scope", "all", "--batch-size", 4, "--lr", 5e-3, "--json")
@@ -29,10 +32,10 @@ def command(base: Path, tables: Path, tmp_path: Path) -> tuple[Any, ...]:
 
 
 def test_time_is_kept_and_the_way_is_shown(run: Any, command: tuple[Any, ...], tmp_path: Path) -> None:
-    done = run(*command, "--minutes", 0.05)
+    done = run(*command, "--minutes", 0.02)
     content = result_of(done)
     assert done.stderr.count("neighbour recall") >= 1
-    assert content["seconds"]["train"] >= 3
+    assert content["seconds"]["train"] >= 1.2
     assert {"embedding_cosine", "similarity_spearman", "neighbour_recall"} <= set(content["metrics"])
     assert factorformer.load(tmp_path / "small").config.model_type == "bert"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["small"]  # nothing of the run is left
@@ -59,15 +62,38 @@ def test_an_interrupted_run_goes_on(
     refused = run(*command, "--epochs", 4)
     assert refused.exit_code == 2
     assert "exists already" in refused.stderr
-    for changed in (("--epochs", 5), ("--epochs", 4, "--seed", 1)):
+    for changed, said in (
+        (("--epochs", 5), "epochs was 4.0, not 5.0"),
+        (("--epochs", 4, "--seed", 1), "seed was 0, not 1"),
+    ):
         refused = run(*command, *changed, "--overwrite", "--resume")
         assert refused.exit_code == 2
-        assert "the interrupted run had other options" in refused.stderr
+        assert f"the interrupted run had other options: {said}; repeat" in " ".join(refused.stderr.split())
     monkeypatch.setattr(job.compression, "plan", lambda *_, **__: pytest.fail("planned again"))
+    monkeypatch.setattr(job.compression, "compress", lambda *_, **__: pytest.fail("fitted again"))
     resumed = run(*command, *again, "--resume")
     assert "resumed from step" in resumed.stderr
     assert result_of(resumed)["metrics"]["embedding_cosine"] == pytest.approx(once["embedding_cosine"], abs=0.01)
     assert not (tmp_path / ".small.training").exists()
+
+
+def test_a_fit_outlasts_an_interruption_of_the_first_steps(
+    run: Any, command: tuple[Any, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = [*command, "--method", "dense_sparse_plain", "--ratio", 6, "--epochs", 2, "--overwrite"]
+    once = result_of(run(*arguments))["metrics"]
+    with monkeypatch.context() as patched:
+        patched.setattr(healing, "finish", lambda *_: _stop())
+        stopped = run(*arguments)
+    assert stopped.exit_code == 130
+    assert "add --resume" in stopped.stderr
+    monkeypatch.setattr(job.compression, "plan", lambda *_, **__: pytest.fail("planned again"))
+    monkeypatch.setattr(job.compression, "compress", lambda *_, **__: pytest.fail("fitted again"))
+    resumed = run(*arguments, "--resume")
+    assert "resumed from step 0" in resumed.stderr
+    assert result_of(resumed)["metrics"] == pytest.approx(once, abs=1e-3)
+    specs = {m.spec for m in factorformer.load(tmp_path / "small").modules() if isinstance(m, FactorizedMatrix)}
+    assert any(isinstance(spec, DenseSparse) for spec in specs)  # whose supports are not trained, but restored
 
 
 def test_a_cross_encoder_learns_its_own_scores(run: Any, base: Path, tables: Path, tmp_path: Path) -> None:

@@ -7,17 +7,14 @@ import inspect
 import json
 import random
 import shutil
-import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from tests.cli.test_commands import result_of
-from tests.cli.test_errors import COMMAND, check, interruptible
+from tests.cli.test_errors import check
 from transformers import AutoTokenizer, PreTrainedModel
 from typer.testing import CliRunner
 
@@ -172,29 +169,23 @@ def test_default_settings_are_those_of_the_library() -> None:
 # Interruptions
 
 
-def test_a_run_without_a_checkpoint_leaves_nothing_to_resume(run: Any, tmp_path: Path) -> None:
-    output = tmp_path / "new"
-    command = ["train", str(output), "--train", "text.txt", *map(str, options("gpt2"))]
-    command[command.index("--steps") + 1] = "100000"
+def test_a_run_without_a_checkpoint_leaves_nothing_to_resume(
+    run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = ("train", tmp_path / "new", "--train", "text.txt", *options("gpt2", "--steps", 100_000))
     check(run(*command, "--resume"), "leave --resume out")
-    process = subprocess.Popen(
-        [*COMMAND, *command],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=interruptible,
-    )
-    try:
-        # 5,000 steps lie before its first checkpoint.
-        while not (tmp_path / ".new.training").exists() and process.poll() is None:
-            time.sleep(0.1)
-        process.send_signal(signal.SIGINT)
-        _, errors = process.communicate(timeout=900)
-    finally:
-        process.kill()
-    assert process.returncode == 130
-    assert errors.splitlines()[-1] == "interrupted; nothing was written"
-    assert list(tmp_path.iterdir()) == []
+
+    def stop(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    # Before training, and in it: 5,000 steps lie before its first checkpoint.
+    for place in ("factorformer.cli._jobs.train.Architecture.of", "factorformer.tasks.trainer.Watch.on_step_end"):
+        with monkeypatch.context() as patch:
+            patch.setattr(place, stop)
+            done = run(*command)
+        assert done.exit_code == 130
+        assert done.stderr.splitlines()[-1] == "interrupted; nothing was written"
+        assert list(tmp_path.iterdir()) == []
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 
 import pytest
@@ -25,6 +26,7 @@ TYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 FEW: list[integers.Bits] = [4, 3]
 
 
+@functools.cache
 def root(width: int, seed: int = 0) -> Tensor:
     """Of the moment of inputs that are much alike, as those of Transformers are."""
     generator = torch.Generator().manual_seed(seed)

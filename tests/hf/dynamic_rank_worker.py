@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,19 +14,31 @@ from tests.hf.straight_through_worker import examples
 
 import factorformer
 from factorformer.hf.callbacks import DynamicRankCallback
+from factorformer.planning import Plan
 from factorformer.training.dynamic_rank import DynamicRank, DynamicRankSettings
 
 SETTINGS = DynamicRankSettings(warmup=0.2, final=0.2, interval=2, importance_interval=1)
 
 
-def build(method: str, checkpoint: Path | None = None, dropout: float = 0.1) -> tuple[tf.PreTrainedModel, DynamicRank]:
-    """A dense classifier and what shrinks it, from the start or from a checkpoint."""
+def dense(dropout: float) -> tf.PreTrainedModel:
+    """A classifier, always of the same weights."""
     torch.manual_seed(0)
     options = {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout, "num_labels": 3}
-    model = tf.BertForSequenceClassification(
+    return tf.BertForSequenceClassification(
         tf.BertConfig(**{**tiny._ENCODER, "hidden_size": 64, "intermediate_size": 128}, **options)
     ).eval()
-    plan = factorformer.plan(model, method, ratio=3)
+
+
+@functools.cache
+def planned(method: str) -> Plan:
+    """Once for each method."""
+    return factorformer.plan(dense(0.0), method, ratio=3)
+
+
+def build(method: str, checkpoint: Path | None = None, dropout: float = 0.1) -> tuple[tf.PreTrainedModel, DynamicRank]:
+    """A dense classifier and what shrinks it, from the start or from a checkpoint."""
+    plan = planned(method)  # before weights are drawn, so that what is drawn after them is the same each time
+    model = dense(dropout)
     calibration = None if checkpoint else [tiny.text(16)]
     return model, DynamicRank(model, plan, calibration, SETTINGS, resume_from=checkpoint)
 

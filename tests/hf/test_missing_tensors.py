@@ -21,6 +21,9 @@ def test_every_tensor_is_missed(name: str, tmp_path: Path) -> None:
     tried = set()
     for scope in ("blocks", "all"):
         model = tiny.build()
+        if name == "whisper":  # of hundreds of tensors: what one of several blocks misses, the others show
+            config = {**model.config.to_dict(), "encoder_layers": 1, "decoder_layers": 1, "num_hidden_layers": 1}
+            model = type(model)(type(model.config).from_dict(config))
         ratio = tiny.ratio if scope == "blocks" else 1.02 if name == "mixtral" else 1.3
         factorformer.compress(model, factorformer.plan(model, "svd", ratio, scope))
         model.save_pretrained(tmp_path)

@@ -382,9 +382,12 @@ def main(name: str, cases: int) -> None:
     if Path("/proc/self/maps").exists():  # other packages bring further copies of the library, which nothing here uses
         pools = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if "libgomp" in line}
         assert len(pools) <= 1, f"two pools of threads: {pools}"
-    print("done")
+    print("done", flush=True)
 
 
 if __name__ == "__main__":
     with torch.inference_mode():
         main(sys.argv[1], int(sys.argv[2]))
+        if sys.argv[3:] == ["overread"]:
+            x, y = torch.ones(64), torch.empty(80)
+            cpu._loaded().factorformer_gelu(x.data_ptr(), 80, y.data_ptr())

@@ -1,4 +1,4 @@
-"""Compiled graphs equal eager: a process of its own, for compilers cannot trace checked annotations."""
+"""Compiled graphs equal eager, in a process of its own: compilers cannot trace checked annotations."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def check(layer: FactorizedLinear) -> None:
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
-if __name__ == "__main__":
+def main() -> None:
     for spec in STRUCTURES:
         for quantized in (False, True):
             torch.manual_seed(0)
@@ -35,4 +35,3 @@ if __name__ == "__main__":
             if quantized:
                 layer.quantize()
             check(layer.eval())
-    print("done")

@@ -29,6 +29,12 @@ multiplies = pytest.mark.skipif(
 )
 compiles = pytest.mark.skipif(INTERPRETED, reason="the interpreter does not compile")
 
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)  # where there is no conftest as well
+
+
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 """Relative to the norm of the result: a rounding of the values, and of the sums at the end."""
@@ -252,7 +258,7 @@ def test_in_the_interpreter() -> None:
     # Not as a worker of xdist, which other plug-ins of pytest would take it for.
     inherited = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST")}
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", __file__, "-q", "-p", "no:cacheprovider", "-p", "no:xdist"],
+        [sys.executable, "-m", "pytest", __file__, "-q", "--noconftest", "-p", "no:cacheprovider", "-p", "no:xdist"],
         env=inherited | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""},
         capture_output=True,
         text=True,

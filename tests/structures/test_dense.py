@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tests.contracts.integers import IntegersContract
-from tests.contracts.structure import Case, check_graphs_elsewhere
+from tests.contracts.structure import Case
 from tests.tiny import MODELS, logits
 
 import factorformer
@@ -37,11 +37,6 @@ class TestInt8(IntegersContract):
 class TestInt4(IntegersContract):
     bits = 4
     test_nothing_densifies = None
-
-
-@pytest.mark.slow
-def test_graphs() -> None:
-    check_graphs_elsewhere("from tests.structures.test_dense import CASES\ncases = CASES[:1]")
 
 
 def test_bytes_are_codes_and_scales() -> None:

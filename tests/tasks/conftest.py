@@ -1,7 +1,5 @@
 """The tiny tokenizer and model of the tests of the plug-in."""
 
-import gc
-
 import datasets
 import numpy as np
 import pytest
@@ -12,14 +10,8 @@ from factorformer.tasks.data import Columns, encode
 
 __all__ = ["make_classifier", "sentences", "tokenizer"]
 
-IMPORTED = (Trainer,)  # what most tests import sooner or later
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _what_was_imported_stays() -> None:
-    """Garbage is collected before and after each training: without a look at all that was imported, this is quick."""
-    gc.collect()
-    gc.freeze()
+IMPORTED = (Trainer,)
+"""What most tests import sooner or later."""
 
 
 def sentences(rows: int = 48) -> datasets.Dataset:

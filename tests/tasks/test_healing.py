@@ -16,7 +16,7 @@ import transformers as tf
 from torch import Tensor
 
 import factorformer
-from factorformer.errors import DataError, DivergedError
+from factorformer.errors import DataError, DivergedError, ModelError
 from factorformer.layers.quantization import quantize
 from factorformer.tasks import healing
 from factorformer.tasks.evaluation import compare_embeddings, embed
@@ -26,6 +26,8 @@ from factorformer.training.distillation import mean_pool
 
 Make = Callable[..., tf.PreTrainedModel]
 FAST = HealingSettings(epochs=12, learning_rate=5e-3, batch_size=8, points=3)
+BRIEF = dataclasses.replace(FAST, epochs=3)
+"""For trainings of which it does not matter what is learned."""
 
 
 @pytest.fixture
@@ -122,7 +124,7 @@ def test_the_closest_point_is_kept(
 ) -> None:
     student, lines = compressed(teacher), []
     target = Scripted(student, [0.5, 0.7, 0.9, 0.8])
-    curve = heal(student, teacher, plain, FAST, tokenizer=tokenizer, held=plain, target=target, report=lines.append)
+    curve = heal(student, teacher, plain, BRIEF, tokenizer=tokenizer, held=plain, target=target, report=lines.append)
     assert [row["embedding_cosine"] for row in curve] == [0.7, 0.9, 0.8, 0.9]
     assert curve[-1]["step"] == curve[1]["step"]
     assert f"undone from step {curve[1]['step']} on" in lines[-1]
@@ -130,14 +132,14 @@ def test_the_closest_point_is_kept(
     assert not same(student.state_dict(), target.seen[3])
     student, lines = compressed(teacher), []
     target = Scripted(student, [0.5, 0.7, 0.9, 0.8999])  # which is noise
-    assert len(heal(student, teacher, plain, FAST, tokenizer=tokenizer, held=plain, target=target)) == 3
+    assert len(heal(student, teacher, plain, BRIEF, tokenizer=tokenizer, held=plain, target=target)) == 3
     assert same(student.state_dict(), target.seen[3])
 
 
 def test_the_closest_point_outlasts_an_interruption(
     teacher: tf.PreTrainedModel, tokenizer: tf.PreTrainedTokenizerBase, plain: datasets.Dataset, tmp_path: Path
 ) -> None:
-    settings, lines = dataclasses.replace(FAST, learning_rate=None), []
+    settings, lines = dataclasses.replace(BRIEF, learning_rate=None), []
 
     def stopping(line: str) -> None:
         lines.append(line)
@@ -162,11 +164,11 @@ def test_an_end_that_cannot_be_told_is_undone(
 ) -> None:
     """As that of a scorer whose scores are not finite."""
     for target in (Embeddings(), Predictions()):
-        assert math.isnan(float(target.loss(torch.full((4, 1), torch.nan), torch.ones(4, 1))))
+        assert math.isnan(target.distance(torch.full((4, 1), torch.nan), torch.ones(4, 1)))
     for end in (-math.inf, math.nan):
         student = compressed(teacher)
         target = Scripted(student, [0.5, 0.7, 0.6, end])
-        heal(student, teacher, plain, FAST, tokenizer=tokenizer, held=plain, target=target)
+        heal(student, teacher, plain, BRIEF, tokenizer=tokenizer, held=plain, target=target)
         assert same(student.state_dict(), target.seen[1])
 
 
@@ -194,6 +196,33 @@ def test_near_and_large_models_learn_slowly(
     assert found == [pytest.approx(rate)]
 
 
+def test_distances_are_of_one_scale() -> None:
+    torch.manual_seed(0)
+    wanted, noise = torch.randn(5000, 3), torch.randn(5000, 3)
+    for target in (Predictions(), Predictions(independent=True)):
+        assert target.distance(wanted, wanted) == 0
+        assert target.distance(wanted + 0.5 * noise, wanted) == pytest.approx(0.125, rel=0.1)
+        assert target.distance(7 * wanted + 3.5 * noise, 7 * wanted) == pytest.approx(0.125, rel=0.1)
+    assert Predictions().distance(wanted + 5, wanted) < 1e-6  # of classes that exclude each other
+    assert Predictions(independent=True).distance(wanted + 5, wanted) > 1
+    assert Predictions().distance(wanted[:, :1] + 5, wanted[:, :1]) > 1  # and of scores
+    unit, near = torch.nn.functional.normalize(wanted), torch.nn.functional.normalize(wanted + 0.1 * noise)
+    assert Embeddings().distance(near, unit) == pytest.approx(float((near - unit).square().sum(1).mean()) / 2, rel=1e-3)
+
+
+def test_what_cannot_be_trained_is_said(
+    teacher: tf.PreTrainedModel, tokenizer: tf.PreTrainedTokenizerBase, plain: datasets.Dataset
+) -> None:
+    with pytest.raises(DataError, match=r"give the tokenizer of the model \(tokenizer=\)"):
+        heal(compressed(teacher), teacher, plain, FAST, held=plain)
+    student = copy.deepcopy(teacher)
+    factorformer.compress(student, factorformer.plan(student, "svd", ratio=2, int8=True))
+    with pytest.raises(
+        ModelError, match=r"stored in int8 and cannot be trained: call factorformer\.hold_floats\(model\)"
+    ):
+        heal(student, teacher, plain, FAST, tokenizer=tokenizer, held=plain)
+
+
 def test_a_teacher_with_more_words(
     teacher: tf.PreTrainedModel, tokenizer: tf.PreTrainedTokenizerBase, plain: datasets.Dataset
 ) -> None:
@@ -212,7 +241,7 @@ def test_a_teacher_with_more_words(
             return super().read_teacher(model, inputs)
 
     student, reading = compressed(teacher), Reading(tokenizer, theirs, theirs)
-    heal(student, teacher, plain, FAST, tokenizer=tokenizer, held=plain, target=Noting(), reading=reading)
+    heal(student, teacher, plain, BRIEF, tokenizer=tokenizer, held=plain, target=Noting(), reading=reading)
     assert sum(len(ours) for ours, _ in both) >= len(plain)
     assert all([row[::-1] for row in ours] == read for ours, read in both)
     other = Reading(tokenizer, theirs.select([0]), theirs)
@@ -258,7 +287,7 @@ def test_time_ends_a_training(
     teacher: tf.PreTrainedModel, tokenizer: tf.PreTrainedTokenizerBase, plain: datasets.Dataset, tmp_path: Path
 ) -> None:
     seconds = []
-    settings = dataclasses.replace(FAST, epochs=1e-3, minutes=0.03)
+    settings = dataclasses.replace(FAST, epochs=1e-3, minutes=0.02)
     curve = heal(
         compressed(teacher),
         teacher,
@@ -279,7 +308,7 @@ def test_time_ends_a_training(
 def test_a_run_goes_on_as_if_it_had_not_stopped(
     teacher: tf.PreTrainedModel, tokenizer: tf.PreTrainedTokenizerBase, plain: datasets.Dataset, tmp_path: Path
 ) -> None:
-    start, lines = compressed(teacher), []
+    start, lines, settings = compressed(teacher), [], dataclasses.replace(FAST, epochs=6)
 
     def stop(line: str) -> None:
         lines.append(line)
@@ -288,17 +317,17 @@ def test_a_run_goes_on_as_if_it_had_not_stopped(
 
     options: dict[str, Any] = {"tokenizer": tokenizer, "held": plain}
     whole, parts = copy.deepcopy(start), copy.deepcopy(start)
-    expected = heal(whole, teacher, plain, FAST, output=tmp_path / "whole", **options)
+    expected = heal(whole, teacher, plain, settings, output=tmp_path / "whole", **options)
     with pytest.raises(KeyboardInterrupt):
-        heal(parts, teacher, plain, FAST, output=tmp_path / "parts", **options, report=stop)
+        heal(parts, teacher, plain, settings, output=tmp_path / "parts", **options, report=stop)
     again = copy.deepcopy(start)
-    curve = heal(again, teacher, plain, FAST, output=tmp_path / "parts", **options)
+    curve = heal(again, teacher, plain, settings, output=tmp_path / "parts", **options)
     assert [row["step"] for row in curve] == [row["step"] for row in expected]
     for name, tensor in whole.state_dict().items():
         assert torch.allclose(tensor, again.state_dict()[name], atol=1e-5), name
     # One that had ended is as it was.
     ended = copy.deepcopy(start)
-    assert heal(ended, teacher, plain, FAST, output=tmp_path / "parts", **options) == curve
+    assert heal(ended, teacher, plain, settings, output=tmp_path / "parts", **options) == curve
     assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in ended.state_dict().items())
 
 

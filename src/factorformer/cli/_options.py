@@ -161,8 +161,8 @@ UniqueLayers = Annotated[
     weights_option(
         "--unique-layers",
         min=1,
-        help="Let blocks share their matrices, as those of ALBERT do, so that so many are left; with --int8 or --int4. "
-        "The ratio counts all blocks of the original.",
+        help="Let blocks share their matrices, as those of ALBERT do, so that so many different ones are left of each "
+        "stack of blocks; with --int8 or --int4. The ratio counts all blocks of the original.",
     ),
 ]
 TrimVocabulary = Annotated[
@@ -192,7 +192,8 @@ TextColumns = Annotated[
     data_option(
         "--text",
         metavar="COLUMN",
-        help="The column that holds the text, by default 'text'; given twice, the two texts of sentence pairs.",
+        help="The column that holds the text, by default 'text', in all files; given twice, the two texts of sentence "
+        "pairs.",
     ),
 ]
 Words = Annotated[
@@ -225,6 +226,9 @@ CalibrationRows = Annotated[
 ]
 TrainFile = Annotated[str | None, data_option("--train", metavar="FILE", help="What the model is trained on.")]
 EvalFile = Annotated[str | None, data_option("--eval", metavar="FILE", help="What the result is measured on.")]
+LENGTH = 128
+"""Tokens after which texts are cut, unless told otherwise."""
+
 MaxLength = Annotated[int, data_option("--max-length", min=2, max=LARGEST, help="Tokens after which a text is cut.")]
 
 training_option = partial(typer.Option, rich_help_panel="Training")

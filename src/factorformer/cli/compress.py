@@ -11,6 +11,7 @@ import typer
 from factorformer.cli._given import note_unused
 from factorformer.cli._options import (
     LARGEST,
+    LENGTH,
     AsJson,
     Budget,
     CalibrationFile,
@@ -57,7 +58,7 @@ LearningRate = Annotated[
         min=0.0,
         callback=finite,
         help="Peak of the learning rate. By default 1e-4; for an encoder that learns from --distill alone up to 5e-4, "
-        "less for one that is near to the original already, or wider than 384.",
+        "less for one that is near to the original already, wider than 384, or deeper than 6 layers.",
     ),
 ]
 RowsToFit = Annotated[
@@ -114,7 +115,7 @@ def compress(
     words: Words = False,
     label: LabelColumn = None,
     regression: Regression = False,
-    max_length: MaxLength = 128,
+    max_length: MaxLength = LENGTH,
     epochs: Epochs = 3.0,
     minutes: Minutes = None,
     lr: LearningRate = None,

@@ -8,11 +8,12 @@ from typing import Annotated
 import typer
 
 from factorformer.cli._options import (
+    LARGEST,
+    LENGTH,
     MODELS,
     AsJson,
     Device,
     DeviceChoice,
-    MaxLength,
     TextColumns,
     Words,
     emit,
@@ -39,6 +40,17 @@ Against = Annotated[
         help="The encoder that this one was made of: what are its embeddings good for, beside those of the original?",
     ),
 ]
+EvaluatedLength = Annotated[
+    int | None,
+    typer.Option(
+        "--max-length",
+        min=2,
+        max=LARGEST,
+        show_default=False,
+        help=f"Tokens after which a text is cut. By default {LENGTH}; with --against as sentence-transformers does, by "
+        "what the directory of the original says.",
+    ),
+]
 LabelColumn = Annotated[
     str | None,
     typer.Option(
@@ -58,7 +70,7 @@ def evaluate(
     text: TextColumns = None,
     words: Words = False,
     label: LabelColumn = None,
-    max_length: MaxLength = 128,
+    max_length: EvaluatedLength = None,
     device: Device = DeviceChoice.auto,
     as_json: AsJson = False,
 ) -> None:
@@ -116,7 +128,7 @@ def evaluate(
         with about(data_file):
             labels = labels_for(head, rows, columns.label)
     tokenizer = load_tokenizer(path)
-    encoded = encode_table(data_file, rows, columns, tokenizer, labels, max_length, config)
+    encoded = encode_table(data_file, rows, columns, tokenizer, labels, max_length or LENGTH, config)
     if plain:
         check_measurable(config, encoded, data_file)
     loaded = load_model(path, device=place_of(device), whole=not plain)

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from factorformer.cli._options import (
+    LENGTH,
     AsJson,
     BatchSize,
     Device,
@@ -43,7 +44,7 @@ def finetune(
     text: TextColumns = None,
     words: Words = False,
     regression: Regression = False,
-    max_length: MaxLength = 128,
+    max_length: MaxLength = LENGTH,
     epochs: Epochs = 3.0,
     lr: LearningRate = 1e-4,
     batch_size: BatchSize = 32,

@@ -11,6 +11,7 @@ import typer
 
 from factorformer.cli._given import note_unused
 from factorformer.cli._options import (
+    LENGTH,
     AsJson,
     Budget,
     CalibrationFile,
@@ -61,7 +62,7 @@ def plan(
     calibration_rows: CalibrationRows = 512,
     text: TextColumns = None,
     words: Words = False,
-    max_length: MaxLength = 128,
+    max_length: MaxLength = LENGTH,
     seed: Seed = 0,
     device: Device = DeviceChoice.auto,
     output: PlanFile = None,

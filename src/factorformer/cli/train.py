@@ -10,6 +10,7 @@ import typer
 
 from factorformer.cli._options import (
     LARGEST,
+    LENGTH,
     AsJson,
     BatchSize,
     Device,
@@ -131,7 +132,7 @@ def train(
     text_file: TrainFile = None,
     eval_file: EvalFile = None,
     text: TextColumns = None,
-    max_length: MaxLength = 128,
+    max_length: MaxLength = LENGTH,
     config: ConfigName = None,
     overrides: Set = None,
     vocabulary: Vocabulary = 8000,

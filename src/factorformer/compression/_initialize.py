@@ -1,4 +1,4 @@
-"""The verb `initialize`: new factors, to train from scratch."""
+"""The verb `initialize`: new factors, to train from scratch; and such that wait for those of a checkpoint."""
 
 from __future__ import annotations
 
@@ -40,29 +40,63 @@ def initialize(model: nn.Module, plan: Plan) -> Report:
     """
     check_fits(plan, model)
     started = time.perf_counter()
-    fresh: dict[str, Factors] = {}
+    fresh = _unset(model, plan)
     spread: dict[str, float] = {}
     for entry in plan.factorized:
-        name, shape, spec = entry.matrix.name, entry.matrix.shape, entry.spec
+        name, spec = entry.matrix.name, entry.spec
         weight = dense_weight(model.get_submodule(name))
         std = 0.0 if weight.is_meta else float(weight.float().square().mean().sqrt())
         if not 0 < std < math.inf:
             raise ModelError(f"layer '{name}': its weight has no initial values to match; build it with from_config")
         assert spec is not None
-        fresh[name], spread[name] = new_factors(spec, shape, weight.device, weight.dtype), std
         spec.initialize(fresh[name], std)
+        spread[name] = std
     for owner, entries in plan.sharing.items():
         for entry in entries:
-            assert entry.spec is not None
-            name = entry.matrix.name
             # Entries of W spread as the product of the factors: what the common one lacks, the own one makes up for.
-            fresh[name]["weight"] *= (spread[name] / spread[owner]) ** 0.5
-            for factor in entry.spec.shareable:
-                common = fresh[owner][factor]
-                fresh[owner][factor] = common if isinstance(common, nn.Parameter) else nn.Parameter(common)
-                fresh[name][factor] = fresh[owner][factor]
-    with unchanged_on_error(model):
-        replace_matrices(model, plan, fresh)
+            fresh[entry.matrix.name]["weight"] *= (spread[entry.matrix.name] / spread[owner]) ** 0.5
+    _put(model, plan, fresh)
     method = plan.method or recipes.default_method(calibrated=False)
     seconds = {"initialize": time.perf_counter() - started}
     return Report(method, plan.scope, plan.original, plan.compressed, {}, seconds, plan)
+
+
+def outline(model: nn.Module, plan: Plan) -> None:
+    """Replace the planned matrices by factors of any values, in place, for a checkpoint that holds those of a fit.
+
+    Args:
+        model: that the plan was made for.
+        plan: as it was carried out.
+
+    Raises:
+        ModelError: the plan does not fit the model.
+    """
+    check_fits(plan, model)
+    fresh = _unset(model, plan)
+    for entry in plan.factorized:
+        assert entry.spec is not None
+        entry.spec.initialize(fresh[entry.matrix.name], 1.0)
+    _put(model, plan, fresh)
+
+
+def _unset(model: nn.Module, plan: Plan) -> dict[str, Factors]:
+    """Memory for the factors of all planned matrices."""
+    fresh: dict[str, Factors] = {}
+    for entry in plan.factorized:
+        assert entry.spec is not None
+        weight = dense_weight(model.get_submodule(entry.matrix.name))
+        fresh[entry.matrix.name] = new_factors(entry.spec, entry.matrix.shape, weight.device, weight.dtype)
+    return fresh
+
+
+def _put(model: nn.Module, plan: Plan, fresh: dict[str, Factors]) -> None:
+    """Let matrices that share factors hold the same ones, and all factors take the place of their matrices."""
+    for owner, entries in plan.sharing.items():
+        for entry in entries:
+            assert entry.spec is not None
+            for factor in entry.spec.shareable:
+                common = fresh[owner][factor]
+                fresh[owner][factor] = common if isinstance(common, nn.Parameter) else nn.Parameter(common)
+                fresh[entry.matrix.name][factor] = fresh[owner][factor]
+    with unchanged_on_error(model):
+        replace_matrices(model, plan, fresh)

@@ -24,6 +24,21 @@ def tie_layers(model: nn.Module, unique: int) -> None:
         ModelError: the model has no blocks, or is compressed already.
     """
     able = {matrix.name for matrix in find_matrices(model)[0] if matrix.dense is None}
+    for blocks in stacks_of(model, unique).values():
+        groups: list[list[str]] = [[] for _ in range(unique)]
+        for place, block in enumerate(blocks):
+            groups[place * unique // len(blocks)].append(block)
+        for group in groups:
+            _tie(model, group, able)
+
+
+def stacks_of(model: nn.Module, unique: int) -> dict[str, list[str]]:
+    """The blocks of each stack, of which so many are to be left.
+
+    Raises:
+        MethodError: not fewer than there are, or none.
+        ModelError: the model has no blocks.
+    """
     stacks: dict[str, list[str]] = {}
     for block in find_blocks(model):
         stacks.setdefault(block.rpartition(".")[0], []).append(block)
@@ -32,11 +47,7 @@ def tie_layers(model: nn.Module, unique: int) -> None:
             raise MethodError(
                 f"unique layers have to be at least 1 and fewer than the {len(blocks)} of '{stack}'; got {unique}"
             )
-        groups: list[list[str]] = [[] for _ in range(unique)]
-        for place, block in enumerate(blocks):
-            groups[place * unique // len(blocks)].append(block)
-        for group in groups:
-            _tie(model, group, able)
+    return stacks
 
 
 def _tie(model: nn.Module, blocks: list[str], able: set[str]) -> None:

@@ -16,6 +16,9 @@ from factorformer.files import whole_file
 RUN_FILE = "run.json"
 """What a run is lies beside its checkpoints under this name."""
 
+CLOSEST = "closest.safetensors"
+"""So is the model before a healing, or at its closest point, which is kept before there is a checkpoint."""
+
 FILES = "checkpoint_files"
 """Key in it of the files that callbacks add to each checkpoint."""
 
@@ -40,6 +43,13 @@ def last_checkpoint(output: Path) -> Path | None:
 def step_of(checkpoint: Path) -> int:
     """The number of optimizer steps after which a checkpoint was written."""
     return int(checkpoint.name.rpartition("-")[2])
+
+
+def begun_at(output: Path) -> int | None:
+    """The step from which an interrupted run in a directory of checkpoints can go on; None where nothing was kept."""
+    if (newest := last_checkpoint(output)) is not None:
+        return step_of(newest)
+    return 0 if (output / CLOSEST).exists() else None
 
 
 @contextlib.contextmanager
@@ -68,7 +78,7 @@ def locked(path: Path) -> Iterator[None]:
 
 
 def differences(path: Path, run: Mapping[str, Any]) -> list[str]:
-    """What distinguishes a run from the one that a file describes: "NAME was VALUE, not VALUE".
+    """What distinguishes a run from the one that a file describes: "NAME was VALUE, not VALUE", each once.
 
     Args:
         path: a JSON file of everything on which the result of a run depends.
@@ -78,15 +88,25 @@ def differences(path: Path, run: Mapping[str, Any]) -> list[str]:
         OutputError: the file cannot be read.
     """
     try:
-        begun = dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
+        begun = dict(_values(json.loads(path.read_text(encoding="utf-8"))))
+    except (OSError, ValueError, TypeError, AttributeError) as error:
         raise OutputError(f"cannot read what the run in '{path.parent}' was: {error}; start over") from error
-    names = dict.fromkeys([*begun, *run])
-    return [f"{name} was {begun.get(name)}, not {run.get(name)}" for name in names if begun.get(name) != run.get(name)]
+    now = dict(_values(run))
+    others = [name for name in dict.fromkeys([*begun, *now]) if begun.get(name) != now.get(name)]
+    return list(dict.fromkeys(f"{name[-1]} was {begun.get(name)}, not {now.get(name)}" for name in others))
+
+
+def _values(run: Mapping[str, Any], *parents: str) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """The values of a description and of those within it, by where they are."""
+    for name, value in run.items():
+        if isinstance(value, Mapping) and value:
+            yield from _values(value, *parents, name)
+        else:
+            yield (*parents, name), value
 
 
 def check_same_run(output: Path, run: Mapping[str, Any]) -> None:
-    """Write down what a run is, or compare with what stands there, so that none goes on with another's checkpoints.
+    """Write down what a run is, or compare with what stands there, so that none goes on with what another has kept.
 
     Args:
         output: directory of checkpoints.
@@ -96,7 +116,7 @@ def check_same_run(output: Path, run: Mapping[str, Any]) -> None:
         OutputError: the directory holds checkpoints of another run, or cannot be read or written.
     """
     path = output / RUN_FILE
-    if last_checkpoint(output) is None:
+    if begun_at(output) is None:
         with whole_file(path, "the description of the run") as partial:
             partial.write_text(json.dumps(run, indent=2) + "\n", encoding="utf-8")
     elif other := differences(path, run):

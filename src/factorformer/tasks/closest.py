@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -14,9 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from factorformer.files import whole_file
-
-FILE = "closest.safetensors"
-"""Lies beside checkpoints, which are deleted one after the other."""
+from factorformer.tasks.checkpoints import CLOSEST
 
 WORTH = 1.01
 """How many times as far from the original as at its closest point a model has to be for that point to be brought back:
@@ -32,7 +31,7 @@ class Closest:
     """
 
     def __init__(self, model: PreTrainedModel, folder: Path | None) -> None:
-        self.model, self.path = model, None if folder is None else folder / FILE
+        self.model, self.path = model, None if folder is None else folder / CLOSEST
         self.start = self.distance = math.inf  # before training, and at the closest point
         self.point: dict[str, float] = {}  # step and metrics of that
         self._values: dict[str, Tensor] = {}
@@ -55,7 +54,7 @@ class Closest:
         elif not distance < self.distance:
             return
         self.distance, self.point = distance, {"step": step, **metrics}
-        for name, value in self.model.named_parameters():
+        for name, value in self._tensors():
             if name in self._values:
                 self._values[name].copy_(value)
             else:
@@ -72,5 +71,9 @@ class Closest:
     @torch.no_grad()
     def restore(self) -> None:
         """Bring the model back to it."""
-        for name, parameter in self.model.named_parameters():
-            parameter.copy_(self._values[name])
+        for name, tensor in self._tensors():
+            tensor.copy_(self._values[name])
+
+    def _tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """All of the model, for one that goes on may have nothing of it yet."""
+        return itertools.chain(self.model.named_parameters(), self.model.named_buffers())

@@ -19,12 +19,13 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
-from factorformer.errors import DataError
+from factorformer.errors import DataError, ModelError
 from factorformer.hf.callbacks import moving
 from factorformer.hf.compat import use_one_gpu
 from factorformer.hf.description import describe
 from factorformer.layers.embeddings import embeddings_of
 from factorformer.layers.modes import requiring_gradients
+from factorformer.layers.nn import FactorizedMatrix
 from factorformer.progress import Progress, silent
 from factorformer.tasks.checkpoints import FILES, check_same_run, last_checkpoint, locked
 from factorformer.tasks.closest import Closest
@@ -51,6 +52,9 @@ FASTEST = 5e-4
 """The peak of the learning rate, unless one is given, for a model that is far from the original. One that is near
 learns more slowly, by the root of its distance: what a good fit left to learn is little beside what long steps
 disturb."""
+
+FAR = 0.1
+"""The distance from which on this is the rate: of embeddings one minus their cosine."""
 
 WIDTH = 384
 """Of hidden states, up to which these rates serve; beyond they fall as it grows (Yang et al., arXiv 2203.03466)."""
@@ -279,18 +283,23 @@ def heal(
         step if what came after it was undone.
 
     Raises:
-        DataError: texts longer than the model can read, or too few rows to hold some out.
+        DataError: texts longer than the model can read, or of different lengths without a tokenizer, or too few rows to
+            hold some out.
+        ModelError: factors are stored in integers.
         DivergedError: the loss became NaN or infinite.
-        OutputError: `output` holds checkpoints of a run with other settings, or another process trains into it.
+        OutputError: `output` holds what a run with other settings has kept, or another process trains into it.
     """
     settings, target = settings or HealingSettings(), target or Embeddings()
     if data.format["type"] == "custom":
         raise DataError("rows are transformed when they are read (with_transform), and cannot be numbered: use map")
     if held is None:
         data, held = hold_out(data, settings.seed, "held=")
+    _check_trainable(model)
     if tokenizer is not None:
         check_lengths(model, data, "the training data")
         check_lengths(model, held, "the held-out texts")
+    elif "input_ids" in data.column_names and len(set(map(len, data["input_ids"]))) > 1:
+        raise DataError("texts of different lengths have to be padded: give the tokenizer of the model (tokenizer=)")
     if reading is not None:
         reading.check(teacher, data, held)
     theirs = (tokenizer, held) if reading is None else (reading.tokenizer, reading.held)
@@ -302,10 +311,10 @@ def heal(
         nonlocal distance
         made = read_all(partial(target.read, model), model, tokenizer, held)
         # Not by metrics: correlations do not tell of an offset, and agreement of few rows moves in steps.
-        found, loss = target.compare(wanted, made), float(target.loss(made, wanted))
-        distance = math.inf if math.isnan(loss) else loss
+        found, apart = target.compare(wanted, made), target.distance(made, wanted)
+        distance = math.inf if math.isnan(apart) else apart
         values = ", ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in found.items())
-        report(f"{phase}: after {seconds / 60:.1f} minutes {values}")
+        report(f"{phase}: after {seconds / 60:.1f} minutes {values} (among {len(held)} held-out rows)")
         if closest is not None:
             closest.see(step, found, distance)
         return found
@@ -336,13 +345,15 @@ def heal(
     ):
         check_same_run(folder, description)
         begun = last_checkpoint(folder)
-        if begun is None:
-            measure(0, 0.0)
-        elif closest is not None and closest.load():
+        if closest is not None and closest.load():
             distance = closest.start
+            if begun is None:
+                closest.restore()
+        elif begun is None:
+            measure(0, 0.0)
         if settings.learning_rate is None:
             # Ranks start from the whole model, which has no distance yet.
-            rate = _rate(model, target, math.inf if ranks is not None else distance)
+            rate = _rate(model, math.inf if ranks is not None else distance)
             settings = dataclasses.replace(settings, learning_rate=rate)
             if begun is None or closest is not None:  # others go on with the rate of their checkpoint
                 report(f"{phase}: learning rate {rate:.2g}")
@@ -395,12 +406,23 @@ def heal(
     return curve
 
 
-def _rate(model: PreTrainedModel, target: Target, distance: float) -> float:
+def _rate(model: PreTrainedModel, distance: float) -> float:
     """The peak of the learning rate for a model so far from its original."""
     width = getattr(model.config, "hidden_size", WIDTH)
     depth = getattr(model.config, "num_hidden_layers", DEPTH)
-    part = 1.0 if target.far is None else min(max(distance, 0.0) / target.far, 1.0)
+    part = min(max(distance, 0.0) / FAR, 1.0)
     return FASTEST * math.sqrt(part * min(DEPTH / max(depth, 1), 1.0)) * min(WIDTH / width, 1.0)
+
+
+def _check_trainable(model: PreTrainedModel) -> None:
+    """Raise `ModelError` if factors are stored in integers, which nothing would change."""
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, FactorizedMatrix) and m.quantized}
+    if layers:
+        name, layer = next(iter(layers.items()))
+        raise ModelError(
+            f"the factors of '{name}', and of {len(layers)} layers in all, are stored in int{layer.bits} and cannot be "
+            "trained: call factorformer.hold_floats(model) before, and factorformer.quantize(model) afterwards"
+        )
 
 
 def _digest(data: datasets.Dataset) -> str:

@@ -7,6 +7,7 @@ import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar, Protocol
 
+import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
@@ -22,9 +23,6 @@ class Target(Protocol):
     fields: ClassVar[tuple[str, ...]]
     """Of configurations, in which a model and the one that it learns from have to agree."""
 
-    far: ClassVar[float | None]
-    """A loss from which on models learn at the same rate, and below which more slowly; None where none is known."""
-
     def read(self, model: PreTrainedModel, inputs: Mapping[str, Any]) -> Float[Tensor, "rows outputs"]:
         """The outputs of a compressed model for a batch, float32."""
         ...
@@ -35,6 +33,10 @@ class Target(Protocol):
 
     def loss(self, found: Float[Tensor, "rows outputs"], wanted: Float[Tensor, "rows outputs"]) -> Float[Tensor, ""]:
         """What training makes small, 0 where the two do the same."""
+        ...
+
+    def distance(self, found: Float[Tensor, "rows outputs"], wanted: Float[Tensor, "rows outputs"]) -> float:
+        """How far held-out rows are apart, from 0 to about 1: it chooses a learning rate, and the closest point."""
         ...
 
     def compare(self, wanted: Float[Tensor, "rows outputs"], found: Float[Tensor, "rows outputs"]) -> dict[str, float]:
@@ -52,7 +54,6 @@ class Embeddings:
     """
 
     fields: ClassVar[tuple[str, ...]] = ("vocab_size", "hidden_size")
-    far: ClassVar[float | None] = 0.1
     pool: Pool = mean_pool
     teacher_pool: Pool | None = None
 
@@ -87,6 +88,10 @@ class Embeddings:
         """One minus the mean cosine."""
         return pooled_loss(found, wanted.float())
 
+    def distance(self, found: Tensor, wanted: Tensor) -> float:
+        """The same."""
+        return float(self.loss(found, wanted))
+
     def compare(self, wanted: Tensor, found: Tensor) -> dict[str, float]:
         """See `compare_embeddings`."""
         return compare_embeddings(wanted, found)
@@ -101,7 +106,6 @@ class Predictions:
     """
 
     fields: ClassVar[tuple[str, ...]] = ("vocab_size", "num_labels")
-    far: ClassVar[float | None] = None
     independent: bool = False
 
     def read(self, model: PreTrainedModel, inputs: Mapping[str, Any]) -> Tensor:
@@ -115,6 +119,16 @@ class Predictions:
     def loss(self, found: Tensor, wanted: Tensor) -> Tensor:
         """The divergence of the two predictions, or the squared error of scores."""
         return logit_loss(found, wanted, temperature=1.0, independent=self.independent)
+
+    def distance(self, found: Tensor, wanted: Tensor) -> float:
+        """Half of the squared error of logits, relative to their variance.
+
+        Of vectors of norm 1, as embeddings are compared, half of the squared error is one minus the cosine.
+        """
+        if found.shape[1] > 1 and not self.independent:  # classes do not depend on what is added to all logits
+            found, wanted = (logits - logits.mean(1, keepdim=True) for logits in (found, wanted))
+        spread = (wanted - wanted.mean(0)).square().sum().clamp_min(torch.finfo(wanted.dtype).tiny)
+        return float((found - wanted).square().sum() / spread) / 2
 
     def compare(self, wanted: Tensor, found: Tensor) -> dict[str, float]:
         """See `compare_predictions`."""

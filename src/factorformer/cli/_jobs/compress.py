@@ -35,12 +35,12 @@ from factorformer.layers.embeddings import embeddings_of
 from factorformer.layers.matrix import Cost
 from factorformer.layers.modes import has_bfloat16_products
 from factorformer.layers.quantization import quantize
-from factorformer.layers.tying import tie_layers
+from factorformer.layers.tying import stacks_of, tie_layers
 from factorformer.planning import Plan, left_dense
 from factorformer.planning.evidence.prediction import WEIGHTS
 from factorformer.progress import Progress, bars
 from factorformer.report import Result, inventory
-from factorformer.tasks.checkpoints import last_checkpoint
+from factorformer.tasks.checkpoints import begun_at, last_checkpoint
 from factorformer.tasks.classification import load_classifier
 from factorformer.tasks.data import check_lengths, count_tokens
 from factorformer.tasks.finetuning import train
@@ -69,11 +69,11 @@ def run(job: CompressJob, *, resume: bool) -> Result:
             raise OutputError(
                 "--resume is for encoders that learn from --distill alone: other runs leave no checkpoint"
             )
-        return _measured(job, inputs, started, *_make(job, inputs, None, started))
+        return _measured(job, inputs, *_make(job, inputs, None, started))
     unfinished = Unfinished(Path(job.output))
     with unfinished.open(job.to_dict(), resume=resume, overwrite=job.overwrite):
         made = _make(job, inputs, unfinished, started)
-    return _measured(job, inputs, started, *made)
+    return _measured(job, inputs, *made)
 
 
 def _make(
@@ -106,7 +106,8 @@ def _make(
         plan if history is None else inventory(model, plan.scope),
         method=job.chosen,
         metrics=predictions(plan) | compare(before, None),
-        seconds=seconds | {"total": time.perf_counter() - started},
+        # What was trained before an interruption counts as well.
+        seconds=seconds | {"total": max(time.perf_counter() - started, sum(seconds.values()))},
         seed=None if inputs.tokenizer is None else job.settings.seed,
         output=job.output,
         warnings=warnings,
@@ -120,15 +121,17 @@ def _make(
 
 
 def _measured(
-    job: CompressJob, inputs: Inputs, started: float, result: Result, model: PreTrainedModel, before: Measured | None
+    job: CompressJob, inputs: Inputs, result: Result, model: PreTrainedModel, before: Measured | None
 ) -> Result:
     """The result with what the compressed model measures, in its directory as well."""
     if inputs.evaluation is None:
         return result
     with saved(job.output, "compressed"):
+        begun = time.perf_counter()
         with bars() as progress:
             after = _measure(inputs, model, progress, "evaluate")
-        seconds = {**result.seconds, "total": time.perf_counter() - started}
+        evaluated = time.perf_counter() - begun
+        seconds = {**result.seconds, "total": result.seconds["total"] + evaluated}
         result = dataclasses.replace(result, metrics={**result.metrics, **compare(before, after)}, seconds=seconds)
         update(result)
     return result
@@ -151,6 +154,8 @@ def _drop(job: CompressJob, inputs: Inputs, model: PreTrainedModel) -> tuple[Mea
     """Drop tokens and layers in place, if asked to; what the whole model measured then, and its cost."""
     if inputs.kept is None and job.unique_layers is None:
         return None, None
+    if job.unique_layers is not None:
+        stacks_of(model, job.unique_layers)  # refuses what cannot be, before anything is measured
     before, whole = None, inventory(model, job.scope or recipes.get(job.chosen).scope).original
     with bars() as progress:
         if inputs.original is not None and not inputs.fresh:
@@ -245,27 +250,43 @@ def _fit(
                     f"method '{job.chosen}' has no supports to learn at this ratio: all matrices are dense in integers"
                 )
                 through = False
-            dense = copy.deepcopy(model) if through else None
-            report = compression.compress(
-                model,
-                plan,
-                calibration,
-                progress,
-                keep_statistics=through,
-                hold_floats=training,
-                new_head=inputs.fresh,
-                token_counts=counts,
-            )
-            straight = None if dense is None else StraightThrough(model, report.statistics, dense)
-            seconds |= report.seconds
-            plan = report.plan
-            for line in report.notes:
-                note(line)
-            del dense, report  # both are large
+            if not through and unfinished is not None and begun_at(unfinished.checkpoints) is not None:
+                compression.outline(model, plan)  # what was fitted, and learned since, is in the checkpoint
+            else:
+                plan, straight, seconds = _fit_once(job, inputs, model, plan, calibration, counts, progress, through)
+                if unfinished is not None:
+                    plan.save(unfinished.plan)  # as it was carried out
     if training:
         seconds["train"] = _train(job, inputs, model, straight, ranks, unfinished, progress)
         quantize(model)
     return plan, None if ranks is None else ranks.history, seconds
+
+
+def _fit_once(
+    job: CompressJob,
+    inputs: Inputs,
+    model: PreTrainedModel,
+    plan: Plan,
+    calibration: list[dict[str, Tensor]] | None,
+    counts: Tensor | None,
+    progress: Progress,
+    through: bool,
+) -> tuple[Plan, StraightThrough | None, dict[str, float]]:
+    """Replace matrices by fitted factors, in place: the plan as it was carried out, and what trains `through` them."""
+    dense = copy.deepcopy(model) if through else None
+    report = compression.compress(
+        model,
+        plan,
+        calibration,
+        progress,
+        keep_statistics=through,
+        hold_floats=inputs.train is not None,
+        new_head=inputs.fresh,
+        token_counts=counts,
+    )
+    for line in report.notes:
+        note(line)
+    return report.plan, None if dense is None else StraightThrough(model, report.statistics, dense), report.seconds
 
 
 def _train(

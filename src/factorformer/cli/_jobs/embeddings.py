@@ -12,8 +12,9 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from factorformer.cli._inputs import about, encode_table, find_pooling, read_table
-from factorformer.cli._options import note
+from factorformer.cli._options import LENGTH, note
 from factorformer.errors import DataError, ModelError
+from factorformer.export.sentence import read_longest
 from factorformer.hf.source import find, load_model, load_tokenizer, read_config
 from factorformer.progress import Progress, bars
 from factorformer.report import Result, inventory
@@ -49,7 +50,7 @@ class EmbeddingJob:
         against: the original.
         data: files, or data sets of the Hub.
         text, label: columns, where they have other names than the usual ones.
-        max_length: tokens after which texts are cut.
+        max_length: tokens after which texts are cut; None for what the original's directory says.
         device: where models run; None for a GPU if there is one.
         seed: of what is drawn.
     """
@@ -59,7 +60,7 @@ class EmbeddingJob:
     data: Sequence[str]
     text: Sequence[str] | None
     label: str | None
-    max_length: int
+    max_length: int | None
     device: str | None
     seed: int = 0
 
@@ -128,11 +129,12 @@ def evaluate_embeddings(job: EmbeddingJob) -> Result:
         if one.layout.pooling is None and other.layout.pooling is not None:
             note(f"'{one.name}' says nothing of pooling: pooled as '{other.name}' is")
             one.layout = dataclasses.replace(one.layout, pooling=other.layout.pooling)
+    longest = job.max_length or read_longest(encoders[0].layout.transformer) or LENGTH
     metrics: dict[str, float] = {}
     started = time.perf_counter()
     with bars() as progress:
         for name, table in zip(_names(job.data), tables, strict=True):
-            before, after = (encoder.embed(table, job.max_length, progress) for encoder in encoders)
+            before, after = (encoder.embed(table, longest, progress) for encoder in encoders)
             with about(table.source):
                 metrics |= _flat(name, _uses(table, before, after, job.seed))
     seconds = {"evaluate": time.perf_counter() - started}

@@ -13,7 +13,7 @@ from typing import Any
 from factorformer.cli._options import note
 from factorformer.errors import DivergedError, OutputError
 from factorformer.files import failed_to_write
-from factorformer.tasks.checkpoints import differences, last_checkpoint, locked, step_of
+from factorformer.tasks.checkpoints import begun_at, differences, locked
 
 
 class Unfinished:
@@ -48,7 +48,7 @@ class Unfinished:
                 options; or another process has the run open.
         """
         with locked(self.folder.with_name(f"{self.folder.name}.lock")):
-            begun, earlier = last_checkpoint(self.checkpoints), None
+            begun, earlier = begun_at(self.checkpoints), None
             if resume:
                 if begun is None:
                     raise OutputError(
@@ -59,7 +59,7 @@ class Unfinished:
                         f"the interrupted run had other options: {'; '.join(other)}; repeat its command, or start over "
                         "with --overwrite"
                     )
-                note(f"resumed from step {step_of(begun)}")
+                note(f"resumed from step {begun}")
             else:
                 if begun is not None and not overwrite:
                     raise OutputError(
@@ -72,7 +72,7 @@ class Unfinished:
                     self._begin(options)
                 yield
             except BaseException as error:
-                if not resume and last_checkpoint(self.checkpoints) is None:
+                if not resume and begun_at(self.checkpoints) is None:
                     shutil.rmtree(self.folder, ignore_errors=True)
                     if earlier is not None:
                         earlier.rename(self.folder)
@@ -117,4 +117,4 @@ class Unfinished:
 
 def is_unfinished(output: Path) -> bool:
     """Whether a run for this directory has a checkpoint from which it could go on."""
-    return last_checkpoint(Unfinished(output).checkpoints) is not None
+    return begun_at(Unfinished(output).checkpoints) is not None
