@@ -2,7 +2,7 @@
 
     python benchmarks/encoders.py minilm --minutes 30 --work FOLDER
     python benchmarks/encoders.py MPNET --ratios 10 20 --minutes 120 --work FOLDER
-    python benchmarks/encoders.py minilm --plot docs/images/encoders.svg
+    python benchmarks/encoders.py minilm --ratios 10 20 --minutes 10 --without banking77 sst2 --work FOLDER
 
 A model is a directory, or `minilm` for the embedded one. Every contestant is made of it and of plain text (see
 `sentences.py`), and is a directory of so many bytes of weights:
@@ -14,10 +14,14 @@ A model is a directory, or `minilm` for the embedded one. Every contestant is ma
   dense in int8, healed on the same text for the same minutes; none where the table of embeddings alone takes more;
 - `model2vec`: static embeddings distilled from the model, of as many dimensions as fit the bytes in int8.
 
-Embeddings are compared with those of the original on 20,000 sentences that nothing was trained on, on pairs of mrpc
-(area under the curve), and on banking77 and sst2 (nearest neighbour, and logistic regression with cross-validation).
-Each contestant is a row; a run skips those that are there already. What the original makes of these texts is kept in
-the folder of work, for the next run with the same texts, files, processor and libraries.
+Embeddings are compared with those of the original on 20,000 sentences and 500 passages that nothing was trained on, on
+pairs of mrpc (area under the curve, and rank correlation), and on banking77 and sst2 (nearest neighbour, and logistic
+regression with cross-validation). Of all these data sets the training parts are learned from, without labels, unless
+`--without` names them.
+
+Each contestant is a row; a run skips those that are there already, and draws all of the model in the end. What the
+original makes of these texts is kept in the folder of work, for the next run with the same texts, files, processor and
+libraries.
 """
 
 from __future__ import annotations
@@ -33,14 +37,14 @@ from typing import Any
 
 import sentences
 import torch
-from common import append_line, default_data, machine, options, read_lines, start
+from common import RESULTS, TASKS, append_line, default_data, machine, options, read_lines, start
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModel, AutoTokenizer
 from transformers.utils import logging
 
 import factorformer
-from factorformer.export.sentence import find_layout
+from factorformer.export.sentence import find_layout, read_longest
 from factorformer.files import whole_file
 from factorformer.hf import minilm
 from factorformer.hf.source import copy_companions
@@ -50,7 +54,11 @@ from factorformer.tasks.embeddings import Use
 PAIRS = ("mrpc", ("sentence1", "sentence2"))
 CLASSES = ("banking77", "sst2")
 CONTESTANTS = ["original", "factorformer", "int8", "model2vec", "layers"]
+IMAGE = RESULTS.parent.parent / "docs" / "images" / "encoders.svg"
 FACTORFORMER = Path(sys.executable).with_name("factorformer")
+
+HEADER = 2**15
+"""Bytes of a file of weights that are none of values, at most."""
 
 Embed = Callable[[Sequence[str]], Tensor]
 
@@ -65,6 +73,7 @@ class Judge:
         self.classes = {name: (list(table["text"]), list(table["label"])) for name, table in tables.items()}
         self.texts = {"corpus": corpus, "first": self.pairs[0], "second": self.pairs[1]}
         self.texts |= {name: found for name, (found, _) in self.classes.items()}
+        self.texts["passages"] = sentences.passages(folder)
         here = machine()
         known = [self.texts, *(here[key] for key in ("device", "instructions", "torch", "transformers"))]
         digest = hashlib.sha256(json.dumps(known).encode())
@@ -87,8 +96,10 @@ class Judge:
         """
         found, wanted = self.wanted if embed is None else self._embeddings(embed), self.wanted
         uses = dict(embeddings.kept(wanted["corpus"], found["corpus"]))
+        uses["passage_cosine"] = embeddings.kept(wanted["passages"], found["passages"])["embedding_cosine"]
         pairs = ((e["first"], e["second"]) for e in (wanted, found))
-        uses["mrpc_auc"] = embeddings.pairs(*pairs, self.same)["pair_auc"]
+        for name, use in embeddings.pairs(*pairs, self.same).items():
+            uses[name.replace("pair", "mrpc")] = use
         for name, (_, labels) in self.classes.items():
             uses |= {f"{name}_{key}": use for key, use in embeddings.classes(wanted[name], found[name], labels).items()}
         return {name: _numbers(use) for name, use in uses.items()}
@@ -106,9 +117,11 @@ def encoder(path: Path) -> Embed:
     """A model directory, pooled as it says."""
     layout = find_layout(str(path))
     tokenizer, model = AutoTokenizer.from_pretrained(path), AutoModel.from_pretrained(layout.transformer).eval()
+    longest = read_longest(layout.transformer) or 128
 
     def embed(texts: Sequence[str]) -> Tensor:
-        rows = data.encode(tokenizer, data.datasets.Dataset.from_dict({"text": list(texts)}), data.Columns(("text",)))
+        rows = data.datasets.Dataset.from_dict({"text": list(texts)})
+        rows = data.encode(tokenizer, rows, data.Columns(("text",)), max_length=longest)
         return evaluation.embed(model, tokenizer, rows, 64, layout.pool)
 
     return embed
@@ -128,14 +141,17 @@ def compressed(source: Path, output: Path, ratio: float, *more: object) -> dict[
 
 
 def fewer_layers(source: Path, output: Path, limit: int) -> int:
-    """Write a model of as many layers as fit into so many bytes in int8, and return their number; 0 for none."""
+    """Write a model of as many layers as fit into so many bytes in int8, and return their number; 0 for none.
+
+    At least one layer less than it has: with all of them it is `int8`.
+    """
     config = AutoConfig.from_pretrained(source)
     with torch.device("meta"):
         model = AutoModel.from_config(config)
     layers = config.num_hidden_layers
-    each = sum(p.numel() for p in model.encoder.layer[0].parameters())
-    rest = sum(p.numel() for p in model.parameters()) - layers * each
-    count = min((limit - rest) // each, layers)
+    each = in_int8(model.encoder.layer[0])
+    rest = in_int8(model) - layers * each
+    count = min((limit - HEADER - rest) // each, layers - 1)
     if count < 1:
         return 0
     chosen = [round(place * (layers - 1) / max(count - 1, 1)) for place in range(count)]
@@ -145,6 +161,11 @@ def fewer_layers(source: Path, output: Path, limit: int) -> int:
     model.save_pretrained(output)
     copy_companions(source, output)
     return count
+
+
+def in_int8(module: torch.nn.Module) -> int:
+    """Bytes of all parameters: of matrices a byte for each value and a scale for each row, of others float32."""
+    return sum(p.numel() + 4 * len(p) if p.dim() > 1 else 4 * p.numel() for p in module.parameters())
 
 
 def static(source: Path, limit: int) -> tuple[Embed, Any]:
@@ -160,11 +181,10 @@ def static(source: Path, limit: int) -> tuple[Embed, Any]:
 
 
 def contestants(
-    name_of_model: str, source: Path, folder: Path, args: Any
+    name_of_model: str, source: Path, folder: Path, text: Path, args: Any
 ) -> Iterator[tuple[dict[str, Any], Embed | None]]:
     """Rows without their measures, and what embeds; None for the original."""
     original = weight_bytes(source)
-    text = folder / "learned.txt"
     healing = ("--train", text, "--distill", source, "--minutes", args.minutes, "--seed", args.seed)
     for ratio in args.ratios:
         for name in args.contestants:
@@ -175,13 +195,16 @@ def contestants(
                 "seed": args.seed,
                 "model": name_of_model,
             }
+            if args.without and name in ("factorformer", "layers"):
+                key |= {"without": args.without}
             if name == "factorformer":
                 key |= {"values": args.values} | ({"options": args.options} if args.options else {})
             if name in ("original", "int8"):
                 key |= {"ratio": 1.0 if name == "original" else 4.0, "minutes": 0}
             if name == "model2vec":
                 key |= {"minutes": 0}
-            known = ({k: row[k] for k in (*key, "options", "values") if k in row} for row in read_lines(args.output))
+            said = (*key, "options", "values", "without")
+            known = ({k: row[k] for k in said if k in row} for row in read_lines(args.output))
             if key in known:
                 continue
             output, began = folder / f"{name}-{ratio:g}", time.perf_counter()
@@ -224,11 +247,11 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.2))
     names = [f"{row['contestant']} {row.get('values', '')}".strip() for row in rows]
     for name in dict.fromkeys(names):
-        best: dict[float, dict[str, Any]] = {}
+        longest: dict[float, dict[str, Any]] = {}  # training of each ratio
         for row in (row for row, called in zip(rows, names, strict=True) if called == name):
-            if row["bytes"] not in best or row["minutes"] > best[row["bytes"]]["minutes"]:
-                best[row["bytes"]] = row
-        points = [best[size] for size in sorted(best)]
+            if row["ratio"] not in longest or row["minutes"] > longest[row["ratio"]]["minutes"]:
+                longest[row["ratio"]] = row
+        points = sorted(longest.values(), key=lambda row: row["bytes"])
         sizes = [point["bytes"] / 1e6 for point in points]
         for axis, measure in zip(axes, (_recall, _worst), strict=True):
             axis.plot(sizes, [measure(point["uses"]) for point in points], "o-", label=name, markersize=4)
@@ -254,10 +277,11 @@ def _worst(uses: dict[str, dict[str, float]]) -> float:
 
 def main() -> None:
     parser = options(__doc__, "encoders.jsonl")
-    parser.add_argument("--plot", type=Path, help="draw a picture of the rows of the model, and measure nothing")
+    parser.add_argument("--image", type=Path, help="where to draw; by default docs/images/encoders.svg for minilm")
     parser.add_argument("model", help="a directory, or `minilm`")
     parser.add_argument("--data", type=Path, default=default_data(), help="folder with one folder for each task")
     parser.add_argument("--work", type=Path, help="folder for texts and models")
+    parser.add_argument("--without", nargs="*", default=[], choices=list(TASKS), help="tasks to learn no text of")
     parser.add_argument("--ratios", nargs="+", type=float, default=[4.0, 10.0, 20.0, 32.0])
     parser.add_argument("--contestants", nargs="+", default=CONTESTANTS, choices=CONTESTANTS)
     parser.add_argument(
@@ -269,10 +293,6 @@ def main() -> None:
     )
     parser.add_argument("--seed", type=int, default=0)
     args = start(parser)
-    if args.plot is not None:
-        rows = [row for row in read_lines(args.output) if row["model"] == args.model]
-        draw([row for row in rows if row["contestant"] != "original"], args.plot)
-        return
     if args.work is None:
         parser.error("--work is needed: a folder for texts and models")
     args.options = [f"--{option}" if not option[0].isdigit() else option for option in args.options]
@@ -282,16 +302,21 @@ def main() -> None:
     called = args.model if args.model == "minilm" else source.name
     folder = args.work / called
     folder.mkdir(parents=True, exist_ok=True)
-    learned, judged = sentences.split(args.data)
-    (folder / "learned.txt").write_text("\n".join(learned) + "\n", encoding="utf-8")
+    learned, judged = sentences.split(args.data, args.without)
+    text = folder / f"{'-'.join(['learned', *args.without])}.txt"
+    text.write_text("\n".join(learned) + "\n", encoding="utf-8")
     judge = Judge(args.data, judged, source, folder)
-    for row, embed in contestants(called, source, folder, args):
+    for row, embed in contestants(called, source, folder, text, args):
         uses = judge.measure(embed)
         if row["contestant"] == "model2vec":  # whose dimensions are others
             uses.pop("embedding_cosine", None)
         row |= {"uses": uses, "machine": machine(), "version": factorformer.__version__}
         append_line(args.output, row)
         print(json.dumps({k: v for k, v in row.items() if k != "machine"}), flush=True)
+    image = args.image or (IMAGE if called == "minilm" else None)
+    rows = [row for row in read_lines(args.output) if row["model"] == called and "without" not in row]
+    if image is not None and rows:
+        draw([row for row in rows if row["contestant"] != "original"], image)
 
 
 if __name__ == "__main__":

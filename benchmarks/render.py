@@ -16,7 +16,7 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -438,11 +438,17 @@ def planning() -> list[str]:
 
 # Fits and embeddings
 
-KEPT = ("embedding_cosine", "similarity_spearman", "neighbour_recall")
+KEPT = {
+    "embedding_cosine": "cosine",
+    "passage_cosine": "of passages",
+    "similarity_spearman": "similarities",
+    "neighbour_recall": "recall@10",
+}
 """What an encoder keeps of the original's embeddings."""
 
 USES = {
     "mrpc_auc": "mrpc, area",
+    "mrpc_spearman": "mrpc, rank correlation",
     "banking77_nearest_neighbour_accuracy": "banking77, nearest",
     "banking77_logistic_regression_accuracy": "banking77, regression",
     "sst2_nearest_neighbour_accuracy": "sst2, nearest",
@@ -556,17 +562,35 @@ def encoders() -> list[str]:
         line = [
             row["model"],
             "whole" if whole else f"{row['ratio']:g}x",
-            row["contestant"] + (f", {row.get('values', 'int8')}" if row["contestant"] == "factorformer" else ""),
+            ", ".join(made_by(row)),
             f"{row['bytes'] / 1e6:.1f}",
-            f"{row['minutes']:g}",
+            f"{row['total_seconds'] / 60:.0f} ({row['minutes']:g})",
         ]
         line += [f"{uses[name]['value']:.3f}" if name in uses else "" for name in KEPT]
         for name in USES:
+            if name not in uses:
+                line.append("")
+                continue
             ends = [100 * uses[name][f"{'' if whole else 'difference_'}{end}"] for end in ("value", "low", "high")]
             line.append(("{:.1f} [{:.1f}, {:.1f}]" if whole else "{:+.1f} [{:+.1f}, {:+.1f}]").format(*ends))
         table.append(line)
-    header = ["model", "file", "made by", "MB", "minutes", "cosine", "similarities", "recall@10", *USES.values()]
+    header = ["model", "file", "made by", "MB", "minutes (of training)", *KEPT.values(), *USES.values()]
     return markdown(header, table) + measured_with(row["machine"] for row in rows)
+
+
+def made_by(row: dict[str, Any]) -> Iterator[str]:
+    """What made an encoder, and how it differs from the command of the page."""
+    yield row["contestant"]
+    if row["contestant"] == "factorformer":
+        yield row.get("values", "int8")
+    if "layers" in row:
+        yield f"{row['layers']} in int8"
+    if "dimension" in row:
+        yield f"{row['dimension']} dimensions in int8"
+    if "options" in row:
+        yield " ".join(row["options"])
+    if "without" in row:
+        yield f"learned without {' and '.join(row['without'])}"
 
 
 def lookups() -> list[str]:

@@ -87,7 +87,7 @@ def evaluate(
     Sentence encoders (--against): on texts, the mean cosine to the embeddings of the original, the rank correlation of
     similarities, and the overlap of the ten nearest neighbours; with labels also how many texts have the class of their
     nearest neighbour, and the accuracy of logistic regression on embeddings (5-fold cross-validation). On pairs of
-    texts, the area under the curve of their cosine, or its rank correlation with scores; of two classes the larger
+    texts, the rank correlation of their cosine with labels, and with two classes the area under its curve; the larger
     number means the same, or the name that sorts last, unless it denies the other (not_equivalent). Pooling is that of
     the directory; intervals are those of a bootstrap over rows, at 95 %.
 

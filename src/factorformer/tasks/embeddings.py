@@ -163,8 +163,8 @@ def pairs(
         seed: of the bootstrap.
 
     Returns:
-        `pair_auc`: with two classes, the area under the curve of the cosine; `pair_spearman`: with scores, the rank
-        correlation of the cosine with them.
+        `pair_spearman`: the rank correlation of the cosine with scores, or with classes; with these `pair_auc` as well,
+        the area under its curve.
 
     Raises:
         DataError: labels that are neither.
@@ -172,10 +172,14 @@ def pairs(
     wanted = _scores(labels)
     # Pairs of one text twice are to be ties, whatever their cosines round to.
     given = [_places((unit(one) * unit(other)).sum(1).numpy().round(6)) for one, other in (original, compressed)]
-    wanted, two = _places(wanted), len(np.unique(wanted)) == 2
-    statistic = _weighted_auc if two else _weighted_spearman
-    uses = _paired(lambda cosines, counts: statistic(cosines, wanted, counts), given, seed)
-    return {"pair_auc" if two else "pair_spearman": uses}
+    wanted = _places(wanted)
+    measures: dict[str, Callable[..., float]] = {"pair_spearman": _weighted_spearman}
+    if len(np.unique(wanted)) == 2:
+        measures["pair_auc"] = _weighted_auc
+    return {
+        name: _paired(lambda cosines, counts, of=of: of(cosines, wanted, counts), given, seed)
+        for name, of in measures.items()
+    }
 
 
 def same_class(labels: Sequence[Any]) -> Any | None:

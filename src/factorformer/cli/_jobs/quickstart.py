@@ -31,7 +31,7 @@ from factorformer.progress import Progress, bars
 from factorformer.report import Result, inventory, latency
 from factorformer.report.result import BEFORE
 from factorformer.tasks.classification import load_classifier
-from factorformer.tasks.data import Columns, Labels, batches, count_tokens, encode, sample
+from factorformer.tasks.data import Columns, Labels, batches, count_tokens, encode, hold_out, sample
 from factorformer.tasks.docstrings import stdlib_docstrings
 from factorformer.tasks.evaluation import evaluate
 from factorformer.tasks.finetuning import TrainingSettings, train
@@ -133,6 +133,7 @@ def demonstrate_encoder(target: Path, *, overwrite: bool) -> Result:
     tokenizer, original, small = load_tokenizer(path), load_model(path), load_model(path)
     settings = HealingSettings(minutes=ENCODER_MINUTES, precision="bf16" if has_bfloat16_products() else "fp32")
     data = encode(tokenizer, rows["train"].select_columns("text"), Columns(("text",)), max_length=MAX_LENGTH)
+    data, held = hold_out(data, settings.seed)
     texts = list(batches(tokenizer, sample(data, CALIBRATION_ROWS, settings.seed), BATCH_SIZE))
     counts = count_tokens([data], small.config.vocab_size)
     seconds: dict[str, float] = {}
@@ -146,7 +147,15 @@ def demonstrate_encoder(target: Path, *, overwrite: bool) -> Result:
         for line in report.notes:
             note(line)
         curve = heal(
-            small, original, data, settings, tokenizer=tokenizer, target=learned, report=note, progress=progress
+            small,
+            original,
+            data,
+            settings,
+            tokenizer=tokenizer,
+            held=held,
+            target=learned,
+            report=note,
+            progress=progress,
         )
         quantize(small)
     seconds |= {**report.seconds, "train": curve[-1]["seconds"]}
