@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import runpy
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import transformers as tf
 from safetensors.torch import load_file
 from tests.cli.conftest import WORDS
 from tests.cli.test_commands import result_of
+from tests.conftest import ROOT
 from tokenizers import Tokenizer
 
 import factorformer
@@ -304,13 +306,38 @@ def test_the_original_reads_all_of_its_tokens(run: Any, base: Path, tables: Path
     text, small = tmp_path / "text.txt", tmp_path / "small"
     text.write_text("a film\n" + "the " * 200 + "book\n")  # the last word is beyond what the model reads
     learned = ("--train", tables / "texts.txt", "--eval", tables / "texts.txt", "--distill", base)
-    options = ("--trim-vocabulary", text, "--scope", "all", "--int8", "--ratio", 5, "--epochs", 2, "--batch-size", 4)
+    options = ("--trim-vocabulary", text, "--scope", "all", "--int4", "--ratio", 7, "--epochs", 2, "--batch-size", 4)
     done = run("compress", base, small, *learned, *options, "--json")
     content = result_of(done)
     assert "vocabulary: 9 of 18 tokens are kept" in done.stderr  # four words and the special ones
     found = result_of(run("evaluate", small, "--against", base, "--data", tables / "texts.txt", "--json"))
     assert content["metrics"]["embedding_cosine"] == pytest.approx(found["metrics"]["texts_embedding_cosine"], abs=1e-4)
     assert found["bytes"]["original"] == content["bytes"]["original"] == stored(base)
+    # And so do users of sentence-transformers, who read them as before.
+    from sentence_transformers import SentenceTransformer
+
+    texts = (tables / "texts.txt").read_text().splitlines()
+    one, other = (
+        SentenceTransformer(str(path), device="cpu").encode(texts, convert_to_tensor=True, normalize_embeddings=True)
+        for path in (base, small)
+    )
+    cosine = float((one * other).sum(1).mean())
+    assert cosine == pytest.approx(found["metrics"]["texts_embedding_cosine"], abs=1e-4)
+
+
+def test_the_example_does_what_the_command_does(
+    base: Path, tables: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["encoder.py", str(base), str(tables / "texts.txt"), "0.02"])
+    said = runpy.run_path(str(ROOT / "examples" / "encoder.py"))
+    assert said["curve"][-1]["embedding_cosine"] > 0.5
+    again = factorformer.load(tmp_path / "encoder")
+    assert {m.bits for m in again.modules() if isinstance(m, FactorizedMatrix)} <= {3, 4, 8}
+    assert stored(tmp_path / "encoder") == pytest.approx(stored(base) / 10, rel=0.1)
+    assert (tmp_path / "encoder" / "modules.json").exists()
+    with pytest.raises(SystemExit, match="exists already"):
+        runpy.run_path(str(ROOT / "examples" / "encoder.py"))
 
 
 def test_two_columns_of_an_encoder_are_two_texts(
