@@ -98,6 +98,13 @@ def test_a_fit_outlasts_an_interruption_of_the_first_steps(
     assert any(isinstance(spec, DenseSparse) for spec in specs)  # whose supports are not trained, but restored
 
 
+def test_a_run_that_diverges_from_the_start_leaves_nothing(run: Any, command: tuple[Any, ...], tmp_path: Path) -> None:
+    done = run(*command, "--lr", 1e30, "--epochs", 1)
+    assert done.exit_code == 2
+    assert "diverged" in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_cross_encoder_learns_its_own_scores(run: Any, base: Path, tables: Path, tmp_path: Path) -> None:
     rows = tables / "train.jsonl"
     scorer = ("finetune", base, tmp_path / "scorer", "--train", rows, "--text", "text", "--text", "other")

@@ -13,7 +13,7 @@ from typing import Any
 from factorformer.cli._options import note
 from factorformer.errors import DivergedError, OutputError
 from factorformer.files import failed_to_write
-from factorformer.tasks.checkpoints import begun_at, differences, locked
+from factorformer.tasks.checkpoints import begun_at, differences, last_checkpoint, locked
 
 
 class Unfinished:
@@ -72,7 +72,9 @@ class Unfinished:
                     self._begin(options)
                 yield
             except BaseException as error:
-                if not resume and begun_at(self.checkpoints) is None:
+                # What diverged before its first checkpoint is not to go on from where it began.
+                kept = last_checkpoint if isinstance(error, DivergedError) else begun_at
+                if not resume and kept(self.checkpoints) is None:
                     shutil.rmtree(self.folder, ignore_errors=True)
                     if earlier is not None:
                         earlier.rename(self.folder)
