@@ -19,6 +19,7 @@ from tokenizers import Tokenizer
 
 import factorformer
 from factorformer.cli._jobs import compress as job
+from factorformer.errors import DivergedError
 from factorformer.hf.source import load_tokenizer
 from factorformer.layers.nn import FactorizedMatrix
 from factorformer.structures import DenseSparse
@@ -98,8 +99,14 @@ def test_a_fit_outlasts_an_interruption_of_the_first_steps(
     assert any(isinstance(spec, DenseSparse) for spec in specs)  # whose supports are not trained, but restored
 
 
-def test_a_run_that_diverges_from_the_start_leaves_nothing(run: Any, command: tuple[Any, ...], tmp_path: Path) -> None:
-    done = run(*command, "--lr", 1e30, "--epochs", 1)
+def test_a_run_that_diverges_from_the_start_leaves_nothing(
+    run: Any, command: tuple[Any, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def diverge(*_: object) -> None:
+        raise DivergedError("training diverged")
+
+    monkeypatch.setattr(healing, "finish", diverge)
+    done = run(*command, "--epochs", 1)
     assert done.exit_code == 2
     assert "diverged" in done.stderr
     assert list(tmp_path.iterdir()) == []
