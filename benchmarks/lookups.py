@@ -4,10 +4,11 @@
 
 Tables have the shapes of MiniLM's (30,522 x 384) and of multilingual encoders' (250,000 x 768), each structure so many
 times smaller than float32, in floats and in integers. Look-ups of 1,024 tokens are interleaved with those of the plain
-table (A B C A B C); medians and their ratios count. Tokens are drawn at random, of which next to none is drawn twice,
-or as those of a text occur (Zipf's law), and anew for each look-up. Fits weigh rows as tokens of a text occur and
-columns by a falling spectrum, as `fisher` does; the values are those of MiniLM's table, repeated with noise of their
-own size where a table is larger.
+table (A B C A B C), and so are single products of as many multiply-adds in the same type, by torch's library, below
+which no kernel of these factors gets far; medians and their ratios count. Tokens are drawn at random, of which next to
+none is drawn twice, or as those of a text occur (Zipf's law), and anew for each look-up. Fits weigh rows as tokens of a
+text occur and columns by a falling spectrum, as `fisher` does; the values are those of MiniLM's table, repeated with
+noise of their own size where a table is larger.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from factorformer.hf import minilm
 from factorformer.layers.matrix import Matrix
 from factorformer.layers.nn import FactorizedEmbedding
 from factorformer.planning.evidence.times import interleaved
-from factorformer.structures import STRUCTURES, KroneckerSum, Structure
+from factorformer.structures import STRUCTURES, DenseSparse, KroneckerSum, Structure
 from factorformer.structures.integers import Bits
 
 FITTED = 10**5
@@ -69,6 +70,21 @@ def metric(shape: tuple[int, int]) -> Metric:
     return Metric(often.sqrt(), torch.linalg.cholesky(falling))
 
 
+def terms(spec: Structure) -> int:
+    """Rows that make one row of a table, each times a coefficient."""
+    return spec.nonzeros if isinstance(spec, DenseSparse) else spec.rank
+
+
+def product(rows: int, inner: int, width: int, bits: Bits | None) -> Callable[[], Tensor]:
+    """One product of so many multiply-adds, by the library of torch."""
+    if bits is None:
+        left, right = torch.randn(rows, inner), torch.randn(inner, width)
+        return lambda: left @ right
+    codes = torch.randint(-127, 128, (rows, inner), dtype=torch.int8)
+    others = torch.randint(-127, 128, (inner, width), dtype=torch.int8)
+    return lambda: torch._int_mm(codes, others)
+
+
 def cell(shape: tuple[int, int], weight: Tensor, drawn: str, args: Any) -> list[dict[str, Any]]:
     """All structures of one shape, for tokens drawn in one way."""
     chances = torch.ones(shape[0]) if drawn == "at random" else frequencies(shape[0])
@@ -89,13 +105,15 @@ def cell(shape: tuple[int, int], weight: Tensor, drawn: str, args: Any) -> list[
             layer.quantize()
         rows.append({**common, "structure": kind, "spec": str(spec), "values": name})
         runs[f"{kind} {name}"] = run(layer)
+        runs[f"{kind} {name}, product"] = product(round(different), terms(spec), shape[1], bits)
     calls = list(runs.values())
     interleaved(calls, 3, settle=1)
     columns = list(zip(*interleaved(calls, args.rounds, settle=1), strict=True))
-    for row, column in zip(rows, columns[1:], strict=True):
+    for row, column, bare in zip(rows, columns[1::2], columns[2::2], strict=True):
         ratios = [found / plain for found, plain in zip(column, columns[0], strict=True)]
         row |= {"milliseconds": statistics.median(column), "plain_milliseconds": statistics.median(columns[0])}
         row |= dict(zip(("low", "ratio", "high"), statistics.quantiles(ratios, n=4), strict=True))
+        row["product"] = statistics.median(found / plain for found, plain in zip(bare, columns[0], strict=True))
     return rows
 
 
@@ -113,7 +131,7 @@ def main() -> None:
             found = cell(shape, weight, drawn, args)
             cells += found
             for row in found:
-                shown = ("drawn", "different", "structure", "values", "milliseconds", "ratio")
+                shown = ("drawn", "different", "structure", "values", "milliseconds", "ratio", "product")
                 print({key: row[key] for key in shown}, flush=True)
         measured = metric(shape)
         for kind in STRUCTURES:

@@ -69,7 +69,10 @@ def test_three_files_are_measured_at_once(run: Any, base: Path, small: Path, fil
         assert found[f"difference_{name}_low"] <= difference <= found[f"difference_{name}_high"]
 
 
-def test_the_table_shows_intervals(run: Any, base: Path, small: Path, files: Path) -> None:
+def test_the_table_shows_intervals(
+    run: Any, base: Path, small: Path, files: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "100")  # which no cell has to be broken for
     done = run("evaluate", small, "--against", base, "--data", files / "pairs.tsv")
     (line,) = (line for line in done.stdout.splitlines() if "pairs pair auc" in line)
     assert line.count("[") == line.count(", ") == 3
