@@ -213,7 +213,7 @@ def test_factors_that_are_stored_in_int8(tmp_path: Path, monkeypatch: pytest.Mon
         if isinstance(module, FactorizedMatrix):
             module.quantize()
     for int8, most in ((True, 0.15), (False, 0.05)):  # torch multiplies in int8
-        export(model, tmp_path / "out", int8=int8, overwrite=int8 is False)
+        export(model, tmp_path / "out", int8=int8, overwrite=not int8)
         assert deviation(tmp_path / "out", lambda **x: model(**x).logits, SHAPES) < most
         assert numbers(tmp_path / "out") < stored(model) + CONSTANTS
 
@@ -229,7 +229,7 @@ def test_factors_of_few_bits_from_a_file(tmp_path: Path, monkeypatch: pytest.Mon
     again = factorformer.load(tmp_path / "small")
     assert {m.bits for m in again.modules() if isinstance(m, FactorizedMatrix)} == {3, 4}
     for int8, most in ((True, 0.15), (False, 0.05)):
-        export(again, tmp_path / "out", int8=int8, overwrite=int8 is False)
+        export(again, tmp_path / "out", int8=int8, overwrite=not int8)
         assert deviation(tmp_path / "out", lambda **x: again(**x).logits, SHAPES) < most
 
 
@@ -307,7 +307,7 @@ def test_a_real_sentence_encoder(minilm: Path, tmp_path: Path, monkeypatch: pyte
     translate_once(monkeypatch)
     expected = SentenceTransformer(str(minilm), device="cpu").encode(texts)
     for int8, least in ((True, 0.97), (False, 0.99999)):
-        done = export(minilm, tmp_path / "out", int8=int8, texts=texts if int8 else None, overwrite=int8 is False)
+        done = export(minilm, tmp_path / "out", int8=int8, texts=texts if int8 else None, overwrite=not int8)
         assert done.output == "sentence_embedding"
         tokenizer = tf.AutoTokenizer.from_pretrained(tmp_path / "out")
         inputs = tokenizer(texts, padding=True, truncation=True, return_tensors="np")

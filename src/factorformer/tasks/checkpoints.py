@@ -16,11 +16,11 @@ from factorformer.files import whole_file
 RUN_FILE = "run.json"
 """What a run is lies beside its checkpoints under this name."""
 
-CLOSEST = "closest.safetensors"
-"""So is the model before a healing, or at its closest point, which is kept before there is a checkpoint."""
-
 FILES = "checkpoint_files"
 """Key in it of the files that callbacks add to each checkpoint."""
+
+CLOSEST = "closest.safetensors"
+"""The model before a healing, or at its closest point: kept before there is a checkpoint."""
 
 
 def last_checkpoint(output: Path) -> Path | None:
