@@ -89,7 +89,7 @@ def test_a_colon_can_be_part_of_a_name(tmp_path: Path) -> None:
         (
             "in8:DENSE",
             MethodError,
-            r"'in8'.*'int8'.*allowed: fused, compile",
+            r"'in8'.*'int8'.*allowed: fused, fused-bf16, fused-int8, compile",
         ),
         ("int8:bf16:DENSE", MethodError, "one of bf16, int8"),
         ("compile:compile:DENSE", MethodError, "each variant once"),

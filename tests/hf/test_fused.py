@@ -32,6 +32,16 @@ def classifier() -> tf.PreTrainedModel:
     return model.eval()
 
 
+@pytest.fixture(scope="module")
+def blocks() -> tf.PreTrainedModel:
+    """A compressed model whose layers do not run in one call, with blocks of a product and its GELU."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+    model = tf.ErnieForSequenceClassification(tf.ErnieConfig(**sizes, vocab_size=99, max_position_embeddings=24))
+    factorformer.compress(model, factorformer.plan(model, "svd", ratio=2))
+    return model.eval()
+
+
 @pytest.fixture(params=NAMES)
 def name(request: pytest.FixtureRequest) -> str:
     return request.param
@@ -45,7 +55,11 @@ def test_results_are_the_same(name: str) -> None:
                 module.weight.mul_(4)  # states that are so large that one GELU can be told from another
     twin = fuse(copy.deepcopy(model))
     allowed = 1e-5 * float(logits(model, inputs).abs().max())
-    torch.testing.assert_close(logits(twin, inputs), logits(model, inputs), rtol=1e-5, atol=allowed)
+    before, after = logits(model, inputs), logits(twin, inputs)
+    mask = inputs.get("attention_mask")
+    if mask is not None and mask.shape == before.shape[:2]:  # what is made of padding is nothing in particular
+        before, after = before[mask.bool()], after[mask.bool()]
+    torch.testing.assert_close(after, before, rtol=1e-5, atol=allowed)
     expected, found = model(**inputs).logits, twin(**inputs).logits
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=allowed)
     for each in (expected, found):
@@ -75,10 +89,8 @@ def test_bf16(name: str) -> None:
 
 
 @compiled
-def test_the_kernel_attends_and_blocks_are_fused(
-    classifier: tf.PreTrainedModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model, inputs = copy.deepcopy(classifier), MODELS["roberta"].inputs()
+def test_the_kernel_attends_and_blocks_are_fused(blocks: tf.PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, inputs = copy.deepcopy(blocks), MODELS["roberta"].inputs()
     expected = logits(model, inputs)
     state = torch.random.get_rng_state()
     fuse(model)
@@ -237,9 +249,9 @@ def test_blocks_that_do_more_are_left_alone() -> None:
         assert isinstance(block.act, FusedGELU)
 
 
-def test_factors_multiplied_out_after_fusing_keep_the_activation(classifier: tf.PreTrainedModel) -> None:
+def test_factors_multiplied_out_after_fusing_keep_the_activation(blocks: tf.PreTrainedModel) -> None:
     inputs = MODELS["roberta"].inputs()
-    expected = logits(copy.deepcopy(classifier).dequantize(), inputs)
-    twin = fuse(copy.deepcopy(classifier))
+    expected = logits(copy.deepcopy(blocks).dequantize(), inputs)
+    twin = fuse(copy.deepcopy(blocks))
     assert any(isinstance(m, FactorizedLinear) and m.gelu for m in twin.modules())
     torch.testing.assert_close(logits(twin.dequantize(), inputs), expected, rtol=1e-4, atol=1e-4)

@@ -12,7 +12,7 @@ import resource
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +21,7 @@ from torch import Tensor
 from factorformer.kernels import Dense, cpu, sparse_product, support
 from factorformer.kernels import chain as dense_chain
 from factorformer.kernels import gelu as dense_gelu
+from factorformer.kernels.encoder import Encoder, EncoderLayer, Linear, Norm
 from factorformer.structures import TensorSpec, integers
 
 TOKENS = (0, 1, 3, 4, 5, 16, 17, 31, 33, 64, 100, 700)
@@ -310,6 +311,79 @@ def check_attention(draw: random.Random) -> None:
     assert not cpu.attention(q, k, v, None, 0.3)[0, 1:].isnan().any()
 
 
+def some_linear(draw: random.Random, wide: int, out: int) -> Linear:
+    """A product with one or two matrices."""
+    matrices = []
+    sizes = [wide, *([draw.randint(1, 40)] if draw.random() < 0.5 else []), out]
+    for inner, rows in itertools.pairwise(sizes):
+        weight = torch.randn(rows, inner) * 0.8 / inner**0.5
+        if draw.random() < 0.5:
+            scales = weight.abs().amax(1) / 127 + 1e-9
+            weight = (weight / scales[:, None]).round().to(torch.int8)
+            matrices.append(Dense(weight, scales))
+        else:
+            matrices.append(Dense(weight))
+    return Linear(matrices, torch.randn(out) * 0.3 if draw.random() < 0.8 else None)
+
+
+def encoded(layers: list[EncoderLayer], heads: int, x: Tensor, bias: Tensor | None) -> Tensor:
+    """What the layers make of the tokens of one sequence, in float64."""
+
+    def product(linear: Linear, y: Tensor) -> Tensor:
+        for matrix in linear.matrices:
+            y = y @ matrix.values(torch.float32).double().T
+        return y if linear.bias is None else y + linear.bias.double()
+
+    def normal(norm: Norm, y: Tensor) -> Tensor:
+        return F.layer_norm(y, y.shape[-1:], norm.weight.double(), norm.bias.double(), norm.epsilon)
+
+    for layer in layers:
+        q, k, v = (product(part, x).unflatten(-1, (heads, -1)).transpose(0, 1) for part in layer[:3])
+        scores = q @ k.mT * q.shape[-1] ** -0.5 + (0 if bias is None else bias)
+        context = (scores.softmax(-1) @ v).transpose(0, 1).flatten(1)
+        x = normal(layer.after_attention, product(layer.output, context) + x)
+        x = normal(layer.after_products, product(layer.down, F.gelu(product(layer.up, x))) + x)
+    return x
+
+
+def check_encoder(draw: random.Random) -> None:
+    """Each token's vector within what its products round away, whatever else is in the batch."""
+    heads, size, inner = draw.randint(1, 4), draw.choice((2, 5, 8, 16, 24)), draw.randint(1, 90)
+    width = heads * size
+
+    def norm() -> Norm:
+        return Norm(1 + 0.2 * torch.randn(width), 0.2 * torch.randn(width), draw.choice((1e-12, 1e-5)))
+
+    layers = []
+    for _ in range(draw.randint(1, 3)):
+        parts: list[Any] = [some_linear(draw, width, width) for _ in range(4)]
+        parts += [some_linear(draw, width, inner), some_linear(draw, inner, width)]
+        layers.append(EncoderLayer(*parts, norm(), norm()))
+    lengths = [draw.choice((0, 1, 2, 7, 15, 16, 17, 40, 64, 65, 150)) for _ in range(draw.randint(1, 6))]
+    reach = 160
+    table = torch.randn(heads, 2 * reach + 1) if draw.random() < 0.5 else None
+    tokens = sum(lengths)
+    x = torch.randn(tokens + 5, width)
+    rows = torch.randperm(len(x))[:tokens]
+    starts = torch.tensor([0, *itertools.accumulate(lengths)])
+    expected = torch.zeros(x.shape, dtype=torch.float64)
+    for first, last in itertools.pairwise(starts.tolist()):
+        behind = torch.arange(last - first)[:, None] - torch.arange(last - first)
+        bias = None if table is None else table[:, behind + reach].double()
+        expected[rows[first:last]] = encoded(layers, heads, x[rows[first:last]].double(), bias)
+    for products, bound in (("float32", 2e-5), ("bfloat16", 0.06), ("int8", 0.25), (None, 0.25)):
+        encoder = Encoder(layers, heads, products, table)
+        for _ in on_threads():
+            found = encoder(x, rows, starts)
+            error = (found - expected).norm(dim=1) / width**0.5
+            assert error.max() <= bound, (products, error.max(), heads, size, inner, lengths)
+            assert not found[torch.ones(len(x), dtype=torch.bool).index_fill(0, rows, False)].any()
+    if tokens:
+        x[rows[0], 0] = torch.nan  # is seen by its own sequence and no other
+        wrong = ~encoder(x, rows, starts).isfinite().all(1)
+        assert wrong.nonzero().flatten().tolist() == sorted(rows[: next(n for n in lengths if n)].tolist())
+
+
 def check_what_is_no_number() -> None:
     """One token that is not a number, or infinite, is seen in its own result and in no other."""
     for value in (torch.nan, torch.inf, -torch.inf):
@@ -373,6 +447,7 @@ def main(name: str, cases: int) -> None:
         check_rows_of_kronecker(draw)
         check_rows_of_dense(draw)
         check_rounding(draw)
+        check_encoder(draw)
     check_rows_that_are_not_there()
     check_exact_integers()
     check_what_is_no_number()

@@ -19,7 +19,9 @@ from factorformer.errors import MethodError, ModelError, one_line, one_of
 from factorformer.layers.nn import FactorizedMatrix
 
 VARIANTS = {
-    "fused": "attention and activations by our compiled kernels as well (`factorformer.fuse`)",
+    "fused": "whole layers, or attention and activations, by our compiled kernels (`factorformer.fuse`)",
+    "fused-bf16": "the same, with products of layers in bfloat16",
+    "fused-int8": "the same, with products of layers in int8",
     "compile": "through torch.compile, compiled for each shape",
     "bf16": "weights and activations in bfloat16",
     "int8": "torch's dynamic int8 of every nn.Linear",
@@ -28,7 +30,7 @@ VARIANTS = {
 }
 """Prefixes of a model's name, and what they mean."""
 
-PRECISIONS = ("bf16", "int8", "torchao-int8")
+PRECISIONS = ("bf16", "int8", "torchao-int8", "fused-bf16", "fused-int8")
 
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 
@@ -168,10 +170,10 @@ def load(candidate: Candidate, threads: int, device: torch.device) -> Runner:
 def _changed(candidate: Candidate, model: Any, device: torch.device) -> nn.Module:
     """The model in its precision, compiled if it is to be."""
     for name in candidate.variants:
-        if name == "fused":
+        if name.startswith("fused"):
             from factorformer.hf.fused import fuse
 
-            model = fuse(model)
+            model = fuse(model, "bfloat16" if name == "fused-bf16" else "int8" if name == "fused-int8" else None)
         elif name == "bf16":
             model = model.to(torch.bfloat16)
         elif name in PRECISIONS:

@@ -311,6 +311,16 @@ def whole_mask(**arguments: Any) -> Tensor:
     return mask
 
 
+def capturing() -> bool:
+    """Whether a forward pass collects what single layers make.
+
+    Relies on `_active_collector`: utils/output_capturing.py:117.
+    """
+    from transformers.utils import output_capturing
+
+    return bool(output_capturing._active_collector.get())
+
+
 # Training
 
 

@@ -1,8 +1,9 @@
-"""Fused attention and GELU kernels for inference on a CPU, where they are what is left once matrices are small.
+"""Fused kernels for inference on a CPU: what lies between products is most of what is left once matrices are small.
 
-`fuse` gives a model our attention through the attention interface of transformers, and computes GELUs inside of the
-product before them where that is all that a block does with it. A model whose architecture asks for its attention by
-name, or passes it arguments that it does not know, keeps the attention it has.
+`fuse` runs the layers of encoders that the kernels know in one call. It gives other models our attention through the
+attention interface of transformers, and computes GELUs inside of the product before them where that is all that a block
+does with it. A model whose architecture asks for its attention by name, or passes it arguments that it does not know,
+keeps the attention it has.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import contextlib
 import functools
 import inspect
 import sys
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -22,10 +24,12 @@ from transformers.activations import GELUActivation
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from factorformer.errors import ModelError
+from factorformer.errors import FactorformerWarning, ModelError, one_of
 from factorformer.hf import compat
+from factorformer.hf.encoder import FusedForward, stacks_of
 from factorformer.kernels import cpu, gelu
 from factorformer.kernels.dense import served
+from factorformer.kernels.encoder import FORMATS, Products
 from factorformer.layers.dummies import configurations, dummy_inputs, setting
 from factorformer.layers.nn import FactorizedLinear
 
@@ -50,6 +54,9 @@ LONGEST = 512
 
 DEVIATION = 1e-2
 """Relative deviation of outputs that still is rounding in float32; three times that in smaller types."""
+
+ROUGHLY: dict[Products | None, float] = {None: 0.1, "float32": DEVIATION, "bfloat16": 0.05, "int8": 0.2}
+"""The same for layers in one call, by what their products are made in."""
 
 _unknown: set[str] = set()
 """Arguments met that are not known here."""
@@ -110,19 +117,24 @@ def attention(
     )
 
 
-def fuse(model: PreTrainedModel) -> PreTrainedModel:
+def fuse(model: PreTrainedModel, products: Products | None = None) -> PreTrainedModel:
     """Use fused kernels for inference on a CPU, in place; results change within rounding, files do not.
 
-    Training goes on to work, but gains nothing. Without compiled kernels, and for other devices and types, torch does
-    the same as before. Two forward passes of a random batch, before and after, tell whether attention may be replaced:
-    where they differ, or the architecture asks for attention by name, it is left as it is.
+    The layers of BERT, RoBERTa, XLM-R, CamemBERT, ELECTRA, DistilBERT and MPNet run in one call, in which padding takes
+    no time: what is made of it is 0. Other models get our attention and GELU. Training goes on to work, but gains
+    nothing. Without compiled kernels, and for other devices and types, torch does the same as before. Forward passes of
+    a random batch, before and after, tell whether something may be replaced: where they differ it is left as it is.
 
     Args:
         model: compressed or dense.
+        products: in which type layers in one call make them: `float32`, or `bfloat16` or `int8`, to which weights are
+            rounded then; by default each in that in which its matrix is stored.
 
     Raises:
-        ModelError: not a model of transformers.
+        ModelError: not a model of transformers, or no such type.
     """
+    if products not in (None, *FORMATS):
+        raise ModelError(f"fuse: unknown type of products {one_of(products, FORMATS)}")
     if not isinstance(model, PreTrainedModel):
         raise ModelError(
             f"fuse takes a model of transformers, not a {type(model).__name__}: of a SentenceTransformer `st`, fuse "
@@ -130,12 +142,43 @@ def fuse(model: PreTrainedModel) -> PreTrainedModel:
         )
     if compat.settable_attention(model) == "sdpa":
         _set_attention(model)
+    inside = _set_stacks(model, products)
     for module in list(model.modules()):
+        if module in inside:
+            continue
         for name, child in list(module.named_children()):
             if type(child) is GELUActivation or (type(child) is nn.GELU and child.approximate == "none"):
                 setattr(module, name, FusedGELU())
         _fuse_pair(module)
     return model
+
+
+def _set_stacks(model: PreTrainedModel, products: Products | None) -> set[nn.Module]:
+    """Run layers that are known in one call; the modules of which they are made.
+
+    Where outputs are others than before, the layers stay as they are, and a warning says so.
+    """
+    stacks = stacks_of(model) if cpu.AVAILABLE else {}
+    if products and not stacks:
+        reason = "layers of this kind are not known" if cpu.AVAILABLE else "there are no compiled kernels"
+        _say(f"{type(model).__name__} does not run in one call, nor its products in {products}: {reason}")
+    for stack in stacks.values():
+        vars(stack).pop("forward", None)
+    before = _outputs(model) if stacks else None
+    for stack in stacks.values():
+        stack.forward = FusedForward(stack, model.config, products)
+    after = None if before is None else _outputs(model)
+    apart = float("inf") if before is None or after is None else _deviation(before, after)
+    if stacks and not apart <= ROUGHLY[products]:
+        for stack in stacks.values():
+            vars(stack).pop("forward", None)
+        _say(f"the layers of {type(model).__name__} are not run in one call: outputs would differ by {apart:.2g}")
+        return set()
+    return {module for stack in stacks.values() for module in stack.modules()}
+
+
+def _say(what: str) -> None:
+    warnings.warn(what, FactorformerWarning, stacklevel=4)
 
 
 def _set_attention(model: PreTrainedModel) -> None:
@@ -176,7 +219,10 @@ def _compares(module: str) -> bool:
 
 @torch.no_grad()
 def _outputs(model: PreTrainedModel) -> list[Tensor] | None:
-    """The floating-point outputs for a random batch, longer than attention reaches; None where none can be made."""
+    """The floating-point outputs for a random batch, longer than attention reaches, of padding none.
+
+    None where none can be made.
+    """
     reach = [setting(config, name) for config in configurations(model.config) for name in WINDOWS]
     length = min(max([16, *(2 * r for r in reach if isinstance(r, int))]), LONGEST)
     longest = setting(model.config, "max_position_embeddings", "n_positions", default=length)
@@ -185,6 +231,7 @@ def _outputs(model: PreTrainedModel) -> list[Tensor] | None:
     model.eval()
     try:
         for batch in dummy_inputs(model, 2, length):
+            mask = None
             if "input_ids" in batch:  # the mask of a batch with padding is another one
                 mask = torch.ones_like(batch["input_ids"])
                 mask[1, -2:] = 0
@@ -192,7 +239,8 @@ def _outputs(model: PreTrainedModel) -> list[Tensor] | None:
             with contextlib.suppress(Exception), torch.random.fork_rng(devices=[]):
                 torch.manual_seed(0)
                 output = model(**{k: _fitting(v, model) for k, v in batch.items()})
-                return [t.float() for t in _tensors(output)]
+                real = [t if mask is None or t.shape[:2] != mask.shape else t[mask.bool()] for t in _tensors(output)]
+                return [t.float() for t in real]
     finally:
         for module, training in modes:
             module.training = training

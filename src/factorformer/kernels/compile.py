@@ -25,7 +25,9 @@ _WIDE = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mpref
 VARIANTS: dict[str, tuple[str, ...]] = {"baseline": ()}
 """Flags of each variant; the library takes the last that the processor has."""
 if platform.machine().lower() in ("x86_64", "amd64"):
-    VARIANTS |= {"avx2": ("-mavx2", "-mfma"), "avx512": _WIDE, "avx512_vnni": (*_WIDE, "-mavx512vnni")}
+    _VNNI = (*_WIDE, "-mavx512vnni")
+    VARIANTS |= {"avx2": ("-mavx2", "-mfma"), "avx512": _WIDE, "avx512_vnni": _VNNI}
+    VARIANTS |= {"avx512_bf16": (*_VNNI, "-mavx512bf16")}
 
 _FLAGS = (
     *("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"),

@@ -2,7 +2,7 @@
 
 They take contiguous float32 input, and weights as float32 or as int8 with scales. Threads are those of torch: both use
 the OpenMP of the process. `FACTORFORMER_CPU` names the variant to use in place of the best that the processor has
-(`avx512_vnni`, `avx512`, `avx2`, `baseline`), or `reference` for none of them.
+(`avx512_bf16`, `avx512_vnni`, `avx512`, `avx2`, `baseline`), or `reference` for none of them.
 """
 
 from __future__ import annotations
@@ -71,6 +71,7 @@ def _load() -> ctypes.CDLL | None:
         "chain": (_pointer, _count, _fields, _count, _pointer, _pointer),
         "gelu": (_pointer, _count, _pointer),
         "attention": (_fields, ctypes.c_float),
+        "encode": (_fields, _pointer, _pointer, _pointer, _count, _pointer),
         "sparse_rows": (_pointer, _count, _fields, _fields, _pointer),
         "kronecker_rows": (_pointer, _count, _fields, _pointer),
         "dense_rows": (_pointer, _count, _fields, _fields, _pointer),
@@ -362,6 +363,12 @@ def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, sc
     )
     _done(_loaded().factorformer_attention((ctypes.c_int64 * len(numbers))(*numbers), scale))
     return y
+
+
+def encode(fields: ctypes.Array, x: Tensor, rows: Tensor, starts: Tensor, y: Tensor) -> None:
+    """What a stack of encoder layers makes of some rows; see `encoder.Encoder`."""
+    where = (x.data_ptr(), rows.data_ptr(), starts.data_ptr())
+    _done(_loaded().factorformer_encode(fields, *where, len(starts) - 1, y.data_ptr()))
 
 
 def _loaded() -> ctypes.CDLL:

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
 from torch.utils._pytree import tree_leaves as tree_leaves
 
+from factorformer.kernels._compat import version_of
+
 IGNORED = "_ddp_params_and_buffers_to_ignore"
 """Where `DistributedDataParallel` looks, in a model, for names that it is to leave alone."""
 
@@ -63,3 +65,35 @@ def with_parameters(module: nn.Module, parameters: Mapping[str, nn.Parameter | N
     twin = copy.copy(module)
     vars(twin)["_parameters"] = dict(parameters)
     return twin
+
+
+class Snapshot:
+    """What a module is made of at one moment, to tell in little time whether it is so at another.
+
+    Relies on `_modules`, `_parameters`, `_buffers`, `_forward_pre_hooks` and `_forward_hooks`, which are the same
+    dictionaries for as long as a module lives: torch 2.13, torch/nn/modules/module.py.
+
+    Args:
+        module: with all below it.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        modules = list(module.modules())
+        stores = [store for m in modules for store in (m._modules, m._parameters, m._buffers)]
+        self.places = [(store, name, part) for store in stores for name, part in store.items()]
+        self.tensors = [part for _, _, part in self.places if isinstance(part, Tensor)]
+        self._written = [(t, version_of(t), t.data_ptr()) for t in self.tensors]
+        self._hooks = [hooks for m in modules for hooks in (m._forward_pre_hooks, m._forward_hooks)]
+
+    def holds(self) -> bool:
+        """Whether all parts are still there, and no tensor was written to."""
+        return all(store.get(name) is part for store, name, part in self.places) and all(
+            tensor.data_ptr() == address and (version is None or version_of(tensor) == version)
+            for tensor, version, address in self._written
+        )
+
+    def hooked(self, harmless: str) -> bool:
+        """Whether anything but functions of this name waits for what modules read or make."""
+        if not any(self._hooks):
+            return False
+        return any(getattr(hook, "__name__", "") != harmless for hooks in self._hooks for hook in hooks.values())

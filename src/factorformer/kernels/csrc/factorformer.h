@@ -54,6 +54,15 @@ struct Levels {
     int64_t count;
 };
 
+// A stack of encoder layers; see encoder.h for how they are described.
+struct Encoder {
+    int64_t layers, width, heads, inner, between, deepest; // `between`: the largest result inside of a product
+    const float *bias; // of scores, by how far the query is behind the key, (heads, 2 reach + 1); null where there is none
+    int64_t reach, exact; // whether attention is to be as exact as floats are
+    int64_t *spent; // nanoseconds of all threads, added to by what they were spent on; null where nobody asks
+    const int64_t *fields; // of all layers
+};
+
 struct Table {
     const char *name;
     // y (n, rows) = x (n, atoms) S^T + bias
@@ -77,4 +86,7 @@ struct Table {
     // y (rows, width); reach (rows, groups) may be null, and then there are no levels
     void (*round_rows)(const float *x, int64_t rows, int64_t width, const float *reach, const Levels *, int32_t in_int8,
                        float *y);
+    // y and x (rows, width): see encoder.h
+    int32_t (*encode)(const Encoder *, const float *x, const int64_t *rows, const int64_t *starts, int64_t sequences,
+                      float *y);
 };

@@ -10,7 +10,8 @@
 extern "C" { // null where a variant was left out
 extern const Table baseline __attribute__((weak));
 #if defined(__x86_64__)
-extern const Table avx2 __attribute__((weak)), avx512 __attribute__((weak)), avx512_vnni __attribute__((weak));
+extern const Table avx2 __attribute__((weak)), avx512 __attribute__((weak)), avx512_vnni __attribute__((weak)),
+    avx512_bf16 __attribute__((weak));
 #endif
 }
 
@@ -19,11 +20,12 @@ static const Table *choose() {
     __builtin_cpu_init();
     const bool wide = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-    const bool can[] = {wide && __builtin_cpu_supports("avx512vnni"), wide,
+    const bool bytes = wide && __builtin_cpu_supports("avx512vnni");
+    const bool can[] = {bytes && __builtin_cpu_supports("avx512bf16"), bytes, wide,
                         __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"), true};
-    const Table *const all[] = {&avx512_vnni, &avx512, &avx2, &baseline};
+    const Table *const all[] = {&avx512_bf16, &avx512_vnni, &avx512, &avx2, &baseline};
     const char *wanted = std::getenv("FACTORFORMER_CPU"); // the name of a variant
-    for (int i = 0; i < 4; ++i)
+    for (int i = 0; i < 5; ++i)
         if (can[i] && all[i] && (!wanted || !*wanted || !std::strcmp(wanted, all[i]->name))) return all[i];
 #endif
     return &baseline;
@@ -120,6 +122,14 @@ EXPORT void factorformer_round_rows(const float *x, int64_t rows, int64_t width,
                                     const float *bounds, int64_t count, int32_t in_int8, float *y) {
     const Levels l = {levels, bounds, count};
     table->round_rows(x, rows, width, reach, &l, in_int8, y);
+}
+
+// The fields of an encoder, and those of its layers after them.
+EXPORT int32_t factorformer_encode(const int64_t *f, const float *x, const int64_t *rows, const int64_t *starts,
+                                   int64_t sequences, float *y) {
+    const Encoder e = {f[0], f[1], f[2], f[3], f[4], f[5], reinterpret_cast<const float *>(f[6]), f[7], f[8],
+                       reinterpret_cast<int64_t *>(f[9]), f + 10};
+    return table->encode(&e, x, rows, starts, sequences, y);
 }
 
 EXPORT void factorformer_gelu(const float *x, int64_t n, float *y) { table->gelu(x, n, y); }

@@ -16,17 +16,6 @@ namespace {
 constexpr int64_t GROUP = 32; // values of a row that have a reach of their own
 constexpr int64_t MUCH = 1 << 15; // from so many values on all threads take part
 
-INLINE Floats load_some(const float *from, int64_t count) {
-    if (count >= LANES) return load(from);
-    Floats v{};
-    std::memcpy(&v, from, count * sizeof(float));
-    return v;
-}
-
-INLINE void store_some(float *to, Floats v, int64_t count) {
-    std::memcpy(to, &v, std::min<int64_t>(count, LANES) * sizeof(float));
-}
-
 // The nearest whole number, of two such the even one, of values below 2^22.
 INLINE Floats whole(Floats x) {
     const Floats large = splat(12582912.0f);

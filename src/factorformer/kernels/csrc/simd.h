@@ -56,6 +56,18 @@ INLINE Floats widen(const int8_t *from) {
 
 INLINE void store(float *to, Floats v) { std::memcpy(to, &v, sizeof v); }
 
+// The first `count` lanes, where that is fewer.
+INLINE Floats load_some(const float *from, int64_t count) {
+    if (count >= LANES) return load(from);
+    Floats v{};
+    std::memcpy(&v, from, count * sizeof(float));
+    return v;
+}
+
+INLINE void store_some(float *to, Floats v, int64_t count) {
+    std::memcpy(to, &v, (count < LANES ? count : LANES) * sizeof(float));
+}
+
 // `x - 0` is `x` for every x, so that nothing but the broadcast is left.
 INLINE Floats splat(float x) { return x - Floats{}; }
 

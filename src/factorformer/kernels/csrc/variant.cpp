@@ -2,6 +2,7 @@
 
 #include "attention.h"
 #include "dense.h"
+#include "encoder.h"
 #include "lookup.h"
 #include "rounding.h"
 #include "sparse.h"
@@ -12,5 +13,5 @@
 extern "C" const Table FACTORFORMER_VARIANT;
 const Table FACTORFORMER_VARIANT = {
     NAME(FACTORFORMER_VARIANT), sparse, sparse_transposed, sparse_outer, chain, gelu, attention, sparse_rows, kronecker_rows,
-    dense_rows, extremes, round_rows,
+    dense_rows, extremes, round_rows, encode,
 };

@@ -1,0 +1,175 @@
+"""A stack of encoder layers in one call of the compiled kernels: what they read of it, and the call.
+
+Activations lie features by tokens, so weights are read row by row: in words of one float, two bfloat16 or four int8.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import struct
+from collections.abc import Iterator, Sequence
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from factorformer.kernels import cpu
+from factorformer.kernels.dense import Dense
+
+Products = Literal["float32", "bfloat16", "int8"]
+"""In which type products are made."""
+
+FORMATS: dict[Products, int] = {"float32": 0, "bfloat16": 1, "int8": 2}
+"""Their numbers, by which a word holds `2**number` values."""
+
+
+PHASES = ("products", "rounding", "norms", "attention", "moving", "waiting")
+"""What time is spent on; products with bias, residual and GELU."""
+
+
+class Linear(NamedTuple):
+    """`x @ W_1.T @ W_2.T ... + bias`.
+
+    Args:
+        matrices: `(out, in)` each, floats or int8.
+        bias: of the last product.
+    """
+
+    matrices: Sequence[Dense]
+    bias: Tensor | None
+
+
+class Norm(NamedTuple):
+    """A layer norm: its weight, bias and epsilon."""
+
+    weight: Tensor
+    bias: Tensor
+    epsilon: float
+
+
+class EncoderLayer(NamedTuple):
+    """Attention and two products with a GELU between, each with what it reads added and normalized afterwards."""
+
+    query: Linear
+    key: Linear
+    value: Linear
+    output: Linear
+    up: Linear
+    down: Linear
+    after_attention: Norm
+    after_products: Norm
+
+
+class Encoder:
+    """A stack of encoder layers as the compiled kernels read it: a copy of its weights.
+
+    Args:
+        layers: all of one width.
+        heads: of attention.
+        products: in which type they are made, int8 or floats that are rounded to it; None for each in that of its
+            matrix.
+        bias: of scores, `(heads, 2 * reach + 1)`, by how far the query is behind the key, from `-reach` on.
+    """
+
+    def __init__(
+        self, layers: Sequence[EncoderLayer], heads: int, products: Products | None, bias: Tensor | None = None
+    ) -> None:
+        self._kept: list[Tensor] = []
+        self._between, self._deepest, self._exact = 1, 1, True
+        self.width = layers[0].query.matrices[0].weight.shape[1]
+        self.reach = 0 if bias is None else bias.shape[1] // 2
+        numbers: list[int] = []
+        scale = (self.width // heads) ** -0.5
+        for layer in layers:
+            for linear in layer[:6]:
+                numbers += self._linear(linear, products, scale if linear is layer.query else 1.0)
+            for norm in layer[6:]:
+                numbers += self._norm(norm)
+        inner = layers[0].up.matrices[-1].weight.shape[0]
+        # What is read in whole vectors goes beyond the last distance.
+        address = 0 if bias is None else self._keep(F.pad(bias.float().flatten(), (0, 64)))
+        numbers = [
+            len(layers),
+            self.width,
+            heads,
+            inner,
+            self._between,
+            self._deepest,
+            address,
+            self.reach,
+            self._exact,
+            0,
+            *numbers,
+        ]
+        self._fields = (ctypes.c_int64 * len(numbers))(*numbers)
+
+    def __call__(self, x: Tensor, rows: Tensor, starts: Tensor) -> Tensor:
+        """The hidden states after the last layer, `(n, width)`, 0 for tokens of no sequence.
+
+        Args:
+            x: the hidden states before the first one, `(n, width)`, contiguous, float32.
+            rows: of the tokens of all sequences, one after the other, int64.
+            starts: where in `rows` each sequence begins, and their length in the end, int64.
+
+        Raises:
+            MemoryError: there is not enough for intermediate results.
+        """
+        y = torch.zeros_like(x) if len(rows) < len(x) else torch.empty_like(x)
+        cpu.encode(self._fields, x, rows, starts, y)
+        return y
+
+    @contextlib.contextmanager
+    def watched(self) -> Iterator[dict[str, float]]:
+        """Seconds of all threads together by what they are spent on, of all calls while this lasts."""
+        spent = torch.zeros(len(PHASES), dtype=torch.int64)
+        seconds: dict[str, float] = {}
+        self._fields[9] = spent.data_ptr()
+        try:
+            yield seconds
+        finally:
+            self._fields[9] = 0
+            seconds.update(zip(PHASES, (spent / 1e9).tolist(), strict=True))
+
+    def _keep(self, tensor: Tensor) -> int:
+        tensor = tensor.detach().contiguous()
+        self._kept.append(tensor)
+        return tensor.data_ptr()
+
+    def _linear(self, linear: Linear, products: Products | None, scale: float) -> list[int]:
+        numbers: list[int] = []
+        count = len(linear.matrices)
+        for place, matrix in enumerate(linear.matrices):
+            kind: Products = products or ("float32" if matrix.scales is None else "int8")
+            numbers += self._packed(matrix, kind, scale if place == count - 1 else 1.0)
+            out, inner = matrix.weight.shape
+            self._exact &= kind == "float32"
+            self._deepest = max(self._deepest, -(-inner // 2 ** FORMATS[kind]))
+            if place < count - 1:
+                self._between = max(self._between, out)
+        numbers += [0] * (6 * (cpu.LONGEST - count))
+        bias = 0 if linear.bias is None else self._keep(linear.bias.float() * scale)
+        return [*numbers, count, bias]
+
+    def _packed(self, matrix: Dense, products: Products, scale: float) -> list[int]:
+        out, inner = matrix.weight.shape
+        missing = -inner % 2 ** FORMATS[products]
+        if products != "int8":
+            dtype = torch.float32 if products == "float32" else torch.bfloat16
+            values = matrix.values(torch.float32)
+            words = (values if scale == 1 else values * scale).to(dtype)
+            words = F.pad(words, (0, missing)) if missing else words
+            return [self._keep(words), 0, 0, out, inner, FORMATS[products]]
+        codes, scales = matrix.weight, matrix.scales
+        if scales is None:
+            scales = codes.abs().amax(1).clamp_min(1e-30) / 127
+            codes = (codes / scales[:, None]).round().to(torch.int8)
+        sums = codes.sum(1, dtype=torch.float32)
+        codes = F.pad(codes, (0, missing)) if missing else codes
+        kept = (self._keep(codes), self._keep(scales.float() * scale), self._keep(sums))
+        return [*kept, out, inner, FORMATS[products]]
+
+    def _norm(self, norm: Norm) -> list[int]:
+        (bits,) = struct.unpack("<i", struct.pack("<f", norm.epsilon))
+        return [self._keep(norm.weight.float()), self._keep(norm.bias.float()), bits]

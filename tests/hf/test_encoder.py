@@ -1,0 +1,267 @@
+"""Layers that run in one call equal torch's, whatever is padded, and step aside where somebody looks into them."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers as tf
+from torch import Tensor, nn
+
+import factorformer
+from factorformer.errors import FactorformerWarning, ModelError
+from factorformer.hf.encoder import FusedForward, stacks_of
+from factorformer.hf.fused import fuse
+from factorformer.kernels import cpu
+from factorformer.kernels.encoder import Encoder
+
+SIZES = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 80}
+OTHERS = {"vocab_size": 99, "max_position_embeddings": 520}
+FAMILIES: dict[str, Callable[[], tf.PreTrainedModel]] = {
+    "bert": lambda: tf.BertModel(tf.BertConfig(**SIZES, **OTHERS)),
+    "roberta": lambda: tf.RobertaModel(tf.RobertaConfig(**SIZES, **OTHERS)),
+    "xlm-roberta": lambda: tf.XLMRobertaModel(tf.XLMRobertaConfig(**SIZES, **OTHERS)),
+    "camembert": lambda: tf.CamembertModel(tf.CamembertConfig(**SIZES, **OTHERS)),
+    "electra": lambda: tf.ElectraModel(tf.ElectraConfig(**SIZES, **OTHERS, embedding_size=24)),
+    "mpnet": lambda: tf.MPNetModel(tf.MPNetConfig(**SIZES, **OTHERS)),
+    "distilbert": lambda: tf.DistilBertModel(
+        tf.DistilBertConfig(dim=48, n_layers=2, n_heads=4, hidden_dim=80, **OTHERS)
+    ),
+}
+SHAPES = [(1, 1), (1, 5), (2, 7), (1, 40), (3, 33), (33, 12), (2, 130), (1, 512)]
+BOUNDS = {"float32": 1e-5, "bfloat16": 0.03, "int8": 0.1}
+"""Of the error of a token's vector, relative to it."""
+
+pytestmark = pytest.mark.skipif(not cpu.AVAILABLE, reason="the kernels are not compiled here")
+
+
+def made(family: str) -> tf.PreTrainedModel:
+    """A model whose layers do something: weights larger than those of a new one, biases and norms of all values."""
+    torch.manual_seed(0)
+    model = FAMILIES[family]()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(std=0.15)
+            else:
+                parameter.add_(torch.randn_like(parameter) * (0.1 if "weight" in name else 0.2))
+    return model.eval()
+
+
+@pytest.fixture(params=FAMILIES)
+def model(request: pytest.FixtureRequest) -> tf.PreTrainedModel:
+    return made(request.param)
+
+
+@pytest.fixture
+def bert() -> tf.PreTrainedModel:
+    return made("bert")
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Filled by each stack that runs in one call."""
+    ran: list[int] = []
+    kernel = cpu.encode
+    monkeypatch.setattr(cpu, "encode", lambda *arguments: ran.append(1) or kernel(*arguments))
+    return ran
+
+
+def batch(rows: int, length: int, *, padded: bool = True) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(rows * length)
+    ids = torch.randint(5, 99, (rows, length), generator=generator)
+    lengths = torch.randint(1, length + 1, (rows,), generator=generator) if padded else torch.full((rows,), length)
+    return {"input_ids": ids, "attention_mask": (torch.arange(length) < lengths[:, None]).long()}
+
+
+def states(model: tf.PreTrainedModel, inputs: dict[str, Tensor], **others: Any) -> Tensor:
+    with torch.no_grad():
+        return model(**inputs, **others).last_hidden_state
+
+
+def assert_close(found: Tensor, expected: Tensor, mask: Tensor, bound: float) -> None:
+    """That vectors of real tokens are, and those of others are 0."""
+    assert found.shape == expected.shape
+    real = mask.bool()
+    error = (found - expected)[real].norm(dim=-1) / expected[real].norm(dim=-1)
+    assert error.max() <= bound, error.max()
+    assert not found[~real].any()
+
+
+def test_it_equals_torch(model: tf.PreTrainedModel, calls: list[int]) -> None:
+    for products, bound in BOUNDS.items():
+        twin, tried = fuse(copy.deepcopy(model), products), len(calls)
+        for rows, length in SHAPES:
+            for padded in (True, False):
+                inputs = batch(rows, length, padded=padded)
+                expected = states(model, inputs)
+                for threads in (1, 2, 3):
+                    torch.set_num_threads(threads)
+                    assert_close(states(twin, inputs), expected, inputs["attention_mask"], bound)
+        assert len(calls) == tried + 2 * 3 * len(SHAPES)
+    torch.set_num_threads(1)
+
+
+@pytest.mark.parametrize("method", ["svd", "dense_sparse_plain", "kronecker"])
+@pytest.mark.parametrize("integers", ["", "int8", "int4"])
+def test_factors(bert: tf.PreTrainedModel, method: str, integers: str, calls: list[int]) -> None:
+    stored = {integers: True} if integers else {}
+    factorformer.compress(bert, factorformer.plan(bert, method, ratio=6 if integers else 2, **stored))
+    inputs = batch(3, 20)
+    expected = states(bert, inputs)
+    found = states(fuse(copy.deepcopy(bert)), inputs)
+    assert len(calls) == 2
+    assert_close(found, expected, inputs["attention_mask"], BOUNDS["int8"] if integers else BOUNDS["float32"])
+
+
+def test_a_layer_of_each_kind(bert: tf.PreTrainedModel) -> None:
+    plan = factorformer.plan(bert, "svd", ratio=3, int8=True, exclude=["*layer.0.attention*"])
+    factorformer.compress(bert, plan)
+    inputs = batch(3, 20)
+    for products in (None, "bfloat16", "int8"):
+        found = states(fuse(copy.deepcopy(bert), products), inputs)
+        assert_close(found, states(bert, inputs), inputs["attention_mask"], BOUNDS["int8"])
+
+
+@pytest.mark.parametrize("family", ["bert", "mpnet"])
+def test_masks(family: str, calls: list[int]) -> None:
+    model = made(family)
+    twin, tried = fuse(copy.deepcopy(model)), len(calls)
+    inputs = batch(3, 9)
+    left = {**inputs, "attention_mask": inputs["attention_mask"].flip(1)}
+    if family == "bert":  # by their place among all
+        left["position_ids"] = torch.arange(9).expand(3, 9)
+    assert_close(states(twin, left), states(model, left), left["attention_mask"], 1e-5)
+    assert len(calls) == tried + 1
+    holes = {**inputs, "attention_mask": torch.tensor([[1, 0, 1, 1, 0, 1, 1, 1, 0]] * 3)}
+    found, expected = states(twin, holes), states(model, holes)
+    real = holes["attention_mask"].bool()
+    torch.testing.assert_close(found[real], expected[real], rtol=1e-4, atol=1e-4)
+    assert len(calls) == tried + (2 if family == "bert" else 1)  # MPNet counts what lies between
+    triangle = torch.ones(3, 1, 9, 9).tril().bool()
+    if family == "bert":
+        torch.testing.assert_close(
+            states(twin, {**inputs, "attention_mask": triangle}), states(model, {**inputs, "attention_mask": triangle})
+        )
+        assert len(calls) == tried + 2
+    nothing = {**inputs, "attention_mask": inputs["attention_mask"].clone()}
+    nothing["attention_mask"][1] = 0
+    assert not states(twin, nothing)[1].any()
+
+
+def test_single_layers_can_be_looked_into(model: tf.PreTrainedModel, calls: list[int]) -> None:
+    inputs = batch(2, 7)
+    twin, tried = fuse(copy.deepcopy(model)), len(calls)
+    for asked in ("output_hidden_states", "output_attentions"):
+        for each in (model, twin):
+            each.set_attn_implementation("eager")
+        with torch.no_grad():
+            expected, found = (each(**inputs, **{asked: True}) for each in (model, twin))
+        name = asked.removeprefix("output_")
+        for one, other in zip(expected[name], found[name], strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+    assert len(calls) == tried
+    states(twin, inputs)  # after which hooks of transformers stay
+    assert len(calls) == tried + 1
+    (stack,) = stacks_of(twin).values()
+    seen: list[int] = []
+    handle = stack.layer[0].register_forward_hook(lambda *_: seen.append(1))
+    states(twin, inputs)
+    assert (len(seen), len(calls)) == (1, tried + 1)
+    handle.remove()
+    states(twin, inputs)
+    assert (len(seen), len(calls)) == (1, tried + 2)
+
+
+def test_tuples(model: tf.PreTrainedModel) -> None:
+    inputs = batch(2, 7, padded=False)
+    with torch.no_grad():
+        expected, found = model(**inputs, return_dict=False), fuse(copy.deepcopy(model))(**inputs, return_dict=False)
+    assert len(found) == len(expected)
+    torch.testing.assert_close(found[0], expected[0], rtol=1e-4, atol=1e-4)
+
+
+def test_weights_that_change(bert: tf.PreTrainedModel, calls: list[int]) -> None:
+    inputs = batch(2, 7, padded=False)
+    twin, tried = fuse(copy.deepcopy(bert)), len(calls)
+
+    def both(change: Callable[[Any], None]) -> None:
+        for each in (bert, twin):
+            with torch.no_grad():
+                change(each.encoder.layer[1].intermediate)
+        torch.testing.assert_close(states(twin, inputs), states(bert, inputs), rtol=1e-4, atol=1e-4)
+
+    both(lambda block: None)
+    both(lambda block: block.dense.weight.mul_(2))
+    both(lambda block: setattr(block.dense.bias, "data", torch.ones(80)))
+    both(lambda block: setattr(block.dense, "weight", nn.Parameter(torch.full((80, 48), 0.01))))
+    other = nn.Linear(48, 80)
+    both(lambda block: setattr(block, "dense", copy.deepcopy(other)))
+    assert len(calls) == tried + 5
+    both(lambda block: setattr(block, "dense", nn.Sequential(copy.deepcopy(other))))  # which nothing here knows
+    assert len(calls) == tried + 5
+
+
+def test_training_and_other_types(bert: tf.PreTrainedModel, calls: list[int]) -> None:
+    inputs = batch(2, 7)
+    twin, tried = fuse(copy.deepcopy(bert)), len(calls)
+    for each in (bert, twin):
+        each(**inputs).last_hidden_state.square().sum().backward()
+    for (name, one), (_, other) in zip(bert.named_parameters(), twin.named_parameters(), strict=True):
+        if one.grad is not None:
+            torch.testing.assert_close(other.grad, one.grad, rtol=1e-3, atol=1e-3, msg=name)
+    half = [states(each.bfloat16(), inputs) for each in (bert, twin)]
+    torch.testing.assert_close(half[0], half[1], rtol=0, atol=0)
+    assert len(calls) == tried
+
+
+def test_copies_and_files(model: tf.PreTrainedModel, tmp_path: Path) -> None:
+    inputs = batch(2, 7)
+    twin = fuse(copy.deepcopy(model))
+    expected = states(twin, inputs)
+    for other in (copy.deepcopy(twin), pickle.loads(pickle.dumps(twin)), fuse(twin)):
+        assert torch.equal(states(other, inputs), expected)
+        (stack,) = stacks_of(other).values()
+        assert stack.forward.stack is stack
+    twin.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path)
+    assert not any(isinstance(vars(m).get("forward"), FusedForward) for m in loaded.modules())
+    torch.testing.assert_close(states(loaded, inputs), states(model, inputs))
+
+
+def test_what_is_not_known_is_said(bert: tf.PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ModelError, match=r"'int7'.*'int8'.*allowed: float32, bfloat16, int8"):
+        fuse(bert, "int7")  # type: ignore[arg-type]
+    other = tf.BertModel(tf.BertConfig(**SIZES, **OTHERS, hidden_act="relu"))
+    with pytest.warns(FactorformerWarning, match="BertModel does not run in one call.*int8.*not known"):
+        fuse(other, "int8")
+    assert not stacks_of(other)
+    fuse(other)  # without a word
+    decoder = tf.BertLMHeadModel(tf.BertConfig(**SIZES, **OTHERS, is_decoder=True))
+    assert not stacks_of(decoder)
+    right = Encoder.__call__
+    monkeypatch.setattr(Encoder, "__call__", lambda *arguments: -right(*arguments))
+    with pytest.warns(FactorformerWarning, match="layers of BertModel are not run in one call.*differ by"):
+        fuse(bert)
+    monkeypatch.undo()
+    inputs = batch(2, 7, padded=False)
+    assert torch.equal(states(bert, inputs), states(copy.deepcopy(bert), inputs))
+
+
+def test_time_is_told(bert: tf.PreTrainedModel) -> None:
+    fuse(bert)
+    states(bert, batch(2, 30, padded=False))
+    (stack,) = stacks_of(bert).values()
+    encoder = stack.forward.encoder
+    assert encoder is not None
+    with encoder.watched() as seconds:
+        assert not seconds
+        states(bert, batch(2, 30, padded=False))
+    assert seconds["products"] > 0
+    assert seconds["attention"] > 0
+    assert sum(seconds.values()) < 60
