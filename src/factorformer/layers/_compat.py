@@ -7,7 +7,9 @@ What kernels use of it is in `factorformer.kernels._compat`, what is transformer
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+import itertools
+import operator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -15,8 +17,6 @@ import transformers
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
 from torch.utils._pytree import tree_leaves as tree_leaves
-
-from factorformer.kernels._compat import version_of
 
 IGNORED = "_ddp_params_and_buffers_to_ignore"
 """Where `DistributedDataParallel` looks, in a model, for names that it is to leave alone."""
@@ -67,6 +67,10 @@ def with_parameters(module: nn.Module, parameters: Mapping[str, nn.Parameter | N
     return twin
 
 
+_VERSION = operator.attrgetter("_version")
+"""A number that grows whenever a tensor is written to; those of inference mode have none."""
+
+
 class Snapshot:
     """What a module is made of at one moment, to tell in little time whether it is so at another.
 
@@ -79,18 +83,23 @@ class Snapshot:
 
     def __init__(self, module: nn.Module) -> None:
         modules = list(module.modules())
-        stores = [store for m in modules for store in (m._modules, m._parameters, m._buffers)]
-        self.places = [(store, name, part) for store in stores for name, part in store.items()]
-        self.tensors = [part for _, _, part in self.places if isinstance(part, Tensor)]
-        self._written = [(t, version_of(t), t.data_ptr()) for t in self.tensors]
+        self._stores = [store for m in modules for store in (m._modules, m._parameters, m._buffers)]
+        self.tensors = [part for part in self._parts() if isinstance(part, Tensor)]
+        self._counting = [tensor for tensor in self.tensors if not tensor.is_inference()]
         self._hooks = [hooks for m in modules for hooks in (m._forward_pre_hooks, m._forward_hooks)]
+        self._kept = list(self._parts())  # so that no other object gets the place of one of them
+        self._state = self._now()
+
+    def _parts(self) -> Iterator[Any]:
+        return itertools.chain.from_iterable(map(dict.values, self._stores))
+
+    def _now(self) -> tuple[list[int], ...]:
+        versions = list(map(_VERSION, self._counting))
+        return list(map(id, self._parts())), versions, list(map(Tensor.data_ptr, self.tensors))
 
     def holds(self) -> bool:
         """Whether all parts are still there, and no tensor was written to."""
-        return all(store.get(name) is part for store, name, part in self.places) and all(
-            tensor.data_ptr() == address and (version is None or version_of(tensor) == version)
-            for tensor, version, address in self._written
-        )
+        return self._now() == self._state
 
     def hooked(self, harmless: str) -> bool:
         """Whether anything but functions of this name waits for what modules read or make."""

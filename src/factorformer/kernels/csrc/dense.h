@@ -66,21 +66,47 @@ INLINE Floats gelu_of(Floats x) {
     return maximum(x, Floats{}) - size * tail;
 }
 
-// to[r][:] = R rows of weights, `apart` from each other and with `step` between their entries, times a block of tokens.
+// Sums of R rows of weights, `between` from one to the next and `step` between their entries, times a block of tokens
+// (depth, V * LANES), rows `apart`.
 template <int R, int V>
-INLINE void float_rows(const float *tokens, const float *weight, int64_t apart, int64_t step, int64_t depth, float *to) {
-    const float *rows[R];
-    for (int r = 0; r < R; ++r) rows[r] = weight + r * apart;
-    Floats sums[R][V] = {};
-    for (int64_t k = 0, at = 0; k < depth; ++k, at += step) {
+INLINE void float_sums(const float *tokens, int64_t apart, const float *weights, int64_t between, int64_t step, int64_t depth,
+                       Floats (&sums)[R][V]) {
+    for (int r = 0; r < R; ++r)
+        for (int v = 0; v < V; ++v) sums[r][v] = Floats{};
+    for (int64_t k = 0; k < depth; ++k, tokens += apart, weights += step) {
         Floats x[V];
-        for (int v = 0; v < V; ++v) x[v] = load(tokens + (k * V + v) * LANES);
+        for (int v = 0; v < V; ++v) x[v] = load(tokens + v * LANES);
 #pragma GCC unroll 12
         for (int r = 0; r < R; ++r) {
-            const Floats w = splat(rows[r][at]);
+            const Floats w = splat(weights[r * between]);
             for (int v = 0; v < V; ++v) sums[r][v] += w * x[v];
         }
     }
+}
+
+// The same of bytes, four in a word; `between` and `step` are in bytes.
+template <int R, int V>
+INLINE void byte_sums(const uint32_t *tokens, int64_t apart, const int8_t *weights, int64_t between, int64_t step,
+                      int64_t depth, Ints (&sums)[R][V]) {
+    for (int r = 0; r < R; ++r)
+        for (int v = 0; v < V; ++v) sums[r][v] = Ints{};
+    for (int64_t k = 0; k < depth; ++k, tokens += apart, weights += step) {
+        __builtin_prefetch(weights + R * between + (R - 1) * step * k); // of the next rows, where they are contiguous
+        Words x[V];
+        for (int v = 0; v < V; ++v) std::memcpy(&x[v], tokens + v * LANES, sizeof(Words));
+#pragma GCC unroll 12
+        for (int r = 0; r < R; ++r) {
+            const int32_t w = word(weights + r * between, 4);
+            for (int v = 0; v < V; ++v) sums[r][v] = dot4(sums[r][v], x[v], w);
+        }
+    }
+}
+
+// to[r][:] = R rows of weights times a block of tokens.
+template <int R, int V>
+INLINE void float_rows(const float *tokens, const float *weights, int64_t between, int64_t step, int64_t depth, float *to) {
+    Floats sums[R][V];
+    float_sums<R, V>(tokens, V * LANES, weights, between, step, depth, sums);
     for (int r = 0; r < R; ++r)
         for (int v = 0; v < V; ++v) store(to + (r * V + v) * LANES, sums[r][v]);
 }
@@ -146,29 +172,19 @@ INLINE void sum_rows(const Matrix &m, int64_t first, int64_t last, const Prepare
 // From sums of integers to floats; a zero point adds its multiple of the sum of the weights.
 template <int R, int V>
 INLINE void integer_rows(const Quantized<V> &x, const Matrix &m, const Prepared &prepared, int64_t row, float *to) {
-    const int8_t *weight = static_cast<const int8_t *>(m.weight);
     const int64_t whole = m.columns ? (m.in + 3) / 4 : m.in / 4;
-    const int64_t step = m.columns ? m.out * 4 : 4;
-    Ints sums[R][V] = {};
-    const int8_t *rows[R];
-    for (int r = 0; r < R; ++r)
-        rows[r] = m.columns ? reinterpret_cast<const int8_t *>(prepared.words + row + r) : weight + (row + r) * m.in;
-    const uint32_t *tokens = x.words;
-    for (int64_t k = 0, at = 0; k < whole; ++k, at += step, tokens += V * LANES) {
-        Words block[V];
-        for (int v = 0; v < V; ++v) std::memcpy(&block[v], tokens + v * LANES, sizeof(Words));
-#pragma GCC unroll 12
-        for (int r = 0; r < R; ++r) {
-            const int32_t w = word(rows[r] + at, 4);
-            for (int v = 0; v < V; ++v) sums[r][v] = dot4(sums[r][v], block[v], w);
-        }
-    }
+    const int8_t *weight = m.columns ? reinterpret_cast<const int8_t *>(prepared.words + row)
+                                     : static_cast<const int8_t *>(m.weight) + row * m.in;
+    const int64_t between = m.columns ? 4 : m.in;
+    Ints sums[R][V];
+    byte_sums<R, V>(x.words, V * LANES, weight, between, m.columns ? m.out * 4 : 4, whole, sums);
+    const uint32_t *tokens = x.words + whole * V * LANES;
     if (4 * whole < m.in)
         for (int r = 0; r < R; ++r)
             for (int v = 0; v < V; ++v) {
                 Words block;
                 std::memcpy(&block, tokens + v * LANES, sizeof block);
-                sums[r][v] = dot4(sums[r][v], block, word(rows[r] + 4 * whole, m.in - 4 * whole));
+                sums[r][v] = dot4(sums[r][v], block, word(weight + r * between + 4 * whole, m.in - 4 * whole));
             }
     for (int r = 0; r < R; ++r) {
         const float scale = m.columns ? 1.0f : m.scales[row + r];

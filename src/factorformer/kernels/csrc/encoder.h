@@ -227,18 +227,8 @@ template <int V> INLINE void finish_row(const Finish &f, int64_t row, const Floa
 
 template <int R, int V> INLINE void byte_rows(const Packed &m, const Tokens &x, int64_t row, const Finish &f) {
     const int64_t depth = words_of(m.in, BYTES);
-    const uint32_t *weights = m.words + row * depth, *tokens = x.words;
-    Ints sums[R][V] = {};
-    for (int64_t k = 0; k < depth; ++k, tokens += x.apart) {
-        __builtin_prefetch(weights + R * (depth + k)); // of the next rows
-        Words block[V];
-        for (int v = 0; v < V; ++v) block[v] = load_words(tokens + v * LANES);
-#pragma GCC unroll 12
-        for (int r = 0; r < R; ++r) {
-            const int32_t w = static_cast<int32_t>(weights[r * depth + k]);
-            for (int v = 0; v < V; ++v) sums[r][v] = dot4(sums[r][v], block[v], w);
-        }
-    }
+    Ints sums[R][V];
+    byte_sums<R, V>(x.words, x.apart, reinterpret_cast<const int8_t *>(m.words + row * depth), 4 * depth, 4, depth, sums);
     for (int r = 0; r < R; ++r) {
         Floats y[V];
         for (int v = 0; v < V; ++v) {
@@ -250,38 +240,30 @@ template <int R, int V> INLINE void byte_rows(const Packed &m, const Tokens &x, 
     }
 }
 
-template <int R, int V> INLINE void pair_rows(const Packed &m, const Tokens &x, int64_t row, const Finish &f) {
-    const int64_t depth = words_of(m.in, PAIRS);
-    const uint32_t *weights = m.words + row * depth, *tokens = x.words;
-    Floats sums[R][V] = {};
-    for (int64_t k = 0; k < depth; ++k, tokens += x.apart) {
-        __builtin_prefetch(weights + R * (depth + k));
-        Words block[V];
-        for (int v = 0; v < V; ++v) block[v] = load_words(tokens + v * LANES);
-#pragma GCC unroll 12
-        for (int r = 0; r < R; ++r) {
-            const uint32_t w = weights[r * depth + k];
-            for (int v = 0; v < V; ++v) sums[r][v] = dot2(sums[r][v], block[v], w);
-        }
-    }
-    for (int r = 0; r < R; ++r) finish_row<V>(f, row + r, sums[r]);
-}
-
-// Sums of R rows of a matrix of floats, `apart` from each other and with `step` between their entries, times tokens.
-template <int R, int V>
-INLINE void float_sums(const float *tokens, int64_t tokens_apart, const float *weight, int64_t apart, int64_t step,
-                       int64_t depth, Floats (&sums)[R][V]) {
+// As `float_sums` and `byte_sums`, of pairs of bfloat16: R words, `between` from one to the next.
+template <int R, int V, typename Word>
+INLINE void pair_sums(const uint32_t *tokens, int64_t apart, const Word *words, int64_t between, int64_t step, int64_t depth,
+                      Floats (&sums)[R][V]) {
     for (int r = 0; r < R; ++r)
         for (int v = 0; v < V; ++v) sums[r][v] = Floats{};
-    for (int64_t k = 0; k < depth; ++k, tokens += tokens_apart, weight += step) {
-        Floats x[V];
-        for (int v = 0; v < V; ++v) x[v] = load(tokens + v * LANES);
+    for (int64_t k = 0; k < depth; ++k, tokens += apart, words += step) {
+        __builtin_prefetch(words + R * between + (R - 1) * step * k);
+        Words x[V];
+        for (int v = 0; v < V; ++v) x[v] = load_words(tokens + v * LANES);
 #pragma GCC unroll 12
         for (int r = 0; r < R; ++r) {
-            const Floats w = splat(weight[r * apart]);
-            for (int v = 0; v < V; ++v) sums[r][v] += w * x[v];
+            uint32_t w;
+            std::memcpy(&w, words + r * between, sizeof w);
+            for (int v = 0; v < V; ++v) sums[r][v] = dot2(sums[r][v], x[v], w);
         }
     }
+}
+
+template <int R, int V> INLINE void pair_rows(const Packed &m, const Tokens &x, int64_t row, const Finish &f) {
+    const int64_t depth = words_of(m.in, PAIRS);
+    Floats sums[R][V];
+    pair_sums<R, V>(x.words, x.apart, m.words + row * depth, depth, 1, depth, sums);
+    for (int r = 0; r < R; ++r) finish_row<V>(f, row + r, sums[r]);
 }
 
 // Rows [first, last) of a product with a block of tokens.
@@ -471,24 +453,6 @@ INLINE void pair_head(const float *keys, const float *values, int64_t apart, int
             typedef uint16_t Halves __attribute__((vector_size(LANES * 2)));
             const Halves halves = __builtin_convertvector(bits, Halves);
             std::memcpy(to + t, &halves, sizeof halves);
-        }
-    }
-}
-
-// to[r] = sums over pairs of words of `depth` rows, `apart`, of R broadcast ones, `step` from each to the next row.
-template <int R, int V, typename Word>
-INLINE void pair_sums(const uint32_t *tokens, int64_t apart, const Word *words, int64_t between, int64_t step, int64_t depth,
-                      Floats (&sums)[R][V]) {
-    for (int r = 0; r < R; ++r)
-        for (int v = 0; v < V; ++v) sums[r][v] = Floats{};
-    for (int64_t k = 0; k < depth; ++k, tokens += apart, words += step) {
-        Words x[V];
-        for (int v = 0; v < V; ++v) x[v] = load_words(tokens + v * LANES);
-#pragma GCC unroll 12
-        for (int r = 0; r < R; ++r) {
-            uint32_t w;
-            std::memcpy(&w, words + r * between, sizeof w);
-            for (int v = 0; v < V; ++v) sums[r][v] = dot2(sums[r][v], x[v], w);
         }
     }
 }
