@@ -19,13 +19,14 @@ pairs of mrpc (area under the curve, and rank correlation), and on banking77 and
 regression with cross-validation). Of all these data sets the training parts are learned from, without labels, unless
 `--without` names them.
 
-Each contestant is a row; a run skips those that are there already, and draws all of the model in the end. What the
-original makes of these texts is kept in the folder of work, for the next run with the same texts, files, processor and
-libraries.
+Each contestant is a row; a run skips those that are there already, goes on with one that was interrupted, all of whose
+time counts, and draws all of the model in the end. What the original makes of these texts is kept in the folder of
+work, for the next run with the same texts, files, processor and libraries.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import subprocess
@@ -49,6 +50,7 @@ from factorformer.files import whole_file
 from factorformer.hf import minilm
 from factorformer.hf.source import copy_companions
 from factorformer.tasks import data, embeddings, evaluation
+from factorformer.tasks.checkpoints import begun_at
 from factorformer.tasks.embeddings import Use
 
 PAIRS = ("mrpc", ("sentence1", "sentence2"))
@@ -132,12 +134,35 @@ def weight_bytes(path: Path) -> int:
 
 
 def compressed(source: Path, output: Path, ratio: float, *more: object) -> dict[str, Any]:
-    """`factorformer compress` in a process of its own."""
-    command = [FACTORFORMER, "compress", source, output, "--scope", "all"]
-    done = subprocess.run([str(a) for a in [*command, "--ratio", ratio, *more, "--json"]], stdout=subprocess.PIPE)
-    if done.returncode:
-        raise SystemExit(f"compress ended with {done.returncode}")
-    return json.loads(done.stdout)
+    """What `factorformer compress` says, in a process of its own, and the `seconds` that processes before it took.
+
+    What was interrupted goes on, and what is done already is not done again; all of its time counts.
+    """
+    command = [
+        str(part) for part in (FACTORFORMER, "compress", source, output, "--ratio", ratio, "--scope", "all", *more)
+    ]
+    record = output.with_name(f"{output.name}-run.json")
+    run: dict[str, Any] = {"command": command, "seconds": 0.0}
+    with contextlib.suppress(OSError, ValueError):
+        known = json.loads(record.read_text(encoding="utf-8"))
+        run = known if known.get("command") == command else run
+    before = run["seconds"]
+    if "result" not in run:
+        resumes = begun_at(output.with_name(f".{output.name}.training") / "checkpoints") is not None and before > 0
+        again, before, began = "--resume" if resumes else "--overwrite", before if resumes else 0.0, time.perf_counter()
+        with subprocess.Popen([*command, again, "--json"], stdout=subprocess.PIPE, text=True) as process:
+            said = None
+            while said is None:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    said, _ = process.communicate(timeout=10)
+                run["seconds"] = before + time.perf_counter() - began
+                record.write_text(json.dumps(run), encoding="utf-8")
+        if process.returncode:
+            raise SystemExit(f"compress ended with {process.returncode}")
+        run["result"] = json.loads(said)
+        record.write_text(json.dumps(run), encoding="utf-8")
+        return {**run["result"], "before": before}
+    return {**run["result"], "before": run["seconds"]}
 
 
 def fewer_layers(source: Path, output: Path, limit: int) -> int:
@@ -221,17 +246,17 @@ def contestants(
                 if not more["layers"]:
                     print(f"{ratio:g}x: the table of embeddings alone takes more than {limit:,} bytes in int8")
                     continue
-                more["result"] = compressed(dense, output, 3.95, "--int8", *healing, "--overwrite")
+                more["result"] = compressed(dense, output, 3.95, "--int8", *healing)
             elif name == "int8":
-                more["result"] = compressed(source, output, 3.95, "--int8", "--calibration", text, "--overwrite")
+                more["result"] = compressed(source, output, 3.95, "--int8", "--calibration", text)
             else:
-                more["result"] = compressed(
-                    source, output, ratio, f"--{args.values}", *healing, *args.options, "--overwrite"
-                )
+                more["result"] = compressed(source, output, ratio, f"--{args.values}", *healing, *args.options)
+            took = time.perf_counter() - began
             if name != "model2vec":
+                result = more.pop("result")
                 embed, more["bytes"] = encoder(output), weight_bytes(output)
-                more["seconds"] = more.pop("result")["seconds"]
-            yield {**key, **more, "total_seconds": round(time.perf_counter() - began)}, embed
+                more["seconds"], took = result["seconds"], took + result["before"]
+            yield {**key, **more, "total_seconds": round(took)}, embed
 
 
 def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,27 @@ def test_a_student_of_fewer_layers_is_no_larger(scripts: tuple[Any, Any], origin
         assert size - encoders.HEADER < encoders.weight_bytes(tmp_path / f"{layers}-int8") <= size
     assert encoders.fewer_layers(original, tmp_path / "most", 10**9) == 4
     assert encoders.fewer_layers(original, tmp_path / "none", sizes[1] - 10**4) == 0
+
+
+def test_what_is_done_is_not_done_again(
+    scripts: tuple[Any, Any], original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoders, _ = scripts
+    output, record = tmp_path / "small", tmp_path / "small-run.json"
+    made = encoders.compressed(original, output, 2, "--method", "svd")
+    assert made["before"] == 0
+    assert encoders.weight_bytes(output) < encoders.weight_bytes(original) / 1.9
+    run = json.loads(record.read_text())
+    assert run["seconds"] >= made["seconds"]["total"]
+    with monkeypatch.context() as patch:
+        patch.setattr(encoders.subprocess, "Popen", None)
+        again = encoders.compressed(original, output, 2, "--method", "svd")
+    assert again == {**made, "before": run["seconds"]}
+    del run["result"]  # as after an interruption without a checkpoint, from which nothing goes on
+    record.write_text(json.dumps({**run, "seconds": 1e6}))
+    again = encoders.compressed(original, output, 2, "--method", "svd")
+    assert again["before"] == 0
+    assert json.loads(record.read_text())["seconds"] < 1e5
 
 
 def test_nothing_that_is_judged_by_is_learned(scripts: tuple[Any, Any], data: Path) -> None:

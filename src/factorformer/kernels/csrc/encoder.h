@@ -142,7 +142,7 @@ struct Crew {
             __builtin_ia32_pause();
 #endif
 #if defined(__linux__)
-            if (spins > 20000) sched_yield(); // there are more threads than processors
+            if (spins > 500) sched_yield(); // perhaps there are more threads than processors
 #endif
         }
     }
