@@ -1,21 +1,27 @@
-"""How fast is a compressed MiniLM on this machine, end to end, against what a user would take instead?
+"""How fast is a compressed encoder on this machine, end to end, against what a user would take instead?
 
     python benchmarks/latency.py --ratios 2.5 --methods svd kronecker dense_sparse_plain
     python benchmarks/latency.py --ratios 10 --methods svd:int8 kronecker:int8 dense_sparse_plain:int8
+    python benchmarks/latency.py --model MPNET --ratios 10 --methods svd:int8 --no-compile --no-peers
+    python benchmarks/latency.py --shapes banking77 --ratios 10 --methods svd:int8 --no-compile --no-peers
 
 For each method and ratio the compressed model is timed, interleaved as in `factorformer bench`, against
 
 - the dense model in eager torch, which is the baseline, compiled, and in torch's and torchao's dynamic int8;
+- OpenVINO with the dense model, computing in float32 and in bfloat16, and with static int8 that NNCF made of it;
+- the dense model in one call of our kernels, with its weights rounded to bfloat16 and to int8;
 - ONNX Runtime with torch's export of the dense model, with its own dynamic int8 of that, and with our export of it;
 - Torch-Pruning, with heads and feed-forward units removed until the blocks hold no more parameters than ours;
 - tensorly-torch, with every linear layer of the blocks factorized to about as many parameters.
 
-Ours runs in eager torch, with attention and activations by our kernels too (`factorformer.fuse`, which the dense model
-may have as well), compiled, and in ONNX Runtime through our export, as it is and in int8. What is not installed, or
-does not run, is left out and said so.
+Ours runs in eager torch, with its layers in one call (`factorformer.fuse`), compiled, and in ONNX Runtime through our
+export, as it is and in int8. What is not installed, or does not run, is left out and said so.
 
-Nothing is trained: times do not depend on values. One line of JSON for each method, ratio and shape; lines that are
-there already are not measured again, unless `--again` says so.
+A shape is BATCHxTOKENS of random words without padding, or `banking77`: the first test questions of it, in batches of
+32, as they come, padded to the longest of each. Nothing is trained: times do not depend on values. With each shape
+without padding comes the least that the multiplications of the model could take, as dense and as factors (`floor.py`),
+and what the time of ours goes to. One line of JSON for each model, method, ratio and shape; lines that are there
+already are not measured again, unless `--again` says so.
 """
 
 from __future__ import annotations
@@ -33,23 +39,30 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import floor
+import openvino_peers
 import torch
-from common import append_line, machine, options, read_lines, start
+from common import append_line, default_data, machine, options, read_lines, start
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
 import factorformer
-from factorformer.bench.candidates import Candidate, Runner, draw, load, parse
-from factorformer.bench.comparison import LEAST, SETTLE, WARM_UP, Shape, compare
+from factorformer.bench.candidates import Candidate, Runner, draw, load, parse, real
+from factorformer.bench.comparison import LEAST, MOST, SETTLE, WARM_UP, Shape, Timing, compare, summarize
 from factorformer.errors import FactorformerError, one_line
 from factorformer.files import output_directory
 from factorformer.hf.source import find, load_model, load_tokenizer, most_tokens
 from factorformer.layers.surgery import find_blocks
+from factorformer.planning.evidence.times import interleaved
 from factorformer.report import inventory
+from factorformer.tasks import data
 
 CPU = torch.device("cpu")
-PEERS = ("onnx", "onnxruntime", "torchao", "torch-pruning", "tensorly", "tensorly-torch")
+PEERS = ("onnx", "onnxruntime", "openvino", "nncf", "torchao", "torch-pruning", "tensorly", "tensorly-torch")
+SENTENCES, OF_EACH = "banking77", 32
+BATCHES = 8
+"""Of real sentences, in one pass."""
 LAYERS = ("attention.self.query", "attention.self.key", "attention.self.value", "attention.output.dense")
 FEED_FORWARD = ("intermediate.dense", "output.dense")
 
@@ -65,7 +78,7 @@ def runner(model: PreTrainedModel) -> Runner:
     """A model that another library changed, run by torch."""
 
     def prepare(ids: Tensor) -> Callable[[], object]:
-        mask = torch.ones_like(ids)
+        mask = real(ids, model.config.pad_token_id)
         return lambda: model(input_ids=ids, attention_mask=mask)
 
     return Runner(prepare, model.config.vocab_size, model.config.pad_token_id, most_tokens(model), model.eval())
@@ -160,8 +173,10 @@ class Field:
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
-        self.dense = load_model(find("minilm")).to(CPU)  # pyright: ignore[reportArgumentType]
-        self.source = self.args.work / "dense"
+        self.dense = load_model(find(args.model)).to(CPU)  # pyright: ignore[reportArgumentType]
+        self.tokenizer = load_tokenizer(find(args.model))
+        self.work: Path = args.work / called(args.model)
+        self.source = self.work / "dense"
         if not self.source.exists():
             self.save(self.dense, self.source)
         self.installed = {name: importlib.util.find_spec(name) is not None for name in MODULES}
@@ -170,7 +185,7 @@ class Field:
     def save(self, model: PreTrainedModel, path: Path) -> None:
         with output_directory(path) as directory:
             model.save_pretrained(directory)
-            load_tokenizer(find("minilm")).save_pretrained(directory)
+            self.tokenizer.save_pretrained(directory)
 
     def add(self, label: str, written: str) -> None:
         """A candidate in the notation of `factorformer bench`, loaded once."""
@@ -230,10 +245,28 @@ class Field:
             quantize_dynamic(model, int8, weight_type=QuantType.QInt8)
         return float32.parent, int8.parent
 
+    def openvino(self) -> None:
+        """The dense model in OpenVINO, by three ways."""
+        if importlib.util.find_spec("openvino") is None or importlib.util.find_spec("nncf") is None:
+            print("left out: OpenVINO: openvino and nncf are not installed", flush=True)
+            return
+        questions = data.read(self.args.data / SENTENCES / "train.tsv")["text"]
+        config, threads = self.dense.config, torch.get_num_threads()
+        paths = openvino_peers.convert(self.dense, self.tokenizer, questions, self.work / "dense-openvino")
+        for label, name, precision in (("", "dense", "f32"), (" bf16", "dense", "bf16"), (" int8", "int8", "f32")):
+            label, path = f"dense, OpenVINO{label}", paths[name]
+            made = openvino_peers.runner(path, precision, threads, config.vocab_size, config.pad_token_id)
+            self.ready[label] = Candidate(label, path), made
+
     def peers(self) -> None:
         """Everybody who runs the dense model, the baseline first."""
         source = self.source
         self.add("dense, eager", str(source))
+        self.openvino()
+        self.add("dense, fused bf16", f"fused-bf16:{source}")
+        self.add("dense, fused int8", f"fused-int8:{source}")
+        if not self.args.peers:
+            return
         if self.args.compile:
             self.add("dense, torch.compile", f"compile:{source}")
         self.add("dense, fused", f"fused:{source}")
@@ -253,7 +286,7 @@ class Field:
 
     def against(self, method: str, ratio: float) -> dict[str, Any]:
         """Add the compressed model and those of its size; what is known of it."""
-        path = self.args.work / f"{method.replace(':', '-')}-{ratio:g}"
+        path = self.work / f"{method.replace(':', '-')}-{ratio:g}"
         if not path.exists():
             model, name = copy.deepcopy(self.dense), method.removesuffix(":int8")
             factorformer.compress(model, factorformer.plan(model, name, ratio, int8=name != method))
@@ -262,6 +295,13 @@ class Field:
         target = found.compressed.parameters
         self.add("ours, eager", str(path))
         self.add("ours, fused", f"fused:{path}")
+        if not method.endswith(":int8"):
+            self.add("ours, fused bf16", f"fused-bf16:{path}")
+            self.add("ours, fused int8", f"fused-int8:{path}")
+        known = {"ratio": round(found.ratio, 4), "parameters_in_blocks": target}
+        self.small = load_model(path)
+        if not self.args.peers:
+            return known
         if self.args.compile:
             self.add("ours, torch.compile", f"compile:{path}")
         if self.installed["onnxruntime"] and self.installed["onnx"]:
@@ -270,22 +310,57 @@ class Field:
         self.made("Torch-Pruning", "torch_pruning", lambda: pruned(self.dense, target))
         for kind in ("tucker", "blocktt"):
             self.made(f"tensorly-torch, {kind}", "tltorch", lambda kind=kind: tensorized(self.dense, target, kind))
-        return {"ratio": round(found.ratio, 4), "parameters_in_blocks": target}
+        return known
 
-    def compare(self, shape: Shape) -> list[dict[str, Any]]:
+    def sentences(self) -> list[Tensor]:
+        """Batches of test questions, padded."""
+        questions = data.read(self.args.data / SENTENCES / "test.tsv")["text"]
+        parts = [questions[first : first + OF_EACH] for first in range(0, BATCHES * OF_EACH, OF_EACH)]
+        return [self.tokenizer(list(part), padding=True, return_tensors="pt")["input_ids"] for part in parts]
+
+    def floors(self, shape: Shape) -> dict[str, Any]:
+        """The least that the dense and the compressed model could take, and where the time of ours goes."""
+        ids = draw([of for _, of in self.ready.values()], shape.batch, shape.tokens, self.args.seed)
+        least = {
+            name: floor.floors(floor.work_of(model, shape.batch, shape.tokens))
+            for name, model in (("dense", self.dense), ("ours", self.small))
+        }
+        spent = {}
+        for label, (_, of) in self.ready.items():
+            if isinstance(of.module, PreTrainedModel) and "fused" in label:
+                spent[label] = floor.split(of.module, ids, of.padding)
+        return {"floors": least, "spent": {label: parts for label, parts in spent.items() if parts}}
+
+    def timings(self, shape: Shape | str) -> tuple[tuple[Timing, ...], int]:
+        """Of all candidates, and the number of rounds."""
+        candidates, runners = zip(*self.ready.values(), strict=True)
+        settings = {"rounds": self.args.rounds, "seconds": self.args.seconds}
+        if isinstance(shape, Shape):
+            (comparison,) = compare(candidates, runners, [shape], seed=self.args.seed, **settings)
+            return comparison.timings, comparison.rounds
+        parts = self.sentences()
+
+        def passes(of: Runner) -> Callable[[], object]:
+            prepared = [of.prepare(ids) for ids in parts]
+            return lambda: [run() for run in prepared]
+
+        runs = [passes(of) for of in runners]
+        seconds = self.args.seconds if self.args.rounds is None else math.inf
+        times = interleaved(runs, self.args.rounds or MOST, seconds=seconds, least=LEAST, settle=SETTLE)
+        return summarize(times), len(times)
+
+    def compare(self, shape: Shape | str) -> list[dict[str, Any]]:
         for label, (_, of) in list(self.ready.items()):
             try:
+                parts = self.sentences()[:1] if isinstance(shape, str) else []
                 with torch.inference_mode():
-                    of.prepare(draw([of], shape.batch, shape.tokens, self.args.seed))()
+                    of.prepare(parts[0] if parts else draw([of], shape.batch, shape.tokens, self.args.seed))()
             except Exception as error:  # compilers and quantized operators raise many types
                 print(f"left out: {label}: {one_line(error)}", flush=True)
                 del self.ready[label]
-        candidates, runners = zip(*self.ready.values(), strict=True)
-        (comparison,) = compare(
-            candidates, runners, [shape], rounds=self.args.rounds, seconds=self.args.seconds, seed=self.args.seed
-        )
+        timings, rounds = self.timings(shape)
         rows = []
-        for label, timing in zip(self.ready, comparison.timings, strict=True):
+        for label, timing in zip(self.ready, timings, strict=True):
             _, of = self.ready[label]
             # torch's int8 has none: its weights are packed.
             blocks = parameters(of.module) if isinstance(of.module, PreTrainedModel) else 0
@@ -296,7 +371,7 @@ class Field:
                     "milliseconds": {
                         key: round(value, 4) for key, value in dataclasses.asdict(timing.milliseconds).items()
                     },
-                    "rounds": comparison.rounds,
+                    "rounds": rounds,
                     "parameters_in_blocks": blocks or None,
                 }
             )
@@ -304,6 +379,16 @@ class Field:
 
 
 MODULES = ("onnx", "onnxruntime", "torchao", "torch_pruning", "tltorch")
+
+
+def called(model: str) -> str:
+    """How rows name a model."""
+    return model if model == "minilm" else Path(model).name
+
+
+def shape_of(text: str) -> Shape | str:
+    """BATCHxTOKENS, or the name of the sentences."""
+    return text if text == SENTENCES else Shape.parse(text)
 
 
 def versions() -> dict[str, str]:
@@ -318,15 +403,20 @@ def versions() -> dict[str, str]:
 
 def main() -> None:
     parser = options(__doc__, "latency.jsonl")
+    parser.add_argument("--model", default="minilm", help="a directory, or `minilm`")
+    parser.add_argument("--data", type=Path, default=default_data(), help="folder with one folder for each task")
     parser.add_argument("--methods", nargs="+", default=["svd", "kronecker", "dense_sparse_plain"])
     parser.add_argument("--ratios", nargs="+", type=float, default=[2.5], help="of bytes in the blocks")
-    parser.add_argument("--shapes", nargs="+", type=Shape.parse, default=[Shape(1, 32), Shape(8, 64), Shape(32, 128)])
+    parser.add_argument("--shapes", nargs="+", type=shape_of, default=[Shape(1, 32), Shape(8, 64), Shape(32, 128)])
     parser.add_argument("--also", nargs="*", default=[], help="more candidates, in the notation of factorformer bench")
     parser.add_argument("--threads", type=int, default=None, help="by default one for each core")
     parser.add_argument("--rounds", type=int, default=None, help=f"by default as many as fit, at least {LEAST}")
     parser.add_argument("--seconds", type=float, default=60, help="for each shape")
     parser.add_argument("--seed", type=int, default=0, help="of the words")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True, help="torch.compile as well")
+    parser.add_argument(
+        "--peers", action=argparse.BooleanOptionalAction, default=True, help="other libraries than OpenVINO as well"
+    )
     parser.add_argument("--again", action="store_true", help="measure what is there already")
     parser.add_argument("--work", type=Path, default=Path("runs/latency"), help="models are kept here")
     args = start(parser)
@@ -337,7 +427,8 @@ def main() -> None:
         torch.set_num_threads(args.threads)
     threads = torch.get_num_threads()
     lines = [row for row in read_lines(args.output) if row["machine"]["threads"] == threads and not args.again]
-    done = {(row["method"], row["asked_ratio"], row["shape"]) for row in lines}
+    name = called(args.model)
+    done = {(row["method"], row["asked_ratio"], row["shape"]) for row in lines if row.get("model", "minilm") == name}
     field: Field | None = None
     for method in args.methods:
         for ratio in args.ratios:
@@ -353,11 +444,13 @@ def main() -> None:
                 field.add(written, written)
             for shape in open_shapes:
                 row = {
+                    "model": name,
                     "method": method,
                     "asked_ratio": ratio,
                     "shape": str(shape),
                     **known,
                     "results": field.compare(shape),
+                    **(field.floors(shape) if isinstance(shape, Shape) else {}),
                     "warm_up": WARM_UP,
                     "settle": SETTLE,
                     "seed": args.seed,

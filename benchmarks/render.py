@@ -102,7 +102,8 @@ def headline() -> list[str]:
 
 
 def latency() -> list[str]:
-    rows = rows_of("latency.jsonl")
+    """Rows of before there were several models."""
+    rows = [row for row in rows_of("latency.jsonl") if "model" not in row]
     names = [result["name"] for result in rows[0]["results"]]
     cells = {(row["shape"], result["name"]): result for row in rows for result in row["results"]}
 
@@ -117,6 +118,50 @@ def latency() -> list[str]:
     table = markdown(["", *shapes], [[name, *(shown(shape, name) for shape in shapes)] for name in names])
     extra = f"; rounds: {rounds}; load: {loads}; the dense model takes {dense} ms"
     return table + measured_with([row["machine"] for row in rows], extra)
+
+
+def fused_latency() -> list[str]:
+    """Each model and its factors against the fastest dense one that is not ours, and against the floor of its FLOPs."""
+    lines: list[str] = []
+    rows = [row for row in rows_of("latency.jsonl") if "model" in row]
+    for model, method, ratio in dict.fromkeys((row["model"], row["method"], row["asked_ratio"]) for row in rows):
+        found = [row for row in rows if (row["model"], row["method"], row["asked_ratio"]) == (model, method, ratio)]
+        columns = [(row, _against_fastest(row), _over_floor(row)) for row in found]
+        names = dict.fromkeys(result["name"] for row in found for result in row["results"])
+        table = [
+            [name, *(f"{ratios[name]:.2f} ({times[name]:.3g} ms)" for _, (ratios, times), _ in columns)]
+            for name in names
+        ]
+        for label in dict.fromkeys(label for *_, over in columns for label in over):
+            table.append([label, *(over.get(label, "") for *_, over in columns)])
+        lines += ["", f"{model}, `{method}` at {ratio:g}x:", ""]
+        lines += markdown(["", *(row["shape"] for row in found)], table)
+    return [*lines[1:], *measured_with([row["machine"] for row in rows])]
+
+
+def _against_fastest(row: Row) -> tuple[dict[str, float], dict[str, float]]:
+    """Speed of each over that of the fastest dense one of other makers, and milliseconds."""
+    speeds = {result["name"]: result["speedup"]["median"] for result in row["results"]}
+    others = [speed for name, speed in speeds.items() if name.startswith("dense") and "fused" not in name]
+    others = [speed for speed in others if speed] or [1.0]
+    times = {result["name"]: result["milliseconds"]["median"] for result in row["results"]}
+    return {name: speed / max(others) for name, speed in speeds.items()}, times
+
+
+def _over_floor(row: Row) -> dict[str, str]:
+    """The floors, ours over its own, and what the time of ours goes to, as far as they were measured."""
+    floors, spent = row.get("floors"), row.get("spent", {}).get("ours, fused")
+    if not floors:
+        return {}
+    kind = "int8" if row["method"].endswith(":int8") else "fp32"
+    (took,) = (r["milliseconds"]["median"] for r in row["results"] if r["name"] == "ours, fused")
+    least = floors["ours"][kind]["milliseconds"]
+    found = {
+        f"floor of the dense one, {each}": f"{floors['dense'][each]['milliseconds']:.3g} ms"
+        for each in ("bf16", "int8")
+    }
+    found |= {f"floor of ours, {kind}": f"{least:.3g} ms", "ours, fused, over it": f"{took / least:.2f}"}
+    return found | {f"of which {name}": f"{value:.2g} ms" for name, value in (spent or {}).items()}
 
 
 LAYERS = {
@@ -680,6 +725,7 @@ def fitting() -> list[str]:
 TABLES: dict[str, Callable[[], list[str]]] = {
     "headline": headline,
     "latency": latency,
+    "fused-latency": fused_latency,
     "products": products,
     "products-cuda": products_cuda,
     "translation": translation,

@@ -159,7 +159,7 @@ def load(candidate: Candidate, threads: int, device: torch.device) -> Runner:
 
     def prepare(ids: Tokens) -> Callable[[], object]:
         ids = ids.to(device)
-        arguments = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        arguments = {"input_ids": ids, "attention_mask": real(ids, padding)}
         if encoder_decoder:
             arguments["decoder_input_ids"] = ids
         return lambda: run(**arguments)
@@ -238,7 +238,7 @@ def _load_onnx(candidate: Candidate, threads: int, device: torch.device) -> Runn
     def prepare(ids: Tokens) -> Callable[[], object]:
         values = {
             "input_ids": ids,
-            "attention_mask": torch.ones_like(ids),
+            "attention_mask": real(ids, config.get("pad_token_id")),
             "token_type_ids": torch.zeros_like(ids),
             "position_ids": torch.arange(ids.shape[1]).expand_as(ids),
         }
@@ -246,6 +246,11 @@ def _load_onnx(candidate: Candidate, threads: int, device: torch.device) -> Runn
         return lambda: session.run(None, feed)
 
     return Runner(prepare, config.get("vocab_size", VOCABULARY), config.get("pad_token_id"), None)
+
+
+def real(ids: Tokens, padding: int | None) -> Tokens:
+    """The mask of what is not padding."""
+    return torch.ones_like(ids) if padding is None else (ids != padding).to(ids.dtype)
 
 
 def _config_beside(file: Path) -> dict[str, Any]:

@@ -1,0 +1,157 @@
+"""What an encoder would take at least: its multiplications at the best rates of the machine, and its weights read once.
+
+The best rate of a type is measured in the same run, as the fastest of several products of the very sizes of a model: by
+torch (oneDNN or MKL) and by our kernels. Nothing is overlapped or fused here, nor is anything else counted: no norms,
+no GELU, no rounding. So no encoder can be faster than this with the same factors in the same type, unless its products
+are faster than all of these.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import time
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from factorformer.bench.candidates import real
+from factorformer.kernels import Dense, chain
+from factorformer.layers.nn import FactorizedLinear
+from factorformer.layers.surgery import find_blocks
+from factorformer.structures import LowRank
+
+REPEATS = 7
+"""Products of each size and way; the fastest counts."""
+
+COPIED = 2**26
+"""Bytes that are copied to see how fast memory is: more than caches hold."""
+
+Size = tuple[int, int, int]
+"""Tokens, inputs and outputs of a product."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """What one pass over a batch has to do.
+
+    Args:
+        products: sizes of all products with weights, each as often as it occurs.
+        attention: sequences times heads, tokens of each, and width of a head, by layers.
+        bytes: of weights, as they are stored.
+    """
+
+    products: tuple[Size, ...]
+    attention: tuple[tuple[int, int, int], ...]
+    bytes: int
+
+    @property
+    def flops(self) -> int:
+        """Two for each multiplication."""
+        products = sum(2 * tokens * inner * out for tokens, inner, out in self.products)
+        return products + sum(4 * heads * tokens**2 * width for heads, tokens, width in self.attention)
+
+
+def work_of(model: PreTrainedModel, batch: int, tokens: int) -> Work:
+    """The products, attention and weights of a model's blocks, for texts without padding."""
+    config, products, stored = model.config, [], 0
+    blocks = [model.get_submodule(name) for name in find_blocks(model)]
+    for block in blocks:
+        stored += sum(t.numel() * t.element_size() for t in (*block.parameters(), *block.buffers()))
+        for layer in block.modules():
+            if isinstance(layer, nn.Linear):
+                products.append((batch * tokens, layer.in_features, layer.out_features))
+            elif isinstance(layer, FactorizedLinear):
+                ends = [layer.in_features, layer.out_features]
+                inner = [layer.spec.rank] if isinstance(layer.spec, LowRank) else []
+                sizes = [ends[0], *inner, ends[1]]
+                products += [(batch * tokens, a, b) for a, b in itertools.pairwise(sizes)]
+    heads = config.num_attention_heads
+    attention = [(batch * heads, tokens, config.hidden_size // heads)] * len(blocks)
+    return Work(tuple(products), tuple(attention), stored)
+
+
+def _fastest(runs: Iterable[Callable[[], object]]) -> float:
+    """Seconds of the fastest run of all."""
+    least = float("inf")
+    for run in runs:
+        try:
+            run()
+        except RuntimeError:  # a type that torch does not multiply here
+            continue
+        for _ in range(REPEATS):
+            began = time.perf_counter()
+            run()
+            least = min(least, time.perf_counter() - began)
+    return least
+
+
+def _products(size: Size, kind: str) -> list[Callable[[], object]]:
+    tokens, inner, out = size
+    if kind == "int8":
+        x, codes = torch.randn(tokens, inner), torch.randint(-127, 128, (out, inner), dtype=torch.int8)
+        matrix, rounded = Dense(codes, torch.ones(out)), torch.randint(-127, 128, (tokens, inner), dtype=torch.int8)
+        return [lambda: chain(x, (matrix,)), lambda: torch._int_mm(rounded, codes.T)]
+    dtype = torch.bfloat16 if kind == "bf16" else torch.float32
+    x, weight = torch.randn(tokens, inner, dtype=dtype), torch.randn(out, inner, dtype=dtype)
+    runs: list[Callable[[], object]] = [lambda: x @ weight.T]
+    return runs if kind == "bf16" else [*runs, lambda: chain(x, (Dense(weight),))]
+
+
+def _attention(heads: int, tokens: int, width: int, kind: str) -> list[Callable[[], object]]:
+    dtype = torch.float32 if kind == "fp32" else torch.bfloat16
+    q, scores = torch.randn(heads, tokens, width, dtype=dtype), torch.randn(heads, tokens, tokens, dtype=dtype)
+    return [lambda: (q @ q.mT, scores @ q)]
+
+
+@torch.inference_mode()
+def floors(work: Work) -> dict[str, dict[str, float]]:
+    """By type, `fp32`, `bf16` and `int8`: milliseconds at least, and the rates from which they follow.
+
+    Attention is in bfloat16 where products are in int8. `gflops` is the rate of all products together, `copied` is
+    gigabytes that are read and as many that are written in a second; weights in the memory of the model's type.
+    """
+    source = torch.zeros(COPIED // 4)
+    target = torch.empty_like(source)
+    copied = COPIED / _fastest([lambda: target.copy_(source)]) / 1e9
+    found = {}
+    for kind in ("fp32", "bf16", "int8"):
+        seconds = {size: _fastest(_products(size, kind)) for size in set(work.products)}
+        between = {size: _fastest(_attention(*size, kind)) for size in set(work.attention)}
+        products = sum(seconds[size] for size in work.products)
+        attention = sum(between[size] for size in work.attention)
+        flops = sum(2 * tokens * inner * out for tokens, inner, out in work.products)
+        least = max(products, work.bytes / (2e9 * copied)) + attention
+        found[kind] = {
+            "milliseconds": round(1e3 * least, 4),
+            "products": round(1e3 * products, 4),
+            "attention": round(1e3 * attention, 4),
+            "gflops": round(flops / products / 1e9, 1),
+            "copied": round(copied, 2),
+        }
+    return found
+
+
+def split(module: PreTrainedModel, ids: Tensor, padding: int | None, passes: int = 9) -> dict[str, float] | None:
+    """Milliseconds of a pass of a fused model by what threads spend them on; None where its layers run otherwise.
+
+    What is not in the call of the layers, embeddings and pooler among them, is `everything else`.
+    """
+    from factorformer.hf.encoder import FusedForward, stacks_of
+
+    forwards = [vars(stack).get("forward") for stack in stacks_of(module).values()]
+    encoders = [forward.encoder for forward in forwards if isinstance(forward, FusedForward)]
+    if len(encoders) != 1 or encoders[0] is None:
+        return None
+    mask = real(ids, padding)
+    threads = torch.get_num_threads()
+    with torch.inference_mode(), encoders[0].watched() as seconds:
+        began = time.perf_counter()
+        for _ in range(passes):
+            module(input_ids=ids, attention_mask=mask)
+        took = time.perf_counter() - began
+    found = {name: 1e3 * value / passes / threads for name, value in seconds.items()}
+    found["everything else"] = 1e3 * took / passes - sum(found.values())
+    return {name: round(value, 4) for name, value in found.items()}
