@@ -24,10 +24,14 @@ FAILED = LIBRARY.with_suffix(".failed")
 _WIDE = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mprefer-vector-width=512")
 VARIANTS: dict[str, tuple[str, ...]] = {"baseline": ()}
 """Flags of each variant; the library takes the last that the processor has."""
+FOR_TESTS: dict[str, tuple[str, ...]] = {}
+"""Flags of what no library holds by default: instructions in plain C++, for processors that do not have them."""
 if platform.machine().lower() in ("x86_64", "amd64"):
     _VNNI = (*_WIDE, "-mavx512vnni")
     VARIANTS |= {"avx2": ("-mavx2", "-mfma"), "avx512": _WIDE, "avx512_vnni": _VNNI}
-    VARIANTS |= {"avx512_bf16": (*_VNNI, "-mavx512bf16")}
+    _PAIRS = (*_VNNI, "-mavx512bf16")
+    VARIANTS |= {"avx512_bf16": _PAIRS, "amx": (*_PAIRS, "-mamx-tile", "-mamx-int8", "-mamx-bf16")}
+    FOR_TESTS |= {"amx_emulated": (*_PAIRS, "-DFACTORFORMER_EMULATED_TILES")}
 
 _FLAGS = (
     *("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"),
@@ -95,7 +99,7 @@ def _build(compiler: list[str], output: Path, extra: tuple[str, ...], variants: 
         objects = [Path(folder, f"{name}.o") for name in (*variants, "library")]
         commands = [
             [
-                *(*compiler, *_FLAGS, *extra, *VARIANTS[name], f"-DFACTORFORMER_VARIANT={name}"),
+                *(*compiler, *_FLAGS, *extra, *(VARIANTS | FOR_TESTS)[name], f"-DFACTORFORMER_VARIANT={name}"),
                 *("-c", "variant.cpp", "-o", str(made)),
             ]
             for name, made in zip(variants, objects, strict=False)

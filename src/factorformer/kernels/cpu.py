@@ -2,7 +2,7 @@
 
 They take contiguous float32 input, and weights as float32 or as int8 with scales. Threads are those of torch: both use
 the OpenMP of the process. `FACTORFORMER_CPU` names the variant to use in place of the best that the processor has
-(`avx512_bf16`, `avx512_vnni`, `avx512`, `avx2`, `baseline`), or `reference` for none of them.
+(`amx`, `avx512_bf16`, `avx512_vnni`, `avx512`, `avx2`, `baseline`), or `reference` for none of them.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from factorformer.errors import FactorformerError, FactorformerWarning, ModelError, one_of
-from factorformer.kernels.compile import FAILED, LIBRARY, SOURCES, VARIANTS, fingerprint
+from factorformer.kernels.compile import FAILED, FOR_TESTS, LIBRARY, SOURCES, VARIANTS, fingerprint
 from factorformer.kernels.support import CODES, code_of, row_bytes
 
 GROUP = 32
@@ -49,7 +49,7 @@ def _load() -> ctypes.CDLL | None:
     wanted = os.environ.get("FACTORFORMER_CPU", "")
     if wanted == REFERENCE:
         return None
-    if wanted and wanted not in VARIANTS:
+    if wanted and wanted not in VARIANTS | FOR_TESTS:
         raise FactorformerError(f"FACTORFORMER_CPU: unknown variant {one_of(wanted, [*VARIANTS, REFERENCE])}")
     loaded, wrong = _open()
     if loaded is None:

@@ -25,6 +25,9 @@ FORMATS: dict[Products, int] = {"float32": 0, "bfloat16": 1, "int8": 2}
 """Their numbers, by which a word holds `2**number` values."""
 
 
+_TILE = 16 if cpu.variant() in ("amx", "amx_emulated") else 1
+"""Words and rows of which tiles are made."""
+
 PHASES = ("products", "rounding", "norms", "attention", "moving", "waiting")
 """What time is spent on; products with bias, residual and GELU."""
 
@@ -145,31 +148,38 @@ class Encoder:
             numbers += self._packed(matrix, kind, scale if place == count - 1 else 1.0)
             out, inner = matrix.weight.shape
             self._exact &= kind == "float32"
-            self._deepest = max(self._deepest, -(-inner // 2 ** FORMATS[kind]))
+            self._deepest = max(self._deepest, _words(inner, kind))
             if place < count - 1:
                 self._between = max(self._between, out)
-        numbers += [0] * (6 * (cpu.LONGEST - count))
+        numbers += [0] * (7 * (cpu.LONGEST - count))
         bias = 0 if linear.bias is None else self._keep(linear.bias.float() * scale)
         return [*numbers, count, bias]
 
     def _packed(self, matrix: Dense, products: Products, scale: float) -> list[int]:
         out, inner = matrix.weight.shape
-        missing = -inner % 2 ** FORMATS[products]
+        depth, form = _words(inner, products), FORMATS[products]
+        missing = (0, depth * 2**form - inner, 0, 0 if products == "float32" else -out % _TILE)
         if products != "int8":
             dtype = torch.float32 if products == "float32" else torch.bfloat16
             values = matrix.values(torch.float32)
             words = (values if scale == 1 else values * scale).to(dtype)
-            words = F.pad(words, (0, missing)) if missing else words
-            return [self._keep(words), 0, 0, out, inner, FORMATS[products]]
+            words = F.pad(words, missing) if any(missing) else words
+            return [self._keep(words), 0, 0, out, inner, depth, form]
         codes, scales = matrix.weight, matrix.scales
         if scales is None:
             scales = codes.abs().amax(1).clamp_min(1e-30) / 127
             codes = (codes / scales[:, None]).round().to(torch.int8)
         sums = codes.sum(1, dtype=torch.float32)
-        codes = F.pad(codes, (0, missing)) if missing else codes
+        codes = F.pad(codes, missing) if any(missing) else codes
         kept = (self._keep(codes), self._keep(scales.float() * scale), self._keep(sums))
-        return [*kept, out, inner, FORMATS[products]]
+        return [*kept, out, inner, depth, form]
 
     def _norm(self, norm: Norm) -> list[int]:
         (bits,) = struct.unpack("<i", struct.pack("<f", norm.epsilon))
         return [self._keep(norm.weight.float()), self._keep(norm.bias.float()), bits]
+
+
+def _words(values: int, products: Products) -> int:
+    """Words of a row of so many values, with those that fill the last tile."""
+    words = -(-values // 2 ** FORMATS[products])
+    return words if products == "float32" else -(-words // _TILE) * _TILE

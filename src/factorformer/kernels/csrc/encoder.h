@@ -13,6 +13,7 @@
 
 #include "attention.h"
 #include "dense.h"
+#include "tiles.h"
 
 #if defined(__linux__)
 #include <sched.h>
@@ -30,11 +31,12 @@ INLINE int64_t words_of(int64_t values, int64_t format) {
     return (values + VALUES_IN_WORD[format] - 1) / VALUES_IN_WORD[format];
 }
 
-// Of a matrix (out, in): its rows in whole words, one after the other.
+// Of a matrix (out, in): its rows in whole words, one after the other, with zeros up to `depth` of them. Where products are
+// made by tiles, that is a multiple of their words, and rows of zeros make the rows a multiple of theirs.
 struct Packed {
     const uint32_t *words;
     const float *scales, *sums; // (out), of bytes: the value of 1, and the sum of a row's integers
-    int64_t out, in, format;
+    int64_t out, in, depth, format;
 };
 
 // A product with several matrices one after the other, and a bias.
@@ -64,8 +66,8 @@ struct Fields {
     Packed packed() {
         const uint32_t *words = reinterpret_cast<const uint32_t *>(number());
         const float *scales = floats(), *sums = floats();
-        const int64_t out = number(), in = number();
-        return {words, scales, sums, out, in, number()};
+        const int64_t out = number(), in = number(), depth = number();
+        return {words, scales, sums, out, in, depth, number()};
     }
 
     Linear linear() {
@@ -86,7 +88,7 @@ struct Fields {
     EncoderLayer layer() { return {linear(), linear(), linear(), linear(), linear(), linear(), norm(), norm()}; }
 };
 
-constexpr int64_t LINEAR_FIELDS = 6 * LONGEST + 2, LAYER_FIELDS = 6 * LINEAR_FIELDS + 2 * 3;
+constexpr int64_t LINEAR_FIELDS = 7 * LONGEST + 2, LAYER_FIELDS = 6 * LINEAR_FIELDS + 2 * 3;
 
 INLINE EncoderLayer layer_of(const Encoder &e, int64_t index) { return Fields{e.fields + index * LAYER_FIELDS}.layer(); }
 
@@ -225,19 +227,22 @@ template <int V> INLINE void finish_row(const Finish &f, int64_t row, const Floa
     }
 }
 
-template <int R, int V> INLINE void byte_rows(const Packed &m, const Tokens &x, int64_t row, const Finish &f) {
-    const int64_t depth = words_of(m.in, BYTES);
-    Ints sums[R][V];
-    byte_sums<R, V>(x.words, x.apart, reinterpret_cast<const int8_t *>(m.words + row * depth), 4 * depth, 4, depth, sums);
-    for (int r = 0; r < R; ++r) {
-        Floats y[V];
-        for (int v = 0; v < V; ++v) {
-            const Floats value = __builtin_convertvector(sums[r][v], Floats);
-            const Floats zero = load(x.zero + v * LANES), scale = load(x.scale + v * LANES);
-            y[v] = (value - zero * splat(m.sums[row + r])) * (scale * splat(m.scales[row + r]));
-        }
-        finish_row<V>(f, row + r, y);
+// A row of sums of integers as floats; a zero point adds its multiple of the sum of the weights.
+template <int V> INLINE void finish_bytes(const Packed &m, const Tokens &x, int64_t row, const Ints *sums, const Finish &f) {
+    Floats y[V];
+    for (int v = 0; v < V; ++v) {
+        const Floats value = __builtin_convertvector(sums[v], Floats);
+        const Floats zero = load(x.zero + v * LANES), scale = load(x.scale + v * LANES);
+        y[v] = (value - zero * splat(m.sums[row])) * (scale * splat(m.scales[row]));
     }
+    finish_row<V>(f, row, y);
+}
+
+template <int R, int V> INLINE void byte_rows(const Packed &m, const Tokens &x, int64_t row, const Finish &f) {
+    Ints sums[R][V];
+    const int8_t *weights = reinterpret_cast<const int8_t *>(m.words + row * m.depth);
+    byte_sums<R, V>(x.words, x.apart, weights, 4 * m.depth, 4, m.depth, sums);
+    for (int r = 0; r < R; ++r) finish_bytes<V>(m, x, row + r, sums[r], f);
 }
 
 // As `float_sums` and `byte_sums`, of pairs of bfloat16: R words, `between` from one to the next.
@@ -260,14 +265,54 @@ INLINE void pair_sums(const uint32_t *tokens, int64_t apart, const Word *words, 
 }
 
 template <int R, int V> INLINE void pair_rows(const Packed &m, const Tokens &x, int64_t row, const Finish &f) {
-    const int64_t depth = words_of(m.in, PAIRS);
     Floats sums[R][V];
-    pair_sums<R, V>(x.words, x.apart, m.words + row * depth, depth, 1, depth, sums);
+    pair_sums<R, V>(x.words, x.apart, m.words + row * m.depth, m.depth, 1, m.depth, sums);
     for (int r = 0; r < R; ++r) finish_row<V>(f, row + r, sums[r]);
 }
 
+#if defined(FACTORFORMER_TILES)
+constexpr int64_t ROW_UNIT = TILE_ROWS;
+
+// R times 16 rows from `row` on with T vectors of tokens; those from `last` on are not wanted.
+template <bool PAIRS_OF, int R, int T>
+INLINE void tile_rows(const Packed &m, const Tokens &x, int64_t row, int64_t last, const Finish &f) {
+    alignas(64) uint32_t sums[R * TILE_ROWS * 32];
+    tile_sums<PAIRS_OF, R, T>(m.words + row * m.depth, m.depth, x.words, x.apart, sums);
+    for (int64_t r = 0; r < R * TILE_ROWS && row + r < last; ++r) {
+        if constexpr (PAIRS_OF) {
+            Floats y[T];
+            std::memcpy(y, sums + r * 32, sizeof y);
+            finish_row<T>(f, row + r, y);
+        } else {
+            Ints y[T];
+            std::memcpy(y, sums + r * 32, sizeof y);
+            finish_bytes<T>(m, x, row + r, y, f);
+        }
+    }
+}
+
+template <bool PAIRS_OF, int V>
+INLINE void all_tile_rows(const Packed &m, const Tokens &x, int64_t first, int64_t last, const Finish &f) {
+    constexpr int T = V > 1 ? 2 : 1;
+    for (; first < last; first += 2 * TILE_ROWS)
+        for (int v = 0; v < V; v += T) {
+            const int64_t at = v * LANES;
+            const Tokens tokens{x.words + at, x.apart, x.scale + at, x.zero + at};
+            const Finish finish{f.to + at, f.apart, f.bias, f.add, f.gelu, f.roughly};
+            if (last - first > TILE_ROWS) tile_rows<PAIRS_OF, 2, T>(m, tokens, first, last, finish);
+            else tile_rows<PAIRS_OF, 1, T>(m, tokens, first, last, finish);
+        }
+}
+#else
+constexpr int64_t ROW_UNIT = 1;
+#endif
+
 // Rows [first, last) of a product with a block of tokens.
 template <int V> void product_rows(const Packed &m, const Tokens &x, int64_t first, int64_t last, const Finish &f) {
+#if defined(FACTORFORMER_TILES)
+    if (m.format == BYTES) return all_tile_rows<false, V>(m, x, first, last, f);
+    if (m.format == PAIRS) return all_tile_rows<true, V>(m, x, first, last, f);
+#endif
     in_pieces<ROWS_WITH<V>>(first, last, [&](int64_t row, auto count) __attribute__((always_inline)) {
         constexpr int R = decltype(count)::value;
         if (m.format == BYTES) return byte_rows<R, V>(m, x, row, f);
@@ -334,13 +379,15 @@ template <int V> struct Block {
     const Room &room;
 
     // The block (values, WIDTH), rows `apart`, as a product reads it; whoever reads it waits for the others first.
-    Tokens encode(const float *from, int64_t apart, int64_t values, int64_t format) const {
-        if (format == FLOATS) return {reinterpret_cast<const uint32_t *>(from), apart, nullptr, nullptr};
+    Tokens encode(const float *from, int64_t apart, const Packed &m) const {
+        if (m.format == FLOATS) return {reinterpret_cast<const uint32_t *>(from), apart, nullptr, nullptr};
         for (int v = crew.me; v < V; v += crew.size) {
             const int64_t at = v * LANES;
-            if (format == BYTES)
-                encode_bytes(from + at, apart, values, room.words + at, WIDTH, room.scale + at, room.zero + at);
-            else encode_pairs(from + at, apart, values, room.words + at, WIDTH);
+            if (m.format == BYTES)
+                encode_bytes(from + at, apart, m.in, room.words + at, WIDTH, room.scale + at, room.zero + at);
+            else encode_pairs(from + at, apart, m.in, room.words + at, WIDTH);
+            for (int64_t k = words_of(m.in, m.format); k < m.depth; ++k)
+                std::memset(room.words + k * WIDTH + at, 0, sizeof(Words));
         }
         crew.watch->was(ROUNDING);
         crew.meet();
@@ -349,7 +396,7 @@ template <int V> struct Block {
 
     void product(const Packed &m, const Tokens &x, const Finish &f) const {
         int64_t first, last;
-        crew.share(m.out, ROWS_WITH<V>, first, last);
+        crew.share(m.out, m.format == FLOATS ? ROWS_WITH<V> : std::max<int64_t>(ROW_UNIT, ROWS_WITH<V>), first, last);
         product_rows<V>(m, x, first, last, f);
         crew.watch->was(PRODUCTS);
     }
@@ -361,7 +408,7 @@ template <int V> struct Block {
             float *to = room.between + i % 2 * (room.inner - room.between) / 2;
             product(l.parts[i], x, {to, WIDTH, nullptr, false, false, false});
             crew.meet();
-            x = encode(to, WIDTH, l.parts[i].out, l.parts[i + 1].format);
+            x = encode(to, WIDTH, l.parts[i + 1]);
         }
         f.bias = l.bias;
         product(l.parts[l.count - 1], x, f);
@@ -396,17 +443,17 @@ template <int V> struct Block {
         for (int i = 0; i < 3; ++i) {
             // Inner results overwrite the words that all three read.
             if (i == 0 || all[i - 1]->count > 1 || all[i]->parts[0].format != all[i - 1]->parts[0].format)
-                tokens = encode(x, apart, width, all[i]->parts[0].format);
+                tokens = encode(x, apart, all[i]->parts[0]);
             linear(*all[i], tokens, {qkv + i * width * apart, apart, nullptr, false, false, false});
         }
     }
 
     void after_attention(const EncoderLayer &l, const float *context, float *x, int64_t apart, int64_t width) const {
-        linear(l.output, encode(context, apart, width, l.output.parts[0].format), {x, apart, nullptr, true, false, false});
+        linear(l.output, encode(context, apart, l.output.parts[0]), {x, apart, nullptr, true, false, false});
         normalize(x, apart, width, l.after_attention);
-        const int64_t inner = l.up.parts[l.up.count - 1].out, format = l.down.parts[0].format;
-        linear(l.up, encode(x, apart, width, l.up.parts[0].format), {room.inner, WIDTH, nullptr, false, true, format != FLOATS});
-        linear(l.down, encode(room.inner, WIDTH, inner, format), {x, apart, nullptr, true, false, false});
+        const bool roughly = l.down.parts[0].format != FLOATS;
+        linear(l.up, encode(x, apart, l.up.parts[0]), {room.inner, WIDTH, nullptr, false, true, roughly});
+        linear(l.down, encode(room.inner, WIDTH, l.down.parts[0]), {x, apart, nullptr, true, false, false});
         normalize(x, apart, width, l.after_products);
     }
 };
@@ -698,6 +745,8 @@ int32_t encode(const Encoder *encoder, const float *x, const int64_t *rows, cons
     {
         static thread_local Scratch own[4];
         Watch watch(e.spent != nullptr);
+        const Tiles tiles;
+        static_cast<void>(tiles);
         Rooms rooms = together;
         bool enough = take_head(e, own[0], longest, rooms.head) && take_room(e, own[1], rooms.own);
         if (shared) {

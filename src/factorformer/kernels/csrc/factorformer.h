@@ -65,6 +65,7 @@ struct Encoder {
 
 struct Table {
     const char *name;
+    bool (*works)(); // whether instructions that some systems forbid, or that are rare, do what they should
     // y (n, rows) = x (n, atoms) S^T + bias
     int32_t (*sparse)(const float *x, int64_t n, const Support *, const Values *, const float *bias, float *y);
     // y (n, atoms) = x (n, rows) S

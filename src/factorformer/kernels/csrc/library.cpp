@@ -3,6 +3,14 @@
 #include <cstdlib>
 #include <cstring>
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #include "factorformer.h"
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
@@ -11,9 +19,25 @@ extern "C" { // null where a variant was left out
 extern const Table baseline __attribute__((weak));
 #if defined(__x86_64__)
 extern const Table avx2 __attribute__((weak)), avx512 __attribute__((weak)), avx512_vnni __attribute__((weak)),
-    avx512_bf16 __attribute__((weak));
+    avx512_bf16 __attribute__((weak)), amx __attribute__((weak)), amx_emulated __attribute__((weak));
 #endif
 }
+
+#if defined(__x86_64__)
+// Whether the processor has AMX for bytes and bfloat16, and the system lets this process use it.
+static bool has_tiles() {
+    unsigned a = 0, b = 0, c = 0, d = 0;
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
+    const unsigned wanted = 1u << 22 | 1u << 24 | 1u << 25; // bfloat16, tiles, bytes
+    if ((d & wanted) != wanted) return false;
+#if defined(__linux__)
+    constexpr long REQUEST = 0x1023, TILE_DATA = 18; // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+    return syscall(SYS_arch_prctl, REQUEST, TILE_DATA) == 0;
+#else
+    return false;
+#endif
+}
+#endif
 
 static const Table *choose() {
 #if defined(__x86_64__)
@@ -21,12 +45,14 @@ static const Table *choose() {
     const bool wide = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
     const bool bytes = wide && __builtin_cpu_supports("avx512vnni");
-    const bool can[] = {bytes && __builtin_cpu_supports("avx512bf16"), bytes, wide,
+    const bool pairs = bytes && __builtin_cpu_supports("avx512bf16");
+    const bool can[] = {pairs && has_tiles(), pairs, pairs, bytes, wide,
                         __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"), true};
-    const Table *const all[] = {&avx512_bf16, &avx512_vnni, &avx512, &avx2, &baseline};
+    // Tiles in plain C++ are for tests, and in no library that holds anything else.
+    const Table *const all[] = {&amx, &amx_emulated, &avx512_bf16, &avx512_vnni, &avx512, &avx2, &baseline};
     const char *wanted = std::getenv("FACTORFORMER_CPU"); // the name of a variant
-    for (int i = 0; i < 5; ++i)
-        if (can[i] && all[i] && (!wanted || !*wanted || !std::strcmp(wanted, all[i]->name))) return all[i];
+    for (int i = 0; i < 7; ++i)
+        if (can[i] && all[i] && (!wanted || !*wanted || !std::strcmp(wanted, all[i]->name)) && all[i]->works()) return all[i];
 #endif
     return &baseline;
 }

@@ -12,6 +12,6 @@
 
 extern "C" const Table FACTORFORMER_VARIANT;
 const Table FACTORFORMER_VARIANT = {
-    NAME(FACTORFORMER_VARIANT), sparse, sparse_transposed, sparse_outer, chain, gelu, attention, sparse_rows, kronecker_rows,
+    NAME(FACTORFORMER_VARIANT), tiles_work, sparse, sparse_transposed, sparse_outer, chain, gelu, attention, sparse_rows, kronecker_rows,
     dense_rows, extremes, round_rows, encode,
 };
