@@ -156,11 +156,8 @@ def _over_floor(row: Row) -> dict[str, str]:
     kind = "int8" if row["method"].endswith(":int8") else "fp32"
     (took,) = (r["milliseconds"]["median"] for r in row["results"] if r["name"] == "ours, fused")
     least = floors["ours"][kind]["milliseconds"]
-    found = {
-        f"floor of the dense one, {each}": f"{floors['dense'][each]['milliseconds']:.3g} ms"
-        for each in ("bf16", "int8")
-    }
-    found |= {f"floor of ours, {kind}": f"{least:.3g} ms", "ours, fused, over it": f"{took / least:.2f}"}
+    found = {f"floor, dense, {each}": f"{floors['dense'][each]['milliseconds']:.3g} ms" for each in ("bf16", "int8")}
+    found |= {f"floor, factors, {kind}": f"{least:.3g} ms", "ours, fused, over that": f"{took / least:.2f}"}
     return found | {f"of which {name}": f"{value:.2g} ms" for name, value in (spent or {}).items()}
 
 

@@ -9,17 +9,25 @@ from typing import Annotated, Literal
 import typer
 
 from factorformer.cli._options import MODELS, AsJson, Overwrite, TextColumns, emit, note
+from factorformer.errors import MethodError
 
 Exported = Annotated[str, typer.Argument(metavar="DIR", show_default=False, help=MODELS)]
-To = Annotated[Literal["onnx"], typer.Option("--to", help="The format. ONNX files run in ONNX Runtime.")]
+To = Annotated[
+    Literal["onnx", "linear"],
+    typer.Option(
+        "--to",
+        help="The format: a file for ONNX Runtime, or, of low rank, a checkpoint of plain layers that transformers "
+        "loads without this package (trust_remote_code=True).",
+    ),
+]
 OutputDirectory = Annotated[
     Path | None,
     typer.Option(
         "--output",
         metavar="OUTPUT",
         show_default=False,
-        help="The directory to make, by default one beside DIR, or here, whose name ends in '-onnx' or '-onnx-int8'. "
-        "It appears complete, or not at all.",
+        help="The directory to make, by default one beside DIR, or here, whose name ends in '-onnx', '-onnx-int8' or "
+        "'-linear'. It appears complete, or not at all.",
     ),
 ]
 Int8 = Annotated[
@@ -51,16 +59,17 @@ def export(
 ) -> None:
     """Write a model of text, compressed or not, for another runtime: a file, its configuration, and its tokenizer.
 
-    The file holds the factors as they are stored, and takes batches and texts of any size. It puts out 'logits',
-    'last_hidden_state', or the 'sentence_embedding' of a directory with the layout of sentence-transformers. Before it
-    appears, ONNX Runtime runs it, and what comes out is compared with torch: 'deviation' is the norm of the difference,
-    relative to that of the output, for random tokens, or for text where products are in int8.
+    A file for ONNX Runtime holds the factors as they are stored, and takes batches and texts of any size. It puts out
+    'logits', 'last_hidden_state', or the 'sentence_embedding' of a directory with the layout of sentence-transformers.
+    Before a file or checkpoint appears it is run, and what comes out is compared with torch: 'deviation' is the norm of
+    the difference, relative to that of the output, for random tokens, or for text where products are in int8.
 
     \b
     [bold]Examples[/bold]
       factorformer export small/
       factorformer export small/ --int8 --calibration texts.txt --output small-onnx/
       factorformer export minilm --to onnx
+      factorformer export small/ --to linear
     """
     from factorformer.cli._inputs import columns_of, plain_columns, read_table
     from factorformer.export import onnx
@@ -70,7 +79,10 @@ def export(
     from factorformer.report import Result, inventory
     from factorformer.tasks.data import sample
 
-    del to  # there is one so far
+    if to == "linear":
+        if int8 or calibration is not None or text is not None:
+            raise MethodError("--int8, --calibration and --text are for --to onnx: the checkpoint is one of floats")
+        return _export_linear(model, output, overwrite=overwrite, as_json=as_json)
     texts = None
     if calibration is not None and int8:
         columns = plain_columns(calibration, columns_of(text, None))
@@ -80,9 +92,7 @@ def export(
         note("text is read for the check of --int8 alone, from --calibration: it is not used")
     layout = find_layout(model)
     suffix = "-onnx-int8" if int8 else "-onnx"
-    if output is None:
-        named = layout.source.resolve() if Path(model).is_dir() else Path(Path(model).name)
-        output = named.with_name(named.name + suffix)
+    output = output or _beside(model, layout.source, suffix)
     check_output(output, overwrite=overwrite, inputs=(model, layout.source))
     onnx.check_exportable(layout)
     costs = inventory(load_model(layout.source, device="cpu"), "all")
@@ -96,3 +106,26 @@ def export(
         )
     metrics = {"file_bytes": done.file_bytes, "deviation": done.deviation}
     emit(Result.of(costs, metrics=metrics, seconds=seconds, output=str(output)), as_json=as_json)
+
+
+def _export_linear(model: str, output: Path | None, *, overwrite: bool, as_json: bool) -> None:
+    from factorformer.export import linear
+    from factorformer.files import check_output
+    from factorformer.hf.source import find, load_model
+    from factorformer.report import Result, inventory
+
+    source = find(model)
+    output = output or _beside(model, source, "-linear")
+    check_output(output, overwrite=overwrite, inputs=(model, source))
+    costs = inventory(load_model(source, device="cpu"), "all")
+    started = time.perf_counter()
+    done = linear.export(source, output, overwrite=overwrite)
+    metrics = {"file_bytes": done.file_bytes, "deviation": done.deviation}
+    seconds = {"export": time.perf_counter() - started}
+    emit(Result.of(costs, metrics=metrics, seconds=seconds, output=str(output)), as_json=as_json)
+
+
+def _beside(model: str, source: Path, suffix: str) -> Path:
+    """A directory beside that of the model, or here where it has none."""
+    named = source.resolve() if Path(model).is_dir() else Path(Path(model).name)
+    return named.with_name(named.name + suffix)

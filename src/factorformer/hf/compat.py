@@ -280,6 +280,23 @@ def base_class(config: transformers.PreTrainedConfig) -> type[PreTrainedModel] |
     return found[0] if isinstance(found, tuple) else found
 
 
+def auto_classes(kind: type[PreTrainedModel]) -> list[str]:
+    """Names of the classes for a task, such as `AutoModelForMaskedLM`, that load a class by its configuration.
+
+    Relies on `_model_mapping` of these: models/auto/auto_factory.py.
+    """
+    from transformers.models.auto import modeling_auto
+
+    found = []
+    for name in sorted(vars(modeling_auto)):
+        mapping = getattr(getattr(modeling_auto, name), "_model_mapping", None)
+        if name.startswith("AutoModelFor") and mapping is not None and kind.config_class in mapping:
+            classes = mapping[kind.config_class]
+            if kind in (classes if isinstance(classes, (list, tuple)) else (classes,)):
+                found.append(name)
+    return found
+
+
 def knows_type(model_type: str | None) -> bool:
     """Whether transformers has a configuration of this `model_type`.
 

@@ -29,7 +29,7 @@ from factorformer.hf import compat
 from factorformer.hf.encoder import FusedForward, stacks_of
 from factorformer.kernels import cpu, gelu
 from factorformer.kernels.dense import served
-from factorformer.kernels.encoder import FORMATS, Products
+from factorformer.kernels.encoder import FORMATS, PAIRED, Products
 from factorformer.layers.dummies import configurations, dummy_inputs, setting
 from factorformer.layers.nn import FactorizedLinear
 
@@ -151,6 +151,29 @@ def fuse(model: PreTrainedModel, products: Products | None = None) -> PreTrained
                 setattr(module, name, FusedGELU())
         _fuse_pair(module)
     return model
+
+
+@contextlib.contextmanager
+def in_one_call(model: PreTrainedModel, products: Products | None) -> Iterator[bool]:
+    """While this lasts, the layers of a model run in one call without gradients; whether they are known.
+
+    Args:
+        model: on a CPU, in float32; others are left alone.
+        products: as for `fuse`.
+    """
+    known = cpu.AVAILABLE and model.device.type == "cpu" and model.dtype == torch.float32
+    products = None if products == "bfloat16" and not PAIRED else products  # which would be emulated
+    stacks = list(stacks_of(model).values()) if known else []
+    before = [vars(stack).get("forward") for stack in stacks]
+    for stack in stacks:
+        stack.forward = FusedForward(stack, model.config, products)
+    try:
+        yield bool(stacks)
+    finally:
+        for stack, forward in zip(stacks, before, strict=True):
+            vars(stack).pop("forward", None)
+            if forward is not None:
+                stack.forward = forward
 
 
 def _set_stacks(model: PreTrainedModel, products: Products | None) -> set[nn.Module]:

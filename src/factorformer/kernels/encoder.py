@@ -25,6 +25,9 @@ FORMATS: dict[Products, int] = {"float32": 0, "bfloat16": 1, "int8": 2}
 """Their numbers, by which a word holds `2**number` values."""
 
 
+PAIRED = cpu.variant() in ("avx512_bf16", "amx", "amx_emulated")
+"""Whether bfloat16 is multiplied by instructions of its own."""
+
 _TILE = 16 if cpu.variant() in ("amx", "amx_emulated") else 1
 """Words and rows of which tiles are made."""
 

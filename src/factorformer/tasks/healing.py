@@ -23,6 +23,7 @@ from factorformer.errors import DataError, ModelError
 from factorformer.hf.callbacks import moving
 from factorformer.hf.compat import use_one_gpu
 from factorformer.hf.description import describe
+from factorformer.hf.fused import in_one_call
 from factorformer.layers.embeddings import embeddings_of
 from factorformer.layers.modes import requiring_gradients
 from factorformer.layers.nn import FactorizedMatrix
@@ -128,6 +129,7 @@ class HealingTrainer(ReproducibleTrainer):
         rows: of the training data, numbered in the column `ROW`.
         measure: the metrics of the model as it is, after so many steps and seconds.
         reading: what the teacher reads, if that is not what the model does.
+        one_call: whether the teacher's layers run in one call, which makes products in its own way.
     """
 
     def __init__(
@@ -139,11 +141,13 @@ class HealingTrainer(ReproducibleTrainer):
         rows: int,
         measure: Callable[[int, float], dict[str, float]],
         reading: Reading | None,
+        one_call: bool,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
         self.follow(teacher)
         self.target, self.settings, self.measure, self.reading = target, settings, measure, reading
+        self.one_call = one_call
         self.remembered: Tensor | None = None
         self.known = torch.zeros(rows, dtype=torch.bool)
         use_one_gpu(self.args)  # several would each need their part of what is remembered
@@ -184,7 +188,7 @@ class HealingTrainer(ReproducibleTrainer):
             return self.remembered[rows].to(self.args.device)
         if self.reading is not None:
             inputs = {name: value.to(self.args.device) for name, value in self.reading.batch(rows).items()}
-        with torch.no_grad(), self._products():
+        with torch.no_grad(), contextlib.nullcontext() if self.one_call else self._products():
             made = self.target.read_teacher(self.teacher, inputs)
         if self.remembered is None:
             most = REMEMBERED // (made.element_size() * made.shape[1])
@@ -342,6 +346,7 @@ def heal(
         seeded(settings.seed),
         frozen_embeddings(model, frozen),
         requiring_gradients(teacher.parameters(), False),
+        in_one_call(teacher, "bfloat16" if settings.precision == "bf16" else None) as one_call,
     ):
         check_same_run(folder, description)
         begun = last_checkpoint(folder)
@@ -379,6 +384,7 @@ def heal(
             rows=len(data),
             measure=measure,
             reading=reading,
+            one_call=one_call,
         )
         trainer.add_callback(_Points(trainer, progress, phase, saves=output is not None))
         distance = math.inf  # of the end, once it is measured

@@ -1,0 +1,229 @@
+"""Low rank as pairs of `nn.Linear`: a checkpoint that loads without this package.
+
+Beside the weights lies a small file of Python, which `from_pretrained(..., trust_remote_code=True)` runs: it puts two
+layers in the place of one wherever the configuration says so. Servers with a backend of transformers take it so too.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import importlib.util
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from factorformer.errors import ExportError
+from factorformer.files import check_output, output_directory
+from factorformer.hf import compat
+from factorformer.hf.attachment import detach
+from factorformer.hf.source import copy_companions, find, load_model
+from factorformer.layers.dummies import accepted
+from factorformer.layers.embeddings import embeddings_of
+from factorformer.layers.nn import FactorizedEmbedding, FactorizedMatrix
+from factorformer.layers.surgery import replace_module
+from factorformer.structures import Dense, LowRank
+
+FILE = "modeling_low_rank.py"
+RANKS = "low_rank"
+"""The field of the configuration that holds the rank of each layer, by name."""
+
+TOLERANCE = 1e-4
+"""Of the norm of the outputs, by which those of the checkpoint may deviate."""
+
+SOURCE = '''"""{kind} with two layers in the place of one, wherever `config.{ranks}` gives a rank.
+
+Made by factorformer, which is not needed to load it: from_pretrained(..., trust_remote_code=True).
+"""
+
+from torch import nn
+from transformers import {imports}
+
+
+def split(model, ranks):
+    for path, rank in ranks.items():
+        for name in (path, path.removeprefix(model.base_model_prefix + ".")):
+            parent, _, last = name.rpartition(".")
+            try:
+                old = model.get_submodule(name)
+            except AttributeError:
+                continue
+            if isinstance(old, nn.Embedding):
+                rows, width = old.weight.shape
+                first = nn.Embedding(rows, rank, padding_idx=old.padding_idx)
+                second = nn.Linear(rank, width, bias=False)
+            else:
+                out, inner = old.weight.shape if isinstance(old, nn.Linear) else reversed(old.weight.shape)
+                first = nn.Linear(inner, rank, bias=False)
+                second = nn.Linear(rank, out, bias=old.bias is not None)
+            setattr(model.get_submodule(parent), last, nn.Sequential(first, second))
+            break
+'''
+
+CLASS = """
+
+class LowRank{kind}({kind}):
+    def __init__(self, config, *args, **kwargs):
+        super().__init__(config, *args, **kwargs)
+        split(self, config.{ranks})
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Exported:
+    """Result of `export`.
+
+    Args:
+        path: the directory.
+        file_bytes: of the weights.
+        deviation: of the outputs for random tokens, the norm of the difference relative to that of the output.
+    """
+
+    path: Path
+    file_bytes: int
+    deviation: float
+
+
+def export(
+    model: PreTrainedModel | str | os.PathLike[str], path: str | os.PathLike[str], *, overwrite: bool = False
+) -> Exported:
+    """Write a model whose factors are of low rank as a checkpoint of plain layers.
+
+    Factors that are stored in integers become floats of the model's type. The tokenizer and what else lies beside the
+    weights of a directory comes along.
+
+    Args:
+        model: compressed by low rank; or its directory. It is left as it is.
+        path: the directory to make; it appears complete or not at all.
+        overwrite: replace what is there.
+
+    Raises:
+        ExportError: nothing is of low rank, or something is of another structure, or the class is not of transformers,
+            or the checkpoint does not compute the same.
+        ModelError: no such model.
+        OutputError: the path exists and `overwrite` is off, or it cannot be written.
+    """
+    source = None if isinstance(model, PreTrainedModel) else find(os.fspath(model))
+    check_output(path, overwrite=overwrite, inputs=() if source is None else (source,))
+    whole = copy.deepcopy(model) if isinstance(model, PreTrainedModel) else load_model(Path(source or ""), device="cpu")
+    whole.cpu().eval()
+    kind = type(whole)
+    loaders = _loaders(kind, compat.base_class(whole.config))
+    batch = accepted(whole)
+    if batch is None:
+        raise ExportError(f"{kind.__name__} runs on no input that can be made up, so that nothing could be compared")
+    expected = _output(whole, batch)
+    ranks = _split(whole)
+    config: Any = whole.config
+    detach(whole)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    setattr(config, RANKS, ranks)
+    names = list(dict.fromkeys(loaders.values()))
+    module = FILE.removesuffix(".py")
+    config.auto_map = {auto: f"{module}.LowRank{name}" for auto, name in loaders.items()}
+    code = SOURCE.format(kind=kind.__name__, ranks=RANKS, imports=", ".join(sorted(names)))
+    code += "".join(CLASS.format(kind=name, ranks=RANKS) for name in names)
+    with output_directory(path, overwrite=overwrite) as directory:
+        whole.save_pretrained(directory)
+        (directory / FILE).write_text(code, encoding="utf-8")
+        if source is not None:
+            copy_companions(source, directory, without=("README.md",))
+        deviation = _deviation(directory, f"LowRank{kind.__name__}", batch, expected)
+        size = sum(file.stat().st_size for file in directory.glob("*.safetensors"))
+    return Exported(Path(path), size, deviation)
+
+
+def _loaders(kind: type[PreTrainedModel], base: type[PreTrainedModel] | None) -> dict[str, str]:
+    """Which classes of transformers load this one, and its part without a head, with the names of these.
+
+    Raises:
+        ExportError: transformers does not have the class.
+    """
+    if getattr(transformers, kind.__name__, None) is not kind:
+        raise ExportError(f"{kind.__name__} is no class of transformers, on whose code the checkpoint would build")
+    found = {} if base is None else {"AutoModel": base.__name__}
+    return found | dict.fromkeys(compat.auto_classes(kind), kind.__name__)
+
+
+def _split(model: PreTrainedModel) -> dict[str, int]:
+    """Put pairs of layers in the place of low rank, and plain ones in that of dense matrices; the ranks by name."""
+    ranks: dict[str, int] = {}
+    factorized = {name: m for name, m in model.named_modules() if isinstance(m, FactorizedMatrix)}
+    head = embeddings_of(model, "output_embeddings")
+    for name, layer in factorized.items():
+        if not isinstance(layer.spec, (LowRank, Dense)):
+            raise ExportError(
+                f"'{name}' is stored as {layer.spec}, and pairs of nn.Linear are low rank: compress by svd, fwsvd or "
+                "whitened, or multiply the factors with model.dequantize()"
+            )
+        if isinstance(layer, FactorizedEmbedding) and head is not None and model.config.tie_word_embeddings:
+            raise ExportError(f"'{name}' is a table in factors that the head shares: leave it dense (--scope blocks)")
+    if not any(isinstance(layer.spec, LowRank) for layer in factorized.values()):
+        raise ExportError(f"{type(model).__name__} has no layer of low rank: save it as it is")
+    with torch.no_grad():
+        for name, layer in factorized.items():
+            if isinstance(layer.spec, LowRank):
+                ranks[name] = layer.spec.rank
+            replace_module(model, layer, _plain(layer).train(layer.training))
+    return ranks
+
+
+def _plain(layer: FactorizedMatrix) -> nn.Module:
+    """One layer, or two, of torch."""
+    factors, bias = layer.floats(), getattr(layer, "bias", None)
+    if isinstance(layer.spec, Dense):
+        return _layer(layer, layer.to_dense(), bias)
+    weight, right = factors["weight"], factors["right"]
+    if isinstance(layer, FactorizedEmbedding):
+        return nn.Sequential(_layer(layer, weight, None), _linear(right.T, None))
+    return nn.Sequential(_linear(right, None), _linear(weight, bias))
+
+
+def _layer(layer: FactorizedMatrix, weight: Tensor, bias: Tensor | None) -> nn.Module:
+    if not isinstance(layer, FactorizedEmbedding):
+        return _linear(weight, bias)
+    with torch.device("meta"):
+        new = nn.Embedding(*weight.shape, padding_idx=layer.padding_idx)
+    new.weight = nn.Parameter(weight.detach().clone())
+    return new
+
+
+def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    with torch.device("meta"):
+        new = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None)
+    new.weight = nn.Parameter(weight.detach().clone(memory_format=torch.contiguous_format))
+    if bias is not None:
+        new.bias = nn.Parameter(bias.detach().clone())
+    return new
+
+
+@torch.inference_mode()
+def _output(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> Tensor:
+    return model(**batch)[0].float()
+
+
+def _deviation(directory: Path, name: str, batch: Mapping[str, Tensor], expected: Tensor) -> float:
+    """How far the output of a checkpoint is from the one expected; `ExportError` if that is more than the tolerance."""
+    module = f"factorformer_exported_{id(expected)}"
+    described = importlib.util.spec_from_file_location(module, directory / FILE)
+    assert described is not None
+    assert described.loader is not None
+    code = importlib.util.module_from_spec(described)
+    sys.modules[module] = code  # where transformers looks for the source of a class
+    try:
+        described.loader.exec_module(code)
+        found = _output(getattr(code, name).from_pretrained(directory).eval(), batch)
+    finally:
+        del sys.modules[module]
+    deviation = float((found - expected).norm() / expected.norm().clamp_min(torch.finfo(torch.float32).tiny))
+    if not deviation <= TOLERANCE:
+        raise ExportError(f"{name} deviates by {deviation:.2g} of the output, more than the {TOLERANCE:g} allowed")
+    return deviation

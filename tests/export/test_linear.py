@@ -1,0 +1,100 @@
+"""Low rank as plain layers: loads where this package cannot be imported, and computes the same."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import transformers as tf
+from safetensors.torch import load_file, save_file
+from tests.tiny import MODELS, logits
+
+import factorformer
+from factorformer.errors import ExportError, OutputError
+from factorformer.export import linear
+
+ALONE = """
+import sys
+sys.modules["factorformer"] = None
+import torch, transformers
+from safetensors.torch import load_file, save_file
+path, auto, inputs, out = sys.argv[1:]
+model = getattr(transformers, auto).from_pretrained(path, trust_remote_code=True).eval()
+assert not any(p.is_meta for p in model.parameters())
+with torch.inference_mode():
+    save_file({"output": model(**load_file(inputs))[0].contiguous()}, out)
+print(type(model).__name__)
+"""
+
+
+def compressed(name: str, **options: object) -> tf.PreTrainedModel:
+    model = MODELS[name].build()
+    factorformer.compress(model, factorformer.plan(model, "svd", **{"ratio": 2, **options}))
+    return model.eval()
+
+
+def alone(path: Path, auto: str, inputs: dict[str, torch.Tensor], folder: Path) -> tuple[str, torch.Tensor]:
+    """The class, and what it makes of inputs, in a process that cannot import this package."""
+    given, made = folder / "given.safetensors", folder / "made.safetensors"
+    save_file(inputs, given)
+    environment = {**os.environ, "HF_MODULES_CACHE": str(folder / "modules"), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-c", ALONE, *map(str, (path, auto, given, made))]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout.strip(), load_file(made)["output"]
+
+
+@pytest.mark.parametrize("name", ["roberta", "gpt2"])
+def test_it_loads_without_the_package(name: str, tmp_path: Path) -> None:
+    model, inputs = compressed(name), MODELS[name].inputs()
+    expected = logits(model, inputs)
+    done = linear.export(model, tmp_path / "plain")
+    assert done.deviation < 1e-5
+    assert torch.equal(logits(model, inputs), expected)  # it is left as it is
+    kind, found = alone(tmp_path / "plain", MODELS[name].auto.__name__, inputs, tmp_path)
+    assert kind == f"LowRank{type(model).__name__}"
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    stored = load_file(tmp_path / "plain" / "model.safetensors")
+    assert sum(t.nbytes for t in stored.values()) < 1.02 * sum(p.nbytes for p in model.parameters())
+    assert any(key.endswith(".0.weight") for key in stored)
+
+
+def test_the_part_without_a_head(tmp_path: Path) -> None:
+    model, inputs = compressed("roberta"), MODELS["roberta"].inputs()
+    linear.export(model, tmp_path / "plain")
+    kind, found = alone(tmp_path / "plain", "AutoModel", inputs, tmp_path)
+    assert kind == "LowRankRobertaModel"
+    with torch.inference_mode():
+        expected = model.roberta(**inputs).last_hidden_state
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_integers_and_tables_become_floats(tmp_path: Path) -> None:
+    model, inputs = compressed("roberta", scope="all", int8=True, ratio=5), MODELS["roberta"].inputs()
+    expected = logits(model, inputs)
+    linear.export(model, tmp_path / "plain")
+    stored = load_file(tmp_path / "plain" / "model.safetensors")
+    assert {t.dtype for t in stored.values()} == {torch.float32}
+    _, found = alone(tmp_path / "plain", MODELS["roberta"].auto.__name__, inputs, tmp_path)
+    torch.testing.assert_close(found, expected, rtol=0.05, atol=0.05)
+
+
+def test_what_is_not_of_low_rank_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match="has no layer of low rank"):
+        linear.export(MODELS["bert"].build(), tmp_path / "plain")
+    model = MODELS["bert"].build()
+    factorformer.compress(model, factorformer.plan(model, "dense_sparse_plain", ratio=2))
+    with pytest.raises(ExportError, match=r"'bert\.encoder.*' is stored as .*dequantize"):
+        linear.export(model, tmp_path / "plain")
+    tied = compressed("bert", scope="all")
+    with pytest.raises(ExportError, match=r"'bert\.embeddings.*' is a table in factors that the head shares"):
+        linear.export(tied, tmp_path / "plain")
+    (tmp_path / "plain").mkdir()
+    (tmp_path / "plain" / "mine").touch()
+    with pytest.raises(OutputError, match="plain"):
+        linear.export(compressed("bert"), tmp_path / "plain")
+    assert [file.name for file in (tmp_path / "plain").iterdir()] == ["mine"]
