@@ -38,7 +38,7 @@ from typing import Any
 
 import sentences
 import torch
-from common import RESULTS, TASKS, append_line, default_data, machine, options, read_lines, start
+from common import RESULTS, TASKS, append_line, commit, default_data, machine, options, read_lines, start
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModel, AutoTokenizer
@@ -146,23 +146,32 @@ def compressed(source: Path, output: Path, ratio: float, *more: object) -> dict[
     with contextlib.suppress(OSError, ValueError):
         known = json.loads(record.read_text(encoding="utf-8"))
         run = known if known.get("command") == command else run
+    if not output.exists() or run.get("commit") != commit():
+        run.pop("result", None)  # made by other code, or gone
     before = run["seconds"]
     if "result" not in run:
+        run["commit"] = commit()
         resumes = begun_at(output.with_name(f".{output.name}.training") / "checkpoints") is not None and before > 0
-        again, before, began = "--resume" if resumes else "--overwrite", before if resumes else 0.0, time.perf_counter()
-        with subprocess.Popen([*command, again, "--json"], stdout=subprocess.PIPE, text=True) as process:
+        before, began = before if resumes else 0.0, time.perf_counter()
+        again = ["--overwrite", *(["--resume"] if resumes else [])]
+        with subprocess.Popen([*command, *again, "--json"], stdout=subprocess.PIPE, text=True) as process:
             said = None
             while said is None:
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     said, _ = process.communicate(timeout=10)
                 run["seconds"] = before + time.perf_counter() - began
-                record.write_text(json.dumps(run), encoding="utf-8")
+                _keep(record, run)
         if process.returncode:
             raise SystemExit(f"compress ended with {process.returncode}")
         run["result"] = json.loads(said)
-        record.write_text(json.dumps(run), encoding="utf-8")
+        _keep(record, run)
         return {**run["result"], "before": before}
     return {**run["result"], "before": run["seconds"]}
+
+
+def _keep(record: Path, run: dict[str, Any]) -> None:
+    with whole_file(record, "what a run took so far") as partial:
+        partial.write_text(json.dumps(run), encoding="utf-8")
 
 
 def fewer_layers(source: Path, output: Path, limit: int) -> int:

@@ -26,9 +26,6 @@ from factorformer.structures import LowRank
 REPEATS = 7
 """Products of each size and way; the fastest counts."""
 
-COPIED = 2**26
-"""Bytes that are copied to see how fast memory is: more than caches hold."""
-
 Size = tuple[int, int, int]
 """Tokens, inputs and outputs of a product."""
 
@@ -40,12 +37,15 @@ class Work:
     Args:
         products: sizes of all products with weights, each as often as it occurs.
         attention: sequences times heads, tokens of each, and width of a head, by layers.
-        bytes: of weights, as they are stored.
     """
 
     products: tuple[Size, ...]
     attention: tuple[tuple[int, int, int], ...]
-    bytes: int
+
+    @property
+    def weights(self) -> int:
+        """Values of all matrices."""
+        return sum(inner * out for _, inner, out in self.products)
 
     @property
     def flops(self) -> int:
@@ -56,10 +56,9 @@ class Work:
 
 def work_of(model: PreTrainedModel, batch: int, tokens: int) -> Work:
     """The products, attention and weights of a model's blocks, for texts without padding."""
-    config, products, stored = model.config, [], 0
+    config, products = model.config, []
     blocks = [model.get_submodule(name) for name in find_blocks(model)]
     for block in blocks:
-        stored += sum(t.numel() * t.element_size() for t in (*block.parameters(), *block.buffers()))
         for layer in block.modules():
             if isinstance(layer, nn.Linear):
                 products.append((batch * tokens, layer.in_features, layer.out_features))
@@ -70,7 +69,7 @@ def work_of(model: PreTrainedModel, batch: int, tokens: int) -> Work:
                 products += [(batch * tokens, a, b) for a, b in itertools.pairwise(sizes)]
     heads = config.num_attention_heads
     attention = [(batch * heads, tokens, config.hidden_size // heads)] * len(blocks)
-    return Work(tuple(products), tuple(attention), stored)
+    return Work(tuple(products), tuple(attention))
 
 
 def _fastest(runs: Iterable[Callable[[], object]]) -> float:
@@ -110,26 +109,26 @@ def _attention(heads: int, tokens: int, width: int, kind: str) -> list[Callable[
 def floors(work: Work) -> dict[str, dict[str, float]]:
     """By type, `fp32`, `bf16` and `int8`: milliseconds at least, and the rates from which they follow.
 
-    Attention is in bfloat16 where products are in int8. `gflops` is the rate of all products together, `copied` is
-    gigabytes that are read and as many that are written in a second; weights in the memory of the model's type.
+    Attention is in bfloat16 where products are in int8. `gflops` is the rate of all products together; `read` is half
+    of the milliseconds in which the weights are copied.
     """
-    source = torch.zeros(COPIED // 4)
-    target = torch.empty_like(source)
-    copied = COPIED / _fastest([lambda: target.copy_(source)]) / 1e9
     found = {}
-    for kind in ("fp32", "bf16", "int8"):
-        seconds = {size: _fastest(_products(size, kind)) for size in set(work.products)}
-        between = {size: _fastest(_attention(*size, kind)) for size in set(work.attention)}
-        products = sum(seconds[size] for size in work.products)
-        attention = sum(between[size] for size in work.attention)
+    for kind, size in (("fp32", 4), ("bf16", 2), ("int8", 1)):
+        source = torch.zeros(work.weights * size, dtype=torch.uint8)
+        target = torch.empty_like(source)
+        read = _fastest([lambda source=source, target=target: target.copy_(source)]) / 2
+        seconds = {of: _fastest(_products(of, kind)) for of in set(work.products)}
+        between = {of: _fastest(_attention(*of, kind)) for of in set(work.attention)}
+        products = sum(seconds[of] for of in work.products)
+        attention = sum(between[of] for of in work.attention)
         flops = sum(2 * tokens * inner * out for tokens, inner, out in work.products)
-        least = max(products, work.bytes / (2e9 * copied)) + attention
+        least = max(products, read) + attention
         found[kind] = {
             "milliseconds": round(1e3 * least, 4),
             "products": round(1e3 * products, 4),
             "attention": round(1e3 * attention, 4),
             "gflops": round(flops / products / 1e9, 1),
-            "copied": round(copied, 2),
+            "read": round(1e3 * read, 4),
         }
     return found
 

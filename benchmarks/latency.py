@@ -428,7 +428,7 @@ def main() -> None:
     threads = torch.get_num_threads()
     lines = [row for row in read_lines(args.output) if row["machine"]["threads"] == threads and not args.again]
     name = called(args.model)
-    done = {(row["method"], row["asked_ratio"], row["shape"]) for row in lines if row.get("model", "minilm") == name}
+    done = {(row["method"], row["asked_ratio"], row["shape"]) for row in lines if row.get("model") == name}
     field: Field | None = None
     for method in args.methods:
         for ratio in args.ratios:

@@ -142,8 +142,10 @@ def fused_latency() -> list[str]:
 def _against_fastest(row: Row) -> tuple[dict[str, float], dict[str, float]]:
     """Speed of each over that of the fastest dense one of other makers, and milliseconds."""
     speeds = {result["name"]: result["speedup"]["median"] for result in row["results"]}
-    others = [speed for name, speed in speeds.items() if name.startswith("dense") and "fused" not in name]
-    others = [speed for speed in others if speed] or [1.0]
+    made_here = ("fused", "our export")
+    others = [
+        s for name, s in speeds.items() if name.startswith("dense") and not any(word in name for word in made_here)
+    ]
     times = {result["name"]: result["milliseconds"]["median"] for result in row["results"]}
     return {name: speed / max(others) for name, speed in speeds.items()}, times
 
@@ -154,7 +156,7 @@ def _over_floor(row: Row) -> dict[str, str]:
     if not floors:
         return {}
     kind = "int8" if row["method"].endswith(":int8") else "fp32"
-    (took,) = (r["milliseconds"]["median"] for r in row["results"] if r["name"] == "ours, fused")
+    took = next(r["milliseconds"]["median"] for r in row["results"] if r["name"] == "ours, fused")
     least = floors["ours"][kind]["milliseconds"]
     found = {f"floor, dense, {each}": f"{floors['dense'][each]['milliseconds']:.3g} ms" for each in ("bf16", "int8")}
     found |= {f"floor, factors, {kind}": f"{least:.3g} ms", "ours, fused, over that": f"{took / least:.2f}"}

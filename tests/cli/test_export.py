@@ -109,3 +109,23 @@ def test_what_cannot_be_exported_is_refused_before_weights_are_read(
     check_exportable(find_layout(str(tmp_path / "bert")))
     monkeypatch.setattr("factorformer.hf.source.load", lambda *_, **__: pytest.fail("weights were read"))
     check(run("export", tmp_path / "t5"), "T5ForConditionalGeneration.*generates")
+
+
+def test_plain_layers(run: Any, base: Path, tmp_path: Path) -> None:
+    small, plain = tmp_path / "small", tmp_path / "small-linear"
+    assert run("compress", base, small, "--method", "svd", "--ratio", 2).exit_code == 0
+    done = run("export", small, "--to", "linear", "--json")
+    assert done.exit_code == 0, done.output
+    assert {"config.json", "model.safetensors", "modeling_low_rank.py", "modules.json", "1_Pooling"} <= {
+        file.name for file in plain.iterdir()
+    }
+    assert not (plain / "README.md").exists()
+    found = json.loads(done.stdout)
+    assert found["metrics"]["file_bytes"] == (plain / "model.safetensors").stat().st_size
+    assert found["metrics"]["deviation"] < 1e-4
+    assert found["output"] == str(plain)
+    assert run("export", small, "--to", "linear").exit_code == 2
+    assert run("export", small, "--to", "linear", "--overwrite").exit_code == 0
+    refused = run("export", small, "--to", "linear", "--int8", "--overwrite")
+    assert refused.exit_code == 2
+    assert "for --to onnx" in refused.stderr

@@ -207,6 +207,44 @@ def test_weights_that_change(bert: tf.PreTrainedModel, calls: list[int]) -> None
     assert len(calls) == tried + 5
 
 
+def test_a_fused_optimizer(bert: tf.PreTrainedModel) -> None:
+    """Whose writes no tensor counts."""
+    inputs = batch(2, 7, padded=False)
+    fuse(bert, "int8")
+    before = states(bert, inputs)
+    bert.train()
+    optimizer = torch.optim.AdamW(bert.parameters(), lr=0.1, fused=True)
+    bert(**inputs).last_hidden_state.square().sum().backward()
+    optimizer.step()
+    after = states(bert.eval(), inputs)
+    assert (after - before).norm() > 0.1 * before.norm()
+    assert torch.equal(after, states(fuse(copy.deepcopy(bert), "int8"), inputs))
+
+
+def test_layers_of_other_sizes_and_makes(bert: tf.PreTrainedModel, calls: list[int]) -> None:
+    inputs = batch(3, 40)
+    block = bert.encoder.layer[1]
+    block.intermediate.dense, block.output.dense = nn.Linear(48, 700), nn.Linear(700, 48)
+    found = states(fuse(copy.deepcopy(bert)), inputs)
+    assert len(calls) == 2
+    assert_close(found, states(bert, inputs), inputs["attention_mask"], BOUNDS["float32"])
+
+    class Other(type(block.attention.self)):
+        pass
+
+    for change in (
+        lambda layer: setattr(layer.attention.self, "value", nn.Linear(48, 52)),
+        lambda layer: setattr(layer, "attention", nn.Identity()),
+        lambda layer: setattr(layer.attention.self, "__class__", Other),
+        lambda layer: setattr(layer.output, "forward", lambda x, y: y),
+        lambda layer: setattr(layer.output, "LayerNorm", nn.LayerNorm(48, elementwise_affine=False)),
+    ):
+        twin = copy.deepcopy(bert)
+        assert stacks_of(twin)
+        change(twin.encoder.layer[0])
+        assert not stacks_of(twin)
+
+
 def test_training_and_other_types(bert: tf.PreTrainedModel, calls: list[int]) -> None:
     inputs = batch(2, 7)
     twin, tried = fuse(copy.deepcopy(bert)), len(calls)

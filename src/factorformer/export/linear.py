@@ -1,16 +1,17 @@
 """Low rank as pairs of `nn.Linear`: a checkpoint that loads without this package.
 
 Beside the weights lies a small file of Python, which `from_pretrained(..., trust_remote_code=True)` runs: it puts two
-layers in the place of one wherever the configuration says so. Servers with a backend of transformers take it so too.
+layers in the place of one wherever the configuration says so.
 """
 
 from __future__ import annotations
 
 import copy
 import dataclasses
-import importlib.util
+import json
 import os
 import sys
+import types
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,18 +19,18 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
 from factorformer.errors import ExportError
 from factorformer.files import check_output, output_directory
 from factorformer.hf import compat
 from factorformer.hf.attachment import detach
-from factorformer.hf.source import copy_companions, find, load_model
+from factorformer.hf.source import copy_companions, find, load_model, place_of_weights
 from factorformer.layers.dummies import accepted
-from factorformer.layers.embeddings import embeddings_of
 from factorformer.layers.nn import FactorizedEmbedding, FactorizedMatrix
 from factorformer.layers.surgery import replace_module
-from factorformer.structures import Dense, LowRank
+from factorformer.structures import Dense, LowRank, integers
 
 FILE = "modeling_low_rank.py"
 RANKS = "low_rank"
@@ -47,6 +48,10 @@ from torch import nn
 from transformers import {imports}
 
 
+class LowRank{config}({config}):
+    model_type = "low_rank_{type}"
+
+
 def split(model, ranks):
     for path, rank in ranks.items():
         for name in (path, path.removeprefix(model.base_model_prefix + ".")):
@@ -57,19 +62,23 @@ def split(model, ranks):
                 continue
             if isinstance(old, nn.Embedding):
                 rows, width = old.weight.shape
-                first = nn.Embedding(rows, rank, padding_idx=old.padding_idx)
-                second = nn.Linear(rank, width, bias=False)
+                new = nn.Sequential(
+                    nn.Embedding(rows, rank, padding_idx=old.padding_idx), nn.Linear(rank, width, bias=False)
+                )
             else:
                 out, inner = old.weight.shape if isinstance(old, nn.Linear) else reversed(old.weight.shape)
-                first = nn.Linear(inner, rank, bias=False)
-                second = nn.Linear(rank, out, bias=old.bias is not None)
-            setattr(model.get_submodule(parent), last, nn.Sequential(first, second))
+                bias = old.bias is not None
+                pair = (nn.Linear(inner, rank, bias=False), nn.Linear(rank, out, bias=bias)) if rank else ()
+                new = nn.Sequential(*pair) if rank else nn.Linear(inner, out, bias=bias)
+            setattr(model.get_submodule(parent), last, new)
             break
 '''
 
 CLASS = """
 
 class LowRank{kind}({kind}):
+    config_class = LowRank{config}
+
     def __init__(self, config, *args, **kwargs):
         super().__init__(config, *args, **kwargs)
         split(self, config.{ranks})
@@ -96,8 +105,8 @@ def export(
 ) -> Exported:
     """Write a model whose factors are of low rank as a checkpoint of plain layers.
 
-    Factors that are stored in integers become floats of the model's type. The tokenizer and what else lies beside the
-    weights of a directory comes along.
+    Factors that are stored in integers become floats of the model's type; what they are compared with are products of
+    the same values in floats. The tokenizer and what else lies beside the weights of a directory comes along.
 
     Args:
         model: compressed by low rank; or its directory. It is left as it is.
@@ -121,24 +130,40 @@ def export(
         raise ExportError(f"{kind.__name__} runs on no input that can be made up, so that nothing could be compared")
     expected = _output(whole, batch)
     ranks = _split(whole)
-    config: Any = whole.config
     detach(whole)
+    whole.tie_weights()
+    config: Any = whole.config
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    setattr(config, RANKS, ranks)
-    names = list(dict.fromkeys(loaders.values()))
+    code = _code(config, list(dict.fromkeys([kind.__name__, *loaders.values()])))
     module = FILE.removesuffix(".py")
-    config.auto_map = {auto: f"{module}.LowRank{name}" for auto, name in loaders.items()}
-    code = SOURCE.format(kind=kind.__name__, ranks=RANKS, imports=", ".join(sorted(names)))
-    code += "".join(CLASS.format(kind=name, ranks=RANKS) for name in names)
+    described = {
+        "architectures": [f"LowRank{kind.__name__}"],
+        "auto_map": {auto: f"{module}.LowRank{name}" for auto, name in loaders.items()},
+        "model_type": f"low_rank_{config.model_type}",  # so that nothing takes it for the original and draws the rest
+        RANKS: ranks,
+    }
+    described["auto_map"]["AutoConfig"] = f"{module}.LowRank{type(config).__name__}"
     with output_directory(path, overwrite=overwrite) as directory:
-        whole.save_pretrained(directory)
-        (directory / FILE).write_text(code, encoding="utf-8")
+        folder = directory if source is None else directory / place_of_weights(source)
+        whole.save_pretrained(folder)
+        file = folder / "config.json"
+        known = json.loads(file.read_text(encoding="utf-8"))
+        file.write_text(json.dumps({**known, **described}, indent=2) + "\n", encoding="utf-8")
+        (folder / FILE).write_text(code, encoding="utf-8")
         if source is not None:
             copy_companions(source, directory, without=("README.md",))
-        deviation = _deviation(directory, f"LowRank{kind.__name__}", batch, expected)
-        size = sum(file.stat().st_size for file in directory.glob("*.safetensors"))
+        deviation = _deviation(folder, f"LowRank{kind.__name__}", batch, expected)
+        size = sum(weights.stat().st_size for weights in folder.glob("*.safetensors"))
     return Exported(Path(path), size, deviation)
+
+
+def _code(config: Any, names: list[str]) -> str:
+    """The file of Python."""
+    known = {"config": type(config).__name__, "ranks": RANKS}
+    imports = ", ".join(sorted({type(config).__name__, *names}))
+    code = SOURCE.format(kind=names[0], imports=imports, type=config.model_type, **known)
+    return code + "".join(CLASS.format(kind=name, **known) for name in names)
 
 
 def _loaders(kind: type[PreTrainedModel], base: type[PreTrainedModel] | None) -> dict[str, str]:
@@ -157,28 +182,31 @@ def _split(model: PreTrainedModel) -> dict[str, int]:
     """Put pairs of layers in the place of low rank, and plain ones in that of dense matrices; the ranks by name."""
     ranks: dict[str, int] = {}
     factorized = {name: m for name, m in model.named_modules() if isinstance(m, FactorizedMatrix)}
-    head = embeddings_of(model, "output_embeddings")
+    ties = compat.expanded_ties(model, whole=True)
+    tied = {name.rpartition(".")[0] for pair in ties.items() for name in pair}
     for name, layer in factorized.items():
         if not isinstance(layer.spec, (LowRank, Dense)):
             raise ExportError(
                 f"'{name}' is stored as {layer.spec}, and pairs of nn.Linear are low rank: compress by svd, fwsvd or "
-                "whitened, or multiply the factors with model.dequantize()"
+                "whitened, or save the materialized matrices (model.dequantize())"
             )
-        if isinstance(layer, FactorizedEmbedding) and head is not None and model.config.tie_word_embeddings:
-            raise ExportError(f"'{name}' is a table in factors that the head shares: leave it dense (--scope blocks)")
+        if isinstance(layer.spec, LowRank) and name in tied:
+            raise ExportError(f"'{name}' is in factors, and tied to another layer: leave it dense (--scope blocks)")
     if not any(isinstance(layer.spec, LowRank) for layer in factorized.values()):
         raise ExportError(f"{type(model).__name__} has no layer of low rank: save it as it is")
     with torch.no_grad():
         for name, layer in factorized.items():
             if isinstance(layer.spec, LowRank):
                 ranks[name] = layer.spec.rank
+            elif not isinstance(layer, FactorizedEmbedding):
+                ranks[name] = 0  # of one plain layer, whatever the class had in its place
             replace_module(model, layer, _plain(layer).train(layer.training))
     return ranks
 
 
 def _plain(layer: FactorizedMatrix) -> nn.Module:
     """One layer, or two, of torch."""
-    factors, bias = layer.floats(), getattr(layer, "bias", None)
+    factors, bias = integers.floats(layer.multiplied), getattr(layer, "bias", None)
     if isinstance(layer.spec, Dense):
         return _layer(layer, layer.to_dense(), bias)
     weight, right = factors["weight"], factors["right"]
@@ -205,24 +233,23 @@ def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
     return new
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def _output(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> Tensor:
-    return model(**batch)[0].float()
+    """The first output, of products in floats: where operators are counted, kernels leave them to torch."""
+    with FlopCounterMode(display=False):
+        return model(**batch)[0].float()
 
 
 def _deviation(directory: Path, name: str, batch: Mapping[str, Tensor], expected: Tensor) -> float:
     """How far the output of a checkpoint is from the one expected; `ExportError` if that is more than the tolerance."""
-    module = f"factorformer_exported_{id(expected)}"
-    described = importlib.util.spec_from_file_location(module, directory / FILE)
-    assert described is not None
-    assert described.loader is not None
-    code = importlib.util.module_from_spec(described)
-    sys.modules[module] = code  # where transformers looks for the source of a class
+    module = types.ModuleType(f"factorformer_exported_{id(expected)}")
+    module.__file__ = str(directory / FILE)
+    sys.modules[module.__name__] = module  # where transformers looks for the source of a class
     try:
-        described.loader.exec_module(code)
-        found = _output(getattr(code, name).from_pretrained(directory).eval(), batch)
+        exec(compile((directory / FILE).read_text(encoding="utf-8"), module.__file__, "exec"), vars(module))
+        found = _output(getattr(module, name).from_pretrained(directory).eval(), batch)
     finally:
-        del sys.modules[module]
+        del sys.modules[module.__name__]
     deviation = float((found - expected).norm() / expected.norm().clamp_min(torch.finfo(torch.float32).tiny))
     if not deviation <= TOLERANCE:
         raise ExportError(f"{name} deviates by {deviation:.2g} of the output, more than the {TOLERANCE:g} allowed")

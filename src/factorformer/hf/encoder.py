@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.activations import GELUActivation
-from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
+from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPastAndCrossAttentions
 
 from factorformer.hf import compat
 from factorformer.kernels import Dense, served
@@ -58,6 +59,9 @@ LAYOUTS: Mapping[str, Mapping[str, str]] = {
 }
 """Where the parts of a layer are, by its class in transformers."""
 
+PLAIN = ("models.mpnet.", "models.distilbert.")
+"""Where stacks return nothing but hidden states and attentions, no keys and values of the past."""
+
 INDIFFERENT = ("position_ids", "use_cache", "return_dict")
 """Arguments of a stack that change nothing of what its layers make."""
 
@@ -70,33 +74,58 @@ DISTANCES = 512
 
 def stacks_of(model: nn.Module) -> dict[str, nn.Module]:
     """Modules whose layers, one after the other, are all of a kind that the kernels know, by name."""
-    config = getattr(model, "config", None)
-    if getattr(config, "is_decoder", False) or getattr(config, "add_cross_attention", False):
-        return {}
     return {name: module for name, module in model.named_modules() if _layers(module)}
 
 
 def _layers(stack: nn.Module) -> list[dict[str, Any]]:
-    """The parts of each layer, by name; none where one is not known."""
+    """The parts of each layer, by name; none where one is not known, or they do not fit together."""
     layers = getattr(stack, "layer", None)
     if not isinstance(layers, nn.ModuleList):
         return []
     found = [_parts(layer) for layer in layers]
-    return [parts for parts in found if parts] if all(found) else []
+    same = {(parts.get("heads"), parts["query"].in_features if parts else 0) for parts in found}
+    return found if all(found) and len(same) == 1 else []
 
 
 def _parts(layer: nn.Module) -> dict[str, Any]:
+    """The parts of a layer, by name, and the number of its heads; none unless all of it is as in transformers."""
     kind = f"{type(layer).__module__}.{type(layer).__qualname__}".removeprefix("transformers.")
-    layout = LAYOUTS.get(kind)
-    if layout is None:
+    layout, inside = LAYOUTS.get(kind), list(layer.modules())
+    if layout is None or not all(_is_known(module) for module in inside):
         return {}
-    parts = {name: layer.get_submodule(path) for name, path in layout.items()}
+    parts: dict[str, Any] = {name: _part(layer, path) for name, path in layout.items()}
     for name, part in parts.items():
         if type(part) not in ((nn.LayerNorm,) if name.startswith("after") else (nn.Linear, FactorizedLinear)):
             return {}
-    activations = [m for m in layer.modules() if type(m) in (GELUActivation, nn.GELU)]
+        if name.startswith("after") and (part.weight is None or part.bias is None):
+            return {}
+    activations = [m for m in inside if type(m) in (GELUActivation, nn.GELU)]
     exact = len(activations) == 1 and getattr(activations[0], "approximate", "none") == "none"
-    return parts if exact else {}
+    heads = {getattr(m, "num_attention_heads", getattr(m, "n_heads", None)) for m in inside} - {None}
+    decodes = any(getattr(m, "is_decoder", False) or getattr(m, "is_causal", False) for m in inside)
+    if not exact or decodes or len(heads) != 1 or not _fit(parts, *heads):
+        return {}
+    return {**parts, "heads": heads.pop()}
+
+
+def _part(layer: nn.Module, path: str) -> nn.Module | None:
+    try:
+        return layer.get_submodule(path)
+    except AttributeError:  # something stands in its place
+        return None
+
+
+def _is_known(module: nn.Module) -> bool:
+    """Whether a module does what its class in torch, in transformers or here says."""
+    known = ("torch.nn.", "transformers.models.", "transformers.activations", "factorformer.layers.")
+    return type(module).__module__.startswith(known) and "forward" not in vars(module)
+
+
+def _fit(parts: Mapping[str, Any], heads: int) -> bool:
+    width, inner = parts["query"].in_features, parts["up"].out_features
+    sizes = {name: (part.out_features, part.in_features) for name, part in parts.items() if "after" not in name}
+    wanted = {**dict.fromkeys(sizes, (width, width)), "up": (inner, width), "down": (width, inner)}
+    return sizes == wanted and width % heads == 0
 
 
 def _linear(layer: nn.Linear | FactorizedLinear) -> Linear:
@@ -119,49 +148,51 @@ class FusedForward:
 
     Args:
         stack: the module, one of `stacks_of`.
-        config: of the model.
         products: in which type they are made; None for each as its matrix is stored.
     """
 
-    def __init__(self, stack: nn.Module, config: Any, products: Products | None) -> None:
+    def __init__(self, stack: nn.Module, products: Products | None) -> None:
         self.stack: Any = stack
-        self.config = config
         self.products: Products | None = products
-        self._forget()
-
-    def _forget(self) -> None:
-        self._encoder: Encoder | None = None
-        self._made_of: Snapshot | None = None
-        self._factorized: list[FactorizedLinear] = []
+        self._made: _Made | None = None
         self._all_rows: tuple[int, int, Tensor, Tensor] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"stack": self.stack, "config": self.config, "products": self.products}
+        return {"stack": self.stack, "products": self.products}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._forget()
+        self.__init__(**state)
 
-    def __call__(self, hidden_states: Tensor, attention_mask: Tensor | None = None, *rest: Any, **others: Any) -> Any:
+    @property
+    def encoder(self) -> Encoder | None:
+        """What the kernels read; None before the first pass, and where they do not serve."""
+        return None if self._made is None else self._made.encoder
+
+    def __call__(self, hidden_states: Tensor, attention_mask: Any = None, *rest: Any, **others: Any) -> Any:
         """As the forward pass of the module."""
         found = None if rest else self._encoded(hidden_states, attention_mask, others)
         if found is None:
             return type(self.stack).forward(self.stack, hidden_states, attention_mask, *rest, **others)
         if others.get("return_dict") is False:
             return (found,)
-        return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=found)
+        plain = type(self.stack).__module__.removeprefix("transformers.").startswith(PLAIN)
+        return (BaseModelOutput if plain else BaseModelOutputWithPastAndCrossAttentions)(last_hidden_state=found)
 
-    def _encoded(self, x: Tensor, mask: Tensor | None, others: Mapping[str, Any]) -> Tensor | None:
+    def _encoded(self, x: Tensor, mask: Any, others: Mapping[str, Any]) -> Tensor | None:
         """What the layers make of hidden states `(batch, tokens, width)`; None where they have to do it themselves."""
-        if torch.compiler.is_compiling() or torch.is_grad_enabled() or self.stack.training or not served(x):
+        if torch.compiler.is_compiling():
+            return None
+        if torch.is_grad_enabled() or self.stack.training:
+            self._made = None  # fused optimizers change weights, and no tensor tells
             return None
         if any(value is not None and value is not False for name, value in others.items() if name not in INDIFFERENT):
             return None
-        if x.dim() != 3 or not x.numel() or compat.capturing() or not self._ready(x.shape[1]):
+        if not served(x) or x.dim() != 3 or not x.numel() or compat.capturing():
             return None
-        encoder = self._encoder
-        assert encoder is not None
         batch, length, width = x.shape
+        encoder = self._ready(length)
+        if encoder is None or encoder.width != width:
+            return None
         if mask is None:
             rows, starts = self._rows_of_all(batch, length)
         else:
@@ -172,48 +203,60 @@ class FusedForward:
             starts = F.pad(allowed.sum(1).cumsum(0), (1, 0))
         return encoder(x.reshape(-1, width).contiguous(), rows, starts).view(batch, length, width)
 
-    @property
-    def encoder(self) -> Encoder | None:
-        """What the kernels read; None before the first pass, and where they do not serve."""
-        return self._encoder
-
     def _rows_of_all(self, batch: int, length: int) -> tuple[Tensor, Tensor]:
         known = self._all_rows
         if known is None or known[:2] != (batch, length):
-            rows, starts = torch.arange(batch * length), torch.arange(batch + 1) * length
-            self._all_rows = known = batch, length, rows, starts
+            starts = torch.arange(batch + 1, device="cpu") * length
+            self._all_rows = known = batch, length, torch.arange(batch * length, device="cpu"), starts
         return known[2:]
 
-    def _ready(self, length: int) -> bool:
-        """Whether the encoder is there, made of the weights as they are, and nobody watches single layers."""
-        encoder, made_of = self._encoder, self._made_of
-        if any(layer.form is not None for layer in self._factorized):
-            return False
-        if encoder is None or made_of is None or not made_of.holds() or (encoder.reach and encoder.reach < length):
-            self._forget()
-            if not self._make(length):
-                return False
-        assert self._made_of is not None
-        return not self._made_of.hooked(CAPTURING)
+    def _ready(self, length: int) -> Encoder | None:
+        """The encoder, made of the weights as they are; None where it cannot be, or single layers are watched."""
+        made = self._made
+        if made is None or not made.of.holds() or (made.encoder.reach and made.encoder.reach < length):
+            self._made = made = self._make(length)
+        if made is None or made.of.hooked(CAPTURING) or any(layer.form is not None for layer in made.factorized):
+            return None
+        return made.encoder
 
-    def _make(self, length: int) -> bool:
-        layers, made_of = _layers(self.stack), Snapshot(self.stack)
-        self._factorized = [m for m in self.stack.modules() if isinstance(m, FactorizedLinear)]
-        known = all(t.is_cpu and t.dtype in (torch.float32, torch.int8, torch.uint8) for t in made_of.tensors)
-        if not layers or not known or any(layer.form is not None for layer in self._factorized):
-            return False
-        self._made_of = made_of
-        bias = None
+    def _make(self, length: int) -> _Made | None:
+        layers = _layers(self.stack)
+        factorized = [m for m in self.stack.modules() if isinstance(m, FactorizedLinear)]
+        if (
+            not layers
+            or any(layer.form is not None for layer in factorized)
+            or not all(map(_plain, _tensors(self.stack)))
+        ):
+            return None
+        bias, made_of = None, Snapshot(self.stack)
         if hasattr(self.stack, "relative_attention_bias"):  # MPNet's
             reach = max(length, DISTANCES)
-            ahead = -torch.arange(-reach, reach + 1)
+            ahead = -torch.arange(-reach, reach + 1, device="cpu")
             bias = self.stack.relative_attention_bias(self.stack.relative_position_bucket(ahead)).T
-        heads = getattr(self.config, "num_attention_heads", None) or self.config.n_heads
-        self._encoder = Encoder([_layer(parts) for parts in layers], heads, self.products, bias)
-        return True
+        encoder = Encoder([_layer(parts) for parts in layers], layers[0]["heads"], self.products, bias)
+        return _Made(encoder, made_of, factorized)
+
+
+class _Made(NamedTuple):
+    """What the kernels read, and what it was made of."""
+
+    encoder: Encoder
+    of: Snapshot
+    factorized: Sequence[FactorizedLinear]
+
+
+def _tensors(module: nn.Module) -> Iterator[Tensor]:
+    return itertools.chain(module.parameters(), module.buffers())
+
+
+def _plain(tensor: Tensor) -> bool:
+    """Whether a tensor keeps its values where its address says: other classes may keep them elsewhere."""
+    known = tensor.is_cpu and tensor.dtype in (torch.float32, torch.int8, torch.uint8)
+    return known and type(tensor) in (Tensor, nn.Parameter, nn.Buffer)
 
 
 def _layer(parts: Mapping[str, Any]) -> EncoderLayer:
+    parts = {name: part for name, part in parts.items() if name != "heads"}
     made: dict[str, Any] = {name: _linear(part) for name, part in parts.items() if not name.startswith("after")}
     made |= {name: Norm(p.weight, p.bias, p.eps) for name, p in parts.items() if name.startswith("after")}
     return EncoderLayer(**made)
@@ -225,8 +268,10 @@ def _in_one_piece(allowed: Tensor) -> bool:
     return bool((begins.sum(1) + allowed[:, 0] <= 1).all())
 
 
-def _allowed(mask: Tensor, batch: int, length: int) -> Tensor | None:
+def _allowed(mask: Any, batch: int, length: int) -> Tensor | None:
     """Which tokens are real, `(batch, length)`; None where queries see different ones, or some more than others."""
+    if not isinstance(mask, Tensor) or not (mask.dtype == torch.bool or mask.is_floating_point()):
+        return None
     if mask.dim() != 4 or mask.shape[0] not in (1, batch) or mask.shape[1] != 1 or mask.shape[3] != length:
         return None
     first = mask[:, 0, 0]

@@ -56,7 +56,7 @@ DEVIATION = 1e-2
 """Relative deviation of outputs that still is rounding in float32; three times that in smaller types."""
 
 ROUGHLY: dict[Products | None, float] = {None: 0.1, "float32": DEVIATION, "bfloat16": 0.05, "int8": 0.2}
-"""The same for layers in one call, by what their products are made in."""
+"""The same for layers in one call whose products are not all in float32, by what was asked for."""
 
 _unknown: set[str] = set()
 """Arguments met that are not known here."""
@@ -166,7 +166,7 @@ def in_one_call(model: PreTrainedModel, products: Products | None) -> Iterator[b
     stacks = list(stacks_of(model).values()) if known else []
     before = [vars(stack).get("forward") for stack in stacks]
     for stack in stacks:
-        stack.forward = FusedForward(stack, model.config, products)
+        stack.forward = FusedForward(stack, products)
     try:
         yield bool(stacks)
     finally:
@@ -188,11 +188,13 @@ def _set_stacks(model: PreTrainedModel, products: Products | None) -> set[nn.Mod
     for stack in stacks.values():
         vars(stack).pop("forward", None)
     before = _outputs(model) if stacks else None
-    for stack in stacks.values():
-        stack.forward = FusedForward(stack, model.config, products)
+    forwards = [FusedForward(stack, products) for stack in stacks.values()]
+    for stack, forward in zip(stacks.values(), forwards, strict=True):
+        stack.forward = forward
     after = None if before is None else _outputs(model)
     apart = float("inf") if before is None or after is None else _deviation(before, after)
-    if stacks and not apart <= ROUGHLY[products]:
+    exact = all(forward.encoder is not None and forward.encoder.exact for forward in forwards)
+    if stacks and not apart <= (DEVIATION if exact else ROUGHLY[products]):
         for stack in stacks.values():
             vars(stack).pop("forward", None)
         _say(f"the layers of {type(model).__name__} are not run in one call: outputs would differ by {apart:.2g}")

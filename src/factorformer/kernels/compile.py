@@ -95,6 +95,7 @@ def compile_library(
 
 
 def _build(compiler: list[str], output: Path, extra: tuple[str, ...], variants: Sequence[str]) -> None:
+    variants = [name for name in variants if name == "baseline" or _knows(compiler, (VARIANTS | FOR_TESTS)[name])]
     with tempfile.TemporaryDirectory(prefix=".kernels-", dir=output.parent) as folder:
         objects = [Path(folder, f"{name}.o") for name in (*variants, "library")]
         commands = [
@@ -110,6 +111,12 @@ def _build(compiler: list[str], output: Path, extra: tuple[str, ...], variants: 
         partial = Path(folder, output.name)
         _run([[*compiler, "-shared", *extra, *map(str, objects), "-o", str(partial)]])
         partial.replace(output)
+
+
+def _knows(compiler: list[str], flags: Sequence[str]) -> bool:
+    """Whether a compiler has these instructions: an older one builds the other variants."""
+    command = [*compiler, *flags, "-E", "-x", "c++", os.devnull]
+    return subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL).returncode == 0
 
 
 def _run(commands: list[list[str]]) -> None:

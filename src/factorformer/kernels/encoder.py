@@ -83,7 +83,9 @@ class Encoder:
         self, layers: Sequence[EncoderLayer], heads: int, products: Products | None, bias: Tensor | None = None
     ) -> None:
         self._kept: list[Tensor] = []
-        self._between, self._deepest, self._exact = 1, 1, True
+        self._between, self._deepest = 1, 1
+        self.exact = True
+        """Whether all products are made in float32, and attention with them."""
         self.width = layers[0].query.matrices[0].weight.shape[1]
         self.reach = 0 if bias is None else bias.shape[1] // 2
         numbers: list[int] = []
@@ -93,7 +95,7 @@ class Encoder:
                 numbers += self._linear(linear, products, scale if linear is layer.query else 1.0)
             for norm in layer[6:]:
                 numbers += self._norm(norm)
-        inner = layers[0].up.matrices[-1].weight.shape[0]
+        inner = max(layer.up.matrices[-1].weight.shape[0] for layer in layers)
         # What is read in whole vectors goes beyond the last distance.
         address = 0 if bias is None else self._keep(F.pad(bias.float().flatten(), (0, 64)))
         numbers = [
@@ -105,7 +107,7 @@ class Encoder:
             self._deepest,
             address,
             self.reach,
-            self._exact,
+            self.exact,
             0,
             *numbers,
         ]
@@ -150,7 +152,7 @@ class Encoder:
             kind: Products = products or ("float32" if matrix.scales is None else "int8")
             numbers += self._packed(matrix, kind, scale if place == count - 1 else 1.0)
             out, inner = matrix.weight.shape
-            self._exact &= kind == "float32"
+            self.exact &= kind == "float32"
             self._deepest = max(self._deepest, _words(inner, kind))
             if place < count - 1:
                 self._between = max(self._between, out)

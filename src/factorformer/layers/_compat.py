@@ -75,7 +75,8 @@ class Snapshot:
     """What a module is made of at one moment, to tell in little time whether it is so at another.
 
     Relies on `_modules`, `_parameters`, `_buffers`, `_forward_pre_hooks` and `_forward_hooks`, which are the same
-    dictionaries for as long as a module lives: torch 2.13, torch/nn/modules/module.py.
+    dictionaries for as long as a module lives, and on `_global_forward_hooks` and `_global_forward_pre_hooks`: torch
+    2.13, torch/nn/modules/module.py. What fused optimizers write, and what is written through `.data`, no tensor tells.
 
     Args:
         module: with all below it.
@@ -87,7 +88,8 @@ class Snapshot:
         self.tensors = [part for part in self._parts() if isinstance(part, Tensor)]
         self._counting = [tensor for tensor in self.tensors if not tensor.is_inference()]
         self._hooks = [hooks for m in modules for hooks in (m._forward_pre_hooks, m._forward_hooks)]
-        self._kept = list(self._parts())  # so that no other object gets the place of one of them
+        # So that no other object, and no other values, get the place of one of them.
+        self._kept = [*self._parts(), *(tensor.detach() for tensor in self.tensors)]
         self._state = self._now()
 
     def _parts(self) -> Iterator[Any]:
@@ -103,6 +105,8 @@ class Snapshot:
 
     def hooked(self, harmless: str) -> bool:
         """Whether anything but functions of this name waits for what modules read or make."""
+        if nn.modules.module._global_forward_hooks or nn.modules.module._global_forward_pre_hooks:
+            return True
         if not any(self._hooks):
             return False
         return any(getattr(hook, "__name__", "") != harmless for hooks in self._hooks for hook in hooks.values())

@@ -188,7 +188,8 @@ class HealingTrainer(ReproducibleTrainer):
             return self.remembered[rows].to(self.args.device)
         if self.reading is not None:
             inputs = {name: value.to(self.args.device) for name, value in self.reading.batch(rows).items()}
-        with torch.no_grad(), contextlib.nullcontext() if self.one_call else self._products():
+        called = self.one_call and self.teacher.device.type == "cpu"
+        with torch.no_grad(), contextlib.nullcontext() if called else self._products():
             made = self.target.read_teacher(self.teacher, inputs)
         if self.remembered is None:
             most = REMEMBERED // (made.element_size() * made.shape[1])

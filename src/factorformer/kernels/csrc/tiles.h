@@ -31,6 +31,7 @@ struct alignas(64) TileShapes {
 struct Tiles {
     Tiles() {
         const TileShapes shapes;
+        asm volatile("" : : "r"(&shapes) : "memory"); // compilers do not know how much of it is read
         _tile_loadconfig(&shapes);
     }
     ~Tiles() { _tile_release(); }
@@ -150,6 +151,7 @@ template <bool PAIRS_OF, int C, int A, int B> INLINE void tile_product() {
 // sums (16 R, 16 T), rows 32 apart: R times 16 rows of weights, `depth` words each, with T times 16 tokens, rows `apart`.
 template <bool PAIRS_OF, int R, int T>
 INLINE void tile_sums(const uint32_t *weights, int64_t depth, const uint32_t *tokens, int64_t apart, uint32_t *sums) {
+    asm volatile("" : : : "memory"); // nor that loads of tiles read what was just written
     tile_zero<0>();
     if constexpr (T > 1) tile_zero<1>();
     if constexpr (R > 1) tile_zero<2>();
