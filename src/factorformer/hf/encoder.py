@@ -101,7 +101,8 @@ def _parts(layer: nn.Module) -> dict[str, Any]:
             return {}
     activations = [m for m in inside if type(m) in (GELUActivation, nn.GELU)]
     exact = len(activations) == 1 and getattr(activations[0], "approximate", "none") == "none"
-    heads = {getattr(m, "num_attention_heads", getattr(m, "n_heads", None)) for m in inside} - {None}
+    counts = (getattr(m, "num_attention_heads", getattr(m, "n_heads", None)) for m in inside)
+    heads = {count for count in counts if isinstance(count, int)}
     decodes = any(getattr(m, "is_decoder", False) or getattr(m, "is_causal", False) for m in inside)
     if not exact or decodes or len(heads) != 1 or not _fit(parts, *heads):
         return {}
