@@ -17,9 +17,6 @@ from factorformer.kernels import Dense, served
 from factorformer.kernels.encoder import Encoder, EncoderLayer, Linear, Norm, Products
 from factorformer.layers._compat import Snapshot
 from factorformer.layers.nn import FactorizedLinear
-from factorformer.structures import Dense as DenseStructure
-from factorformer.structures import LowRank
-from factorformer.structures.integers import SCALE, dense
 
 _BERT = {
     "query": "attention.self.query",
@@ -132,13 +129,8 @@ def _fit(parts: Mapping[str, Any], heads: int) -> bool:
 def _linear(layer: nn.Linear | FactorizedLinear) -> Linear:
     if isinstance(layer, nn.Linear):
         return Linear([Dense(layer.weight)], layer.bias)
-    if isinstance(layer.spec, LowRank):
-        factors = layer.multiplied
-        return Linear([dense(factors, "right"), dense(factors, "weight")], layer.bias)
-    if isinstance(layer.spec, DenseStructure):
-        factors = layer.multiplied
-        return Linear([Dense(factors["weight"].squeeze(1), factors.get("weight" + SCALE))], layer.bias)
-    return Linear([Dense(layer.to_dense())], layer.bias)
+    matrices = layer.spec.chain(layer.multiplied)
+    return Linear(matrices or [Dense(layer.to_dense())], layer.bias)
 
 
 class FusedForward:

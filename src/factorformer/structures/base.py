@@ -20,6 +20,7 @@ from torch import Tensor
 
 from factorformer.errors import ModelError
 from factorformer.kernels.cpu import GROUP
+from factorformer.kernels.dense import Dense
 
 Shape = tuple[int, int]
 """Always `(out, in)`, as the weight of `nn.Linear`; an embedding is `(rows, width)`."""
@@ -161,6 +162,10 @@ class Structure(ABC):
 
         Empty where `matmul` is made of such operators anyway; those of our own have to be replaced by this.
         """
+        return ()
+
+    def chain(self, factors: Factors) -> tuple[Dense, ...]:
+        """`W_1, W_2, ...` with `W = ... W_2 W_1`, as they are stored, if that is all of the product; else none."""
         return ()
 
     def exported_rows(self, shape: Shape, factors: Factors, index: Tensor) -> Tensor:

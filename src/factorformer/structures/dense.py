@@ -48,7 +48,10 @@ class Dense(Structure):
         """All factors are values."""
 
     def matmul(self, shape: Shape, factors: Factors, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        return chain(x, (Factor(factors["weight"].squeeze(1), factors.get("weight" + SCALE)),), bias)
+        return chain(x, self.chain(factors), bias)
+
+    def chain(self, factors: Factors) -> tuple[Factor, ...]:
+        return (Factor(factors["weight"].squeeze(1), factors.get("weight" + SCALE)),)
 
     def rows(self, shape: Shape, factors: Factors, index: Tensor) -> Tensor:
         if not isinstance(factors, Rounded):

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from factorformer.errors import ModelError
+from factorformer.kernels import Dense as Factor
 from factorformer.kernels import chain, dense_rows
 from factorformer.structures.base import Factors, Selection, Shape, Structure, TensorSpec, require_positive
 from factorformer.structures.integers import Rounded, dense, floats, look_up
@@ -58,7 +59,10 @@ class LowRank(Structure):
         """All factors are values."""
 
     def matmul(self, shape: Shape, factors: Factors, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        return chain(x, (dense(factors, "right"), dense(factors, "weight")), bias)
+        return chain(x, self.chain(factors), bias)
+
+    def chain(self, factors: Factors) -> tuple[Factor, ...]:
+        return dense(factors, "right"), dense(factors, "weight")
 
     def rows(self, shape: Shape, factors: Factors, index: Tensor) -> Tensor:
         if not isinstance(factors, Rounded):
