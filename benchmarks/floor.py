@@ -1,9 +1,9 @@
 """What an encoder would take at least: its multiplications at the best rates of the machine, and its weights read once.
 
-The best rate of a type is measured in the same run, as the fastest of several products of the very sizes of a model: by
-torch (oneDNN or MKL) and by our kernels. Nothing is overlapped or fused here, nor is anything else counted: no norms,
-no GELU, no rounding. So no encoder can be faster than this with the same factors in the same type, unless its products
-are faster than all of these.
+The best rate of a type is measured in the same run, as the fastest of several products of the very sizes of a model, by
+torch (oneDNN or MKL) and by our kernels; that of memory by copies of as many bytes as the weights take in that type,
+which caches may hold. Nothing else is counted: no norms, no GELU, no rounding. An encoder is faster than this only if
+its products are faster than all of these. Factors that are no chain of dense matrices count as one dense matrix.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from factorformer.bench.candidates import real
 from factorformer.kernels import Dense, chain
 from factorformer.layers.nn import FactorizedLinear
 from factorformer.layers.surgery import find_blocks
-from factorformer.structures import LowRank
 
 REPEATS = 7
 """Products of each size and way; the fastest counts."""
@@ -47,12 +46,6 @@ class Work:
         """Values of all matrices."""
         return sum(inner * out for _, inner, out in self.products)
 
-    @property
-    def flops(self) -> int:
-        """Two for each multiplication."""
-        products = sum(2 * tokens * inner * out for tokens, inner, out in self.products)
-        return products + sum(4 * heads * tokens**2 * width for heads, tokens, width in self.attention)
-
 
 def work_of(model: PreTrainedModel, batch: int, tokens: int) -> Work:
     """The products, attention and weights of a model's blocks, for texts without padding."""
@@ -63,9 +56,8 @@ def work_of(model: PreTrainedModel, batch: int, tokens: int) -> Work:
             if isinstance(layer, nn.Linear):
                 products.append((batch * tokens, layer.in_features, layer.out_features))
             elif isinstance(layer, FactorizedLinear):
-                ends = [layer.in_features, layer.out_features]
-                inner = [layer.spec.rank] if isinstance(layer.spec, LowRank) else []
-                sizes = [ends[0], *inner, ends[1]]
+                matrices = layer.spec.chain(layer.multiplied)
+                sizes = [layer.in_features, *(m.weight.shape[0] for m in matrices[:-1]), layer.out_features]
                 products += [(batch * tokens, a, b) for a, b in itertools.pairwise(sizes)]
     heads = config.num_attention_heads
     attention = [(batch * heads, tokens, config.hidden_size // heads)] * len(blocks)

@@ -157,17 +157,6 @@ def tensorized(dense: PreTrainedModel, target: int, kind: str) -> PreTrainedMode
     return model
 
 
-class Hidden(nn.Module):
-    """The last hidden state alone, for torch's exporter."""
-
-    def __init__(self, model: PreTrainedModel) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        return self.model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
-
-
 class Field:
     """Who runs against a compressed model, made once where it does not depend on that."""
 
@@ -231,7 +220,7 @@ class Field:
                 (file.parent / "config.json").write_text((self.source / "config.json").read_text())
             with torch.no_grad():
                 torch.onnx.export(
-                    Hidden(self.dense),
+                    openvino_peers.Hidden(self.dense),
                     example,
                     float32,
                     dynamic_shapes=tuple(sizes for _ in names),

@@ -20,7 +20,9 @@ SENTENCES = 200
 NAMES = ("input_ids", "attention_mask")
 
 
-class _Hidden(nn.Module):
+class Hidden(nn.Module):
+    """The last hidden state alone, for tracers and exporters."""
+
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
         self.model = model
@@ -50,7 +52,7 @@ def convert(
     mask = torch.ones_like(ids)
     mask[1, 20:] = 0
     with torch.no_grad():
-        graph = openvino.convert_model(_Hidden(model), example_input=dict(zip(NAMES, (ids, mask), strict=True)))
+        graph = openvino.convert_model(Hidden(model), example_input=dict(zip(NAMES, (ids, mask), strict=True)))
 
     def batches() -> Iterator[dict[str, np.ndarray]]:
         for first in range(0, SENTENCES, 4):

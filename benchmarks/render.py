@@ -129,7 +129,13 @@ def fused_latency() -> list[str]:
         columns = [(row, _against_fastest(row), _over_floor(row)) for row in found]
         names = dict.fromkeys(result["name"] for row in found for result in row["results"])
         table = [
-            [name, *(f"{ratios[name]:.2f} ({times[name]:.3g} ms)" for _, (ratios, times), _ in columns)]
+            [
+                name,
+                *(
+                    f"{ratios[name]:.2f} ({times[name]:.3g} ms)" if name in times else "-"
+                    for _, (ratios, times), _ in columns
+                ),
+            ]
             for name in names
         ]
         for label in dict.fromkeys(label for *_, over in columns for label in over):

@@ -12,7 +12,7 @@ import json
 import os
 import sys
 import types
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,6 @@ from factorformer.hf.source import copy_companions, find, load_model, place_of_w
 from factorformer.layers.dummies import accepted
 from factorformer.layers.nn import FactorizedEmbedding, FactorizedMatrix
 from factorformer.layers.surgery import replace_module
-from factorformer.structures import integers
 
 FILE = "modeling_low_rank.py"
 RANKS = "low_rank"
@@ -184,37 +183,34 @@ def _split(model: PreTrainedModel) -> dict[str, int]:
     factorized = {name: m for name, m in model.named_modules() if isinstance(m, FactorizedMatrix)}
     ties = compat.expanded_ties(model, whole=True)
     tied = {name.rpartition(".")[0] for pair in ties.items() for name in pair}
+    chains = {name: layer.spec.chain(layer.multiplied) for name, layer in factorized.items()}
     for name, layer in factorized.items():
-        if not 0 < _matrices(layer) <= 2:
+        if not 0 < len(chains[name]) <= 2:
             raise ExportError(
                 f"'{name}' is stored as {layer.spec}, and pairs of nn.Linear are low rank: compress by svd, fwsvd or "
                 "whitened, or save the materialized matrices (model.dequantize())"
             )
-        if _matrices(layer) == 2 and name in tied:
+        if len(chains[name]) == 2 and name in tied:
             raise ExportError(f"'{name}' is in factors, and tied to another layer: leave it dense (--scope blocks)")
-    if not any(_matrices(layer) == 2 for layer in factorized.values()):
+    if not any(len(chain) == 2 for chain in chains.values()):
         raise ExportError(f"{type(model).__name__} has no layer of low rank: save it as it is")
     with torch.no_grad():
         for name, layer in factorized.items():
-            if _matrices(layer) == 2:
-                ranks[name] = layer.spec.chain(layer.multiplied)[0].weight.shape[0]
+            if len(chains[name]) == 2:
+                ranks[name] = chains[name][0].weight.shape[0]
             elif not isinstance(layer, FactorizedEmbedding):
                 ranks[name] = 0  # of one plain layer, whatever the class had in its place
-            replace_module(model, layer, _plain(layer).train(layer.training))
+            values = [matrix.values(layer.values.dtype) for matrix in chains[name]]
+            replace_module(model, layer, _plain(layer, values).train(layer.training))
     return ranks
 
 
-def _matrices(layer: FactorizedMatrix) -> int:
-    """How many, one after the other, make the product: two of low rank; none where it is another one."""
-    return len(layer.spec.chain(layer.multiplied))
-
-
-def _plain(layer: FactorizedMatrix) -> nn.Module:
-    """One layer, or two, of torch."""
-    factors, bias = integers.floats(layer.multiplied), getattr(layer, "bias", None)
-    if _matrices(layer) == 1:
-        return _layer(layer, layer.to_dense(), bias)
-    weight, right = factors["weight"], factors["right"]
+def _plain(layer: FactorizedMatrix, values: Sequence[Tensor]) -> nn.Module:
+    """One layer of torch, or two."""
+    bias = getattr(layer, "bias", None)
+    if len(values) == 1:
+        return _layer(layer, values[0], bias)
+    right, weight = values
     if isinstance(layer, FactorizedEmbedding):
         return nn.Sequential(_layer(layer, weight, None), _linear(right.T, None))
     return nn.Sequential(_linear(right, None), _linear(weight, bias))
