@@ -51,6 +51,7 @@ class Dense(Structure):
         return chain(x, self.chain(factors), bias)
 
     def chain(self, factors: Factors) -> tuple[Factor, ...]:
+        """The matrix itself."""
         return (Factor(factors["weight"].squeeze(1), factors.get("weight" + SCALE)),)
 
     def rows(self, shape: Shape, factors: Factors, index: Tensor) -> Tensor:

@@ -62,6 +62,7 @@ class LowRank(Structure):
         return chain(x, self.chain(factors), bias)
 
     def chain(self, factors: Factors) -> tuple[Factor, ...]:
+        """`right` first, then `weight`."""
         return dense(factors, "right"), dense(factors, "weight")
 
     def rows(self, shape: Shape, factors: Factors, index: Tensor) -> Tensor:
