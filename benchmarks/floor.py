@@ -132,7 +132,7 @@ def split(module: PreTrainedModel, ids: Tensor, padding: int | None, passes: int
     """
     from factorformer.hf.encoder import FusedForward, stacks_of
 
-    forwards = [vars(stack).get("forward") for stack in stacks_of(module).values()]
+    forwards = [vars(stack).get("forward") for stack in stacks_of(module)]
     encoders = [forward.encoder for forward in forwards if isinstance(forward, FusedForward)]
     if len(encoders) != 1 or encoders[0] is None:
         return None

@@ -55,6 +55,7 @@ EXTRAS = {
     "cli": ("rich", "typer"),
     "train": ("accelerate", "datasets", "filelock", "scipy", "sklearn", "tokenizers"),
     "onnx": ("onnx", "onnx_ir", "onnxruntime", "onnxscript"),
+    "openvino": ("openvino", "nncf"),
     "plot": ("matplotlib",),
     "sentence": ("sentence_transformers",),
     "translation": ("sacrebleu",),

@@ -8,6 +8,7 @@ import filecmp
 import json
 import os
 import shutil
+import tempfile
 import uuid
 from collections.abc import Iterable, Iterator
 from fnmatch import fnmatchcase
@@ -28,6 +29,8 @@ MODEL_FILES = (
     "pytorch_model*.bin",
     "model.onnx",
     "model.onnx[._]data",
+    "openvino_model.xml",
+    "openvino_model.bin",
     "config.json",
     "*_config.json",
     "config_*.json",
@@ -55,8 +58,9 @@ MODEL_FILES = (
 )
 """Names of the files that make up a model directory; a directory that holds others is never replaced."""
 
-MODULE_FOLDERS = "[0-9]*_[A-Z]*"
-"""Name of the folders in which sentence-transformers keeps the modules behind the Transformer, such as `1_Pooling`."""
+FOLDERS = ("[0-9]*_[A-Z]*", "onnx", "openvino")
+"""Names of the folders in which sentence-transformers keeps the modules behind the Transformer, such as `1_Pooling`,
+and looks for the model in the forms of other runtimes."""
 
 _WRITING = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}
 """Errors that mean a failed write, whatever file they name."""
@@ -128,6 +132,21 @@ def check_file(path: Name, *, overwrite: bool, inputs: Iterable[Name | None] = (
     _check_parent(path, target, target.parent)
 
 
+def check_files(folder: Name, names: Iterable[str], *, overwrite: bool) -> None:
+    """Refuse places for files in a folder, which is made if there is none, and may hold others.
+
+    Raises:
+        OutputError: one of them is there and `overwrite` is off; or they cannot be written to.
+    """
+    target = _resolved(folder)
+    _check_parent(folder, target, next(parent for parent in (target, *target.parents) if os.path.lexists(parent)))
+    for path in (target / name for name in names):
+        if path.is_dir():
+            raise OutputError(f"'{path}' is a directory, and a file is to be there: move it")
+        if path.exists() and not overwrite:
+            raise OutputError(f"'{path}' exists already: allow --overwrite")
+
+
 def _resolved(path: Name) -> Path:
     """A place without links; `OutputError` for what is no name of one."""
     if str(path).startswith("~"):
@@ -172,7 +191,7 @@ def _check_parent(path: Name, target: Path, parent: Path) -> None:
     """`OutputError` if a place cannot be made in a folder, which only an attempt can tell: nothing stays of it."""
     if not parent.is_dir():
         raise OutputError(f"cannot write '{path}': '{parent}' is not a directory")
-    attempt = _neighbour(parent / target.relative_to(parent).parts[0], "check")
+    attempt = _neighbour(parent / (target.relative_to(parent).parts or ("files",))[0], "check")
     try:
         attempt.mkdir()
         attempt.rmdir()
@@ -195,7 +214,7 @@ def _foreign(directory: Path, inputs: Iterable[Path], known: tuple[str, ...]) ->
     """Something in a directory that belongs to no model, and of which no input has a copy; None if all of it does."""
     for path in sorted(directory.rglob("*")):
         place, is_folder = path.relative_to(directory), path.is_dir() and not path.is_symlink()
-        if any(fnmatchcase(path.name, name) for name in ((MODULE_FOLDERS,) if is_folder else MODEL_FILES) + known):
+        if any(fnmatchcase(path.name, name) for name in (FOLDERS if is_folder else MODEL_FILES) + known):
             continue
         copies = [folder / place for folder in inputs]
         if is_folder and any(copy.is_dir() for copy in copies):  # what is in it is looked at by itself
@@ -289,6 +308,43 @@ def output_directory(
         except OSError:
             kept = partial
         raise OutputError(f"{error}; the result is in '{kept}'") from error
+
+
+@contextlib.contextmanager
+def output_files(folder: Name, names: Iterable[str], *, overwrite: bool = False) -> Iterator[Path]:
+    """A directory whose files go into a folder, in this order, when the block ends without an error.
+
+    Other files of the folder stay; those of these names that the block does not write are deleted, so that what is
+    there belongs together.
+
+    Args:
+        folder: made if there is none.
+        names: of all files that the block may write; what reads the others is last.
+        overwrite: replace them.
+
+    Raises:
+        OutputError: see `check_files`; or the content cannot be written.
+    """
+    target, names = Path(folder).resolve(), tuple(names)
+    check_files(folder, names, overwrite=overwrite)
+    with tempfile.TemporaryDirectory(prefix=f".{target.name[:50]}.partial-", dir=target.parent) as place:
+        partial = Path(place)
+        try:
+            yield partial
+            for name in names:
+                if (partial / name).is_file():
+                    _flush(partial / name)
+            check_files(folder, names, overwrite=overwrite)
+            target.mkdir(exist_ok=True)
+            for name in names:
+                if (partial / name).is_file():
+                    (partial / name).replace(target / name)
+                else:
+                    (target / name).unlink(missing_ok=True)
+        except Exception as error:
+            if not failed_to_write(error, partial) and not failed_to_write(error, target):
+                raise
+            raise OutputError(f"could not write to '{folder}': {error}") from error
 
 
 def _swap(new: Path, target: Path) -> None:

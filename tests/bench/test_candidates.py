@@ -149,7 +149,7 @@ class TestOnnx:
         file = write_onnx(tmp_path / "model.onnx")
         with pytest.raises(MethodError, match="leave out 'int8:'"):
             parse(f"int8:{file}")
-        with pytest.raises(MethodError, match=r"CPU.*cuda"):
+        with pytest.raises(MethodError, match=r"cuda.*CPU"):
             load(parse(str(file)), 1, torch.device("cuda"))
 
     def test_what_is_no_model_of_tokens(self, tmp_path: Path) -> None:
@@ -159,3 +159,46 @@ class TestOnnx:
         other = write_onnx(tmp_path / "other.onnx", inputs=("input_ids", "pixels"))
         with pytest.raises(ModelError, match="input_ids, pixels"):
             load(parse(str(other)), 1, CPU)
+
+
+class TestOpenVINO:
+    @pytest.fixture
+    def file(self, tmp_path: Path) -> Path:
+        openvino = pytest.importorskip("openvino")
+        pytest.importorskip("onnx")
+        graph = openvino.convert_model(write_onnx(tmp_path / "model.onnx"))
+        path = tmp_path / "exported" / "openvino_model.xml"
+        openvino.save_model(graph, path)
+        (path.parent / "config.json").write_text('{"vocab_size": 14, "pad_token_id": 2}')
+        return path
+
+    def test_a_file_or_a_directory(self, file: Path) -> None:
+        candidates = [parse(str(file)), parse(str(file.parent)), parse(f"openvino:{file.parent}")]
+        assert {(c.path, c.route, c.variants) for c in candidates} == {(file, "openvino", ())}
+        assert [f.name for f in candidates[0].files] == ["openvino_model.xml", "openvino_model.bin"]
+        loaded = load(candidates[1], 1, CPU)
+        assert (loaded.vocabulary, loaded.padding, loaded.positions, loaded.module) == (14, 2, None, None)
+        rows = loaded.prepare(IDS)()[0]  # type: ignore[index]
+        assert rows.shape == (2, 3, 4)
+        assert (rows != 0).all()
+        with pytest.raises(MethodError, match="leave out 'fused:'"):
+            parse(f"fused:{file}")
+        with pytest.raises(MethodError, match=r"cuda.*CPU"):
+            load(candidates[0], 1, torch.device("cuda"))
+
+    def test_in_a_folder_of_a_model(self, file: Path, tmp_path: Path) -> None:
+        path = save(MODELS["bert"].build(), tmp_path / "both")
+        with pytest.raises(ModelError, match=r"both/openvino_model\.xml' nor .*both/openvino/openvino_model\.xml'"):
+            parse(f"openvino:{path}")
+        (file.parent / "config.json").unlink()
+        file.parent.rename(path / "openvino")
+        assert parse(str(path)).route == "torch"
+        candidate = parse(f"openvino:{path}")
+        assert candidate.path == path / "openvino" / file.name
+        assert load(candidate, 1, CPU).vocabulary == MODELS["bert"].build().config.vocab_size
+
+    def test_what_is_no_model(self, tmp_path: Path) -> None:
+        pytest.importorskip("openvino")
+        (tmp_path / "broken.xml").write_text("no model")
+        with pytest.raises(ModelError, match=r"broken\.xml'"):
+            load(parse(str(tmp_path / "broken.xml")), 1, CPU)

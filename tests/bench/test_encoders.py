@@ -60,20 +60,17 @@ def test_what_is_done_is_not_done_again(
 ) -> None:
     encoders, _ = scripts
     output, record = tmp_path / "small", tmp_path / "small-run.json"
+    said = [str(part) for part in (encoders.FACTORFORMER, "compress", original, output, "--ratio", 2, "--scope", "all")]
+    # As after an interruption without a checkpoint, from which nothing goes on.
+    record.write_text(json.dumps({"command": [*said, "--method", "svd"], "seconds": 1e6}))
     made = encoders.compressed(original, output, 2, "--method", "svd")
     assert made["before"] == 0
     assert encoders.weight_bytes(output) < encoders.weight_bytes(original) / 1.9
     run = json.loads(record.read_text())
-    assert run["seconds"] >= made["seconds"]["total"]
-    with monkeypatch.context() as patch:
-        patch.setattr(encoders.subprocess, "Popen", None)
-        again = encoders.compressed(original, output, 2, "--method", "svd")
-    assert again == {**made, "before": run["seconds"]}
-    del run["result"]  # as after an interruption without a checkpoint, from which nothing goes on
-    record.write_text(json.dumps({**run, "seconds": 1e6}))
+    assert 1e5 > run["seconds"] >= made["seconds"]["total"]
+    monkeypatch.setattr(encoders.subprocess, "Popen", None)
     again = encoders.compressed(original, output, 2, "--method", "svd")
-    assert again["before"] == 0
-    assert json.loads(record.read_text())["seconds"] < 1e5
+    assert again == {**made, "before": run["seconds"]}
 
 
 def test_nothing_that_is_judged_by_is_learned(scripts: tuple[Any, Any], data: Path) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import onnxruntime
+import openvino
 import pytest
 import torch
 import transformers
@@ -19,8 +20,9 @@ from tests.export.once import translate_once
 from transformers import AutoTokenizer
 
 import factorformer
-from factorformer.export.onnx import check_exportable
 from factorformer.export.sentence import find_layout
+from factorformer.export.subject import check_exportable
+from factorformer.files import check_output
 
 
 def test_a_compressed_sentence_encoder(run: Any, base: Path, tmp_path: Path) -> None:
@@ -128,4 +130,52 @@ def test_plain_layers(run: Any, base: Path, tmp_path: Path) -> None:
     assert run("export", small, "--to", "linear", "--overwrite").exit_code == 0
     refused = run("export", small, "--to", "linear", "--int8", "--overwrite")
     assert refused.exit_code == 2
-    assert "for --to onnx" in refused.stderr
+    assert "are for files" in refused.stderr
+
+
+def test_where_other_programs_look(run: Any, base_copy: Path, tmp_path: Path) -> None:
+    texts = tmp_path / "texts.txt"
+    texts.write_text("a good film\nthe book\nthe awful film and the poor book\na fine book\n")
+    (base_copy / "onnx" / "other.onnx").write_text("stays")
+    before = {file: file.read_bytes() for file in base_copy.rglob("*") if file.is_file()}
+    inputs = AutoTokenizer.from_pretrained(base_copy)(["a good film", "the book"], padding=True, return_tensors="pt")
+    with torch.no_grad():
+        hidden = transformers.AutoModel.from_pretrained(base_copy)(**inputs).last_hidden_state.numpy()
+    feed = {name: tensor.numpy() for name, tensor in inputs.items()}
+    for to, options, most in (("onnx", (), 1e-5), ("openvino", (), 0.01), ("openvino", ("--int8",), 0.2)):
+        calibration = ("--calibration", texts) if options else ()
+        done = run("export", base_copy, "--to", to, "--inside", *options, *calibration, "--overwrite", "--json")
+        content = result_of(done)
+        assert "fastest here" in done.stderr
+        file = base_copy / to / ("model.onnx" if to == "onnx" else "openvino_model.xml")
+        assert content["output"] == str(file.parent)
+        if to == "onnx":
+            found = onnxruntime.InferenceSession(file).run(["last_hidden_state"], feed)[0]
+        else:
+            found = openvino.Core().compile_model(file, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})(feed)[0]
+        real = inputs["attention_mask"].numpy() > 0
+        apart = np.linalg.norm((found - hidden)[real]) / np.linalg.norm(hidden[real])
+        assert apart < most
+        assert content["metrics"]["deviation"] < most
+        assert content["metrics"]["cosine"] > 1 - most
+        named = [name for name in content["metrics"] if name.startswith("milliseconds of ")]
+        assert [name.removeprefix("milliseconds of ") for name in named] == [
+            *(f"{variant}{base_copy}" for variant in ("", "fused:", "fused-int8:")),
+            str(file),
+        ]
+    after = {file: file.read_bytes() for file in base_copy.rglob("*") if file.is_file()}
+    del before[base_copy / "onnx" / "model.onnx"]
+    assert {file: after[file] for file in before} == before
+    assert sorted(str(file.relative_to(base_copy)) for file in after.keys() - before.keys()) == [
+        *("onnx/model.onnx", "openvino/openvino_model.bin", "openvino/openvino_model.xml")
+    ]
+    check(run("export", base_copy, "--inside"), "model.onnx' exists already")
+    benched = run("bench", f"openvino:{base_copy}", "--against", f"onnx:{base_copy}", "--shape", "2x8", "--json")
+    content = json.loads(benched.stdout)
+    assert [candidate["route"] for candidate in content["candidates"]] == ["onnxruntime", "openvino"]
+    assert {"onnxruntime", "openvino"} <= content["versions"].keys()
+    # A model that is compressed from here has no part of it.
+    assert run("compress", base_copy, tmp_path / "small", "--method", "svd", "--ratio", 2).exit_code == 0
+    assert not (tmp_path / "small" / "onnx").exists()
+    (base_copy / "onnx" / "other.onnx").unlink()
+    check_output(base_copy, overwrite=True)  # nothing of it is anybody else's

@@ -12,13 +12,13 @@ from factorformer.export import onnx as exporter
 
 def translate_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """The first export translates; later ones, which have to be of the same model, take its graph."""
-    translate, made = exporter._translate, []
+    translate, made = exporter.translate, []
 
-    def once(task: Any) -> Any:
+    def once(subject: Any) -> Any:
         if made:
             return onnx_ir.from_proto(made[0])
-        model = translate(task)
+        model = translate(subject)
         made.append(onnx_ir.to_proto(model))  # before anything changes it
         return model
 
-    monkeypatch.setattr(exporter, "_translate", once)
+    monkeypatch.setattr(exporter, "translate", once)

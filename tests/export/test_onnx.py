@@ -25,6 +25,7 @@ from factorformer.export import graph
 from factorformer.export import onnx as exporter
 from factorformer.export.onnx import Exported, export
 from factorformer.export.sentence import Pooling
+from factorformer.export.subject import TEXTS, prepare
 from factorformer.kernels.support import code_of
 from factorformer.layers.nn import FactorizedEmbedding, FactorizedLinear, FactorizedMatrix
 from factorformer.registration import attach
@@ -317,14 +318,28 @@ def test_a_real_sentence_encoder(minilm: Path, tmp_path: Path, monkeypatch: pyte
         assert done.file_bytes < 0.26 * (minilm / "model.safetensors").stat().st_size if int8 else done.deviation < 1e-5
 
 
-def test_texts_are_made_of_the_vocabulary(minilm: Path) -> None:
-    tokenizer = tf.AutoTokenizer.from_pretrained(minilm)
-    made, again = exporter._made_up(tokenizer), exporter._made_up(tokenizer)
-    assert made == again
-    assert len(set(made)) == exporter.TEXTS
-    assert all(tokenizer.unk_token_id not in tokenizer(text).input_ids for text in made)
-    batches = exporter._text_batches(tokenizer, ["input_ids", "attention_mask"], made, 8)
-    assert [ids.shape for ids, _ in batches] == [(exporter.TEXTS // 2, 8)] * 2  # cut to what the model reads
+def test_texts_are_made_of_the_vocabulary(minilm: Path, tmp_path: Path) -> None:
+    model, tokenizer = MODELS["bert"].build().base_model, tf.AutoTokenizer.from_pretrained(minilm)
+    model.resize_token_embeddings(len(tokenizer))
+    tokenizer.model_max_length = 8
+    subject = prepare(model, tmp_path / "out", "onnx", tokenizer=tokenizer, pooling=None, overwrite=False)
+    made, again = subject.spoken(None).batches, subject.spoken(None).batches
+    assert [ids.shape for ids, *_ in made] == [(TEXTS // 2, 8)] * 2  # cut to what the model reads
+    assert all(torch.equal(a[0], b[0]) for a, b in zip(made, again, strict=True))
+    assert len({tuple(row) for ids, *_ in made for row in ids.tolist()}) == TEXTS
+    assert all(not (ids == tokenizer.unk_token_id).any() for ids, *_ in made)
+
+
+def test_weights_that_are_too_many_for_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    translate_once(monkeypatch)
+    model = encoder(1)
+    monkeypatch.setattr(exporter, "LARGEST_FILE", 1000)
+    for int8, most in ((True, 0.15), (False, 1e-5)):
+        done = export(model, tmp_path / "out", int8=int8, overwrite=not int8)
+        graph_file, weights = tmp_path / "out" / "model.onnx", tmp_path / "out" / "model.onnx_data"
+        assert graph_file.stat().st_size < 60_000 < weights.stat().st_size
+        assert done.file_bytes == graph_file.stat().st_size + weights.stat().st_size
+        assert deviation(tmp_path / "out", lambda **x: model(**x).logits, SHAPES) < most
 
 
 @pytest.mark.parametrize("name", ["llama", "t5", "vit"])

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import factorformer
 from factorformer.errors import FactorformerWarning, ModelError
-from factorformer.hf.encoder import FusedForward, stacks_of
+from factorformer.hf.encoder import FusedModel, stacks_of
 from factorformer.hf.fused import fuse
 from factorformer.kernels import cpu
 from factorformer.kernels.encoder import Encoder
@@ -168,7 +168,7 @@ def test_single_layers_can_be_looked_into(model: tf.PreTrainedModel, calls: list
     assert len(calls) == tried
     states(twin, inputs)  # after which hooks of transformers stay
     assert len(calls) == tried + 1
-    (stack,) = stacks_of(twin).values()
+    (stack,) = stacks_of(twin)
     seen: list[int] = []
     handle = stack.layer[0].register_forward_hook(lambda *_: seen.append(1))
     states(twin, inputs)
@@ -264,11 +264,14 @@ def test_copies_and_files(model: tf.PreTrainedModel, tmp_path: Path) -> None:
     expected = states(twin, inputs)
     for other in (copy.deepcopy(twin), pickle.loads(pickle.dumps(twin)), fuse(twin)):
         assert torch.equal(states(other, inputs), expected)
-        (stack,) = stacks_of(other).values()
+        (stack,) = stacks_of(other)
         assert stack.forward.stack is stack
+        assert isinstance(other.forward, FusedModel)
+        assert other.forward.model is other
+        assert other.forward.layers is stack.forward
     twin.save_pretrained(tmp_path)
     loaded = type(model).from_pretrained(tmp_path)
-    assert not any(isinstance(vars(m).get("forward"), FusedForward) for m in loaded.modules())
+    assert not any("forward" in vars(m) for m in loaded.modules())
     torch.testing.assert_close(states(loaded, inputs), states(model, inputs))
 
 
@@ -294,7 +297,7 @@ def test_what_is_not_known_is_said(bert: tf.PreTrainedModel, monkeypatch: pytest
 def test_time_is_told(bert: tf.PreTrainedModel) -> None:
     fuse(bert)
     states(bert, batch(2, 30, padded=False))
-    (stack,) = stacks_of(bert).values()
+    (stack,) = stacks_of(bert)
     encoder = stack.forward.encoder
     assert encoder is not None
     with encoder.watched() as seconds:

@@ -1,4 +1,4 @@
-"""The candidates of a benchmark: model directories by one of several routes, and ONNX files."""
+"""The candidates of a benchmark: model directories by one of several routes, and files of other runtimes."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ VARIANTS = {
     "bf16": "weights and activations in bfloat16",
     "int8": "torch's dynamic int8 of every nn.Linear",
     "torchao-int8": "torchao's dynamic int8 of every nn.Linear",
-    "onnx": "the model.onnx of a directory that holds other weights as well",
+    "onnx": "the model.onnx of a directory that holds other weights as well, or of its folder onnx/",
+    "openvino": "likewise openvino_model.xml, in OpenVINO",
 }
 """Prefixes of a model's name, and what they mean."""
 
@@ -38,7 +39,13 @@ VOCABULARY = 1000
 """Assumed size of the vocabulary where no configuration gives it."""
 
 Tokens = Int[Tensor, "batch tokens"]
-Route = Literal["torch", "onnxruntime"]
+Route = Literal["torch", "onnxruntime", "openvino"]
+
+FILES: dict[str, tuple[Route, str]] = {
+    "onnx": ("onnxruntime", "model.onnx"),
+    "openvino": ("openvino", "openvino_model.xml"),
+}
+"""Variants that are files: what runs them, and their names."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +54,7 @@ class Candidate:
 
     Args:
         name: as the user wrote it, e.g. `compile:small/`.
-        path: a model directory, or a file in ONNX form.
+        path: a model directory, or a file of another runtime.
         route: the runtime.
         variants: names of `VARIANTS`, outermost first.
     """
@@ -60,6 +67,8 @@ class Candidate:
     @property
     def files(self) -> list[Path]:
         """The files that hold the weights."""
+        if self.route == "openvino":
+            return [self.path, self.path.with_suffix(".bin")]
         if self.route == "onnxruntime":
             external = [f"{self.path.name}{ending}" for ending in (".data", "_data")]
             beside = [self.path.with_name(name) for name in external]
@@ -70,8 +79,8 @@ class Candidate:
 def parse(text: str) -> Candidate:
     """Read `[VARIANT:]...MODEL`.
 
-    MODEL is a directory, a name on the Hub, `minilm`, a file `*.onnx`, or a directory with a `model.onnx` and no other
-    weights. Variants can be combined, e.g. `compile:bf16:small/`.
+    MODEL is a directory, a name on the Hub, `minilm`, a file `*.onnx` or `*.xml`, or a directory with a `model.onnx` or
+    an `openvino_model.xml` and no other weights. Variants can be combined, e.g. `compile:bf16:small/`.
 
     Raises:
         MethodError: an unknown variant, or some that do not go together.
@@ -88,24 +97,27 @@ def parse(text: str) -> Candidate:
     precisions = [name for name in variants if name in PRECISIONS]
     if len(set(variants)) < len(variants) or len(precisions) > 1:
         raise MethodError(f"'{text}': each variant once, and at most one of {', '.join(PRECISIONS)}")
-    file = _onnx_file(text, Path(rest), forced="onnx" in variants)
-    if file is not None:
-        if set(variants) - {"onnx"}:
-            raise MethodError(f"'{text}': ONNX Runtime runs a file as it is: leave out '{variants[0]}:'")
-        return Candidate(text, file, "onnxruntime")
+    for form, (route, name) in FILES.items():
+        file = _file(text, Path(rest), form, name, forced=form in variants)
+        if file is not None:
+            if set(variants) - {form}:
+                raise MethodError(f"'{text}': other runtimes run a file as it is: leave out '{variants[0]}:'")
+            return Candidate(text, file, route)
     from factorformer.hf.source import find
 
     return Candidate(text, find(rest), "torch", tuple(variants))
 
 
-def _onnx_file(text: str, path: Path, *, forced: bool) -> Path | None:
-    if path.suffix == ".onnx" and not path.is_dir():
+def _file(text: str, path: Path, form: str, name: str, *, forced: bool) -> Path | None:
+    """The file that a name means; None if it is none of this form."""
+    if path.suffix == Path(name).suffix and not path.is_dir():
         if not path.is_file():
             raise ModelError(f"no such file: '{path}'")
         return path
-    inside = path / "model.onnx"
+    at_top, below = path / name, path / form / name
+    inside = below if forced and not at_top.is_file() and below.is_file() else at_top
     if forced and not inside.is_file():
-        raise ModelError(f"'{text}': there is no '{inside}'")
+        raise ModelError(f"'{text}': there is neither '{at_top}' nor '{below}'")
     if inside.is_file() and (forced or not any(any(path.glob(pattern)) for pattern in WEIGHTS)):
         return inside
     return None
@@ -135,15 +147,17 @@ def load(candidate: Candidate, threads: int, device: torch.device) -> Runner:
 
     Args:
         candidate: from `parse`.
-        threads: that ONNX Runtime may use; torch's are set for the whole process.
+        threads: that other runtimes may use; torch's are set for the whole process.
         device: for the models that torch runs.
 
     Raises:
         MethodError: a variant or route that does not run on the device or without a package that is missing.
         ModelError: the model cannot be loaded, or reads other things than tokens.
     """
-    if candidate.route == "onnxruntime":
-        return _load_onnx(candidate, threads, device)
+    if candidate.route != "torch":
+        if device.type != "cpu":
+            raise MethodError(f"'{candidate.name}': only models in torch run on {device}, and this one on the CPU")
+        return (_load_onnx if candidate.route == "onnxruntime" else _load_openvino)(candidate, threads)
     from factorformer.hf.source import load_model, most_tokens
 
     model = load_model(candidate.path, device=str(device))
@@ -210,9 +224,7 @@ def _in_int8(candidate: Candidate, variant: str, model: nn.Module, device: torch
     return model
 
 
-def _load_onnx(candidate: Candidate, threads: int, device: torch.device) -> Runner:
-    if device.type != "cpu":
-        raise MethodError(f"'{candidate.name}': ONNX Runtime runs on the CPU here, not on {device}")
+def _load_onnx(candidate: Candidate, threads: int) -> Runner:
     if importlib.util.find_spec("onnxruntime") is None:
         raise MethodError(f"'{candidate.name}' needs ONNX Runtime: pip install 'factorformer[onnx]'")
     import onnxruntime  # pyright: ignore
@@ -227,6 +239,29 @@ def _load_onnx(candidate: Candidate, threads: int, device: torch.device) -> Runn
     except Exception as error:  # of many types, for files that are no models and for operators that it does not know
         raise ModelError(f"cannot load '{candidate.name}': {one_line(error)}") from error
     names = [item.name for item in session.get_inputs()]
+    return _runner(candidate, names, lambda feed: lambda: session.run(None, feed))
+
+
+def _load_openvino(candidate: Candidate, threads: int) -> Runner:
+    if importlib.util.find_spec("openvino") is None:
+        raise MethodError(f"'{candidate.name}' needs OpenVINO: pip install 'factorformer[openvino]'")
+    import openvino  # pyright: ignore
+
+    settings = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY"}
+    try:
+        compiled = openvino.Core().compile_model(candidate.path, "CPU", settings)
+    except Exception as error:  # of types of its own
+        raise ModelError(f"cannot load '{candidate.name}': {one_line(error)}") from error
+    request: Any = compiled.create_infer_request()
+    names = [item.get_any_name() for item in compiled.inputs]
+    # A view of the output in place of a copy: nobody reads it here.
+    return _runner(candidate, names, lambda feed: lambda: request.infer(feed, share_outputs=True))
+
+
+def _runner(
+    candidate: Candidate, names: Sequence[str], bind: Callable[[dict[str, Any]], Callable[[], object]]
+) -> Runner:
+    """A file with these inputs, and what runs it on arrays of them."""
     known = {"input_ids", "attention_mask", "token_type_ids", "position_ids"}
     if "input_ids" not in names or set(names) - known:
         raise ModelError(
@@ -242,8 +277,7 @@ def _load_onnx(candidate: Candidate, threads: int, device: torch.device) -> Runn
             "token_type_ids": torch.zeros_like(ids),
             "position_ids": torch.arange(ids.shape[1]).expand_as(ids),
         }
-        feed = {name: numpy.ascontiguousarray(values[name].numpy()) for name in names}
-        return lambda: session.run(None, feed)
+        return bind({name: numpy.ascontiguousarray(values[name].numpy()) for name in names})
 
     return Runner(prepare, config.get("vocab_size", VOCABULARY), config.get("pad_token_id"), None)
 
@@ -255,6 +289,8 @@ def real(ids: Tokens, padding: int | None) -> Tokens:
 
 def _config_beside(file: Path) -> dict[str, Any]:
     path = file.with_name("config.json")
+    if not path.is_file():  # in a folder of the model's directory
+        path = path.resolve().parents[1] / path.name
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -8,6 +8,7 @@ prints one JSON object as its last line.
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import json
 import os
 import statistics
@@ -126,9 +127,8 @@ def _load_time(candidate: Candidate, threads: int, device: torch.device) -> floa
 
 
 def _import_what_runs(candidate: Candidate) -> None:
-    if candidate.route == "onnxruntime":
-        import onnxruntime  # noqa: F401  # pyright: ignore
-
+    if candidate.route != "torch":
+        importlib.import_module(candidate.route)
         return
     import transformers
 

@@ -20,7 +20,7 @@ Benched = Annotated[
         metavar="DIR",
         show_default=False,
         help="What is measured: MODEL or VARIANT:MODEL, where MODEL is a directory, a name on the Hugging Face Hub, "
-        "'minilm', a file in ONNX form, or a directory that `factorformer export` made.",
+        "'minilm', a file for ONNX Runtime or OpenVINO, or a directory that `factorformer export` made.",
     ),
 ]
 Against = Annotated[
@@ -103,8 +103,9 @@ def bench(
 
     A variant before a model chooses its route: [bold]fused:[/bold] with attention and activations by the package's own
     kernels as well, [bold]compile:[/bold] through torch.compile, [bold]bf16:[/bold] in bfloat16, [bold]int8:[/bold] in
-    torch's dynamic int8, [bold]torchao-int8:[/bold] in torchao's (both of dense models only), [bold]onnx:[/bold] for
-    the model.onnx of a directory that holds other weights as well. They can be combined, such as compile:bf16:small/.
+    torch's dynamic int8, [bold]torchao-int8:[/bold] in torchao's (both of dense models only), [bold]onnx:[/bold] and
+    [bold]openvino:[/bold] for the file of a directory that holds other weights as well. They can be combined, such as
+    compile:bf16:small/.
 
     [bold]With --layers[/bold] each kind of factorized layer is timed against the dense product of the same shape, and
     the table shows from how many tokens on its factors pay.

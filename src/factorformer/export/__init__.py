@@ -1,5 +1,5 @@
 """Models as files for other runtimes.
 
-`export.onnx.export` writes a directory that ONNX Runtime runs, `export.linear.export` one that transformers loads
-without this package.
+`export.onnx.export` writes a directory that ONNX Runtime runs, `export.openvino.export` one for OpenVINO, and
+`export.linear.export` one that transformers loads without this package.
 """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable
 from typing import Any
 
@@ -43,6 +44,11 @@ def simplify(model: ir.Model) -> None:
             before = node.inputs[0].producer() if node.inputs[0] is not None else None
             if before is not None and before.op_type == "Add":
                 before.op_type = "Sum"
+
+
+def fold(model: ir.Model) -> None:
+    """Compute all that depends on constants alone, such as values of codes and scales, and sparse matrices."""
+    optimizer.optimize_ir(model, input_size_limit=sys.maxsize, output_size_limit=sys.maxsize)
 
 
 def clean(model: ir.Model) -> None:

@@ -10,7 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.activations import GELUActivation
-from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPastAndCrossAttentions
+from transformers.modeling_outputs import (
+    BaseModelOutput,
+    BaseModelOutputWithPastAndCrossAttentions,
+    BaseModelOutputWithPooling,
+    BaseModelOutputWithPoolingAndCrossAttentions,
+)
+from transformers.utils import ModelOutput
 
 from factorformer.hf import compat
 from factorformer.kernels import Dense, served
@@ -56,6 +62,18 @@ LAYOUTS: Mapping[str, Mapping[str, str]] = {
 }
 """Where the parts of a layer are, by its class in transformers."""
 
+MODELS: Mapping[str, tuple[str, bool]] = {
+    "models.bert.modeling_bert.BertModel": ("encoder", True),
+    "models.roberta.modeling_roberta.RobertaModel": ("encoder", True),
+    "models.xlm_roberta.modeling_xlm_roberta.XLMRobertaModel": ("encoder", True),
+    "models.camembert.modeling_camembert.CamembertModel": ("encoder", True),
+    "models.electra.modeling_electra.ElectraModel": ("encoder", True),
+    "models.mpnet.modeling_mpnet.MPNetModel": ("encoder", False),
+    "models.distilbert.modeling_distilbert.DistilBertModel": ("transformer", False),
+}
+"""Models that are embeddings, a stack of layers and perhaps a pooler, by their classes: where the stack is, and whether
+tokens have types."""
+
 PLAIN = ("models.mpnet.", "models.distilbert.")
 """Where stacks return nothing but hidden states and attentions, no keys and values of the past."""
 
@@ -69,9 +87,26 @@ DISTANCES = 512
 """Tokens up to which relative positions are laid out at first."""
 
 
-def stacks_of(model: nn.Module) -> dict[str, nn.Module]:
-    """Modules whose layers, one after the other, are all of a kind that the kernels know, by name."""
-    return {name: module for name, module in model.named_modules() if _layers(module)}
+def stacks_of(model: nn.Module) -> list[nn.Module]:
+    """Modules whose layers, one after the other, are all of a kind that the kernels know."""
+    return [module for module in model.modules() if _layers(module)]
+
+
+def forwards_of(model: nn.Module, products: Products | None) -> dict[nn.Module, FusedForward | FusedModel]:
+    """Forward passes in one call of such stacks, and of models around them.
+
+    Args:
+        model: its modules are looked at.
+        products: in which type they are made; None for each as its matrix is stored.
+    """
+    stacks = {stack: FusedForward(stack, products) for stack in stacks_of(model)}
+    models: dict[nn.Module, FusedForward | FusedModel] = {}
+    for module in model.modules():
+        place, typed = MODELS.get(_kind(module), ("", False))
+        layers = stacks.get(getattr(module, place, module))
+        if place and layers is not None:
+            models[module] = FusedModel(module, place, layers, typed=typed)
+    return models | stacks
 
 
 def _layers(stack: nn.Module) -> list[dict[str, Any]]:
@@ -86,8 +121,7 @@ def _layers(stack: nn.Module) -> list[dict[str, Any]]:
 
 def _parts(layer: nn.Module) -> dict[str, Any]:
     """The parts of a layer, by name, and the number of its heads; none unless all of it is as in transformers."""
-    kind = f"{type(layer).__module__}.{type(layer).__qualname__}".removeprefix("transformers.")
-    layout, inside = LAYOUTS.get(kind), list(layer.modules())
+    layout, inside = LAYOUTS.get(_kind(layer)), list(layer.modules())
     if layout is None or not all(_is_known(module) for module in inside):
         return {}
     parts: dict[str, Any] = {name: _part(layer, path) for name, path in layout.items()}
@@ -104,6 +138,10 @@ def _parts(layer: nn.Module) -> dict[str, Any]:
     if not exact or decodes or len(heads) != 1 or not _fit(parts, *heads):
         return {}
     return {**parts, "heads": heads.pop()}
+
+
+def _kind(module: nn.Module) -> str:
+    return f"{type(module).__module__}.{type(module).__qualname__}".removeprefix("transformers.")
 
 
 def _part(layer: nn.Module, path: str) -> nn.Module | None:
@@ -140,7 +178,7 @@ class FusedForward:
     and where somebody asks for what single layers make.
 
     Args:
-        stack: the module, one of `stacks_of`.
+        stack: the module.
         products: in which type they are made; None for each as its matrix is stored.
     """
 
@@ -163,7 +201,7 @@ class FusedForward:
 
     def __call__(self, hidden_states: Tensor, attention_mask: Any = None, *rest: Any, **others: Any) -> Any:
         """As the forward pass of the module."""
-        found = None if rest else self._encoded(hidden_states, attention_mask, others)
+        found = None if rest else self.encoded(hidden_states, attention_mask, others)
         if found is None:
             return type(self.stack).forward(self.stack, hidden_states, attention_mask, *rest, **others)
         if others.get("return_dict") is False:
@@ -171,7 +209,7 @@ class FusedForward:
         plain = type(self.stack).__module__.removeprefix("transformers.").startswith(PLAIN)
         return (BaseModelOutput if plain else BaseModelOutputWithPastAndCrossAttentions)(last_hidden_state=found)
 
-    def _encoded(self, x: Tensor, mask: Any, others: Mapping[str, Any]) -> Tensor | None:
+    def encoded(self, x: Tensor, mask: Any, others: Mapping[str, Any]) -> Tensor | None:
         """What the layers make of hidden states `(batch, tokens, width)`; None where they have to do it themselves."""
         if torch.compiler.is_compiling():
             return None
@@ -228,6 +266,60 @@ class FusedForward:
             bias = self.stack.relative_attention_bias(self.stack.relative_position_bucket(ahead)).T
         encoder = Encoder([_layer(parts) for parts in layers], layers[0]["heads"], self.products, bias)
         return _Made(encoder, made_of, factorized)
+
+
+class FusedModel:
+    """The forward pass of a model around such a stack, without what transformers does for the sake of other passes.
+
+    Its own it is wherever the stack's is its own, where hidden states or attentions are asked for as well, and for
+    inputs other than tokens, their types, and a mask of real ones.
+
+    Args:
+        model: one of `MODELS`.
+        place: where its stack is.
+        layers: the forward pass of that.
+        typed: whether its tokens have types.
+    """
+
+    def __init__(self, model: nn.Module, place: str, layers: FusedForward, *, typed: bool) -> None:
+        self.model: Any = model
+        self.place = place
+        self.layers = layers
+        self.typed = typed
+
+    def __call__(self, input_ids: Any = None, attention_mask: Any = None, *rest: Any, **others: Any) -> Any:
+        """As the forward pass of the module."""
+        found = None if rest else self._output(input_ids, attention_mask, others)
+        if found is None:
+            return type(self.model).forward(self.model, input_ids, attention_mask, *rest, **others)
+        return found
+
+    def _output(self, ids: Any, mask: Any, others: Mapping[str, Any]) -> ModelOutput | None:
+        model, config, others = self.model, self.model.config, dict(others)
+        types = {"token_type_ids": others.pop("token_type_ids", None)} if self.typed else {}
+        if any(value is not None for name, value in others.items() if name != "use_cache"):
+            return None
+        if torch.is_grad_enabled() or model.training or torch.compiler.is_compiling():
+            return None
+        if getattr(model, self.place) is not self.layers.stack:  # it was replaced
+            return None
+        if config.output_hidden_states or config.output_attentions or not config.return_dict:
+            return None
+        if not isinstance(ids, Tensor) or not (mask is None or (isinstance(mask, Tensor) and mask.shape == ids.shape)):
+            return None
+        x = model.embeddings(input_ids=ids, **types)
+        if hasattr(model, "embeddings_project"):  # ELECTRA's
+            x = model.embeddings_project(x)
+        y = self.layers.encoded(x, None if mask is None else mask[:, None, None].bool(), {})
+        if y is None:
+            return None
+        if not hasattr(model, "pooler"):
+            plain = _kind(model).startswith(PLAIN)
+            return (BaseModelOutput if plain else BaseModelOutputWithPastAndCrossAttentions)(last_hidden_state=y)
+        pooled = None if model.pooler is None else model.pooler(y)
+        plain = _kind(model).startswith(PLAIN)
+        kind = BaseModelOutputWithPooling if plain else BaseModelOutputWithPoolingAndCrossAttentions
+        return kind(last_hidden_state=y, pooler_output=pooled)
 
 
 class _Made(NamedTuple):

@@ -26,7 +26,7 @@ from transformers.masking_utils import sdpa_mask
 
 from factorformer.errors import FactorformerWarning, ModelError, one_of
 from factorformer.hf import compat
-from factorformer.hf.encoder import FusedForward, stacks_of
+from factorformer.hf.encoder import FusedForward, forwards_of
 from factorformer.kernels import cpu, gelu
 from factorformer.kernels.dense import served
 from factorformer.kernels.encoder import FORMATS, PAIRED, Products
@@ -163,17 +163,17 @@ def in_one_call(model: PreTrainedModel, products: Products | None) -> Iterator[b
     """
     known = cpu.AVAILABLE and model.device.type == "cpu" and model.dtype == torch.float32
     products = None if products == "bfloat16" and not PAIRED else products  # which would be emulated
-    stacks = list(stacks_of(model).values()) if known else []
-    before = [vars(stack).get("forward") for stack in stacks]
-    for stack in stacks:
-        stack.forward = FusedForward(stack, products)
+    forwards = forwards_of(model, products) if known else {}
+    before = [vars(module).get("forward") for module in forwards]
+    for module, forward in forwards.items():
+        module.forward = forward
     try:
-        yield bool(stacks)
+        yield bool(forwards)
     finally:
-        for stack, forward in zip(stacks, before, strict=True):
-            vars(stack).pop("forward", None)
+        for module, forward in zip(forwards, before, strict=True):
+            vars(module).pop("forward", None)
             if forward is not None:
-                stack.forward = forward
+                module.forward = forward
 
 
 def _set_stacks(model: PreTrainedModel, products: Products | None) -> set[nn.Module]:
@@ -181,25 +181,25 @@ def _set_stacks(model: PreTrainedModel, products: Products | None) -> set[nn.Mod
 
     Where outputs are others than before, the layers stay as they are, and a warning says so.
     """
-    stacks = stacks_of(model) if cpu.AVAILABLE else {}
-    if products and not stacks:
+    forwards = forwards_of(model, products) if cpu.AVAILABLE else {}
+    if products and not forwards:
         reason = "layers of this kind are not known" if cpu.AVAILABLE else "there are no compiled kernels"
         _say(f"{type(model).__name__} does not run in one call, nor its products in {products}: {reason}")
-    for stack in stacks.values():
-        vars(stack).pop("forward", None)
-    before = _outputs(model) if stacks else None
-    forwards = [FusedForward(stack, products) for stack in stacks.values()]
-    for stack, forward in zip(stacks.values(), forwards, strict=True):
-        stack.forward = forward
+    for module in forwards:
+        vars(module).pop("forward", None)
+    before = _outputs(model) if forwards else None
+    for module, forward in forwards.items():
+        module.forward = forward
     after = None if before is None else _outputs(model)
     apart = float("inf") if before is None or after is None else _deviation(before, after)
-    exact = all(forward.encoder is not None and forward.encoder.exact for forward in forwards)
+    stacks = {module: forward for module, forward in forwards.items() if isinstance(forward, FusedForward)}
+    exact = all(forward.encoder is not None and forward.encoder.exact for forward in stacks.values())
     if stacks and not apart <= (DEVIATION if exact else ROUGHLY[products]):
-        for stack in stacks.values():
-            vars(stack).pop("forward", None)
+        for module in forwards:
+            vars(module).pop("forward", None)
         _say(f"the layers of {type(model).__name__} are not run in one call: outputs would differ by {apart:.2g}")
         return set()
-    return {module for stack in stacks.values() for module in stack.modules()}
+    return {module for stack in stacks for module in stack.modules()}
 
 
 def _say(what: str) -> None:

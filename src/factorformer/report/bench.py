@@ -3,7 +3,7 @@
 ```
 {
   "baseline":    name of the candidate that ratios compare with,
-  "candidates":  [{"name", "route": "torch" or "onnxruntime", "variants": [str],
+  "candidates":  [{"name", "route": "torch", "onnxruntime" or "openvino", "variants": [str],
                    "file_bytes", "peak_bytes", "import_bytes", "gpu_peak_bytes": int or null,
                    "load_milliseconds": number,
                    "smaller": {"file", "peak", "load": baseline / this one}}],
@@ -53,7 +53,7 @@ class BenchResult:
         candidates: the baseline first.
         footprints: one for each.
         comparisons: one for each shape.
-        threads: of torch and of ONNX Runtime.
+        threads: of torch and of the other runtimes.
         device: where torch's models ran.
         seed: of the words.
         layers: where layers were measured and not models.
@@ -151,7 +151,7 @@ def _layer(layer: LayerComparison) -> dict[str, Any]:
 
 
 def _others(candidates: Sequence[Candidate]) -> dict[str, str]:
-    used = {"onnxruntime": any(c.route == "onnxruntime" for c in candidates)}
+    used = {route: any(c.route == route for c in candidates) for route in ("onnxruntime", "openvino")}
     used["torchao"] = any("torchao-int8" in c.variants for c in candidates)
     return {name: importlib.metadata.version(name) for name, took_part in used.items() if took_part}
 
