@@ -7,9 +7,11 @@ import importlib
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from tests.fresh import Interpreter
 from tests.tiny import MODELS
 from transformers import BertTokenizer
 
@@ -55,6 +57,13 @@ def test_a_help_page_imports_nothing_heavy(command: str) -> None:
 
 
 @pytest.fixture(scope="module")
+def fresh() -> Iterator[Interpreter]:
+    """With what transformers imports, but not itself."""
+    with Interpreter("import huggingface_hub, numpy, safetensors.torch, tokenizers, torch") as interpreter:
+        yield interpreter
+
+
+@pytest.fixture(scope="module")
 def compressed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("import") / "small"
     model = MODELS["bert"].build()
@@ -85,25 +94,26 @@ print("loaded")
 """
 
 
-def test_loading_needs_neither_training_nor_what_only_extras_bring(compressed: Path) -> None:
-    command = [sys.executable, "-W", "ignore", "-c", LEAST, str(compressed)]
-    done = subprocess.run(command, capture_output=True, text=True)
+def test_loading_needs_neither_training_nor_what_only_extras_bring(compressed: Path, fresh: Interpreter) -> None:
+    done = fresh.run(LEAST, compressed)
     assert done.stdout == "loaded\n", done.stderr
     assert "'accelerate': pip install 'factorformer[train]'" in done.stderr
     assert "error: this needs the package 'typer': pip install 'factorformer[cli]'\n2\n" in done.stderr
 
 
 FIRST = """
-import sys, factorformer, factorformer.hf.{}
+import warnings, factorformer
+from factorformer.errors import FactorformerWarning
+warnings.simplefilter("error", FactorformerWarning)
+import factorformer.hf.{}
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 assert "factorformer" in AUTO_QUANTIZER_MAPPING
 """
 
 
 @pytest.mark.parametrize("module", ["attachment", "dense"])
-def test_any_module_of_the_plug_in_may_be_imported_first(module: str) -> None:
-    command = [sys.executable, "-W", "error::factorformer.errors.FactorformerWarning", "-c", FIRST.format(module)]
-    done = subprocess.run(command, capture_output=True, text=True)
+def test_any_module_of_the_plug_in_may_be_imported_first(module: str, fresh: Interpreter) -> None:
+    done = fresh.run(FIRST.format(module))
     assert done.returncode == 0, done.stderr
 
 
@@ -125,9 +135,8 @@ except ImportError as error:
 
 
 @pytest.mark.parametrize("order", ["first", "last"])
-def test_what_fails_in_the_plugin_breaks_no_other_package(order: str, compressed: Path) -> None:
-    command = [sys.executable, "-c", BROKEN, str(compressed), order]
-    done = subprocess.run(command, capture_output=True, text=True)
+def test_what_fails_in_the_plugin_breaks_no_other_package(order: str, compressed: Path, fresh: Interpreter) -> None:
+    done = fresh.run(BROKEN, compressed, order)
     assert done.stdout == "raised factorformer.structures\n", done.stderr
     assert re.search("factorformer.*: ModuleNotFoundError", done.stderr)
 
@@ -195,8 +204,9 @@ model = AutoModel.from_pretrained(directory)
 
 
 @pytest.mark.parametrize("order", PROGRAMS)
-def test_plain_transformers_loads_a_compressed_model(order: str, compressed: Path) -> None:
-    run(f"import sys\ndirectory = sys.argv[1]\n{PROGRAMS[order]}\n{FACTORIZED}", compressed)
+def test_plain_transformers_loads_a_compressed_model(order: str, compressed: Path, fresh: Interpreter) -> None:
+    done = fresh.run(f"import sys\ndirectory = sys.argv[1]\n{PROGRAMS[order]}\n{FACTORIZED}", compressed)
+    assert done.returncode == 0, done.stderr
 
 
 def test_public_names_are_those_that_type_checkers_see() -> None:

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import os
-import subprocess
-import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 import transformers as tf
 from safetensors.torch import load_file, save_file
+from tests.fresh import Interpreter
 from tests.tiny import MODELS, logits
 
 import factorformer
@@ -19,11 +18,14 @@ from factorformer.errors import CheckpointError, ExportError, OutputError
 from factorformer.export import linear
 from factorformer.structures import Dense
 
-ALONE = """
+BEFORE = """
 import sys
 sys.modules["factorformer"] = None
 import torch, transformers
 from safetensors.torch import load_file, save_file
+from transformers import AutoModel, GPT2LMHeadModel, RobertaModel
+"""
+ALONE = """
 path, auto, inputs, out = sys.argv[1:]
 model = getattr(transformers, auto).from_pretrained(path, trust_remote_code=True).eval()
 assert not any(p.is_meta for p in model.parameters())
@@ -39,25 +41,33 @@ def compressed(name: str, **options: object) -> tf.PreTrainedModel:
     return model.eval()
 
 
-def alone(path: Path, auto: str, inputs: dict[str, torch.Tensor], folder: Path) -> tuple[str, torch.Tensor]:
+Alone = Callable[[Path, str, dict[str, torch.Tensor]], tuple[str, torch.Tensor]]
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Alone]:
     """The class, and what it makes of inputs, in a process that cannot import this package."""
+    folder = tmp_path_factory.mktemp("alone")
     given, made = folder / "given.safetensors", folder / "made.safetensors"
-    save_file(inputs, given)
-    environment = {**os.environ, "HF_MODULES_CACHE": str(folder / "modules"), "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-c", ALONE, *map(str, (path, auto, given, made))]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout.strip(), load_file(made)["output"]
+    with Interpreter(BEFORE, HF_MODULES_CACHE=str(folder / "modules"), HF_HUB_OFFLINE="1") as interpreter:
+
+        def run(path: Path, auto: str, inputs: dict[str, torch.Tensor]) -> tuple[str, torch.Tensor]:
+            save_file(inputs, given)
+            done = interpreter.run(BEFORE + ALONE, path, auto, given, made)
+            assert done.returncode == 0, done.stderr[-3000:]
+            return done.stdout.strip(), load_file(made)["output"]
+
+        yield run
 
 
 @pytest.mark.parametrize("name", ["roberta", "gpt2"])
-def test_it_loads_without_the_package(name: str, tmp_path: Path) -> None:
+def test_it_loads_without_the_package(name: str, tmp_path: Path, alone: Alone) -> None:
     model, inputs = compressed(name), MODELS[name].inputs()
     expected = logits(model, inputs)
     done = linear.export(model, tmp_path / "plain")
     assert done.deviation < 1e-5
     assert torch.equal(logits(model, inputs), expected)  # it is left as it is
-    kind, found = alone(tmp_path / "plain", MODELS[name].auto.__name__, inputs, tmp_path)
+    kind, found = alone(tmp_path / "plain", MODELS[name].auto.__name__, inputs)
     assert kind == f"LowRank{type(model).__name__}"
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
     stored = load_file(tmp_path / "plain" / "model.safetensors")
@@ -65,28 +75,28 @@ def test_it_loads_without_the_package(name: str, tmp_path: Path) -> None:
     assert any(key.endswith(".0.weight") for key in stored)
 
 
-def test_the_part_without_a_head(tmp_path: Path) -> None:
+def test_the_part_without_a_head(tmp_path: Path, alone: Alone) -> None:
     model, inputs = compressed("roberta"), MODELS["roberta"].inputs()
     linear.export(model, tmp_path / "plain")
-    kind, found = alone(tmp_path / "plain", "AutoModel", inputs, tmp_path)
+    kind, found = alone(tmp_path / "plain", "AutoModel", inputs)
     assert kind == "LowRankRobertaModel"
     with torch.inference_mode():
         expected = model.roberta(**inputs).last_hidden_state
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_integers_and_tables_become_floats(tmp_path: Path) -> None:
+def test_integers_and_tables_become_floats(tmp_path: Path, alone: Alone) -> None:
     model, inputs = compressed("roberta", scope="all", int8=True, ratio=5), MODELS["roberta"].inputs()
     expected = logits(model, inputs)
     linear.export(model, tmp_path / "plain")
     stored = load_file(tmp_path / "plain" / "model.safetensors")
     assert {t.dtype for t in stored.values()} == {torch.float32}
-    _, found = alone(tmp_path / "plain", MODELS["roberta"].auto.__name__, inputs, tmp_path)
+    _, found = alone(tmp_path / "plain", MODELS["roberta"].auto.__name__, inputs)
     error = (found - expected).norm() / expected.norm()  # the model rounds what it multiplies, too
     assert error < 0.05
 
 
-def test_dense_matrices_in_integers_become_plain_layers(tmp_path: Path) -> None:
+def test_dense_matrices_in_integers_become_plain_layers(tmp_path: Path, alone: Alone) -> None:
     model, inputs = MODELS["gpt2"].build(), MODELS["gpt2"].inputs()
     dense = [f"transformer.h.0.{name}" for name in ("attn.c_attn", "attn.c_proj", "mlp.c_fc")]
     plan = factorformer.plan(model, "svd", ratio=5, int8=True)
@@ -96,7 +106,7 @@ def test_dense_matrices_in_integers_become_plain_layers(tmp_path: Path) -> None:
     factorformer.compress(model, dataclasses.replace(plan, entries=tuple(entries)))
     expected = logits(model.eval(), inputs)
     linear.export(model, tmp_path / "plain")
-    _, found = alone(tmp_path / "plain", MODELS["gpt2"].auto.__name__, inputs, tmp_path)
+    _, found = alone(tmp_path / "plain", MODELS["gpt2"].auto.__name__, inputs)
     assert (found - expected).norm() / expected.norm() < 0.05
 
 

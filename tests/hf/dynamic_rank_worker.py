@@ -1,9 +1,8 @@
-"""A model whose ranks move for twelve steps; run by `torchrun` with a folder, on all processes."""
+"""A model whose ranks move for twelve steps."""
 
 from __future__ import annotations
 
 import functools
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -63,12 +62,11 @@ def trainer(model: tf.PreTrainedModel, ranks: DynamicRank, folder: Path, **optio
     return tf.Trainer(model, arguments, train_dataset=examples(), eval_dataset=examples(), callbacks=callbacks)
 
 
-if __name__ == "__main__":
+def main(folder: Path) -> None:
+    """What a process of two does, and leaves behind as `ranks-N.pt`."""
     model, ranks = build("rankdyna", dropout=0.0)
-    running = trainer(
-        model, ranks, Path(sys.argv[1]) / "run", per_device_train_batch_size=4, save_steps=50, optim="sgd"
-    )
+    running = trainer(model, ranks, folder / "ranks", per_device_train_batch_size=4, save_steps=50, optim="sgd")
     assert running.args.world_size == 2
     running.train()
     saved = {"model": model.state_dict(), "history": ranks.history.to_dict()}
-    torch.save(saved, Path(sys.argv[1]) / f"rank-{running.args.process_index}.pt")
+    torch.save(saved, folder / f"ranks-{running.args.process_index}.pt")

@@ -1,10 +1,9 @@
-"""A model that trains straight through for twelve steps; run by `torchrun` with a folder, on all processes."""
+"""A model that trains straight through for twelve steps."""
 
 from __future__ import annotations
 
 import copy
 import functools
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -63,9 +62,10 @@ def trainer(model: tf.PreTrainedModel, straight: StraightThrough, folder: Path, 
     )
 
 
-if __name__ == "__main__":
+def main(folder: Path) -> None:
+    """What a process of two does, and leaves behind as `straight-N.pt`."""
     model, straight = build("dsformer")
-    running = trainer(model, straight, Path(sys.argv[1]) / "run", save_steps=50)
+    running = trainer(model, straight, folder / "straight", save_steps=50)
     assert running.args.world_size == 2
     running.train()
-    torch.save(model.state_dict(), Path(sys.argv[1]) / f"rank-{running.args.process_index}.pt")
+    torch.save(model.state_dict(), folder / f"straight-{running.args.process_index}.pt")

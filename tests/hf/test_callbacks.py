@@ -1,4 +1,4 @@
-"""Straight-through training under the `Trainer`: accumulation, bfloat16, interrupted runs, two processes."""
+"""Straight-through training under the `Trainer`: accumulation, bfloat16, interrupted runs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ import pytest
 import torch
 import transformers as tf
 from tests import tiny
-from tests.hf.processes import two_processes
 from tests.hf.straight_through_worker import build, examples, trainer
 from torch import Tensor
 
@@ -97,12 +96,6 @@ def test_a_checkpoint_on_the_way_loads_as_a_compressed_model(plain: Run) -> None
     specs = [m.spec for m in loaded.modules() if isinstance(m, factorformer.FactorizedLinear)]
     assert all(isinstance(spec, DenseSparse) for spec in specs)
     assert torch.isfinite(loaded.eval()(**tiny.text()).logits).all()
-
-
-def test_two_processes_agree(tmp_path: Path) -> None:
-    first, second = two_processes("straight_through_worker", tmp_path)
-    assert_equal(first, second)
-    assert moved(state(build("dsformer")[0]), first)
 
 
 def test_a_training_that_is_interrupted_leaves_plain_factors(

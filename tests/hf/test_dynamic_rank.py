@@ -1,4 +1,4 @@
-"""Dynamic ranks under the `Trainer`: accumulation, bfloat16, interrupted runs, two processes."""
+"""Dynamic ranks under the `Trainer`: accumulation, bfloat16, interrupted runs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ import torch
 import transformers as tf
 from tests import tiny
 from tests.hf.dynamic_rank_worker import build, trainer
-from tests.hf.processes import two_processes
 from tests.hf.straight_through_worker import examples
 from torch import Tensor
 
@@ -102,18 +101,6 @@ def test_a_checkpoint_on_the_way_loads_as_a_model(plain: Run) -> None:
     linear = [module for name, module in loaded.named_modules() if "layer." in name and hasattr(module, "in_features")]
     assert len({isinstance(module, FactorizedMatrix) for module in linear}) == 2
     assert torch.isfinite(loaded.eval()(**tiny.text()).logits).all()
-
-
-def test_two_processes_agree_with_one(tmp_path: Path) -> None:
-    first, second = two_processes("dynamic_rank_worker", tmp_path)
-    assert_equal(first["model"], second["model"])
-    assert first["history"] == second["history"]
-    # Two batches of four are one of eight, if gradients are averaged; Adam would make much of a last bit.
-    model, ranks = build("rankdyna", dropout=0.0)
-    trainer(model, ranks, tmp_path / "one", save_steps=50, optim="sgd").train()
-    assert ranks.history.ranks == first["history"]["ranks"]
-    for name, tensor in model.state_dict().items():
-        torch.testing.assert_close(first["model"][name], tensor, rtol=1e-3, atol=1e-4)
 
 
 def test_data_parallel_wrappers_leave_the_matrices_alone() -> None:
