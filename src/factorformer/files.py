@@ -10,7 +10,7 @@ import os
 import shutil
 import tempfile
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -67,6 +67,17 @@ _WRITING = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}
 
 _LONGEST_NAME = 255
 """Bytes that the name of a file can have on usual file systems."""
+
+
+def short_names(sources: Sequence[str]) -> list[str]:
+    """Short names of files, each but once: `test`, or `mrpc_test` where several are called so."""
+    parts = [Path(source.replace(":", "/")).parts for source in sources]
+    stems = [Path(part[-1]).name.partition(".")[0] for part in parts]
+    names = [
+        stem if stems.count(stem) == 1 or len(part) < 2 else f"{part[-2]}_{stem}"
+        for stem, part in zip(stems, parts, strict=True)
+    ]
+    return [name if names.count(name) == 1 else f"{name}_{place}" for place, name in enumerate(names, 1)]
 
 
 def check_output(path: Name, *, overwrite: bool, inputs: Iterable[Name | None] = (), known: Iterable[str] = ()) -> None:

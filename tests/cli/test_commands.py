@@ -267,32 +267,66 @@ def test_a_decoder_without_a_head_learns_a_task(run: Any, decoder: Path, tables:
 def test_a_language_model_is_measured_as_one(run: Any, decoder: Path, tables: Path, tmp_path: Path) -> None:
     texts, small = tables / "texts.txt", tmp_path / "small"
     options = ("--calibration", texts, "--eval", texts, "--json")
-    content = result_of(run("compress", decoder, small, "--ratio", 4, *options))
-    metrics = content["metrics"]
-    names = {"loss", "perplexity", "token_accuracy"}
-    assert set(metrics) == names | {f"original_{name}" for name in names} | {
-        "next_token_agreement",
+    done = run("compress", decoder, small, "--ratio", 4, *options)
+    metrics = result_of(done)["metrics"]
+    names = {"loss", "perplexity", "token_accuracy", "bits_per_byte"}
+    protocol = {"predicted_tokens", "window", "stride"}
+    apart = {"next_token_divergence", "next_token_agreement"}
+    assert set(metrics) == names | {f"original_{name}" for name in names} | protocol | apart | {
         "loss_rise",
         "predicted_loss_rise",
     }
-    again = result_of(run("evaluate", small, "--data", texts, "--json"))["metrics"]
-    assert again == {name: metrics[name] for name in names}
-    # By hand, text by text: the loss that the model itself reports.
+    alone = result_of(run("evaluate", small, "--data", texts, "--json"))["metrics"]
+    assert alone == {name: metrics[name] for name in names | protocol}
+    beside = result_of(run("evaluate", small, "--against", decoder, "--data", texts, "--json"))
+    found = {f"original_{name}" for name in names} | names | protocol | apart
+    assert beside["metrics"] == {name: metrics[name] for name in found}
+    assert beside["bytes"]["ratio"] == pytest.approx(4, rel=0.05)
+    # By hand, window by window of the file as a whole: the loss that the model itself reports.
     model, tokenizer = factorformer.load(small), AutoTokenizer.from_pretrained(small)
-    ids = [torch.tensor([tokenizer(line)["input_ids"]]) for line in texts.read_text().splitlines()]
+    ids = tokenizer(texts.read_text().removesuffix("\n"))["input_ids"]
+    assert f"{len(ids)} tokens in {math.ceil(len(ids) / 24)} windows of 24" in done.stderr
+    windows = [torch.tensor([ids[start : start + 24]]) for start in range(0, len(ids), 24)]
     with torch.inference_mode():
-        losses = [(float(model(x, labels=x).loss), x.shape[1] - 1) for x in ids]
-        likely = [[m(x).logits[0, :-1].argmax(-1) for x in ids] for m in (model, factorformer.load(decoder))]
-    mean = sum(loss * count for loss, count in losses) / sum(count for _, count in losses)
+        losses = [(float(model(x, labels=x).loss), x.shape[1] - 1) for x in windows]
+        likely = [[m(x).logits[0, :-1].argmax(-1) for x in windows] for m in (model, factorformer.load(decoder))]
+    tokens = sum(count for _, count in losses)
+    mean = sum(loss * count for loss, count in losses) / tokens
     assert metrics["loss"] == pytest.approx(mean, rel=1e-4)
     assert metrics["perplexity"] == pytest.approx(math.exp(mean), rel=1e-4)
+    assert (metrics["predicted_tokens"], metrics["window"], metrics["stride"]) == (tokens, 24, 24)
     agree = torch.cat(likely[0]) == torch.cat(likely[1])
     assert metrics["next_token_agreement"] == pytest.approx(float(agree.float().mean()), abs=1e-6)
     assert 0 < metrics["next_token_agreement"] < 1
+    assert metrics["next_token_divergence"] > 0
     (tmp_path / "one.txt").write_text("film\n")
     refused = run("compress", decoder, tmp_path / "none", "--eval", tmp_path / "one.txt")
     assert refused.exit_code == 2
     assert "two tokens" in refused.stderr
+
+
+def test_texts_of_language_models(run: Any, decoder: Path, tables: Path, tmp_path: Path) -> None:
+    short = ("--sequence-length", 8)
+    files = ("--data", tables / "texts.txt", "--data", tables / "train.jsonl")
+    content = result_of(run("evaluate", decoder, *files, *short, "--json"))["metrics"]
+    assert {"texts_perplexity", "train_perplexity", "texts_predicted_tokens"} <= set(content)
+    assert content["texts_window"] == content["train_window"] == 8
+    talks = [[{"role": "user", "content": "a good film"}, {"role": "assistant", "content": "and the book"}]] * 4
+    (tmp_path / "talks.jsonl").write_text("".join(json.dumps({"messages": talk}) + "\n" for talk in talks))
+    spoken = ("--data", tmp_path / "talks.jsonl", "--text", "messages", "--json")
+    refused = run("evaluate", decoder, *spoken)
+    assert refused.exit_code == 2
+    assert "no chat template" in refused.stderr
+    tokenizer = AutoTokenizer.from_pretrained(decoder)
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }} [SEP] {% endfor %}"
+    tokenizer.save_pretrained(decoder)
+    # Six words and two ends for each, after which no other end is written.
+    assert result_of(run("evaluate", decoder, *spoken, *short))["metrics"]["predicted_tokens"] == 4 * 8 - 4
+    long = run("evaluate", decoder, *files, "--sequence-length", 25)
+    assert long.exit_code == 2
+    assert "--sequence-length 25: the model reads 24 tokens" in long.stderr
+    other = run("evaluate", decoder, "--against", tables, *files)
+    assert other.exit_code == 2
 
 
 def test_labels_may_be_given_by_number(run: Any, trained: Path, tables: Path) -> None:

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 import factorformer
 from factorformer.errors import DataError, ModelError, OutputError
+from factorformer.tasks import language_modelling
 from factorformer.tasks.architectures import Architecture, Task, new_model
 from factorformer.tasks.from_scratch import ScratchSettings, train
 from factorformer.tasks.language_modelling import (
@@ -149,11 +150,40 @@ def test_perplexity_is_that_of_the_models_own_loss(name: str) -> None:
             total += float(model(input_ids=ids, labels=ids).loss) * (len(block) - 1)
         tokens += len(block) - 1
     steps: list[int] = []
-    found, _ = predict(model, tokenizer, data, "causal", batch_size=4, progress=lambda _, done, __: steps.append(done))
+    found = predict(model, tokenizer, data, "causal", batch_size=4, progress=lambda _, done, __: steps.append(done))
     assert found["loss"] == pytest.approx(total / tokens, rel=1e-4)
     assert found["perplexity"] == pytest.approx(math.exp(total / tokens), rel=1e-3)
     assert 0 <= found["token_accuracy"] <= 1
+    assert (found["predicted_tokens"], found["window"], found["stride"]) == (tokens, 16, 16)
+    written = [tokenizer.decode(block[1:], skip_special_tokens=True) for block in data["input_ids"]]
+    size = sum(len(text.encode()) for text in written)
+    assert found["bits_per_byte"] == pytest.approx(total / math.log(2) / size, rel=1e-4)
     assert steps[-1] == len(data)
+
+
+def test_predictions_beside_those_of_the_original(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = words("causal")
+    data = encode(texts(9), tokenizer, "causal", max_length=16)
+    model, original = make("gpt2").eval(), make("gpt2", "dense").eval()
+    divergence, same, tokens = 0.0, 0, 0
+    for block in data["input_ids"]:
+        with torch.inference_mode():
+            ours, theirs = (each(input_ids=torch.tensor([block])).logits[0, :-1] for each in (model, original))
+        p = theirs.softmax(-1)
+        divergence += float((p * (p.log() - ours.softmax(-1).log())).sum())
+        same += int((ours.argmax(-1) == theirs.argmax(-1)).sum())
+        tokens += len(block) - 1
+    monkeypatch.setattr(language_modelling, "PLACES", 5)  # in several parts
+    found = predict(model, tokenizer, data, "causal", 4, original=original)
+    assert found["next_token_divergence"] == pytest.approx(divergence / tokens, rel=1e-3)
+    assert found["next_token_agreement"] == pytest.approx(same / tokens)
+    alone = [predict(each, tokenizer, data, "causal", 3) for each in (model, original)]
+    for name in ("loss", "perplexity", "token_accuracy", "bits_per_byte"):
+        assert found[name] == pytest.approx(alone[0][name], rel=1e-4)
+        assert found[f"original_{name}"] == pytest.approx(alone[1][name], rel=1e-4)
+    itself = predict(original, tokenizer, data, "causal", original=original)
+    assert itself["next_token_divergence"] == pytest.approx(0, abs=1e-6)
+    assert itself["next_token_agreement"] == 1
 
 
 def test_a_masked_model_is_measured_on_its_hidden_tokens() -> None:
@@ -166,7 +196,7 @@ def test_a_masked_model_is_measured_on_its_hidden_tokens() -> None:
             logits = model(input_ids=torch.tensor([ids])).logits[0]
             total += float(F.cross_entropy(logits, torch.tensor(labels), ignore_index=-100, reduction="sum"))
             tokens += sum(label != -100 for label in labels)
-    assert predict(model, tokenizer, data, "masked")[0]["loss"] == pytest.approx(total / tokens, rel=1e-4)
+    assert predict(model, tokenizer, data, "masked")["loss"] == pytest.approx(total / tokens, rel=1e-4)
 
 
 def test_predictions_that_are_no_numbers() -> None:
@@ -186,10 +216,10 @@ def test_predictions_that_are_no_numbers() -> None:
 def test_training_lowers_the_perplexity_and_reloads_identically(name: str, method: str, tmp_path: Path) -> None:
     task, model, tokenizer = TASKS[name], make(name, method), words(TASKS[name])
     data, held = (encode(rows, tokenizer, task, max_length=16) for rows in (texts(), texts(12)))
-    before, _ = predict(model, tokenizer, held, task)
+    before = predict(model, tokenizer, held, task)
     seen: list[tuple[str, int, int | None]] = []
     curve = train(model, tokenizer, data, held, task, FAST, tmp_path / "run", lambda *step: seen.append(step))
-    after, _ = predict(model, tokenizer, held, task)
+    after = predict(model, tokenizer, held, task)
     assert after["loss"] < 0.9 * before["loss"]
     assert seen == [("train", step + 1, 12) for step in range(12)]
     assert [row["step"] for row in curve] == [4, 8, 12]

@@ -246,9 +246,8 @@ def test_loss_counts_tokens_and_no_padding(words: tf.PreTrainedTokenizerFast, ma
         tokens += labels.numel()
     model.train()
     for batch_size in (1, 16):
-        found, likeliest = predict(model, words, encoded, "translation", batch_size)
+        found = predict(model, words, encoded, "translation", batch_size)
         assert found["loss"] == pytest.approx(total / tokens, rel=1e-5)
-        assert len(likeliest) == tokens
     assert model.training
     assert math.isfinite(total)
 

@@ -8,6 +8,7 @@ import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import datasets
 import torch
@@ -33,7 +34,8 @@ from factorformer.layers.surgery import find_matrices
 from factorformer.planning import TOLERANCE, Entry, Plan
 from factorformer.report import Result
 from factorformer.report.result import BEFORE
-from factorformer.tasks.classification import Head, head_labels
+from factorformer.tasks import windows
+from factorformer.tasks.classification import Head, head_labels, is_causal
 from factorformer.tasks.data import (
     Columns,
     Labels,
@@ -48,6 +50,7 @@ from factorformer.tasks.data import (
 from factorformer.tasks.finetuning import check_can_follow
 from factorformer.tasks.reading import read_rows, text_format
 from factorformer.tasks.targets import Predictions, Target
+from factorformer.tasks.windows import read_documents
 from factorformer.training.rank_history import RankHistory
 
 
@@ -84,6 +87,43 @@ def check_dense(path: Path, config: PretrainedConfig) -> None:
     """Raise `ModelError` if its configuration says that a model is compressed already."""
     if described(config) is not None:
         raise ModelError(f"'{path}' is compressed already: start from the dense model")
+
+
+def read_text(source: str, columns: Columns, config: PretrainedConfig) -> datasets.Dataset | list[Any]:
+    """Rows of plain text, or the documents that a causal language model reads.
+
+    Raises:
+        DataError: as `read_table`, or `read_documents`.
+    """
+    return read_documents(source, columns, note) if is_causal(config) else read_table(source, columns)
+
+
+def encode_text(
+    source: str,
+    text: datasets.Dataset | list[Any],
+    columns: Columns,
+    tokenizer: PreTrainedTokenizerBase,
+    config: PretrainedConfig,
+    *,
+    max_length: int,
+    sequence_length: int | None,
+) -> datasets.Dataset:
+    """Rows of plain text, each cut at `max_length`, or the windows of documents, encoded.
+
+    Raises:
+        DataError: what does not fit tokenizer or model; the message names the source.
+    """
+    if isinstance(text, datasets.Dataset):
+        return encode_table(source, text, columns, tokenizer, None, max_length, config)
+    length = windows.sequence_length(config, sequence_length)
+    with about(source):
+        cut = windows.windows(tokenizer, text, length)
+    tokens = sum(cut["length"])
+    note(f"'{source}': {tokens:,} tokens in {len(cut):,} windows of {min(length, tokens):,}")
+    skeleton = _skeleton(config)
+    if skeleton is not None:
+        check_lengths(skeleton, cut, f"'{source}'")
+    return cut
 
 
 def encode_table(
@@ -140,16 +180,30 @@ def calibration_batches(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     data: datasets.Dataset,
-    rows: int,
+    rows: int | None,
     seed: int,
     batch_size: int = 32,
+    usual: int = 512,
 ) -> list[dict[str, Tensor]]:
     """Batches of some of the rows, as the model runs on them.
+
+    Args:
+        model: that is calibrated.
+        tokenizer: of it.
+        data: encoded rows, or windows.
+        rows: at most; None for `usual`, or for windows as many as hold `CALIBRATED` tokens.
+        seed: of the choice.
+        batch_size: rows together, at most; of windows no more than hold `TOGETHER` tokens.
+        usual: see `rows`.
 
     Raises:
         DataError: an encoder-decoder that does not say how its decoder starts.
     """
-    made = batches(tokenizer, sample(data, rows, seed), batch_size)
+    if is_causal(model.config) and "labels" not in data.column_names:
+        longest = max(data["length"])
+        usual = max(windows.CALIBRATED // longest, 1)
+        batch_size = min(batch_size, max(windows.TOGETHER // longest, 1))
+    made = batches(tokenizer, sample(data, rows or usual, seed), batch_size)
     return [batch if "labels" in batch else with_decoder_inputs(model, batch) for batch in made]
 
 

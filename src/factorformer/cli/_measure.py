@@ -29,13 +29,11 @@ class Measured:
 
     Args:
         metrics: of the model alone.
-        tokens: the likeliest next token at every place of the texts, of a language model.
         outputs: embeddings of the texts, or scores of a model with a head, `(rows, outputs)`.
         target: what these are compared by.
     """
 
     metrics: Mapping[str, float] = dataclasses.field(default_factory=dict)
-    tokens: Tensor | None = None
     outputs: Tensor | None = None
     target: Target | None = None
 
@@ -50,9 +48,8 @@ def check_measurable(config: PretrainedConfig, data: datasets.Dataset, source: s
     if config.is_encoder_decoder:
         raise ModelError("the model is an encoder and a decoder: embeddings of texts are not defined for it")
     if is_causal(config):
-        if max(data["length"]) < 2:
-            raise DataError(f"'{source}' has no text of two tokens: give one at least, to predict the second")
-    elif len(data) < LEAST_TEXTS:
+        return
+    if len(data) < LEAST_TEXTS:
         raise DataError(
             f"'{source}' has {len(data)} text{'s' * (len(data) != 1)}: give at least {LEAST_TEXTS}, whose similarities "
             "can be ranked"
@@ -67,8 +64,12 @@ def measure(
     progress: Progress,
     phase: str,
     target: Target | None = None,
+    original: PreTrainedModel | None = None,
 ) -> Measured:
-    """Metrics of a task; without labels perplexity and tokens of a language model, or what a target reads."""
+    """Metrics of a task; without labels those of a language model, or what a target reads.
+
+    Predictions of a language model are compared with those of the original, if there is one.
+    """
     if labels is not None:
         return Measured(evaluate(model, tokenizer, data, labels, progress, phase))
     if not is_causal(model.config):
@@ -76,8 +77,8 @@ def measure(
         found = read_all(partial(target.read, model), model, tokenizer, data, progress=progress, phase=phase)
         return Measured(outputs=found, target=target)
     size = max(1, LOGITS // (max(data["length"]) * model.config.get_text_config().vocab_size))
-    metrics, tokens = language_modelling.predict(model, tokenizer, data, "causal", min(size, 32), progress, phase)
-    return Measured(metrics, tokens)
+    size = min(size, 32)
+    return Measured(language_modelling.predict(model, tokenizer, data, "causal", size, progress, phase, original))
 
 
 def compare(before: Measured | None, after: Measured | None) -> dict[str, float]:
@@ -87,10 +88,8 @@ def compare(before: Measured | None, after: Measured | None) -> dict[str, float]
     """
     earlier, later = before or Measured(), after or Measured()
     metrics = {**{BEFORE + name: value for name, value in earlier.metrics.items()}, **later.metrics}
-    if "loss" in earlier.metrics and "loss" in later.metrics:
-        metrics["loss_rise"] = later.metrics["loss"] - earlier.metrics["loss"]
-    if earlier.tokens is not None and later.tokens is not None:
-        metrics["next_token_agreement"] = float((earlier.tokens == later.tokens).float().mean())
+    if "loss" in metrics and f"{BEFORE}loss" in metrics:
+        metrics["loss_rise"] = metrics["loss"] - metrics[f"{BEFORE}loss"]
     if earlier.outputs is not None and later.outputs is not None and later.target is not None:
         metrics |= later.target.compare(earlier.outputs, later.outputs)
     if "embedding_cosine" in metrics:

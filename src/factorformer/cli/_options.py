@@ -222,7 +222,14 @@ CalibrationFile = Annotated[
     ),
 ]
 CalibrationRows = Annotated[
-    int, data_option("--calibration-rows", min=1, max=LARGEST, help="How many of its rows are used.")
+    int | None,
+    data_option(
+        "--calibration-rows",
+        min=1,
+        max=LARGEST,
+        show_default=False,
+        help="How many of its rows are used. By default 512, and of windows of text as many as hold 131,072 tokens.",
+    ),
 ]
 TrainFile = Annotated[str | None, data_option("--train", metavar="FILE", help="What the model is trained on.")]
 EvalFile = Annotated[str | None, data_option("--eval", metavar="FILE", help="What the result is measured on.")]
@@ -230,6 +237,18 @@ LENGTH = 128
 """Tokens after which texts are cut, unless told otherwise."""
 
 MaxLength = Annotated[int, data_option("--max-length", min=2, max=LARGEST, help="Tokens after which a text is cut.")]
+
+SequenceLength = Annotated[
+    int | None,
+    data_option(
+        "--sequence-length",
+        min=2,
+        max=LARGEST,
+        show_default=False,
+        help="Of a causal language model, whose texts are joined: tokens of the windows that they are cut into. By "
+        "default 2,048, or what the model reads.",
+    ),
+]
 
 training_option = partial(typer.Option, rich_help_panel="Training")
 Epochs = Annotated[

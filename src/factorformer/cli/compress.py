@@ -38,6 +38,7 @@ from factorformer.cli._options import (
     Resume,
     Scope,
     Seed,
+    SequenceLength,
     Share,
     TextColumns,
     TrainFile,
@@ -68,7 +69,7 @@ RowsToFit = Annotated[
         min=1,
         max=LARGEST,
         help="How many of its rows are used. By default 512, and 2,048 for an encoder that learns from --distill "
-        "alone: more make better fits, and take longer.",
+        "alone; of windows of text as many as hold 131,072 tokens. More make better fits, and take longer.",
     ),
 ]
 BatchSize = Annotated[
@@ -116,6 +117,7 @@ def compress(
     label: LabelColumn = None,
     regression: Regression = False,
     max_length: MaxLength = LENGTH,
+    sequence_length: SequenceLength = None,
     epochs: Epochs = 3.0,
     minutes: Minutes = None,
     lr: LearningRate = None,
@@ -143,8 +145,11 @@ def compress(
 
     [bold]Without --label[/bold] --eval is plain text, by default a part of the training file. 'embedding cosine' is the
     mean cosine between the embeddings of the original and the compressed model, and 'similarity spearman' the rank
-    correlation of the similarities that the two see between texts. A causal language model has a perplexity instead,
-    and 'next token agreement' tells how often the two models find the same next token the likeliest.
+    correlation of the similarities that the two see between texts.
+
+    [bold]A causal language model[/bold] reads plain text as windows of --sequence-length tokens: a text file is one
+    document, and so is each row of other data, or each conversation of a column of messages. It is measured by its
+    perplexity, 'next token divergence' and 'next token agreement': how far its predictions are from the original's.
 
     The output is an ordinary Hugging Face model directory in the precision of the model, saved before it is measured;
     the result lies in it as factorformer.json. 'ratio' is the bytes of the original tensors in scope over the bytes of
@@ -169,7 +174,9 @@ def compress(
         note_unused("beside --minutes", "epochs")
     if train is None and evaluation is None and calibration is None:
         read = () if trim_vocabulary is not None else ("text",)
-        note_unused("without data", *read, "words", "max_length", "batch_size", "calibration_rows", "seed")
+        note_unused(
+            "without data", *read, "words", "max_length", "sequence_length", "batch_size", "calibration_rows", "seed"
+        )
     from factorformer.cli._inputs import columns_of
     from factorformer.cli._jobs.compress import CompressJob, run
     from factorformer.cli._jobs.unfinished import is_unfinished
@@ -204,6 +211,7 @@ def compress(
         calibration=calibration,
         calibration_rows=calibration_rows,
         max_length=max_length,
+        sequence_length=sequence_length,
         settings=dataclasses.replace(training, **chosen),
         healing=dataclasses.replace(healing, **chosen),
         distill=distill,

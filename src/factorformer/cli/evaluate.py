@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from factorformer.cli._given import note_unused
 from factorformer.cli._options import (
     LARGEST,
     LENGTH,
@@ -14,6 +15,7 @@ from factorformer.cli._options import (
     AsJson,
     Device,
     DeviceChoice,
+    SequenceLength,
     TextColumns,
     Words,
     emit,
@@ -28,7 +30,7 @@ DataFiles = Annotated[
         "--data",
         metavar="FILE",
         show_default=False,
-        help="Rows to measure on; with --against several files can be given.",
+        help="Rows to measure on; with --against, and for language models, several files can be given.",
     ),
 ]
 Against = Annotated[
@@ -37,7 +39,8 @@ Against = Annotated[
         "--against",
         metavar="ORIGINAL",
         show_default=False,
-        help="The encoder that this one was made of: what are its embeddings good for, beside those of the original?",
+        help="The model that this one was made of, if it is an encoder or a causal language model: what are its "
+        "embeddings good for beside the original's, or how far are its predictions from these?",
     ),
 ]
 EvaluatedLength = Annotated[
@@ -71,6 +74,7 @@ def evaluate(
     words: Words = False,
     label: LabelColumn = None,
     max_length: EvaluatedLength = None,
+    sequence_length: SequenceLength = None,
     device: Device = DeviceChoice.auto,
     as_json: AsJson = False,
 ) -> None:
@@ -81,8 +85,12 @@ def evaluate(
     words: accuracy and macro-F1. Regression: Pearson and Spearman correlation and mean squared error. What the labels
     mean is read from the model's configuration.
 
-    Language models: the mean loss of a token in nats, perplexity, and how often the likeliest token is the next one,
-    each text by itself.
+    Causal language models: texts are joined and cut into windows of --sequence-length tokens; a text file is one
+    document, and so is each row of other data, or each conversation of a column of messages. The mean loss of a token
+    in nats, perplexity, how often the likeliest token is the next one, bits per byte of text, and what they depend on:
+    the predicted tokens, the window, and from one window to the next the stride. With --against also how far
+    predictions are from the original's: the mean divergence in nats, and how often both find the same token the
+    likeliest. Several files tell whether a model that was calibrated on one text fails on another.
 
     Sentence encoders (--against): on texts, the mean cosine to the embeddings of the original, the rank correlation of
     similarities, and the overlap of the ten nearest neighbours; with labels also how many texts have the class of their
@@ -96,16 +104,27 @@ def evaluate(
       factorformer evaluate small/ --data test.tsv
       factorformer evaluate small/ --data test.jsonl --text question --label intent
       factorformer evaluate chat/ --data texts.txt
+      factorformer evaluate small-chat/ --against chat/ --data wiki.txt --data talks.jsonl --text messages
       factorformer evaluate small/ --against minilm --data others.txt --data intents.tsv --data pairs.tsv
     """
-    from factorformer.cli._inputs import about, columns_of, encode_table, plain_columns, read_table
-    from factorformer.cli._measure import check_measurable, measure
+    from factorformer.cli._inputs import about, columns_of, encode_table, read_table
+    from factorformer.cli._measure import measure
     from factorformer.hf.source import find, load_model, load_tokenizer, read_config
     from factorformer.progress import bars
     from factorformer.report import Result, inventory
     from factorformer.tasks.classification import check_head, is_causal, labels_for
     from factorformer.tasks.data import check_lengths
 
+    path = find(model)
+    config = read_config(path)
+    if label is None and is_causal(config):
+        from factorformer.cli._jobs.language import LanguageJob, evaluate_language
+
+        note_unused("of language models", "words", "max_length")
+        language = LanguageJob(model, against, data, text, sequence_length, place_of(device))
+        emit(evaluate_language(language), as_json=as_json)
+        return
+    note_unused("but for causal language models", "sequence_length")
     if against is not None:
         from factorformer.cli._jobs.embeddings import EmbeddingJob, evaluate_embeddings
 
@@ -115,23 +134,18 @@ def evaluate(
         emit(evaluate_embeddings(job), as_json=as_json)
         return
     if len(data) > 1:
-        raise MethodError(f"--data was given {len(data)} times: several files are for --against alone")
+        raise MethodError(
+            f"--data was given {len(data)} times: several files are for --against and for language models"
+        )
     (data_file,) = data
-    path = find(model)
-    config = read_config(path)
-    plain = label is None and is_causal(config)
-    columns, labels = columns_of(text, None if plain else label or "label", words), None
-    head = None if plain else check_head(path, config)
-    columns = plain_columns(data_file, columns) if plain else columns
+    columns = columns_of(text, label or "label", words)
+    head = check_head(path, config)
     rows = read_table(data_file, columns)
-    if head is not None and columns.label is not None:
-        with about(data_file):
-            labels = labels_for(head, rows, columns.label)
+    with about(data_file):
+        labels = labels_for(head, rows, columns.label or "")
     tokenizer = load_tokenizer(path)
     encoded = encode_table(data_file, rows, columns, tokenizer, labels, max_length or LENGTH, config)
-    if plain:
-        check_measurable(config, encoded, data_file)
-    loaded = load_model(path, device=place_of(device), whole=not plain)
+    loaded = load_model(path, device=place_of(device), whole=True)
     check_lengths(loaded, encoded, f"'{data_file}'")
     started = time.perf_counter()
     with bars() as progress:

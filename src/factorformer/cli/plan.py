@@ -30,6 +30,7 @@ from factorformer.cli._options import (
     Ratio,
     Scope,
     Seed,
+    SequenceLength,
     Share,
     TextColumns,
     Words,
@@ -59,10 +60,11 @@ def plan(
     share: Share = None,
     rank_multiple: RankMultiple = None,
     calibration: CalibrationFile = None,
-    calibration_rows: CalibrationRows = 512,
+    calibration_rows: CalibrationRows = None,
     text: TextColumns = None,
     words: Words = False,
     max_length: MaxLength = LENGTH,
+    sequence_length: SequenceLength = None,
     seed: Seed = 0,
     device: Device = DeviceChoice.auto,
     output: PlanFile = None,
@@ -98,12 +100,12 @@ def plan(
         calibration_batches,
         check_dense,
         columns_of,
-        encode_table,
+        encode_text,
         find_pooling,
         off_target,
         plain_columns,
         predictions,
-        read_table,
+        read_text,
     )
     from factorformer.fitting.statistics import too_few_tokens
     from factorformer.hf.source import find, load_model, load_tokenizer, read_config
@@ -125,7 +127,8 @@ def plan(
         note(f"method '{chosen}' measures nothing: --calibration is not used")
         calibration = None
     if calibration is None:
-        note_unused("without --calibration", "text", "words", "max_length", "calibration_rows", "seed")
+        read = ("text", "words", "max_length", "sequence_length")
+        note_unused("without --calibration", *read, "calibration_rows", "seed")
     compression.check_options(chosen, ratio, None if share is None else share.value, unit, rank_multiple or 1)
     started = time.perf_counter()
     path = find(model)
@@ -134,8 +137,9 @@ def plan(
     tokenizer, rows, data = None, None, None
     if calibration is not None:
         tokenizer, columns = load_tokenizer(path), plain_columns(calibration, columns_of(text, None, words))
-        table = read_table(calibration, columns)
-        rows = encode_table(calibration, table, columns, tokenizer, None, max_length, config)
+        found = read_text(calibration, columns, config)
+        lengths = {"max_length": max_length, "sequence_length": sequence_length}
+        rows = encode_text(calibration, found, columns, tokenizer, config, **lengths)
     loaded = load_model(path, device=place_of(device))
     if tokenizer is not None and rows is not None:
         check_lengths(loaded, rows, "the calibration data")

@@ -73,7 +73,7 @@ class ScratchTrainer(ReproducibleTrainer):
         assert isinstance(self.model, PreTrainedModel)
         assert isinstance(self.eval_dataset, datasets.Dataset)
         try:
-            found, _ = predict(self.model, self.tokenizer, self.eval_dataset, self.task, self.args.eval_batch_size)
+            found = predict(self.model, self.tokenizer, self.eval_dataset, self.task, self.args.eval_batch_size)
         except ModelError as error:
             raise diverged("the validation loss is not finite", self.args, self.state) from error
         self.clock.started += time.perf_counter() - started

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 from collections.abc import Sequence
@@ -25,6 +26,10 @@ from factorformer.progress import Progress, silent
 from factorformer.tasks.architectures import Task
 from factorformer.tasks.data import IGNORED
 from factorformer.tasks.tokenization import CHUNK, token_ids
+from factorformer.training.distillation import logit_loss
+
+PLACES = 512
+"""Predictions that are looked at together: each is as wide as the vocabulary."""
 
 MASKED = 0.15
 """Part of the tokens that a masked language model predicts, as in BERT."""
@@ -134,23 +139,26 @@ def predict(
     batch_size: int = 32,
     progress: Progress = silent,
     phase: str = "evaluate",
-) -> tuple[dict[str, float], Tensor]:
+    original: PreTrainedModel | None = None,
+) -> dict[str, float]:
     """How well a model predicts tokens: mean negative log-likelihood in nats, its exponential, and accuracy.
 
     Every predicted token counts the same. A masked language model predicts the same hidden tokens in every call; its
-    perplexity is that of hidden tokens and cannot be compared with a causal model's.
+    perplexity is that of hidden tokens and cannot be compared with a causal model's. That of a causal one depends on
+    its tokens and on how many of them are known before each: their number, and the length and distance of the windows
+    that they are predicted in, come along, and bits per byte of the text, which do not depend on the tokens.
 
     Args:
         model: dense or factorized.
         tokenizer: of the model.
-        data: from the `encode` of the task, or texts one by one from `data.encode`.
+        data: from the `encode` of the task, or `windows`, or texts one by one from `data.encode`.
         task: what is predicted.
         batch_size: rows in a forward pass.
         progress: progress callback, called with the number of rows done.
         phase: name of the phase reported to `progress`.
-
-    Returns:
-        The metrics, and the likeliest token of every predicted place, `(tokens,)`, from short to long rows.
+        original: what the model was made of. Its own metrics come along under `original_...`, and how far the two
+            predictions are apart: `next_token_divergence`, the mean of KL(original || model) in nats, and
+            `next_token_agreement`, how often both find the same token the likeliest.
 
     Raises:
         DataError: too little text: no token is predicted.
@@ -159,27 +167,55 @@ def predict(
     collate, rows = collator(tokenizer, model), with_labels(data, tokenizer, task)
     order = np.argsort(rows["length"], kind="stable").tolist()
     rows = rows.select_columns(["input_ids", "labels"])
-    loss, right = 0.0, 0
-    likeliest: list[Tensor] = []
-    with evaluating(model), torch.inference_mode(), fast_float32(model.device):
+    models = [model] if original is None else [model, original]
+    tallies, divergence, same, written = [_Tally() for _ in models], 0.0, 0, 0
+    with contextlib.ExitStack() as stack:
+        for each in (*map(evaluating, models), torch.inference_mode(), fast_float32(model.device)):
+            stack.enter_context(each)
         for start in range(0, len(order), batch_size):
             batch = collate([rows[row] for row in order[start : start + batch_size]]).to(model.device)
             labels = batch.pop("labels")
-            logits = model(**batch).logits
-            if task == "causal":
-                logits, labels = logits[:, :-1], labels[:, 1:]
+            labels = labels[:, 1:] if task == "causal" else labels
             predicted = labels != IGNORED
-            logits, labels = logits[predicted].float(), labels[predicted]
-            loss += float(F.cross_entropy(logits, labels, reduction="sum"))
-            best = logits.argmax(-1)
-            right += int((best == labels).sum())
-            likeliest.append(best.cpu())
+            # A causal model predicts something behind the last token as well.
+            logits = [each(**batch).logits[:, : labels.shape[1]][predicted].split(PLACES) for each in models]
+            for wanted, *parts in zip(labels[predicted].split(PLACES), *logits, strict=True):
+                parts = [part.float() for part in parts]
+                for tally, part in zip(tallies, parts, strict=True):
+                    tally.add(part, wanted)
+                if original is not None:
+                    same += int((parts[0].argmax(-1) == parts[1].argmax(-1)).sum())
+                    divergence += float(logit_loss(parts[0], parts[1], temperature=1.0)) * len(wanted)
+            if task == "causal":
+                texts = tokenizer.batch_decode([row[row != IGNORED] for row in labels], skip_special_tokens=True)
+                written += sum(len(text.encode()) for text in texts)
             progress(phase, min(start + batch_size, len(order)), len(order))
-    tokens = sum(map(len, likeliest))
-    if tokens == 0:
-        raise DataError("too little text to measure on: no token is predicted")
-    if not math.isfinite(loss):
-        raise ModelError("the model's predictions are NaN or infinite")
-    mean = loss / tokens
-    metrics = {"loss": mean, "perplexity": math.exp(min(mean, 700)), "token_accuracy": right / tokens}
-    return metrics, torch.cat(likeliest)
+    found = [tally.metrics(written) for tally in tallies]
+    metrics = {**{f"original_{name}": value for each in found[1:] for name, value in each.items()}, **found[0]}
+    tokens, longest = tallies[0].tokens, max(data["length"])
+    if original is not None:
+        metrics |= {"next_token_divergence": divergence / tokens, "next_token_agreement": same / tokens}
+    return metrics | ({"predicted_tokens": tokens, "window": longest, "stride": longest} if task == "causal" else {})
+
+
+class _Tally:
+    """What a model predicted, added up over places."""
+
+    def __init__(self) -> None:
+        self.loss, self.right, self.tokens = 0.0, 0, 0
+
+    def add(self, logits: Tensor, wanted: Tensor) -> None:
+        """Predictions `(places, vocabulary)`, float32, and what was right."""
+        self.loss += float(F.cross_entropy(logits, wanted, reduction="sum"))
+        self.right += int((logits.argmax(-1) == wanted).sum())
+        self.tokens += len(wanted)
+
+    def metrics(self, written: int) -> dict[str, float]:
+        """Means over places, and over the bytes of their text where these are counted."""
+        if self.tokens == 0:
+            raise DataError("too little text to measure on: no token is predicted")
+        if not math.isfinite(self.loss):
+            raise ModelError("the model's predictions are NaN or infinite")
+        mean = self.loss / self.tokens
+        found = {"loss": mean, "perplexity": math.exp(min(mean, 700)), "token_accuracy": self.right / self.tokens}
+        return found | ({"bits_per_byte": self.loss / math.log(2) / written} if written else {})

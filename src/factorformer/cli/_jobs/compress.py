@@ -52,6 +52,9 @@ from factorformer.training.dynamic_rank import DynamicRank
 from factorformer.training.rank_history import RankHistory
 from factorformer.training.straight_through import StraightThrough
 
+AFTER = "evaluate"
+"""The phase in which the compressed model is measured."""
+
 ROWS = 512
 """Calibrated on, unless told otherwise."""
 
@@ -84,8 +87,10 @@ def _make(
     before, whole = _drop(job, inputs, model)
     calibration, counts = None, None
     if inputs.calibration is not None and inputs.tokenizer is not None:
-        rows, size = job.calibration_rows or (ROWS_TO_HEAL if inputs.heals else ROWS), job.settings.batch_size
-        calibration = calibration_batches(model, inputs.tokenizer, inputs.calibration, rows, job.settings.seed, size)
+        usual, size = ROWS_TO_HEAL if inputs.heals else ROWS, job.settings.batch_size
+        calibration = calibration_batches(
+            model, inputs.tokenizer, inputs.calibration, job.calibration_rows, job.settings.seed, size, usual
+        )
         table = embeddings_of(model, "input_embeddings")
         if isinstance(table, nn.Embedding):
             text = [data for data in (inputs.train, inputs.calibration) if data is not None]
@@ -129,7 +134,7 @@ def _measured(
     with saved(job.output, "compressed"):
         begun = time.perf_counter()
         with bars() as progress:
-            after = _measure(inputs, model, progress, "evaluate")
+            after = _measure(inputs, model, progress, AFTER)
         evaluated = time.perf_counter() - begun
         seconds = {**result.seconds, "total": result.seconds["total"] + evaluated}
         result = dataclasses.replace(result, metrics={**result.metrics, **compare(before, after)}, seconds=seconds)
@@ -336,6 +341,11 @@ def _measure(
 ) -> Measured | None:
     """Of rows as they are read, or as the original did."""
     tokenizer, rows = (reads or inputs).tokenizer, (reads or inputs).evaluation
-    if rows is None or tokenizer is None:
+    if rows is None or tokenizer is None or (inputs.speaks and phase != AFTER):
         return None
-    return measure(model, tokenizer, rows, inputs.labels, progress, phase, inputs.target)
+    original = None
+    if inputs.speaks:  # both are measured at once, so that predictions can be compared
+        original = load_model(inputs.path, device=str(model.device)).to(model.dtype)  # pyright: ignore
+        if inputs.kept is not None:
+            trim_model(original, inputs.kept)
+    return measure(model, tokenizer, rows, inputs.labels, progress, phase, inputs.target, original)

@@ -6,6 +6,7 @@ import copy
 import dataclasses
 from collections.abc import Collection, Mapping
 from pathlib import Path
+from typing import Any
 
 import datasets
 from torch import Tensor
@@ -16,10 +17,12 @@ from factorformer.cli._inputs import (
     check_dense,
     check_teacher,
     encode_table,
+    encode_text,
     find_pooling,
     note_new_head,
     plain_columns,
     read_table,
+    read_text,
 )
 from factorformer.cli._jobs.compress_options import CompressJob
 from factorformer.cli._measure import check_measurable
@@ -31,6 +34,7 @@ from factorformer.tasks.data import Columns, Labels, count_tokens, encode, hold_
 from factorformer.tasks.healing import Reading
 from factorformer.tasks.targets import Embeddings, Predictions, Target
 from factorformer.tasks.vocabulary import trimmed_tokenizer, used_tokens
+from factorformer.tasks.windows import MEASURED
 
 COMPARED = 1000
 """Embeddings are compared on at most so many rows: the similarities are those of all pairs."""
@@ -89,6 +93,11 @@ class Inputs:
         return self.train is not None and self.target is not None
 
     @property
+    def speaks(self) -> bool:
+        """It is a language model, which is measured by what it predicts."""
+        return self.labels is None and self.target is None
+
+    @property
     def fresh(self) -> bool:
         """The head is new: its predictions mean nothing yet."""
         return self.head is not None and not self.head.trained
@@ -111,16 +120,17 @@ def read_inputs(job: CompressJob) -> Inputs:
     sources = {name: source for name, source in sources.items() if source is not None}
     columns: dict[str, Columns] = {name: job.columns for name in sources if labelled.get(name) is not None}
     tables = {name: read_table(sources[name], job.columns) for name in columns}
+    texts: dict[str, Any] = {}
     for name in sources.keys() - columns.keys():
         columns[name] = plain_columns(sources[name], job.columns)
-        tables[name] = read_table(sources[name], columns[name])
-    labels, head = _task(job, path, config, {name: tables[name] for name in labelled if name in tables})
+        texts[name] = read_text(sources[name], columns[name], config)
+    labels, head = _task(job, path, config, tables)
     if head is not None and not head.trained and job.needs == "labelled text":
         raise DataError(
             f"method '{job.chosen}' measures the model on labels, but '{job.model}' has no head trained for them: "
             "run `factorformer finetune` first and compress its output"
         )
-    target = None if label is not None or is_causal(config) or not tables else _target(path, config, job.distill)
+    target = None if label is not None or is_causal(config) or not texts else _target(path, config, job.distill)
     if job.distill is not None:
         check_teacher(job.distill, config, head, target)
     if isinstance(target, Predictions) and config.num_labels == 1 and all(len(c.text) == 1 for c in columns.values()):
@@ -134,12 +144,16 @@ def read_inputs(job: CompressJob) -> Inputs:
 
     def encoded(tokenizer: PreTrainedTokenizerBase, names: Collection[str]) -> dict[str, datasets.Dataset]:
         data: dict[str, datasets.Dataset] = {}
+        lengths = {"max_length": job.max_length, "sequence_length": job.sequence_length}
         for name in names:
-            rows = tables[name]
-            known = labels if columns[name].label is not None else None
-            each = [Columns((column,)) for column in columns[name].text] if apart else [columns[name]]
+            source, columns_of = sources[name], columns[name]
+            if name in tables:
+                rows = tables[name]
+                data[name] = encode_table(source, rows, columns_of, tokenizer, labels, job.max_length, config)
+                continue
+            each = [Columns((column,)) for column in columns_of.text] if apart else [columns_of]
             data[name] = datasets.concatenate_datasets(
-                [encode_table(sources[name], rows, c, tokenizer, known, job.max_length, config) for c in each]
+                [encode_text(source, texts[name], c, tokenizer, config, **lengths) for c in each]
             )
         seed = job.settings.seed
         if label is None and job.train is not None and job.evaluation is None:
@@ -148,19 +162,23 @@ def read_inputs(job: CompressJob) -> Inputs:
                 data["calibration"] = data["train"]
         if labels is None and "evaluation" in data:
             check_measurable(config, data["evaluation"], job.evaluation or job.train or "")
-            data["evaluation"] = sample(data["evaluation"], COMPARED, seed)
+            measured = COMPARED if target is not None else max(MEASURED // max(data["evaluation"]["length"]), 1)
+            if len(data["evaluation"]) > measured and target is None:
+                note(f"measured on {measured:,} windows of them, drawn at random")
+            data["evaluation"] = sample(data["evaluation"], measured, seed)
         return data
 
-    tokenizer = load_tokenizer(path) if tables or job.trim_vocabulary is not None else None
+    read = [*tables, *texts]
+    tokenizer = load_tokenizer(path) if read or job.trim_vocabulary is not None else None
     kept, original, data = None, None, {}
     if tokenizer is not None and job.trim_vocabulary is not None:
         if target is not None or labels is not None:
-            read = [name for name in tables if name == "evaluation" or (name == "train" and target is not None)]
-            whole = encoded(tokenizer, read)
+            both = [name for name in read if name == "evaluation" or (name == "train" and target is not None)]
+            whole = encoded(tokenizer, both)
             original = OriginalInputs(tokenizer, whole.get("train"), whole.get("evaluation"))
         tokenizer, kept = _trimmed(load_tokenizer(path), job)
     if tokenizer is not None:
-        data = encoded(tokenizer, tables)
+        data = encoded(tokenizer, read)
     if job.healing.minutes is not None and job.train is not None and target is None:
         raise MethodError(f"--minutes is for encoders, and '{job.model}' is a language model: give --epochs")
     return Inputs(

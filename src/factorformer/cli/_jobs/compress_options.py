@@ -43,6 +43,7 @@ class CompressJob:
     calibration: str | None
     calibration_rows: int | None
     max_length: int
+    sequence_length: int | None
     settings: TrainingSettings
     healing: HealingSettings
     distill: str | None

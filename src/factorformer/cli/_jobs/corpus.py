@@ -58,7 +58,7 @@ class Corpus:
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, held: datasets.Dataset, progress: Progress
     ) -> dict[str, float]:
         """Metrics on the held-out text."""
-        metrics, _ = language_modelling.predict(model, tokenizer, held, self.task, progress=progress)
+        metrics = language_modelling.predict(model, tokenizer, held, self.task, progress=progress)
         if self.task != "translation":
             return metrics
         sources, references = zip(*self.held, strict=True)

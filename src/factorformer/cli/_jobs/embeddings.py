@@ -15,6 +15,7 @@ from factorformer.cli._inputs import about, encode_table, find_pooling, read_tab
 from factorformer.cli._options import LENGTH, note
 from factorformer.errors import DataError, ModelError
 from factorformer.export.sentence import read_longest
+from factorformer.files import short_names
 from factorformer.hf.source import find, load_model, load_tokenizer, read_config
 from factorformer.progress import Progress, bars
 from factorformer.report import Result, inventory
@@ -133,7 +134,7 @@ def evaluate_embeddings(job: EmbeddingJob) -> Result:
     metrics: dict[str, float] = {}
     started = time.perf_counter()
     with bars() as progress:
-        for name, table in zip(_names(job.data), tables, strict=True):
+        for name, table in zip(short_names(job.data), tables, strict=True):
             before, after = (encoder.embed(table, longest, progress) for encoder in encoders)
             with about(table.source):
                 metrics |= _flat(name, _uses(table, before, after, job.seed))
@@ -164,17 +165,6 @@ def _flat(name: str, uses: Mapping[str, Use]) -> dict[str, float]:
                 key = f"{prefix}{name}_{measure}"
                 metrics |= {key: estimate.value, f"{key}_low": estimate.low, f"{key}_high": estimate.high}
     return metrics
-
-
-def _names(sources: Sequence[str]) -> list[str]:
-    """Short names of files, each but once: `test`, or `mrpc_test` where several are called so."""
-    parts = [Path(source.replace(":", "/")).parts for source in sources]
-    stems = [Path(part[-1]).name.partition(".")[0] for part in parts]
-    names = [
-        stem if stems.count(stem) == 1 or len(part) < 2 else f"{part[-2]}_{stem}"
-        for stem, part in zip(stems, parts, strict=True)
-    ]
-    return [name if names.count(name) == 1 else f"{name}_{place}" for place, name in enumerate(names, 1)]
 
 
 def _read(source: str, text: Sequence[str] | None, label: str | None, seed: int) -> _Table:
