@@ -305,6 +305,31 @@ def test_a_language_model_is_measured_as_one(run: Any, decoder: Path, tables: Pa
     assert "two tokens" in refused.stderr
 
 
+def test_a_language_model_heals_without_labels(run: Any, decoder: Path, tables: Path, tmp_path: Path) -> None:
+    text, seen = tmp_path / "text.txt", tmp_path / "seen.txt"
+    lines = [f"{a} {b} {c}" for a in GOOD for b in BAD for c in ("film", "book", "and")]
+    text.write_text("\n".join(lines * 3) + "\n")
+    seen.write_text("\n".join(lines[::2]) + "\n")
+    data = ("--train", text, "--eval", seen, "--ratio", 4, "--json")
+    plain = result_of(run("compress", decoder, tmp_path / "fitted", "--calibration", text, *data[2:]))["metrics"]
+    taught, alone = (
+        run("compress", decoder, tmp_path / name, *data, *more, "--epochs", 16, "--lr", 3e-3)
+        for name, more in (("taught", ("--distill", decoder)), ("alone", ()))
+    )
+    assert "next token divergence" in taught.stderr
+    assert "perplexity" in alone.stderr
+    assert "divergence" not in alone.stderr
+    taught, alone = result_of(taught)["metrics"], result_of(alone)["metrics"]
+    assert taught["next_token_divergence"] < 0.8 * plain["next_token_divergence"]
+    assert alone["perplexity"] < 0.7 * min(plain["perplexity"], plain["original_perplexity"])
+    timed = run("compress", decoder, tmp_path / "timed", *data, "--minutes", 0.03)
+    assert timed.exit_code == 0, timed.stderr
+    held = result_of(
+        run("compress", decoder, tmp_path / "held", "--train", text, "--ratio", 4, "--epochs", 1, "--json")
+    )
+    assert held["metrics"]["predicted_tokens"] < 24 * 3
+
+
 def test_texts_of_language_models(run: Any, decoder: Path, tables: Path, tmp_path: Path) -> None:
     short = ("--sequence-length", 8)
     files = ("--data", tables / "texts.txt", "--data", tables / "train.jsonl")

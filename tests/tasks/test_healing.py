@@ -21,7 +21,7 @@ from factorformer.layers.quantization import quantize
 from factorformer.tasks import healing
 from factorformer.tasks.evaluation import compare_embeddings, embed
 from factorformer.tasks.healing import HealingSettings, Reading, heal
-from factorformer.tasks.targets import Embeddings, Predictions
+from factorformer.tasks.targets import Embeddings, NextTokens, Predictions
 from factorformer.training.distillation import mean_pool
 
 Make = Callable[..., tf.PreTrainedModel]
@@ -111,8 +111,8 @@ class Scripted(Embeddings):
         self.__dict__["last"] = self.cosines.pop(0)
         return {"embedding_cosine": self.last}
 
-    def loss(self, found: Tensor, wanted: Tensor) -> Tensor:
-        return super().loss(found, wanted) if found.requires_grad else torch.tensor(1 - self.last)
+    def loss(self, found: Tensor, wanted: Tensor | None, inputs: Mapping[str, Any]) -> Tensor:
+        return super().loss(found, wanted, inputs) if found.requires_grad else torch.tensor(1 - self.last)
 
 
 def same(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
@@ -404,3 +404,42 @@ def test_encoders_of_images_and_sound_heal(inputs: Callable[[int], Any], tmp_pat
     batch = {name: torch.tensor(data[name][:3]) for name in data.column_names}
     with torch.inference_mode():
         assert torch.equal(again(**batch).last_hidden_state, student(**batch).last_hidden_state)
+
+
+def test_language_models_learn_next_tokens(tokenizer: tf.PreTrainedTokenizerBase) -> None:
+    torch.manual_seed(0)
+    config = tf.GPT2Config(n_embd=32, n_layer=2, n_head=2, n_positions=16, vocab_size=len(tokenizer), use_cache=True)
+    model, original = (tf.GPT2LMHeadModel(config).eval() for _ in range(2))
+    ids = torch.randint(5, len(tokenizer), (4, 9))
+    mask = torch.ones_like(ids)
+    mask[1, 6:] = 0
+    inputs = {"input_ids": ids, "attention_mask": mask}
+    with torch.no_grad():
+        logits, theirs = (each(**inputs).logits[:, :-1] for each in (model, original))
+        found = {
+            weights: NextTokens(*weights).loss(
+                NextTokens().read(model, inputs), NextTokens().read_teacher(original, inputs), inputs
+            )
+            for weights in ((1.0, 0.0), (1.0, 0.5), (0.0, 1.0))
+        }
+        alone = NextTokens().loss(NextTokens().read(model, inputs), None, inputs)
+    follows = mask[:, 1:].bool()
+    p, q = theirs.softmax(-1), logits.softmax(-1)
+    divergence = (p * (p.log() - q.log())).sum(-1)[follows].mean()
+    likelihood = -q.log().gather(2, ids[:, 1:, None])[..., 0][follows].mean()
+    torch.testing.assert_close(found[1.0, 0.0], divergence)
+    torch.testing.assert_close(found[1.0, 0.5], divergence + 0.5 * likelihood)
+    torch.testing.assert_close(found[0.0, 1.0], likelihood)
+    torch.testing.assert_close(alone, likelihood)
+    data = datasets.Dataset.from_dict({"input_ids": [[5, 6, 7, 8] * 3] * 40, "attention_mask": [[1] * 12] * 40})
+    data = data.add_column("length", [12] * 40)
+    settings = HealingSettings(epochs=2, learning_rate=1e-2, batch_size=8, points=2)
+    curve = heal(model, original, data, settings, tokenizer=tokenizer, target=NextTokens())
+    assert curve[-1]["next_token_divergence"] < 0.5 * float(divergence)
+    assert len(curve) >= 2
+    longer = dataclasses.replace(settings, epochs=6, freeze_embeddings=False)
+    curve = heal(original, None, data, longer, tokenizer=tokenizer, target=NextTokens())
+    assert set(curve[-1]) == {"step", "seconds", "perplexity"}
+    assert curve[-1]["perplexity"] < 5
+    with pytest.raises(DataError, match="give its tokenizer"):
+        heal(model, original, data, settings, held=data, target=NextTokens())

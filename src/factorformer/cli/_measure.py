@@ -17,7 +17,7 @@ from factorformer.tasks import language_modelling
 from factorformer.tasks.classification import is_causal
 from factorformer.tasks.data import Labels
 from factorformer.tasks.evaluation import LEAST_TEXTS, evaluate, read_all
-from factorformer.tasks.targets import Embeddings, Target
+from factorformer.tasks.targets import Embeddings, Remembered, Target
 
 LOGITS = 2**27
 """A language model's predictions of so many numbers are held at a time."""
@@ -35,7 +35,7 @@ class Measured:
 
     metrics: Mapping[str, float] = dataclasses.field(default_factory=dict)
     outputs: Tensor | None = None
-    target: Target | None = None
+    target: Remembered | None = None
 
 
 def check_measurable(config: PretrainedConfig, data: datasets.Dataset, source: str) -> None:
@@ -73,7 +73,7 @@ def measure(
     if labels is not None:
         return Measured(evaluate(model, tokenizer, data, labels, progress, phase))
     if not is_causal(model.config):
-        target = target or Embeddings()
+        target = target if isinstance(target, Remembered) else Embeddings()
         found = read_all(partial(target.read, model), model, tokenizer, data, progress=progress, phase=phase)
         return Measured(outputs=found, target=target)
     size = max(1, LOGITS // (max(data["length"]) * model.config.get_text_config().vocab_size))

@@ -265,8 +265,7 @@ Minutes = Annotated[
         min=1e-3,
         max=1e6,
         callback=finite,
-        help="Train for so many minutes, in place of --epochs, where an encoder learns from --distill alone. Plan and "
-        "fits come on top.",
+        help="Train for so many minutes, in place of --epochs, where there are no labels. Plan and fits come on top.",
     ),
 ]
 Resume = Annotated[

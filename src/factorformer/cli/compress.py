@@ -58,7 +58,7 @@ LearningRate = Annotated[
         "--lr",
         min=0.0,
         callback=finite,
-        help="Peak of the learning rate. By default 1e-4; for an encoder that learns from --distill alone up to 5e-4, "
+        help="Peak of the learning rate. By default 1e-4; for a model that learns without labels up to 5e-4, "
         "less for one that is near to the original already, wider than 384, or deeper than 6 layers.",
     ),
 ]
@@ -78,7 +78,8 @@ BatchSize = Annotated[
         "--batch-size",
         min=1,
         max=LARGEST,
-        help="Rows in a step: texts or pairs. By default 32, and 128 for an encoder that learns from --distill alone.",
+        help="Rows in a step: texts or pairs. By default 32, and 128 for an encoder that learns from --distill alone; "
+        "of windows of text as many as hold 4,096 tokens.",
     ),
 ]
 PlanFile = Annotated[
@@ -139,8 +140,9 @@ def compress(
     which is better; otherwise it gets a new head.
 
     [bold]With --train and --distill but no --label[/bold] the compressed model learns on plain text to embed as the
-    teacher does, or to score as its head does, for --epochs, or for the --minutes that there are. Ten times on the way
-    held-out texts are compared, and a checkpoint is written; after an interruption the same command goes on with
+    teacher does, to score as its head does, or to predict next tokens as it does, for --epochs, or for the --minutes
+    that there are. A causal language model needs no teacher: it learns the tokens of the text then. Ten times on the
+    way held-out texts are compared, and a checkpoint is written; after an interruption the same command goes on with
     --resume.
 
     [bold]Without --label[/bold] --eval is plain text, by default a part of the training file. 'embedding cosine' is the
@@ -163,6 +165,8 @@ def compress(
       factorformer compress minilm small/ --int8 --ratio 8 --calibration texts.txt
       factorformer compress dense/ small/ --ratio 2.8 --train train.tsv \\
           --eval dev.tsv --label label --distill dense/
+      factorformer compress chat/ small-chat/ --ratio 1.5 --train wiki.txt --distill chat/ \\
+          --minutes 60
     """
     from factorformer.files import check_output
 
@@ -212,6 +216,7 @@ def compress(
         calibration_rows=calibration_rows,
         max_length=max_length,
         sequence_length=sequence_length,
+        batch_size=batch_size,
         settings=dataclasses.replace(training, **chosen),
         healing=dataclasses.replace(healing, **chosen),
         distill=distill,

@@ -151,19 +151,22 @@ HELD_OUT = 500
 """At most so many rows, and at most a tenth of them, are held out of plain text to compare embeddings on."""
 
 
-def hold_out(data: datasets.Dataset, seed: int, options: str = "--eval") -> tuple[datasets.Dataset, datasets.Dataset]:
+def hold_out(
+    data: datasets.Dataset, seed: int, options: str = "--eval", least: int = 3
+) -> tuple[datasets.Dataset, datasets.Dataset]:
     """Split rows at random into those to train on and those to measure on.
 
     Args:
         data: rows.
         seed: of the choice.
         options: those that make it unnecessary, for the message.
+        least: rows to hold out: similarities are ranked of three or more, and of windows one is enough.
 
     Raises:
         DataError: too few rows.
     """
     rows = min(len(data) // 10, HELD_OUT)
-    if rows < 3:
+    if rows < least:
         found = "1 row is" if len(data) == 1 else f"{len(data)} rows are"
         raise DataError(f"{found} too few to hold some out and measure on them: give {options}")
     order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed)).tolist()

@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import abc
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any, ClassVar, Protocol
 
+import datasets
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from factorformer.tasks.evaluation import Pool, compare_embeddings, compare_predictions, pooled, real_tokens
+from factorformer.errors import DataError
+from factorformer.tasks import language_modelling
+from factorformer.tasks.evaluation import Pool, compare_embeddings, compare_predictions, pooled, read_all, real_tokens
 from factorformer.training.distillation import logit_loss, mean_pool, pooled_loss
+
+Judge = Callable[[PreTrainedModel, PreTrainedTokenizerBase | None, datasets.Dataset], tuple[dict[str, float], float]]
+"""Metrics of a compressed model on held-out rows, as its tokenizer reads them, and its distance from the original: it
+chooses a learning rate, and the closest point."""
 
 
 class Target(Protocol):
@@ -23,29 +32,73 @@ class Target(Protocol):
     fields: ClassVar[tuple[str, ...]]
     """Of configurations, in which a model and the one that it learns from have to agree."""
 
+    remembers: ClassVar[bool]
+    """Whether what the original makes of a row is small enough to be remembered."""
+
     def read(self, model: PreTrainedModel, inputs: Mapping[str, Any]) -> Float[Tensor, "rows outputs"]:
-        """The outputs of a compressed model for a batch, float32."""
+        """The outputs of a compressed model for a batch."""
         ...
 
     def read_teacher(self, model: PreTrainedModel, inputs: Mapping[str, Any]) -> Float[Tensor, "rows outputs"]:
         """Those of the original, in the type in which they are remembered."""
         ...
 
-    def loss(self, found: Float[Tensor, "rows outputs"], wanted: Float[Tensor, "rows outputs"]) -> Float[Tensor, ""]:
-        """What training makes small, 0 where the two do the same."""
+    def loss(
+        self,
+        found: Float[Tensor, "rows outputs"],
+        wanted: Float[Tensor, "rows outputs"] | None,
+        inputs: Mapping[str, Any],
+    ) -> Float[Tensor, ""]:
+        """What training makes small; outputs that are wanted are None where there is nobody to ask."""
         ...
 
+    def judge(
+        self, teacher: PreTrainedModel | None, tokenizer: PreTrainedTokenizerBase | None, held: datasets.Dataset
+    ) -> Judge:
+        """What compares a model with its original, which reads the held-out rows in its own way."""
+        ...
+
+
+class Remembered(abc.ABC):
+    """A target whose outputs are a vector for each row."""
+
+    remembers: ClassVar[bool] = True
+
+    @abc.abstractmethod
+    def read(self, model: PreTrainedModel, inputs: Mapping[str, Any]) -> Float[Tensor, "rows outputs"]:
+        """See `Target`."""
+
+    @abc.abstractmethod
+    def read_teacher(self, model: PreTrainedModel, inputs: Mapping[str, Any]) -> Float[Tensor, "rows outputs"]:
+        """See `Target`."""
+
+    @abc.abstractmethod
     def distance(self, found: Float[Tensor, "rows outputs"], wanted: Float[Tensor, "rows outputs"]) -> float:
-        """How far held-out rows are apart, from 0 to about 1: it chooses a learning rate, and the closest point."""
-        ...
+        """How far held-out rows are apart, from 0 to about 1."""
 
+    @abc.abstractmethod
     def compare(self, wanted: Float[Tensor, "rows outputs"], found: Float[Tensor, "rows outputs"]) -> dict[str, float]:
         """Metrics that say what this is worth, of held-out rows."""
-        ...
+
+    def judge(
+        self, teacher: PreTrainedModel | None, tokenizer: PreTrainedTokenizerBase | None, held: datasets.Dataset
+    ) -> Judge:
+        """By the outputs of the original, which is asked once."""
+        assert teacher is not None
+        wanted = read_all(partial(self.read_teacher, teacher), teacher, tokenizer, held)
+
+        def judge(
+            model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, held: datasets.Dataset
+        ) -> tuple[dict[str, float], float]:
+            made = read_all(partial(self.read, model), model, tokenizer, held)
+            # Not by metrics: correlations do not tell of an offset, and agreement of few rows moves in steps.
+            return self.compare(wanted, made), self.distance(made, wanted)
+
+        return judge
 
 
 @dataclasses.dataclass(frozen=True)
-class Embeddings:
+class Embeddings(Remembered):
     """Embeddings of an encoder of text, images or sound: the loss is one minus their mean cosine.
 
     Args:
@@ -84,13 +137,14 @@ class Embeddings:
         """The same of norm 1, in float16."""
         return F.normalize(pooled(model, inputs, self.teacher_pool or self.pool), dim=1).half()
 
-    def loss(self, found: Tensor, wanted: Tensor) -> Tensor:
+    def loss(self, found: Tensor, wanted: Tensor | None, inputs: Mapping[str, Any]) -> Tensor:
         """One minus the mean cosine."""
+        assert wanted is not None
         return pooled_loss(found, wanted.float())
 
     def distance(self, found: Tensor, wanted: Tensor) -> float:
         """The same."""
-        return float(self.loss(found, wanted))
+        return float(self.loss(found, wanted, {}))
 
     def compare(self, wanted: Tensor, found: Tensor) -> dict[str, float]:
         """See `compare_embeddings`."""
@@ -98,7 +152,7 @@ class Embeddings:
 
 
 @dataclasses.dataclass(frozen=True)
-class Predictions:
+class Predictions(Remembered):
     """Scores or classes of a model with a head, such as a cross-encoder.
 
     Args:
@@ -116,8 +170,9 @@ class Predictions:
         """Logits."""
         return self.read(model, inputs)
 
-    def loss(self, found: Tensor, wanted: Tensor) -> Tensor:
+    def loss(self, found: Tensor, wanted: Tensor | None, inputs: Mapping[str, Any]) -> Tensor:
         """The divergence of the two predictions, or the squared error of scores."""
+        assert wanted is not None
         return logit_loss(found, wanted, temperature=1.0, independent=self.independent)
 
     def distance(self, found: Tensor, wanted: Tensor) -> float:
@@ -133,3 +188,57 @@ class Predictions:
     def compare(self, wanted: Tensor, found: Tensor) -> dict[str, float]:
         """See `compare_predictions`."""
         return compare_predictions(wanted, found, independent=self.independent)
+
+
+@dataclasses.dataclass(frozen=True)
+class NextTokens:
+    """What a causal language model goes on with: as the original would, or as the text itself does.
+
+    Args:
+        divergence: weight of KL(original || model) of next tokens, in nats.
+        likelihood: weight of the negative log-likelihood of the text, likewise.
+    """
+
+    fields: ClassVar[tuple[str, ...]] = ("vocab_size",)
+    remembers: ClassVar[bool] = False
+    divergence: float = 1.0
+    likelihood: float = 0.0
+
+    def read(self, model: PreTrainedModel, inputs: Mapping[str, Any]) -> Tensor:
+        """Logits wherever a token follows."""
+        return model(**inputs, use_cache=False).logits[:, :-1][self._followed(inputs)]
+
+    def read_teacher(self, model: PreTrainedModel, inputs: Mapping[str, Any]) -> Tensor:
+        """The same."""
+        return self.read(model, inputs)
+
+    def loss(self, found: Tensor, wanted: Tensor | None, inputs: Mapping[str, Any]) -> Tensor:
+        """The weighted sum of both; without an original the second alone, whatever its weight."""
+        terms = []
+        if wanted is not None and self.divergence > 0:
+            terms.append(self.divergence * logit_loss(found.float(), wanted.float(), temperature=1.0))
+        if wanted is None or self.likelihood > 0:
+            ids = inputs["input_ids"][:, 1:][self._followed(inputs)]
+            terms.append((self.likelihood or 1.0) * F.cross_entropy(found.float(), ids))
+        return torch.stack(terms).sum()
+
+    def judge(
+        self, teacher: PreTrainedModel | None, tokenizer: PreTrainedTokenizerBase | None, held: datasets.Dataset
+    ) -> Judge:
+        """By perplexity, and by divergence where there is an original."""
+        if tokenizer is None:
+            raise DataError("a language model is compared on text: give its tokenizer (tokenizer=)")
+
+        def judge(
+            model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, held: datasets.Dataset
+        ) -> tuple[dict[str, float], float]:
+            assert tokenizer is not None
+            found = language_modelling.predict(model, tokenizer, held, "causal", 1, original=teacher)
+            names = ("perplexity", *(("next_token_divergence", "next_token_agreement") if teacher is not None else ()))
+            return {name: found[name] for name in names}, found["loss" if teacher is None else "next_token_divergence"]
+
+        return judge
+
+    @staticmethod
+    def _followed(inputs: Mapping[str, Any]) -> Tensor:
+        return inputs["attention_mask"][:, 1:].bool()

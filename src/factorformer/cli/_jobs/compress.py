@@ -42,15 +42,19 @@ from factorformer.progress import Progress, bars
 from factorformer.report import Result, inventory
 from factorformer.tasks.checkpoints import begun_at, last_checkpoint
 from factorformer.tasks.classification import load_classifier
-from factorformer.tasks.data import check_lengths, count_tokens
+from factorformer.tasks.data import check_lengths, count_tokens, sample
 from factorformer.tasks.finetuning import train
 from factorformer.tasks.healing import heal
 from factorformer.tasks.targets import Embeddings
 from factorformer.tasks.trainer import in_full_precision
 from factorformer.tasks.vocabulary import trim_model
+from factorformer.tasks.windows import TOGETHER
 from factorformer.training.dynamic_rank import DynamicRank
 from factorformer.training.rank_history import RankHistory
 from factorformer.training.straight_through import StraightThrough
+
+LOOKED_AT = 2**15
+"""Tokens that a language model is compared on at each point of its training."""
 
 AFTER = "evaluate"
 """The phase in which the compressed model is measured."""
@@ -63,14 +67,14 @@ ROWS_TO_HEAL = 2048
 
 
 def run(job: CompressJob, *, resume: bool) -> Result:
-    """Check, plan, fit, train, save, measure; an encoder that learns from a teacher alone leaves checkpoints."""
+    """Check, plan, fit, train, save, measure; a model that learns without labels leaves checkpoints."""
     started = time.perf_counter()
     job = check(job)
     inputs = read_inputs(job)
     if not inputs.heals:
         if resume:
             raise OutputError(
-                "--resume is for encoders that learn from --distill alone: other runs leave no checkpoint"
+                "--resume is for models that learn on --train without labels: other runs leave no checkpoint"
             )
         return _measured(job, inputs, *_make(job, inputs, None, started))
     unfinished = Unfinished(Path(job.output))
@@ -308,20 +312,24 @@ def _train(
     assert inputs.tokenizer is not None
     teacher = load_teacher(job.distill, model)
     moving: dict[str, Any] = {"straight": straight, "ranks": ranks, "progress": progress}
+    if teacher is not None and inputs.kept is not None and (unfinished is None or inputs.speaks):
+        trim_model(teacher, inputs.kept)  # so that both have the same states of the same tokens
     if unfinished is None:
-        if teacher is not None and inputs.kept is not None:
-            trim_model(teacher, inputs.kept)  # so that both have the same states of the same tokens
         return train(model, inputs.tokenizer, inputs.train, job.settings, teacher=teacher, **moving)
-    assert teacher is not None
     assert inputs.evaluation is not None
     fast = model.device.type == "cpu" and has_bfloat16_products()
+    settings, held = dataclasses.replace(job.healing, precision="bf16" if fast else "fp32"), inputs.evaluation
+    if inputs.speaks:
+        longest = max(inputs.train["length"])
+        settings = dataclasses.replace(settings, batch_size=job.batch_size or max(TOGETHER // longest, 1))
+        held = sample(held, max(LOOKED_AT // longest, 1), settings.seed)
     curve = heal(
         model,
         teacher,
         inputs.train,
-        dataclasses.replace(job.healing, precision="bf16" if fast else "fp32"),
+        settings,
         tokenizer=inputs.tokenizer,
-        held=inputs.evaluation,
+        held=held,
         target=inputs.target,
         reading=None if inputs.original is None else inputs.original.reading,
         output=unfinished.checkpoints,

@@ -27,12 +27,12 @@ from factorformer.cli._inputs import (
 from factorformer.cli._jobs.compress_options import CompressJob
 from factorformer.cli._measure import check_measurable
 from factorformer.cli._options import note
-from factorformer.errors import DataError, MethodError
+from factorformer.errors import DataError
 from factorformer.hf.source import find, load_tokenizer, read_config
 from factorformer.tasks.classification import Head, check_head, find_head, head_labels, is_causal, labels_for
 from factorformer.tasks.data import Columns, Labels, count_tokens, encode, hold_out, sample
 from factorformer.tasks.healing import Reading
-from factorformer.tasks.targets import Embeddings, Predictions, Target
+from factorformer.tasks.targets import Embeddings, NextTokens, Predictions, Remembered, Target
 from factorformer.tasks.vocabulary import trimmed_tokenizer, used_tokens
 from factorformer.tasks.windows import MEASURED
 
@@ -71,7 +71,7 @@ class Inputs:
         labels: of the task, in the order of the model's head; None without one.
         head: where the head to train comes from; None if none is trained.
         train, evaluation, calibration: encoded rows.
-        target: what is compared with the original where there are no labels; None for a language model.
+        target: what is compared with the original where there are no labels.
         kept: tokens of the original that are left, where others are dropped; the tokenizer knows these alone.
         original: what the original reads of the same rows then; None for a language model, which predicts tokens.
     """
@@ -89,13 +89,13 @@ class Inputs:
 
     @property
     def heals(self) -> bool:
-        """The model learns from a teacher alone to embed or to score."""
+        """The model learns without labels: from a teacher to embed or to score, or to go on with texts."""
         return self.train is not None and self.target is not None
 
     @property
     def speaks(self) -> bool:
-        """It is a language model, which is measured by what it predicts."""
-        return self.labels is None and self.target is None
+        """It is a causal language model, which is measured by what it predicts."""
+        return isinstance(self.target, NextTokens)
 
     @property
     def fresh(self) -> bool:
@@ -130,7 +130,9 @@ def read_inputs(job: CompressJob) -> Inputs:
             f"method '{job.chosen}' measures the model on labels, but '{job.model}' has no head trained for them: "
             "run `factorformer finetune` first and compress its output"
         )
-    target = None if label is not None or is_causal(config) or not texts else _target(path, config, job.distill)
+    if job.train is not None and label is None and job.distill is None and not is_causal(config):
+        raise DataError("training needs labels or a teacher: give --label, or --distill with the original model")
+    target = None if label is not None or not texts else _target(path, config, job.distill)
     if job.distill is not None:
         check_teacher(job.distill, config, head, target)
     if isinstance(target, Predictions) and config.num_labels == 1 and all(len(c.text) == 1 for c in columns.values()):
@@ -157,13 +159,15 @@ def read_inputs(job: CompressJob) -> Inputs:
             )
         seed = job.settings.seed
         if label is None and job.train is not None and job.evaluation is None:
-            data["train"], data["evaluation"] = hold_out(data["train"], seed)
+            least = 1 if isinstance(target, NextTokens) else 3
+            data["train"], data["evaluation"] = hold_out(data["train"], seed, least=least)
             if "calibration" in data and job.calibration == job.train:  # what is measured on is not calibrated on
                 data["calibration"] = data["train"]
         if labels is None and "evaluation" in data:
             check_measurable(config, data["evaluation"], job.evaluation or job.train or "")
-            measured = COMPARED if target is not None else max(MEASURED // max(data["evaluation"]["length"]), 1)
-            if len(data["evaluation"]) > measured and target is None:
+            speaks = isinstance(target, NextTokens)
+            measured = max(MEASURED // max(data["evaluation"]["length"]), 1) if speaks else COMPARED
+            if len(data["evaluation"]) > measured and speaks:
                 note(f"measured on {measured:,} windows of them, drawn at random")
             data["evaluation"] = sample(data["evaluation"], measured, seed)
         return data
@@ -172,15 +176,13 @@ def read_inputs(job: CompressJob) -> Inputs:
     tokenizer = load_tokenizer(path) if read or job.trim_vocabulary is not None else None
     kept, original, data = None, None, {}
     if tokenizer is not None and job.trim_vocabulary is not None:
-        if target is not None or labels is not None:
+        if isinstance(target, Remembered) or labels is not None:
             both = [name for name in read if name == "evaluation" or (name == "train" and target is not None)]
             whole = encoded(tokenizer, both)
             original = OriginalInputs(tokenizer, whole.get("train"), whole.get("evaluation"))
         tokenizer, kept = _trimmed(load_tokenizer(path), job)
     if tokenizer is not None:
         data = encoded(tokenizer, read)
-    if job.healing.minutes is not None and job.train is not None and target is None:
-        raise MethodError(f"--minutes is for encoders, and '{job.model}' is a language model: give --epochs")
     return Inputs(
         path,
         tokenizer,
@@ -209,7 +211,9 @@ def _trimmed(tokenizer: PreTrainedTokenizerBase, job: CompressJob) -> tuple[PreT
 
 
 def _target(path: Path, config: PretrainedConfig, teacher: str | None) -> Target:
-    """Scores of a model with a head for them, and else embeddings, each pooled as its directory says."""
+    """Next tokens, or scores of a model with a head for them, and else embeddings, pooled as the directory says."""
+    if is_causal(config):
+        return NextTokens()
     head = head_labels(config)
     if head is not None and head.kind != "tokens":
         return Predictions(independent=head.kind == "multi_label")

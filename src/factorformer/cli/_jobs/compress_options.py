@@ -44,6 +44,7 @@ class CompressJob:
     calibration_rows: int | None
     max_length: int
     sequence_length: int | None
+    batch_size: int | None
     settings: TrainingSettings
     healing: HealingSettings
     distill: str | None
@@ -138,9 +139,7 @@ def _check_data(job: CompressJob) -> None:
     if job.distill is not None and job.train is None:
         raise DataError("--distill needs text to learn on: give --train")
     if job.healing.minutes is not None and job.train is not None and label is not None:
-        raise MethodError("--minutes is for an encoder that learns from --distill alone: with --label give --epochs")
-    if job.train is not None and label is None and job.distill is None:
-        raise DataError("training needs labels or a teacher: give --label, or --distill with the original model")
+        raise MethodError("--minutes is for models that learn without labels: with --label give --epochs")
     if label is not None and job.train is None and job.evaluation is None and job.calibration is None:
         raise DataError("--label is the name of a column: give --train, --eval or --calibration")
     if job.regression and label is None:
