@@ -290,6 +290,10 @@ FreezeEmbeddings = Annotated[
 ]
 
 Device = Annotated[DeviceChoice, typer.Option("--device", help="Where to compute; 'auto' takes a GPU if there is one.")]
+Each = Annotated[
+    bool,
+    typer.Option("--each", help="List every matrix, where models have so many that those of a role are one line."),
+]
 Overwrite = Annotated[
     bool,
     typer.Option(
@@ -340,14 +344,14 @@ def note(text: str) -> None:
     typer.echo(text, err=True)
 
 
-def emit(result: Result, *, as_json: bool) -> None:
-    """Print a result on standard output, as JSON or as tables."""
+def emit(result: Result, *, as_json: bool, each: bool = False) -> None:
+    """Print a result on standard output, as JSON or as tables, with a line for each matrix or for each role."""
     if as_json:
         emit_json(result.to_dict())
         return
     from factorformer.report.tables import show
 
-    show(result, console())
+    show(result, console(), each=each)
 
 
 def console() -> Console:

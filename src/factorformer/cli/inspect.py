@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from factorformer.cli._options import MODELS, AsJson, Overwrite, ScopeChoice, emit
+from factorformer.cli._options import MODELS, AsJson, Each, Overwrite, ScopeChoice, emit
 from factorformer.errors import MethodError
 from factorformer.files import check_file
 
@@ -29,6 +29,7 @@ def inspect(
     model: Inspected,
     scope: InspectedScope = ScopeChoice.all,
     ranks: RanksImage = None,
+    each: Each = False,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
@@ -63,4 +64,4 @@ def inspect(
     if ranks is not None and history is not None:
         heat_map(history, ranks)
     output = None if ranks is None else str(ranks)
-    emit(Result.of(found, layers=found.entries, history=history, output=output), as_json=as_json)
+    emit(Result.of(found, layers=found.entries, history=history, output=output), as_json=as_json, each=each)

@@ -18,6 +18,7 @@ from factorformer.cli._options import (
     CalibrationRows,
     Device,
     DeviceChoice,
+    Each,
     Exclude,
     Include,
     Int4,
@@ -68,6 +69,7 @@ def plan(
     seed: Seed = 0,
     device: Device = DeviceChoice.auto,
     output: PlanFile = None,
+    each: Each = False,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
@@ -187,7 +189,7 @@ def plan(
         warnings=warnings,
         layers=made.entries,
     )
-    emit(result, as_json=as_json)
+    emit(result, as_json=as_json, each=each)
 
 
 def _check_is_plan(path: Path) -> None:

@@ -12,6 +12,7 @@ from rich.table import Table
 
 from factorformer.layers.matrix import Scope
 from factorformer.planning import Entry
+from factorformer.report.groups import grouped
 from factorformer.report.ranks import ranks_table
 from factorformer.report.result import BEFORE, DIFFERENCE, ENDS, Result
 
@@ -20,10 +21,14 @@ AMOUNTS = ("latency", "file_bytes")
 """Prefixes of metrics that are amounts, of which a ratio is meaningful."""
 
 
-def show(result: Result, console: Console) -> None:
-    """Print a result as tables."""
+MANY = 100
+"""Matrices from which on those of the same role are one line, unless each is asked for."""
+
+
+def show(result: Result, console: Console, *, each: bool = False) -> None:
+    """Print a result as tables; of many matrices those of the same role are one line unless `each` has its own."""
     if result.layers is not None:
-        console.print(_layers(result.layers))
+        console.print(_groups(result.layers) if len(result.layers) > MANY and not each else _layers(result.layers))
     if result.history is not None:
         console.print(ranks_table(result.history))
     console.print(_summary(result))
@@ -84,6 +89,29 @@ def _layers(entries: Iterable[Entry]) -> Table:
             _ratio(entry.original.bytes, cost.bytes),
             f"{cost.flops:,}",
             escape(entry.reason),
+        )
+    return table
+
+
+def _groups(entries: Iterable[Entry]) -> Table:
+    title = "Weight matrices by role (--each lists every one)"
+    table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left")
+    table.add_column("matrices", overflow="fold")
+    for column in ("number", "shape", "stored as", "parameters", "bytes", "ratio", "FLOPs per token"):
+        table.add_column(column, justify="right")
+    table.add_column("note", overflow="fold")
+    for group in grouped(entries):
+        cost = group.compressed
+        table.add_row(
+            escape(group.name),
+            f"{group.count:,}",
+            "x".join(map(str, group.shape)),
+            group.form,
+            f"{cost.parameters:,}",
+            f"{cost.bytes:,}",
+            _ratio(group.original.bytes, cost.bytes),
+            f"{cost.flops:,}",
+            escape(group.note),
         )
     return table
 
