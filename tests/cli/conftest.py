@@ -11,7 +11,18 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import BertConfig, BertModel, BertTokenizer, Trainer
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import (
+    BertConfig,
+    BertModel,
+    BertTokenizer,
+    GPT2Config,
+    GPT2LMHeadModel,
+    PreTrainedTokenizerFast,
+    Trainer,
+)
 from typer.testing import CliRunner
 
 from factorformer.cli.app import app
@@ -116,3 +127,16 @@ def trained(base: Path, tables: Path, tmp_path_factory: pytest.TempPathFactory) 
 def base_copy(base: Path, tmp_path: Path) -> Path:
     """A copy to damage."""
     return Path(shutil.copytree(base, tmp_path / "copy"))
+
+
+@pytest.fixture
+def decoder(tmp_path: Path) -> Path:
+    """A causal language model whose tokenizer knows no padding."""
+    words = Tokenizer(WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="[UNK]"))
+    words.pre_tokenizer = Whitespace()
+    source = tmp_path / "gpt2"
+    PreTrainedTokenizerFast(tokenizer_object=words, eos_token="[SEP]", unk_token="[UNK]").save_pretrained(source)
+    sizes = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 24, "initializer_range": 0.3}
+    torch.manual_seed(0)
+    GPT2LMHeadModel(GPT2Config(vocab_size=len(WORDS), bos_token_id=3, eos_token_id=3, **sizes)).save_pretrained(source)
+    return source

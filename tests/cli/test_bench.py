@@ -55,6 +55,36 @@ def test_a_model_against_another(run: Any, small: Path, tmp_path: Path) -> None:
     assert "onnxruntime" in content["versions"]
 
 
+def test_generation(run: Any, decoder: Path, small: Path, tmp_path: Path) -> None:
+    smaller = tmp_path / "smaller"
+    assert run("compress", decoder, smaller, "--ratio", 2).exit_code == 0
+    options = ("--generate", "8+4", "--generate", "5+2", "--rounds", 2, "--threads", 1)
+    done = run("bench", smaller, "--against", decoder, *options, "--json")
+    assert done.exit_code == 0, done.stderr
+    content = json.loads(done.stdout)
+    assert content["shapes"] == []
+    assert [(g["prompt"], g["tokens"], g["rounds"]) for g in content["generations"]] == [(8, 4, 2), (5, 2, 2)]
+    for generation in content["generations"]:
+        assert [result["name"] for result in generation["results"]] == [str(decoder), str(smaller)]
+        for part, tokens in (("prefill", generation["prompt"]), ("decode", 1)):
+            assert generation["results"][0][f"{part}_speedup"] == {"low": 1, "median": 1, "high": 1}
+            for result in generation["results"]:
+                spread = result[f"{part}_milliseconds"]
+                assert 0 < spread["low"] <= spread["median"] <= spread["high"]
+                assert result[f"{part}_tokens_per_second"] == pytest.approx(1000 * tokens / spread["median"])
+    printed = run("bench", decoder, "--generate", "8+4", "--rounds", 1, "--threads", 1)
+    assert "4 tokens behind a prompt of 8" in printed.stdout
+    for model, wish, message in (
+        (decoder, "20+5", "25 tokens.*24 positions"),
+        (decoder, "20", "PROMPT"),
+        (decoder, "8+1", "PROMPT"),
+        (small, "8+4", "only causal language models generate"),
+    ):
+        refused = run("bench", model, "--generate", wish)
+        assert refused.exit_code == 2
+        assert re.search(message, refused.stderr)
+
+
 def test_break_even_of_layers(run: Any, small: Path) -> None:
     done = run("bench", small, "--layers", "--tokens", 4, "--tokens", 32, "--seconds", 0.01, "--json")
     assert done.exit_code == 0, done.stderr

@@ -12,16 +12,10 @@ from typing import Any
 
 import pytest
 import torch
-from tests.cli.conftest import BAD, GOOD, WORDS
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Whitespace
+from tests.cli.conftest import BAD, GOOD
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
-    GPT2Config,
-    GPT2LMHeadModel,
-    PreTrainedTokenizerFast,
 )
 
 import factorformer
@@ -235,19 +229,6 @@ def test_a_head_for_other_labels_is_replaced(run: Any, trained: Path, tables: Pa
         assert re.search(r"new head: .*\(minus, plus\)", done.stderr)
         result_of(done)
         assert AutoModelForSequenceClassification.from_pretrained(output).classifier.out_features == outputs
-
-
-@pytest.fixture
-def decoder(tmp_path: Path) -> Path:
-    """A causal language model whose tokenizer knows no padding."""
-    words = Tokenizer(WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="[UNK]"))
-    words.pre_tokenizer = Whitespace()
-    source = tmp_path / "gpt2"
-    PreTrainedTokenizerFast(tokenizer_object=words, eos_token="[SEP]", unk_token="[UNK]").save_pretrained(source)
-    sizes = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 24, "initializer_range": 0.3}
-    torch.manual_seed(0)
-    GPT2LMHeadModel(GPT2Config(vocab_size=len(WORDS), bos_token_id=3, eos_token_id=3, **sizes)).save_pretrained(source)
-    return source
 
 
 def test_a_decoder_without_a_head_learns_a_task(run: Any, decoder: Path, tables: Path, tmp_path: Path) -> None:

@@ -41,6 +41,16 @@ Shapes = Annotated[
         help="Texts in a batch, and tokens in each. Can be given several times. By default 1x32, 8x64 and 32x128.",
     ),
 ]
+Generate = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--generate",
+        metavar="PROMPT+TOKENS",
+        show_default=False,
+        help="Of causal language models: read a prompt of so many tokens, and go on with so many, one by one. Can be "
+        "given several times. In place of the shapes, unless these are given too.",
+    ),
+]
 Threads = Annotated[
     int | None,
     typer.Option(
@@ -60,8 +70,8 @@ Seconds = Annotated[
         min=0.01,
         callback=finite,
         show_default=False,
-        help="Without --rounds, the time for each shape: by default 10; with --layers that for each pair of products: "
-        "by default 0.5.",
+        help="Without --rounds, the time for each shape: by default 10, and 30 for each --generate; with --layers that "
+        "for each pair of products: by default 0.5.",
     ),
 ]
 Layers = Annotated[
@@ -86,6 +96,7 @@ def bench(
     model: Benched,
     against: Against = None,
     shape: Shapes = None,
+    generate: Generate = None,
     threads: Threads = None,
     rounds: Rounds = None,
     seconds: Seconds = None,
@@ -107,6 +118,9 @@ def bench(
     [bold]openvino:[/bold] for the file of a directory that holds other weights as well. They can be combined, such as
     compile:bf16:small/.
 
+    [bold]With --generate[/bold] causal language models read a prompt and go on with it greedily, one text at a time and
+    with a cache: tokens a second of both, and the speed-ups of each.
+
     [bold]With --layers[/bold] each kind of factorized layer is timed against the dense product of the same shape, and
     the table shows from how many tokens on its factors pay.
 
@@ -116,9 +130,10 @@ def bench(
       factorformer bench small/ --against dense/ --against int8:dense/
       factorformer bench compile:small/ --against dense/ --shape 1x128 --json
       factorformer bench small-onnx/ --against dense-onnx/ --threads 1
+      factorformer bench small-chat/ --against chat/ --against bf16:chat/ --generate 128+128
       factorformer bench small/ --layers
     """
-    given = {"--against": against, "--shape": shape, "--rounds": rounds}
+    given = {"--against": against, "--shape": shape, "--generate": generate, "--rounds": rounds}
     unused = [name for name, value in given.items() if value is not None] if layers else []
     if unused or (tokens is not None and not layers):
         wrong = f"--layers times products, not models: leave out {', '.join(unused)}"
@@ -139,7 +154,8 @@ def bench(
         if layers:
             result = _layers(benched, tokens, seconds, place, seed)
         else:
-            result = _models(candidates, shape or DEFAULT_SHAPES, rounds, seconds, place, seed)
+            shapes = shape or (() if generate else DEFAULT_SHAPES)
+            result = _models(candidates, shapes, generate or (), rounds, seconds, place, seed)
     finally:
         torch.set_num_threads(before)
     if as_json:
@@ -169,6 +185,7 @@ def _layers(benched: Candidate, tokens: list[int] | None, seconds: float | None,
 def _models(
     candidates: Sequence[Candidate],
     shapes: Sequence[str],
+    generate: Sequence[str],
     rounds: int | None,
     seconds: float | None,
     place: str,
@@ -180,16 +197,17 @@ def _models(
     from factorformer.bench.candidates import common_vocabulary, load
     from factorformer.bench.comparison import Shape, compare
     from factorformer.bench.footprint import footprint
+    from factorformer.bench.generation import Length, compare_generation, load_decoder
     from factorformer.progress import bars
     from factorformer.report.bench import BenchResult
 
-    sizes = [Shape.parse(text) for text in shapes]
+    sizes, lengths = [Shape.parse(text) for text in shapes], [Length.parse(text) for text in generate]
     device, threads = torch.device(place), torch.get_num_threads()
     with bars() as progress:
         runners = []
         for candidate in candidates:
             progress("load", len(runners), len(candidates))
-            runners.append(load(candidate, threads, device))
+            runners.append((load_decoder if lengths else load)(candidate, threads, device))
         progress("load", len(runners), len(candidates))
         comparisons = compare(
             candidates,
@@ -201,12 +219,23 @@ def _models(
             device=device,
             progress=progress,
         )
+        generations = compare_generation(
+            candidates,
+            runners,
+            lengths,
+            rounds=rounds,
+            seconds=seconds or 30.0,
+            seed=seed,
+            device=device,
+            progress=progress,
+        )
         words = common_vocabulary(runners)
         runners.clear()  # what follows has the memory to itself
         footprints = []
-        largest = max(sizes, key=lambda shape: shape.batch * shape.tokens)
+        together = [*sizes, *(Shape(1, length.prompt + length.tokens) for length in lengths)]
+        largest = max(together, key=lambda shape: shape.batch * shape.tokens)
         for candidate in candidates:
             progress("memory and load time", len(footprints), len(candidates))
             footprints.append(footprint(candidate, largest, threads, place, seed, words))
         progress("memory and load time", len(footprints), len(candidates))
-    return BenchResult(candidates, footprints, comparisons, threads, place, seed)
+    return BenchResult(candidates, footprints, comparisons, threads, place, seed, generations=generations)

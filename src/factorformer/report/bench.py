@@ -10,6 +10,10 @@
   "shapes":      [{"batch", "tokens", "rounds": int,
                    "results": [{"name", "speedup": SPREAD, "milliseconds": SPREAD,
                                 "texts_per_second", "tokens_per_second", "first_pass_milliseconds": number}]}],
+  "generations": [{"prompt", "tokens", "rounds": int,
+                   "results": [{"name", "prefill_speedup": SPREAD, "prefill_milliseconds": SPREAD,
+                                "prefill_tokens_per_second", "decode_speedup": SPREAD,
+                                "decode_milliseconds": SPREAD (of a token), "decode_tokens_per_second"}]}],
   "layers":      null, or with --layers the only one of these that is not empty:
                  [{"names": [str], "shape": [out, in], "structure", "dtype", "flops_ratio": number,
                    "break_even": int or null, "pays": [int],
@@ -39,6 +43,7 @@ from rich.table import Table
 from factorformer.bench.candidates import Candidate
 from factorformer.bench.comparison import SETTLE, WARM_UP, Comparison, Spread
 from factorformer.bench.footprint import Footprint
+from factorformer.bench.generation import Generation
 from factorformer.bench.layers import LayerComparison
 from factorformer.kernels.cpu import REFERENCE
 from factorformer.report.machine import machine
@@ -57,6 +62,7 @@ class BenchResult:
         device: where torch's models ran.
         seed: of the words.
         layers: where layers were measured and not models.
+        generations: one for each length, where models generated.
     """
 
     candidates: Sequence[Candidate]
@@ -66,6 +72,7 @@ class BenchResult:
     device: str
     seed: int
     layers: Sequence[LayerComparison] | None = None
+    generations: Sequence[Generation] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready content."""
@@ -85,6 +92,7 @@ class BenchResult:
             if models
             else [],
             "shapes": [_comparison(self.candidates, comparison) for comparison in self.comparisons],
+            "generations": [_generation(self.candidates, generation) for generation in self.generations],
             "layers": None if self.layers is None else [_layer(layer) for layer in self.layers],
             "settings": {
                 "threads": self.threads,
@@ -129,6 +137,25 @@ def _comparison(candidates: Sequence[Candidate], comparison: Comparison) -> dict
     }
 
 
+def _generation(candidates: Sequence[Candidate], generation: Generation) -> dict[str, Any]:
+    return {
+        **dataclasses.asdict(generation.length),
+        "rounds": generation.rounds,
+        "results": [
+            {
+                "name": candidate.name,
+                "prefill_speedup": dataclasses.asdict(timing.prefill_speedup),
+                "prefill_milliseconds": dataclasses.asdict(timing.prefill),
+                "prefill_tokens_per_second": 1000 * generation.length.prompt / timing.prefill.median,
+                "decode_speedup": dataclasses.asdict(timing.decode_speedup),
+                "decode_milliseconds": dataclasses.asdict(timing.decode),
+                "decode_tokens_per_second": 1000 / timing.decode.median,
+            }
+            for candidate, timing in zip(candidates, generation.timings, strict=True)
+        ],
+    }
+
+
 def _layer(layer: LayerComparison) -> dict[str, Any]:
     return {
         "names": list(layer.names),
@@ -163,6 +190,8 @@ def show_bench(result: BenchResult, console: Console) -> None:
     else:
         for comparison in result.comparisons:
             console.print(_comparison_table(result, comparison))
+        for generation in result.generations:
+            console.print(_generation_table(result, generation))
         console.print(_footprints_table(result))
     console.print(_conditions(result), soft_wrap=True)
 
@@ -185,6 +214,26 @@ def _comparison_table(result: BenchResult, comparison: Comparison) -> Table:
             f"{texts:,.1f}",
             f"{texts * shape.tokens:,.0f}",
         )
+    return table
+
+
+def _generation_table(result: BenchResult, generation: Generation) -> Table:
+    length = generation.length
+    title = f"{length.tokens} tokens behind a prompt of {length.prompt}, {generation.rounds} rounds"
+    table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left")
+    table.add_column("", overflow="fold")
+    for part in ("prompt", "decode"):
+        for column in (f"{part}: speed-up", "quartiles", "ms" if part == "prompt" else "ms/token", "tokens/s"):
+            table.add_column(column, justify="right")
+    for candidate, timing in zip(result.candidates, generation.timings, strict=True):
+        cells = []
+        for tokens, spread, speedup in (
+            (length.prompt, timing.prefill, timing.prefill_speedup),
+            (1, timing.decode, timing.decode_speedup),
+        ):
+            cells += [f"{speedup.median:.2f}x", _range(speedup), f"{spread.median:,.2f}"]
+            cells.append(f"{1000 * tokens / spread.median:,.1f}")
+        table.add_row(escape(candidate.name), *cells)
     return table
 
 

@@ -168,10 +168,10 @@ def interleaved(
             for place in order:
                 for _ in range(settle):
                     runs[place]()
-                _synchronize(device)
+                synchronize(device)
                 started = time.perf_counter()
                 runs[place]()
-                _synchronize(device)
+                synchronize(device)
                 row[place] = 1000 * (time.perf_counter() - started)
             times.append(row)
             order = [*order[1:], *order[:1]]
@@ -180,6 +180,7 @@ def interleaved(
     return times
 
 
-def _synchronize(device: torch.device | None) -> None:
+def synchronize(device: torch.device | None) -> None:
+    """Wait until a GPU has done all that it was asked for."""
     if device is not None and device.type == "cuda":
         torch.cuda.synchronize(device)
