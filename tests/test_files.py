@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from factorformer import files
 from factorformer.errors import OutputError
-from factorformer.files import check_file, check_output, output_directory, whole_file
+from factorformer.files import check_file, check_files, check_output, output_directory, output_files, whole_file
 
 
 def names(folder: Path) -> list[str]:
@@ -353,3 +353,51 @@ def test_two_writers_do_not_mix(tmp_path: Path) -> None:
         writer.join()
     assert (tmp_path / "plan.json").read_text() in ("a" * 1000, "b" * 1000)
     assert names(tmp_path) == ["plan.json"]
+
+
+def test_files_that_go_into_a_folder(tmp_path: Path) -> None:
+    folder = tmp_path / "model" / "onnx"
+    folder.parent.mkdir()
+    names = ("weights", "graph")
+    with output_files(folder, names) as partial:
+        (partial / "graph").write_text("one")
+        (partial / "weights").write_text("two")
+        assert not folder.exists()
+    (folder / "other").write_text("stays")
+    with pytest.raises(OutputError, match="weights' exists already"), output_files(folder, names) as partial:
+        raise AssertionError
+    stopped = output_files(folder, names, overwrite=True)
+    (stopped.__enter__() / "graph").write_text("new")
+    assert not stopped.__exit__(KeyboardInterrupt, KeyboardInterrupt(), None)
+    assert {file.name: file.read_text() for file in folder.iterdir()} == {
+        "graph": "one",
+        "weights": "two",
+        "other": "stays",
+    }
+    with output_files(folder, names, overwrite=True) as partial:
+        (partial / "graph").write_text("three")  # which reads no weights
+    assert {file.name: file.read_text() for file in folder.iterdir()} == {"graph": "three", "other": "stays"}
+    assert [path.name for path in folder.parent.iterdir()] == ["onnx"]
+    (folder / "weights").mkdir()
+    with pytest.raises(OutputError, match="is a directory"):
+        check_files(folder, names, overwrite=True)
+
+
+def test_an_interruption_leaves_no_file_that_reads_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("weights", "graph"):
+        (tmp_path / name).write_text("old")
+    replace = Path.replace
+
+    def interrupted(self: Path, target: Path) -> Path:
+        if target.name == "graph":
+            raise KeyboardInterrupt
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", interrupted)
+    written = output_files(tmp_path, ("weights", "graph"), overwrite=True)
+    partial = written.__enter__()
+    for name in ("weights", "graph"):
+        (partial / name).write_text("new")
+    with pytest.raises(KeyboardInterrupt):
+        written.__exit__(None, None, None)
+    assert [file.name for file in tmp_path.iterdir()] == ["weights"]

@@ -8,7 +8,6 @@ import filecmp
 import json
 import os
 import shutil
-import tempfile
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from fnmatch import fnmatchcase
@@ -150,7 +149,9 @@ def check_files(folder: Name, names: Iterable[str], *, overwrite: bool) -> None:
         OutputError: one of them is there and `overwrite` is off; or they cannot be written to.
     """
     target = _resolved(folder)
-    _check_parent(folder, target, next(parent for parent in (target, *target.parents) if os.path.lexists(parent)))
+    _check_parent(folder, target, next(parent for parent in target.parents if os.path.lexists(parent)))
+    if target.exists():
+        _check_parent(folder, target / "files", target)
     for path in (target / name for name in names):
         if path.is_dir():
             raise OutputError(f"'{path}' is a directory, and a file is to be there: move it")
@@ -202,7 +203,7 @@ def _check_parent(path: Name, target: Path, parent: Path) -> None:
     """`OutputError` if a place cannot be made in a folder, which only an attempt can tell: nothing stays of it."""
     if not parent.is_dir():
         raise OutputError(f"cannot write '{path}': '{parent}' is not a directory")
-    attempt = _neighbour(parent / (target.relative_to(parent).parts or ("files",))[0], "check")
+    attempt = _neighbour(parent / target.relative_to(parent).parts[0], "check")
     try:
         attempt.mkdir()
         attempt.rmdir()
@@ -325,8 +326,8 @@ def output_directory(
 def output_files(folder: Name, names: Iterable[str], *, overwrite: bool = False) -> Iterator[Path]:
     """A directory whose files go into a folder, in this order, when the block ends without an error.
 
-    Other files of the folder stay; those of these names that the block does not write are deleted, so that what is
-    there belongs together.
+    Other files of the folder stay. Those of these names are deleted before new ones take their place, the last one
+    first: an interruption leaves what belongs together, or no file that reads the others.
 
     Args:
         folder: made if there is none.
@@ -338,24 +339,25 @@ def output_files(folder: Name, names: Iterable[str], *, overwrite: bool = False)
     """
     target, names = Path(folder).resolve(), tuple(names)
     check_files(folder, names, overwrite=overwrite)
-    with tempfile.TemporaryDirectory(prefix=f".{target.name[:50]}.partial-", dir=target.parent) as place:
-        partial = Path(place)
-        try:
-            yield partial
-            for name in names:
-                if (partial / name).is_file():
-                    _flush(partial / name)
-            check_files(folder, names, overwrite=overwrite)
-            target.mkdir(exist_ok=True)
-            for name in names:
-                if (partial / name).is_file():
-                    (partial / name).replace(target / name)
-                else:
-                    (target / name).unlink(missing_ok=True)
-        except Exception as error:
-            if not failed_to_write(error, partial) and not failed_to_write(error, target):
-                raise
-            raise OutputError(f"could not write to '{folder}': {error}") from error
+    partial = _neighbour(target, "partial")
+    try:
+        partial.mkdir()
+        yield partial
+        written = [name for name in names if (partial / name).is_file()]
+        for name in written:
+            _flush(partial / name)
+        check_files(folder, names, overwrite=overwrite)
+        target.mkdir(exist_ok=True)
+        for name in reversed(names):
+            (target / name).unlink(missing_ok=True)
+        for name in written:
+            (partial / name).replace(target / name)
+    except Exception as error:
+        if not failed_to_write(error, partial) and not failed_to_write(error, target):
+            raise
+        raise OutputError(f"could not write to '{folder}': {error}") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _swap(new: Path, target: Path) -> None:

@@ -197,6 +197,11 @@ class TestOpenVINO:
         assert candidate.path == path / "openvino" / file.name
         assert load(candidate, 1, CPU).vocabulary == MODELS["bert"].build().config.vocab_size
 
+    def test_beside_a_file_of_another_runtime(self, file: Path) -> None:
+        write_onnx(file.parent / "model.onnx")
+        routes = {form: parse(f"{form}:{file.parent}").route for form in ("onnx", "openvino")}
+        assert routes == {"onnx": "onnxruntime", "openvino": "openvino"}
+
     def test_what_is_no_model(self, tmp_path: Path) -> None:
         pytest.importorskip("openvino")
         (tmp_path / "broken.xml").write_text("no model")

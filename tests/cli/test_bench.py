@@ -74,11 +74,14 @@ def test_generation(run: Any, decoder: Path, small: Path, tmp_path: Path) -> Non
                 assert result[f"{part}_tokens_per_second"] == pytest.approx(1000 * tokens / spread["median"])
     printed = run("bench", decoder, "--generate", "8+4", "--rounds", 1, "--threads", 1)
     assert "4 tokens behind a prompt of 8" in printed.stdout
+    assert "while it generates" in " ".join(printed.stdout.split())
+    assert (content["settings"]["warm_up"], content["settings"]["settle"]) == (1, 0)
     for model, wish, message in (
         (decoder, "20+5", "25 tokens.*24 positions"),
         (decoder, "20", "PROMPT"),
         (decoder, "8+1", "PROMPT"),
         (small, "8+4", "only causal language models generate"),
+        (f"compile:{decoder}", "8+4", "compile for every token"),
     ):
         refused = run("bench", model, "--generate", wish)
         assert refused.exit_code == 2

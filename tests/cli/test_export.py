@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,12 +15,15 @@ import openvino
 import pytest
 import torch
 import transformers
+from tests.cli.conftest import WORDS
 from tests.cli.test_commands import result_of
 from tests.cli.test_errors import check
 from tests.export.once import translate_once
 from transformers import AutoTokenizer
 
 import factorformer
+from factorformer.bench.candidates import load, parse
+from factorformer.export import openvino as openvino_export
 from factorformer.export.sentence import find_layout
 from factorformer.export.subject import check_exportable
 from factorformer.files import check_output
@@ -158,11 +162,8 @@ def test_where_other_programs_look(run: Any, base_copy: Path, tmp_path: Path) ->
         assert apart < most
         assert content["metrics"]["deviation"] < most
         assert content["metrics"]["cosine"] > 1 - most
-        named = [name for name in content["metrics"] if name.startswith("milliseconds of ")]
-        assert [name.removeprefix("milliseconds of ") for name in named] == [
-            *(f"{variant}{base_copy}" for variant in ("", "fused:", "fused-int8:")),
-            str(file),
-        ]
+        times = {name for name in content["metrics"] if name.startswith("milliseconds_")}
+        assert times == {f"milliseconds_{way}" for way in ("torch", "fused", "fused_int8", "file")}
     after = {file: file.read_bytes() for file in base_copy.rglob("*") if file.is_file()}
     del before[base_copy / "onnx" / "model.onnx"]
     assert {file: after[file] for file in before} == before
@@ -179,3 +180,42 @@ def test_where_other_programs_look(run: Any, base_copy: Path, tmp_path: Path) ->
     assert not (tmp_path / "small" / "onnx").exists()
     (base_copy / "onnx" / "other.onnx").unlink()
     check_output(base_copy, overwrite=True)  # nothing of it is anybody else's
+
+
+def test_files_inside_lie_where_the_transformer_does(run: Any, base: Path, tmp_path: Path) -> None:
+    whole, inner = tmp_path / "whole", tmp_path / "whole" / "0_Transformer"
+    shutil.copytree(base, inner, ignore=shutil.ignore_patterns("onnx", "modules.json", "1_Pooling"))
+    shutil.copytree(base / "1_Pooling", whole / "1_Pooling")
+    modules = json.loads((base / "modules.json").read_text())
+    modules[0]["path"] = "0_Transformer"
+    modules.append({"idx": 2, "name": "2", "path": "2_Other", "type": "somewhere.Unknown"})  # which a file has not
+    (whole / "modules.json").write_text(json.dumps(modules))
+    content = result_of(run("export", whole, "--inside", "--no-timing", "--json"))
+    assert (inner / "onnx" / "model.onnx").is_file()
+    assert not [name for name in content["metrics"] if name.startswith("milliseconds")]
+    assert load(parse(f"onnx:{whole}"), 1, torch.device("cpu")).vocabulary == len(WORDS)
+    check(run("export", "minilm", "--inside"), "'minilm' is no directory of yours")
+    check(run("export", whole, "--inside", "--output", tmp_path / "x"), "leave one out")
+    check(run("export", base, "--to", "openvino", "--int8"), "--calibration FILE")
+
+
+def test_an_export_that_cannot_be_timed_is_done(run: Any, base: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr("factorformer.cli.export.LARGEST", 1000)
+    done = run("export", base, "--output", tmp_path / "out", "--json")
+    assert "milliseconds_file" not in result_of(done)["metrics"]
+    assert "not timed" in done.stderr
+    monkeypatch.undo()
+    monkeypatch.setattr("factorformer.bench.comparison.compare", lambda *_, **__: 1 / 0)
+    done = run("export", base, "--output", tmp_path / "other", "--json")
+    assert "milliseconds_file" not in result_of(done)["metrics"]
+    assert "not timed: division by zero" in done.stderr
+
+
+def test_pairs_are_read_as_pairs(run: Any, trained: Path, tables: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    read: list[Any] = []
+    own = openvino_export.export
+    monkeypatch.setattr(openvino_export, "export", lambda *a, **k: read.append(k["texts"]) or own(*a, **k))
+    calibration = ("--calibration", tables / "train.jsonl", "--text", "text", "--text", "other")
+    options = ("--to", "openvino", "--int8", *calibration, "--no-timing", "--json")
+    result_of(run("export", trained, "--output", tmp_path / "out", *options))
+    assert all(isinstance(pair, tuple) and len(pair) == 2 for pair in read[0])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import functools
+import inspect
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +17,7 @@ from torch import Tensor, nn
 
 import factorformer
 from factorformer.errors import FactorformerWarning, ModelError
-from factorformer.hf.encoder import FusedModel, stacks_of
+from factorformer.hf.encoder import FusedForward, FusedModel, stacks_of
 from factorformer.hf.fused import fuse
 from factorformer.kernels import cpu
 from factorformer.kernels.encoder import Encoder
@@ -184,6 +186,100 @@ def test_tuples(model: tf.PreTrainedModel) -> None:
         expected, found = model(**inputs, return_dict=False), fuse(copy.deepcopy(model))(**inputs, return_dict=False)
     assert len(found) == len(expected)
     torch.testing.assert_close(found[0], expected[0], rtol=1e-4, atol=1e-4)
+
+
+@pytest.fixture
+def wrapped(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Filled by each forward pass of transformers' own of a base model."""
+    seen: list[str] = []
+    for kind in {type(make()) for make in FAMILIES.values()}:
+        own = kind.forward
+
+        def forward(self: Any, *given: Any, own: Any = own, **others: Any) -> Any:
+            seen.append(type(self).__name__)
+            return own(self, *given, **others)
+
+        monkeypatch.setattr(kind, "forward", functools.wraps(own)(forward))
+    return seen
+
+
+def test_wrappers_are_left_out(model: tf.PreTrainedModel, wrapped: list[str]) -> None:
+    twin = fuse(copy.deepcopy(model))
+    wrapped.clear()
+    inputs = batch(2, 7)
+    plain = states(twin, inputs)
+    for others in ({"return_dict": True}, {"output_hidden_states": False}, {"position_ids": None}):  # as callers say
+        if "position_ids" not in others or "position_ids" in inspect.signature(type(model).forward).parameters:
+            assert torch.equal(states(twin, inputs, **others), plain)
+    assert torch.equal(states(twin, {**inputs, "attention_mask": inputs["attention_mask"].bool()}), plain)
+    assert not wrapped
+    assert inspect.signature(twin.forward).parameters.keys() == inspect.signature(model.forward).parameters.keys()
+
+
+@pytest.mark.parametrize(
+    "head", [tf.BertForSequenceClassification, tf.MPNetForSequenceClassification, tf.DistilBertForMaskedLM]
+)
+def test_models_with_heads(head: Any, wrapped: list[str]) -> None:
+    sizes = {"dim": 48, "n_layers": 2, "n_heads": 4, "hidden_dim": 80} if "Distil" in head.__name__ else SIZES
+    model = head(head.config_class(**sizes, **OTHERS)).eval()
+    twin = fuse(copy.deepcopy(model))
+    inputs = batch(3, 8)
+    real = inputs["attention_mask"].bool()
+    with torch.no_grad():
+        expected = model(**inputs).logits
+        wrapped.clear()
+        found = twin(**inputs).logits
+    expected, found = (x[real] if x.dim() == 3 else x for x in (expected, found))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    assert not wrapped
+
+
+def test_the_model_steps_aside(bert: tf.PreTrainedModel, wrapped: list[str]) -> None:
+    twin, inputs = fuse(copy.deepcopy(bert)), batch(2, 7, padded=False)
+
+    def own(change: Callable[[Any], Any], *, exact: bool = False) -> None:
+        each = []
+        for model in (copy.deepcopy(bert), copy.deepcopy(twin)):
+            change(model)
+            embedded: list[int] = []
+            model.embeddings.register_forward_hook(lambda *_, seen=embedded: seen.append(1))
+            wrapped.clear()
+            with torch.no_grad():
+                each.append(model(**{k: v.clone() for k, v in inputs.items()}, return_dict=True))
+            assert wrapped == ["BertModel"]
+            assert len(embedded) == 1
+        torch.testing.assert_close(each[0].last_hidden_state, each[1].last_hidden_state, rtol=1e-3, atol=1e-3)
+
+    own(lambda model: setattr(model.config, "is_decoder", True))
+    own(lambda model: setattr(model.config, "output_hidden_states", True))
+    own(lambda model: model.bfloat16())
+    own(lambda model: model.encoder.layer[0].register_forward_hook(lambda *_: None))
+    own(lambda model: vars(model.encoder).pop("forward", None))
+    own(lambda model: setattr(model, "encoder", copy.deepcopy(model.encoder)))
+
+
+def test_what_others_have_made_of_a_model_stays(bert: tf.PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+    own = bert.forward
+    bert.forward = functools.wraps(own)(lambda *given, **others: calls.append(1) or own(*given, **others))
+    patched = bert.forward
+    fuse(bert)
+    assert bert.forward is patched
+    assert isinstance(vars(bert.encoder)["forward"], FusedForward)
+    del bert.forward
+    fuse(bert)
+    known = bert.forward
+    right = Encoder.__call__
+    monkeypatch.setattr(Encoder, "__call__", lambda *arguments: -right(*arguments))
+    for module in (bert, bert.encoder):
+        vars(module).pop("forward")
+    expected = states(bert, batch(2, 7, padded=False))
+    vars(bert)["forward"] = known
+    with pytest.warns(FactorformerWarning, match="are not run in one call"):
+        fuse(bert, "int8")
+    assert bert.forward is known
+    del bert.forward
+    torch.testing.assert_close(states(bert, batch(2, 7, padded=False)), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_weights_that_change(bert: tf.PreTrainedModel, calls: list[int]) -> None:

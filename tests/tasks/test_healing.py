@@ -16,9 +16,9 @@ import transformers as tf
 from torch import Tensor
 
 import factorformer
-from factorformer.errors import DataError, DivergedError, ModelError
+from factorformer.errors import DataError, DivergedError, ModelError, OutputError
 from factorformer.layers.quantization import quantize
-from factorformer.tasks import healing
+from factorformer.tasks import healing, language_modelling
 from factorformer.tasks.evaluation import compare_embeddings, embed
 from factorformer.tasks.healing import HealingSettings, Reading, heal
 from factorformer.tasks.targets import Embeddings, NextTokens, Predictions
@@ -406,14 +406,17 @@ def test_encoders_of_images_and_sound_heal(inputs: Callable[[int], Any], tmp_pat
         assert torch.equal(again(**batch).last_hidden_state, student(**batch).last_hidden_state)
 
 
-def test_language_models_learn_next_tokens(tokenizer: tf.PreTrainedTokenizerBase) -> None:
+def test_language_models_learn_next_tokens(
+    tokenizer: tf.PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     torch.manual_seed(0)
     config = tf.GPT2Config(n_embd=32, n_layer=2, n_head=2, n_positions=16, vocab_size=len(tokenizer), use_cache=True)
     model, original = (tf.GPT2LMHeadModel(config).eval() for _ in range(2))
     ids = torch.randint(5, len(tokenizer), (4, 9))
     mask = torch.ones_like(ids)
-    mask[1, 6:] = 0
+    mask[1, 6:] = mask[2, :3] = 0  # behind a text, or before it
     inputs = {"input_ids": ids, "attention_mask": mask}
+    monkeypatch.setattr(language_modelling, "PLACES", 7)  # in several parts
     with torch.no_grad():
         logits, theirs = (each(**inputs).logits[:, :-1] for each in (model, original))
         found = {
@@ -423,7 +426,7 @@ def test_language_models_learn_next_tokens(tokenizer: tf.PreTrainedTokenizerBase
             for weights in ((1.0, 0.0), (1.0, 0.5), (0.0, 1.0))
         }
         alone = NextTokens().loss(NextTokens().read(model, inputs), None, inputs)
-    follows = mask[:, 1:].bool()
+    follows = (mask[:, 1:] * mask[:, :-1]).bool()
     p, q = theirs.softmax(-1), logits.softmax(-1)
     divergence = (p * (p.log() - q.log())).sum(-1)[follows].mean()
     likelihood = -q.log().gather(2, ids[:, 1:, None])[..., 0][follows].mean()
@@ -441,5 +444,10 @@ def test_language_models_learn_next_tokens(tokenizer: tf.PreTrainedTokenizerBase
     curve = heal(original, None, data, longer, tokenizer=tokenizer, target=NextTokens())
     assert set(curve[-1]) == {"step", "seconds", "perplexity"}
     assert curve[-1]["perplexity"] < 5
+    rest = {"tokenizer": tokenizer, "output": tmp_path}
+    heal(original, model, data, dataclasses.replace(settings, epochs=1), target=NextTokens(), **rest)
+    for teacher, target in ((None, NextTokens()), (model, NextTokens(1.0, 0.5))):
+        with pytest.raises(OutputError):
+            heal(original, teacher, data, dataclasses.replace(settings, epochs=1), target=target, **rest)
     with pytest.raises(DataError, match="give its tokenizer"):
         heal(model, original, data, settings, held=data, target=NextTokens())

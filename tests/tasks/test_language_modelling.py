@@ -154,7 +154,7 @@ def test_perplexity_is_that_of_the_models_own_loss(name: str) -> None:
     assert found["loss"] == pytest.approx(total / tokens, rel=1e-4)
     assert found["perplexity"] == pytest.approx(math.exp(total / tokens), rel=1e-3)
     assert 0 <= found["token_accuracy"] <= 1
-    assert (found["predicted_tokens"], found["window"], found["stride"]) == (tokens, 16, 16)
+    assert (found["tokens"], found["window"], found["stride"]) == (tokens, 16, 16)
     written = [tokenizer.decode(block[1:], skip_special_tokens=True) for block in data["input_ids"]]
     size = sum(len(text.encode()) for text in written)
     assert found["bits_per_byte"] == pytest.approx(total / math.log(2) / size, rel=1e-4)

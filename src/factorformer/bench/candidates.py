@@ -97,7 +97,9 @@ def parse(text: str) -> Candidate:
     precisions = [name for name in variants if name in PRECISIONS]
     if len(set(variants)) < len(variants) or len(precisions) > 1:
         raise MethodError(f"'{text}': each variant once, and at most one of {', '.join(PRECISIONS)}")
-    for form, (route, name) in FILES.items():
+    asked = [form for form in FILES if form in variants]
+    for form in asked or FILES:
+        route, name = FILES[form]
         file = _file(text, Path(rest), form, name, forced=form in variants)
         if file is not None:
             if set(variants) - {form}:
@@ -114,10 +116,14 @@ def _file(text: str, path: Path, form: str, name: str, *, forced: bool) -> Path 
         if not path.is_file():
             raise ModelError(f"no such file: '{path}'")
         return path
-    at_top, below = path / name, path / form / name
-    inside = below if forced and not at_top.is_file() and below.is_file() else at_top
+    at_top, inside = path / name, path / name
+    if forced and not at_top.is_file():
+        from factorformer.hf.layout import place
+
+        folder = place(path).folder if (path / "modules.json").is_file() else path
+        inside = folder / form / name
     if forced and not inside.is_file():
-        raise ModelError(f"'{text}': there is neither '{at_top}' nor '{below}'")
+        raise ModelError(f"'{text}': there is neither '{at_top}' nor '{inside}'")
     if inside.is_file() and (forced or not any(any(path.glob(pattern)) for pattern in WEIGHTS)):
         return inside
     return None

@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ import torch
 
 from factorformer.bench.candidates import PRECISIONS, Candidate, draw, load, parse
 from factorformer.bench.comparison import Shape
+from factorformer.bench.generation import Length, bind
 from factorformer.errors import ModelError, one_line
 
 LOADS = 3
@@ -64,6 +66,7 @@ def footprint(
     device: str = "cpu",
     seed: int = 0,
     vocabulary: int | None = None,
+    generates: Length | None = None,
 ) -> Footprint:
     """Load a model in a new process, and run it there.
 
@@ -74,6 +77,7 @@ def footprint(
         device: for the models that torch runs.
         seed: of the words.
         vocabulary: ids of words are below it, for models that do not tell how many they know.
+        generates: a prompt and so many tokens behind it, in place of a pass over the shape.
 
     Raises:
         ModelError: the process failed.
@@ -85,6 +89,7 @@ def footprint(
         "device": device,
         "seed": seed,
         "vocabulary": vocabulary,
+        "generates": None if generates is None else str(generates),
     }
     command = [sys.executable, "-W", "ignore", "-m", __name__, json.dumps(job)]
     done = subprocess.run(command, capture_output=True, text=True)
@@ -97,14 +102,23 @@ def footprint(
 
 
 def measure(
-    candidate: Candidate, shape: Shape, threads: int, device: torch.device, seed: int, vocabulary: int | None
+    candidate: Candidate,
+    shape: Shape,
+    threads: int,
+    device: torch.device,
+    seed: int,
+    vocabulary: int | None,
+    generates: Length | None = None,
 ) -> Footprint:
     """The same in this process, which should not have done anything else before."""
     torch.set_num_threads(threads)
     _import_what_runs(candidate)
     imported = _reset_peak()
     runner = load(candidate, threads, device)
-    run = runner.prepare(draw([runner], shape.batch, shape.tokens, seed, vocabulary))
+    run: Callable[[], object] = runner.prepare(draw([runner], shape.batch, shape.tokens, seed, vocabulary))
+    if generates is not None:
+        prompt = draw([runner], 1, generates.prompt, seed, vocabulary).to(device)
+        run = bind(candidate, runner.module, prompt, generates, device)
     with torch.inference_mode():
         for _ in range(2):
             run()
@@ -185,6 +199,7 @@ def main(arguments: list[str]) -> int:
             torch.device(job["device"]),
             job["seed"],
             job["vocabulary"],
+            Length.parse(job["generates"]) if job["generates"] else None,
         )
     except Exception as error:  # whatever it is, the parent names the model
         print(one_line(error), file=sys.stderr)

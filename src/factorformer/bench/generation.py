@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import re
 import time
 from collections.abc import Callable, Sequence
@@ -89,6 +90,8 @@ def load_decoder(candidate: Candidate, threads: int, device: torch.device) -> Ru
     """
     if candidate.route != "torch":
         raise MethodError(f"'{candidate.name}': --generate runs models in torch")
+    if "compile" in candidate.variants:
+        raise MethodError(f"'{candidate.name}': with a cache that grows torch.compile would compile for every token")
     runner = load(candidate, threads, device)
     if not getattr(runner.module, "can_generate", lambda: False)() or _config(runner).is_encoder_decoder:
         raise ModelError(
@@ -135,7 +138,7 @@ def compare_generation(
                 raise DataError(f"{length} are {total} tokens, and '{candidate.name}' has {runner.positions} positions")
         ids = draw(runners, 1, length.prompt, seed).to(device or "cpu")
         runs = [
-            _run(candidate, runner.module, ids, length, device)
+            bind(candidate, runner.module, ids, length, device)
             for candidate, runner in zip(candidates, runners, strict=True)
         ]
         phase = f"generate {length}"
@@ -166,17 +169,18 @@ def _summarized(times: Sequence[Sequence[tuple[float, float]]]) -> tuple[Generat
     return tuple(timings)
 
 
-def _run(
+def bind(
     candidate: Candidate, model: Any, ids: Int[Tensor, "1 prompt"], length: Length, device: torch.device | None
 ) -> Callable[[], tuple[float, float]]:
-    """Milliseconds of the prompt, and of a token behind it."""
+    """What generates, and tells the milliseconds of the prompt, and of a token behind it."""
+    few = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
 
     def run() -> tuple[float, float]:
         try:
             with torch.inference_mode():
                 synchronize(device)
                 begun = time.perf_counter()
-                output = model(input_ids=ids, use_cache=True)
+                output = model(input_ids=ids, use_cache=True, **few)
                 following = output.logits[:, -1:].argmax(-1)
                 synchronize(device)
                 read = time.perf_counter()

@@ -26,6 +26,8 @@ from factorformer.hf.source import (
     copy_companions,
     find,
     load_model,
+    load_tokenizer,
+    most_tokens,
     place_of_weights,
     read_config,
     vocabulary_files,
@@ -49,9 +51,12 @@ from factorformer.tasks.data import (
 )
 from factorformer.tasks.finetuning import check_can_follow
 from factorformer.tasks.reading import read_rows, text_format
-from factorformer.tasks.targets import Predictions, Target
+from factorformer.tasks.targets import NextTokens, Predictions, Target
 from factorformer.tasks.windows import read_documents
 from factorformer.training.rank_history import RankHistory
+
+LOGITS = 2**27
+"""A language model's predictions of so many numbers are held at a time."""
 
 
 def columns_of(text: list[str] | None, label: str | None, words: bool = False) -> Columns:
@@ -115,12 +120,13 @@ def encode_text(
     """
     if isinstance(text, datasets.Dataset):
         return encode_table(source, text, columns, tokenizer, None, max_length, config)
-    length = windows.sequence_length(config, sequence_length)
+    skeleton = _skeleton(config)
+    positions = None if skeleton is None else most_tokens(skeleton)
+    length = windows.sequence_length(config, sequence_length, positions)
     with about(source):
         cut = windows.windows(tokenizer, text, length)
     tokens = sum(cut["length"])
     note(f"'{source}': {tokens:,} tokens in {len(cut):,} windows of {min(length, tokens):,}")
-    skeleton = _skeleton(config)
     if skeleton is not None:
         check_lengths(skeleton, cut, f"'{source}'")
     return cut
@@ -202,7 +208,9 @@ def calibration_batches(
     if is_causal(model.config) and "labels" not in data.column_names:
         longest = max(data["length"])
         usual = max(windows.CALIBRATED // longest, 1)
-        batch_size = min(batch_size, max(windows.TOGETHER // longest, 1))
+        batch_size = min(batch_size, windows.together(model.config, longest, LOGITS))
+        if (rows or usual) < len(data):
+            note(f"calibrated on {rows or usual:,} windows of them, drawn at random")
     made = batches(tokenizer, sample(data, rows or usual, seed), batch_size)
     return [batch if "labels" in batch else with_decoder_inputs(model, batch) for batch in made]
 
@@ -246,6 +254,9 @@ def check_teacher(name: str, student: PretrainedConfig, head: Head | None, targe
         ModelError: the two do not fit together, or are encoder-decoders; the message says where.
     """
     teacher = read_config(find(name))
+    if isinstance(target, NextTokens):
+        check_speaks_alike(name, student)
+        return
     check_can_follow(student)
     for field in ("vocab_size", "hidden_size", "num_hidden_layers") if target is None else target.fields:
         theirs, ours = getattr(teacher, field, None), getattr(student, field, None)
@@ -259,6 +270,25 @@ def check_teacher(name: str, student: PretrainedConfig, head: Head | None, targe
     ours = head_labels(student) if head is None or head.trained else head.labels
     if known != ours:
         raise ModelError(f"the teacher '{name}' predicts other labels: {known}, not {ours}")
+
+
+def check_speaks_alike(name: str, config: PretrainedConfig, own: Path | None = None) -> None:
+    """Raise `ModelError` if a model does not predict the tokens that a causal language model does.
+
+    Args:
+        name: of the other model.
+        config: of the language model.
+        own: its directory; None where the tokenizers are compared elsewhere.
+    """
+    path = find(name)
+    theirs = read_config(path)
+    if not is_causal(theirs):
+        raise ModelError(f"'{name}' is no causal language model, and predicts no next tokens")
+    ours, known = (c.get_text_config().vocab_size for c in (config, theirs))
+    if ours != known:
+        raise ModelError(f"'{name}' has {known:,} tokens, and the model {ours:,}: they predict others")
+    if own is not None and load_tokenizer(path).get_vocab() != load_tokenizer(own).get_vocab():
+        raise ModelError(f"'{name}' has other tokens than the model: their predictions cannot be compared")
 
 
 def load_teacher(name: str | None, student: PreTrainedModel) -> PreTrainedModel | None:

@@ -10,6 +10,7 @@ import datasets
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from factorformer.cli._inputs import LOGITS
 from factorformer.errors import DataError, ModelError
 from factorformer.progress import Progress
 from factorformer.report.result import BEFORE
@@ -18,9 +19,6 @@ from factorformer.tasks.classification import is_causal
 from factorformer.tasks.data import Labels
 from factorformer.tasks.evaluation import LEAST_TEXTS, evaluate, read_all
 from factorformer.tasks.targets import Embeddings, Remembered, Target
-
-LOGITS = 2**27
-"""A language model's predictions of so many numbers are held at a time."""
 
 
 @dataclasses.dataclass(frozen=True)

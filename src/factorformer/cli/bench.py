@@ -232,10 +232,10 @@ def _models(
         words = common_vocabulary(runners)
         runners.clear()  # what follows has the memory to itself
         footprints = []
-        together = [*sizes, *(Shape(1, length.prompt + length.tokens) for length in lengths)]
-        largest = max(together, key=lambda shape: shape.batch * shape.tokens)
+        longest = max(lengths, key=lambda length: length.prompt + length.tokens, default=None)
+        largest = max(sizes, key=lambda shape: shape.batch * shape.tokens, default=Shape(1, 1))
         for candidate in candidates:
             progress("memory and load time", len(footprints), len(candidates))
-            footprints.append(footprint(candidate, largest, threads, place, seed, words))
+            footprints.append(footprint(candidate, largest, threads, place, seed, words, None if sizes else longest))
         progress("memory and load time", len(footprints), len(candidates))
     return BenchResult(candidates, footprints, comparisons, threads, place, seed, generations=generations)

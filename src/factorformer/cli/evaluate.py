@@ -124,7 +124,7 @@ def evaluate(
         language = LanguageJob(model, against, data, text, sequence_length, place_of(device))
         emit(evaluate_language(language), as_json=as_json)
         return
-    note_unused("but for causal language models", "sequence_length")
+    note_unused("but for causal language models on text", "sequence_length")
     if against is not None:
         from factorformer.cli._jobs.embeddings import EmbeddingJob, evaluate_embeddings
 

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
 from factorformer.cli._options import MODELS, AsJson, Overwrite, TextColumns, emit, note
-from factorformer.errors import MethodError
+from factorformer.errors import MethodError, one_line
 
 Exported = Annotated[str, typer.Argument(metavar="DIR", show_default=False, help=MODELS)]
 To = Annotated[
@@ -53,6 +52,10 @@ Calibrated = Annotated[
     ),
 ]
 
+Timed = Annotated[
+    bool, typer.Option("--timing/--no-timing", help="Say which way to run the model is the fastest on this machine.")
+]
+
 LARGE = 0.25
 """Deviation of an int8 file on text from which on a note is worth it."""
 
@@ -60,7 +63,18 @@ TIMED = (8, 64)
 """Texts and tokens of the input over which the ways to run a model are compared."""
 
 SECONDS = 4.0
-"""Of that comparison."""
+"""Of that comparison, about."""
+
+LARGEST = 2**30
+"""Bytes of weights up to which all ways are held in memory side by side."""
+
+WAYS = {
+    "torch": "the model in torch as it is",
+    "fused": "the model in torch with its kernels (factorformer.fuse)",
+    "fused_int8": 'the model in torch, in int8 (factorformer.fuse(model, "int8"))',
+    "file": "this file",
+}
+"""What they are called."""
 
 
 def export(
@@ -70,6 +84,7 @@ def export(
     inside: Inside = False,
     int8: Int8 = False,
     calibration: Calibrated = None,
+    timing: Timed = True,
     text: TextColumns = None,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
@@ -78,7 +93,7 @@ def export(
 
     A file for ONNX Runtime holds the factors as they are stored, one for OpenVINO in half precision. It takes batches
     and texts of any size, and puts out 'logits', 'last_hidden_state', or the 'sentence_embedding' of a directory with
-    the layout of sentence-transformers.
+    the layout of sentence-transformers; with --inside what the Transformer alone puts out.
 
     Before a file or checkpoint appears it is run, and what comes out is compared with torch: 'deviation' is the norm of
     the difference, relative to that of the output, for random tokens, or for text where products are in int8; 'cosine'
@@ -94,7 +109,6 @@ def export(
     """
     from factorformer.cli._inputs import columns_of, plain_columns, read_table
     from factorformer.export import onnx, openvino, subject
-    from factorformer.export.sentence import find_layout
     from factorformer.files import check_files, check_output
     from factorformer.hf.source import load_model
     from factorformer.report import Result, inventory
@@ -117,56 +131,67 @@ def export(
     texts = None
     if calibration is not None and int8:
         columns = plain_columns(calibration, columns_of(text, None))
-        rows = sample(read_table(calibration, columns), subject.TEXTS if to == "onnx" else openvino.SENTENCES)
-        texts = [" ".join(str(row[column]) for column in columns.text) for row in rows]  # pyright: ignore
+        rows: Any = sample(read_table(calibration, columns), subject.TEXTS if to == "onnx" else openvino.SENTENCES)
+        cells = [tuple(str(row[column]) for column in columns.text) for row in rows]
+        texts = [cell if len(cell) == 2 else cell[0] for cell in cells]
     elif calibration is not None or text is not None:
         note("text is read for --int8 alone, from --calibration: it is not used")
-    layout = find_layout(model)
+    layout = subject.layout_of(model, inside=inside)
     place = None if inside else output or _beside(model, layout.source, f"-{to}-int8" if int8 else f"-{to}")
     if place is None:
-        shown = layout.source / exporter.FOLDER
+        shown = layout.transformer / exporter.FOLDER
         check_files(shown, exporter.FILES, overwrite=overwrite)
     else:
         check_output(shown := place, overwrite=overwrite, inputs=(model, layout.source))
     subject.check_exportable(layout)
     costs = inventory(load_model(layout.source, device="cpu"), "all")
     started = time.perf_counter()
-    done = exporter.export(layout.source, place, int8=int8, texts=texts, overwrite=overwrite)
+    done = exporter.export(str(layout.source), place, int8=int8, texts=texts, overwrite=overwrite)
     seconds = {"export": time.perf_counter() - started}
     if int8 and done.deviation > LARGE:
         note(
             f"int8 moves the output by {done.deviation:.0%} on text: activations of this model have outliers. "
             "Measure it on your own data, or export without --int8"
         )
-    metrics = {"file_bytes": done.file_bytes, "deviation": done.deviation, "cosine": done.cosine}
-    times = _times(model, shown / exporter.FILES[-1])
-    metrics |= {f"milliseconds of {name}": value for name, value in times.items()}
-    if times:
+    metrics = {"file_bytes": done.file_bytes, "deviation": done.deviation}
+    metrics |= {} if done.cosine is None else {"cosine": done.cosine}
+    if timing and (times := _times(model, shown / exporter.FILES[-1])):
         fastest, (batch, tokens) = min(times, key=lambda name: times[name]), TIMED
-        note(f"fastest here, {batch} texts of at most {tokens} tokens at a time: {fastest}")
+        note(f"fastest here, {batch} texts of at most {tokens} tokens at a time: {WAYS[fastest]}")
+        metrics |= {f"milliseconds_{name}": value for name, value in times.items()}
     emit(Result.of(costs, metrics=metrics, seconds=seconds, output=str(shown)), as_json=as_json)
 
 
 def _times(model: str, file: Path) -> dict[str, float]:
-    """Milliseconds of a pass of the model as it is, through its kernels, in int8, and of the file; by name."""
+    """Milliseconds of a pass of the model in torch, through its kernels, in int8, and of the file.
+
+    Empty, with a note, where they could not be taken: the file is there in any case.
+    """
     import torch
 
-    from factorformer.bench.candidates import load, parse
+    from factorformer.bench.candidates import Candidate, Runner, load, parse
     from factorformer.bench.comparison import Shape, compare
-    from factorformer.errors import FactorformerError
+    from factorformer.hf.encoder import stacks_of
 
-    candidates, runners = [], []
-    for name in (model, f"fused:{model}", f"fused-int8:{model}", str(file)):
-        with contextlib.suppress(FactorformerError):
-            candidate = parse(name)
-            runners.append(load(candidate, torch.get_num_threads(), torch.device("cpu")))
-            candidates.append(candidate)
-    batch, tokens = TIMED
-    tokens = min([tokens, *(runner.positions for runner in runners if runner.positions is not None)])
-    (found,) = compare(candidates, runners, [Shape(batch, tokens)], seconds=SECONDS)
-    return {
-        candidate.name: timing.milliseconds.median for candidate, timing in zip(candidates, found.timings, strict=True)
-    }
+    names = {"torch": model, "fused": f"fused:{model}", "fused_int8": f"fused-int8:{model}", "file": str(file)}
+    timed: dict[str, tuple[Candidate, Runner]] = {}
+    try:
+        for name, text in names.items():
+            candidate = parse(text)
+            if sum(part.stat().st_size for part in candidate.files) > LARGEST:
+                note(f"not timed: '{text}' has more than {LARGEST:,} bytes; `factorformer bench` compares them")
+                return {}
+            runner = load(candidate, torch.get_num_threads(), torch.device("cpu"))
+            if name != "fused_int8" or (runner.module is not None and stacks_of(runner.module)):
+                timed[name] = candidate, runner
+        candidates, runners = zip(*timed.values(), strict=True)
+        batch, tokens = TIMED
+        tokens = min([tokens, *(runner.positions for runner in runners if runner.positions is not None)])
+        (found,) = compare(candidates, runners, [Shape(batch, tokens)], seconds=SECONDS)
+    except Exception as error:  # whatever it is, the export is done
+        note(f"not timed: {one_line(error)}")
+        return {}
+    return {name: timing.milliseconds.median for name, timing in zip(timed, found.timings, strict=True)}
 
 
 def _export_linear(model: str, output: Path | None, *, overwrite: bool, as_json: bool) -> None:

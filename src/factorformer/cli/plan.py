@@ -140,6 +140,10 @@ def plan(
     if calibration is not None:
         tokenizer, columns = load_tokenizer(path), plain_columns(calibration, columns_of(text, None, words))
         found = read_text(calibration, columns, config)
+        if is_causal(config):
+            note_unused("of language models", "max_length", "words")
+        else:
+            note_unused("but for causal language models", "sequence_length")
         lengths = {"max_length": max_length, "sequence_length": sequence_length}
         rows = encode_text(calibration, found, columns, tokenizer, config, **lengths)
     loaded = load_model(path, device=place_of(device))

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from factorformer.errors import ExportError, one_line
 from factorformer.export.sentence import Pooling
-from factorformer.export.subject import LOSS_INT8, SHAPES, TOLERANCE, Exported, Sample, Subject, checked, prepare
+from factorformer.export.subject import LOSS_INT8, SHAPES, TOLERANCE, Exported, Sample, Subject, Text, checked, prepare
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -53,7 +53,7 @@ def export(
     tokenizer: PreTrainedTokenizerBase | None = None,
     pooling: Pooling | None = None,
     int8: bool = False,
-    texts: Sequence[str] | None = None,
+    texts: Sequence[Text] | None = None,
     overwrite: bool = False,
 ) -> Exported:
     """Write a model of text, compressed or not, as a directory with `model.onnx`, its configuration and its tokenizer.
@@ -65,12 +65,13 @@ def export(
         model: an encoder of text, or a decoder used as one, with a head that gives logits or without one; or its
             directory, a name on the Hub, or `minilm`. It is left as it is.
         path: the directory to make; it appears complete or not at all. None puts a folder `onnx` into the directory
-            of the model, as sentence-transformers, text-embeddings-inference and fastembed look for it; the file puts
-            out hidden states then, of which these make embeddings.
+            of the model, as sentence-transformers, text-embeddings-inference and fastembed look for it; of an encoder
+            the file puts out hidden states then, of which these make embeddings.
         tokenizer: written beside the model; by default that of the directory.
         pooling: makes a sentence encoder of an encoder; by default what `modules.json` of the directory says.
         int8: store weights as int8 with one scale for each output, and quantize activations as they come.
-        texts: on which a file in int8 is compared with torch; by default words of the tokenizer's vocabulary.
+        texts: on which a file in int8 is compared with torch, or pairs of texts; by default words of the tokenizer's
+            vocabulary.
         overwrite: replace what is there.
 
     Raises:
@@ -151,10 +152,15 @@ def write(model: ir.Model, file: Path) -> None:
 
     graph.clean(model)
     size = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None)
-    onnx_ir.save(model, file, external_data=EXTERNAL if size > LARGEST_FILE else None)
+    beside = size > LARGEST_FILE
+    if not beside:
+        file.with_name(EXTERNAL).unlink(missing_ok=True)  # of a larger one that was written before
+    onnx_ir.save(model, file, external_data=EXTERNAL if beside else None)
 
 
-def _save(model: ir.Model, file: Path, subject: Subject, sample: Sample, tolerance: float) -> tuple[float, float]:
+def _save(
+    model: ir.Model, file: Path, subject: Subject, sample: Sample, tolerance: float
+) -> tuple[float, float | None]:
     """Write a file, and see how far it deviates from torch, and how alike the outputs are.
 
     Raises:

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from factorformer.errors import DataError, ExportError, one_line
 from factorformer.export import onnx
 from factorformer.export.sentence import Pooling
-from factorformer.export.subject import LOSS_INT8, TOLERANCE, Batch, Exported, Sample, Subject, prepare
+from factorformer.export.subject import LOSS_INT8, TOLERANCE, Batch, Exported, Sample, Subject, Text, prepare
 
 FILES = "openvino_model.bin", "openvino_model.xml"
 """Weights, and the graph that reads them."""
@@ -49,7 +49,7 @@ def export(
     tokenizer: PreTrainedTokenizerBase | None = None,
     pooling: Pooling | None = None,
     int8: bool = False,
-    texts: Sequence[str] | None = None,
+    texts: Sequence[Text] | None = None,
     overwrite: bool = False,
 ) -> Exported:
     """Write a model of text, compressed or not, as a directory with `openvino_model.xml`, configuration and tokenizer.
@@ -62,12 +62,12 @@ def export(
         model: an encoder of text, or a decoder used as one, with a head that gives logits or without one; or its
             directory, a name on the Hub, or `minilm`. It is left as it is.
         path: the directory to make; it appears complete or not at all. None puts a folder `openvino` into the directory
-            of the model, as sentence-transformers looks for it; the file puts out hidden states then, of which that
-            makes embeddings.
+            of the model, as sentence-transformers looks for it; of an encoder the file puts out hidden states then, of
+            which that makes embeddings.
         tokenizer: written beside the model; by default that of the directory.
         pooling: makes a sentence encoder of an encoder; by default what `modules.json` of the directory says.
         int8: multiply in int8 (NNCF's quantization after training).
-        texts: what `int8` is calibrated on, such as the model is to read: the first 200 of them.
+        texts: what `int8` is calibrated on, such as the model is to read, or pairs of texts: the first 200 of them.
         overwrite: replace what is there.
 
     Raises:
@@ -79,7 +79,7 @@ def export(
     require_packages(int8=int8)
     import openvino  # pyright: ignore[reportMissingImports]
 
-    texts = [text for text in texts or () if text.strip()]
+    texts = [text for text in texts or () if "".join(text).strip()]
     if int8 and not texts:
         raise DataError("scales of int8 in OpenVINO do not change at run time: give text to calibrate them on")
     subject = prepare(model, path, FOLDER, FILES, tokenizer=tokenizer, pooling=pooling, overwrite=overwrite)
@@ -140,7 +140,7 @@ def _quantized(graph: Any, subject: Subject, calibration: Sequence[Batch]) -> An
             raise ExportError(f"NNCF cannot quantize the exported {subject.kind}: {one_line(error)}") from error
 
 
-def _compare(graph: Any, subject: Subject, sample: Sample, tolerance: float) -> tuple[float, float]:
+def _compare(graph: Any, subject: Subject, sample: Sample, tolerance: float) -> tuple[float, float | None]:
     """How far OpenVINO deviates from torch, and how alike the outputs are; products in floats are made in float32.
 
     Raises:

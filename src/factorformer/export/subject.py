@@ -15,12 +15,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from factorformer.errors import ExportError
+from factorformer.errors import ExportError, OutputError
 from factorformer.export import lowering
 from factorformer.export.sentence import Layout, Pooling, find_layout, read_longest
 from factorformer.export.task import HEADS, Task, input_names
 from factorformer.files import check_files, check_output, output_directory, output_files
 from factorformer.hf.checkpoint import choose
+from factorformer.hf.layout import place
 from factorformer.hf.source import load_model, load_tokenizer, most_tokens
 
 TOLERANCE = 1e-4
@@ -40,6 +41,9 @@ LONGEST = 128
 SHAPES = ((4, 9), (7, 16))
 """Batch and length of the comparison, neither of them that of the trace."""
 
+Text = str | tuple[str, str]
+"""What a model reads: a text, or two."""
+
 Batch = list[Tensor]
 """The inputs of a model, in order of their names, int64 of `(rows, length)` each."""
 
@@ -55,7 +59,7 @@ class Exported:
         output: the name of its output: `logits`, `last_hidden_state` or `sentence_embedding`.
         deviation: from torch, the norm of the difference relative to that of the output, of the worse of two batches:
             of random tokens, or of text where products are in int8.
-        cosine: of the outputs and torch's, the mean over the rows of the worse batch.
+        cosine: of the outputs and torch's, the mean over the rows of the worse batch; None where an output is a number.
     """
 
     path: Path
@@ -63,7 +67,7 @@ class Exported:
     inputs: tuple[str, ...]
     output: str
     deviation: float
-    cosine: float
+    cosine: float | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +86,7 @@ class Sample:
         """The inputs by name."""
         return [dict(zip(names, batch, strict=True)) for batch in self.batches]
 
-    def compare(self, found: Sequence[Tensor], tolerance: float, what: str) -> tuple[float, float]:
+    def compare(self, found: Sequence[Tensor], tolerance: float, what: str) -> tuple[float, float | None]:
         """Deviation and cosine of outputs, of the worse batch; padding does not count.
 
         Raises:
@@ -90,8 +94,9 @@ class Sample:
         """
         masks = [batch[1] for batch in self.batches]
         pairs = [(_real(a, m), _real(b, m)) for a, b, m in zip(found, self.expected, masks, strict=True)]
-        cosines = [float(torch.cosine_similarity(a.float(), b.float(), dim=-1).mean()) for a, b in pairs]
-        return checked(pairs, tolerance, f"{what} deviates from torch"), min(cosines, default=1.0)
+        wide = [(a.float(), b.float()) for a, b in pairs if a.shape[-1] > 1]
+        cosines = [float(torch.cosine_similarity(a, b, dim=-1).mean()) for a, b in wide]
+        return checked(pairs, tolerance, f"{what} deviates from torch"), min(cosines, default=None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,26 +153,27 @@ class Subject:
             given["token_type_ids"][:, length // 2 :] = 1
         return [given[name] for name in self.task.names]
 
-    def read(self, texts: Sequence[str], rows: int) -> list[Batch]:
+    def read(self, texts: Sequence[Text], rows: int) -> list[Batch]:
         """Batches of text, so many rows in each; none without a tokenizer."""
         if self.tokenizer is None:
             return []
         found, names = [], self.task.names
         longest = min(self.tokenizer.model_max_length, most_tokens(self.task.model) or LONGEST, LONGEST)
         for first in range(0, len(texts), rows):
-            part = list(texts[first : first + rows])
+            part: Any = list(texts[first : first + rows])  # a tokenizer takes tuples for pairs
             batch = self.tokenizer(part, padding=True, truncation=True, max_length=longest, return_tensors="pt")
             found.append([batch.get(name, torch.zeros_like(batch["input_ids"])) for name in names])
         return found
 
-    def spoken(self, texts: Sequence[str] | None) -> Sample:
+    def spoken(self, texts: Sequence[Text] | None) -> Sample:
         """Of text, in two batches, without one of words of the vocabulary, and of random tokens without any."""
-        texts = self._made_up() if texts is None else [text for text in texts if text.strip()][:TEXTS]
+        known = [] if texts is None else [text for text in texts if "".join(text).strip()][:TEXTS]
+        texts = self._made_up() if texts is None else known
         halves = [half for half in (texts[::2], texts[1::2]) if half]
         batches = [batch for half in halves for batch in self.read(half, len(half))]
         return self.sample(batches) if batches else self.random()
 
-    def _made_up(self) -> list[str]:
+    def _made_up(self) -> list[Text]:
         """Sentences of whole words of a vocabulary, always the same; none where it has too few words."""
         if self.tokenizer is None:
             return []
@@ -202,7 +208,7 @@ class Subject:
         if self.tokenizer is not None:
             self.tokenizer.save_pretrained(directory)
 
-    def exported(self, files: Sequence[Path], deviation: float, cosine: float) -> Exported:
+    def exported(self, files: Sequence[Path], deviation: float, cosine: float | None) -> Exported:
         """The result, of files that are written."""
         size = sum(file.stat().st_size for file in files if file.is_file())
         return Exported(self.path, size, tuple(self.task.names), self.task.output, deviation, cosine)
@@ -233,6 +239,22 @@ def check_exportable(layout: Layout) -> None:
         return
     if refused:
         raise refused[0]
+
+
+def layout_of(model: str, *, inside: bool) -> Layout:
+    """Where the parts of a model are; of one whose directory gets the file, the Transformer alone.
+
+    Raises:
+        CheckpointError, ExportError: as from `find_layout`.
+        OutputError: the directory is a package's, or the Hub's.
+    """
+    if not inside:
+        return find_layout(model)
+    if not Path(model).is_dir():
+        raise OutputError(
+            f"'{model}' is no directory of yours to put a file in: save the model first, or give --output"
+        )
+    return Layout(Path(model), place(Path(model)).folder)
 
 
 def prepare(
@@ -269,9 +291,9 @@ def prepare(
         check_output(path, overwrite=overwrite)
         whole = copy.deepcopy(model)
     else:
-        layout = find_layout(os.fspath(model))
+        layout = layout_of(os.fspath(model), inside=inside)
         if path is None:
-            path = layout.source / folder
+            path = layout.transformer / folder
             check_files(path, files, overwrite=overwrite)
         else:
             check_output(path, overwrite=overwrite, inputs=(model, layout.source))

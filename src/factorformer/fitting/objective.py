@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from factorformer.errors import DataError
 from factorformer.fitting.batches import Batch
@@ -29,6 +30,9 @@ too certain to show what matters to others. Ours, of 1, 2 and 4 on MiniLM fine-t
 
 COSINE = "1 - cosine"
 """The objective of encoders."""
+
+PLACES = 512
+"""Predictions that are looked at together."""
 
 IGNORED = -100
 """A label that the losses of transformers pass over."""
@@ -157,15 +161,27 @@ def _likelihood(
             flat = values.movedim(1, -1) if values.dim() == 4 else values
             softer = TEMPERATURE if of_rows and not ends else 1.0
             flat = flat.reshape(-1, flat.shape[-1]) / softer
-            total = total + softer * F.cross_entropy(flat, _sample(flat.detach(), generator), reduction="sum")
+            drawn = _sample(flat.detach(), generator)
+            total = total + softer * _negative_likelihood(flat, drawn)
     return total / 2**0.5 if ends else total
 
 
 def _sample(logits: Tensor, generator: torch.Generator) -> Tensor:
     """One class for each row, by the inverse of its cumulative distribution."""
     chosen = torch.rand(len(logits), 1, generator=generator).to(logits.device)
-    cumulative = logits.softmax(-1).cumsum(-1)
-    return torch.searchsorted(cumulative, chosen * cumulative[:, -1:]).squeeze(1).clamp_max(logits.shape[-1] - 1)
+    found = []
+    for part, point in zip(logits.split(PLACES), chosen.split(PLACES), strict=True):
+        cumulative = part.softmax(-1).cumsum(-1)
+        found.append(torch.searchsorted(cumulative, point * cumulative[:, -1:]).squeeze(1))
+    return torch.cat(found).clamp_max(logits.shape[-1] - 1)
+
+
+def _negative_likelihood(logits: Tensor, drawn: Tensor) -> Tensor:
+    """Summed; of many places a few at a time, computed again in the backward pass, for vocabularies are wide."""
+    if len(logits) <= PLACES:
+        return F.cross_entropy(logits, drawn, reduction="sum")
+    parts = zip(logits.split(PLACES), drawn.split(PLACES), strict=True)
+    return torch.stack([checkpoint(_negative_likelihood, *part, use_reentrant=False) for part in parts]).sum()
 
 
 def _states(named: Mapping[str, Any]) -> Tensor | None:

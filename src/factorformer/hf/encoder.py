@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -16,7 +17,7 @@ from transformers.modeling_outputs import (
     BaseModelOutputWithPooling,
     BaseModelOutputWithPoolingAndCrossAttentions,
 )
-from transformers.utils import ModelOutput
+from transformers.utils.generic import ModelOutput
 
 from factorformer.hf import compat
 from factorformer.kernels import Dense, served
@@ -99,12 +100,12 @@ def forwards_of(model: nn.Module, products: Products | None) -> dict[nn.Module, 
         model: its modules are looked at.
         products: in which type they are made; None for each as its matrix is stored.
     """
-    stacks = {stack: FusedForward(stack, products) for stack in stacks_of(model)}
+    stacks = {stack: FusedForward(stack, products) for stack in stacks_of(model) if _is_own(stack)}
     models: dict[nn.Module, FusedForward | FusedModel] = {}
     for module in model.modules():
         place, typed = MODELS.get(_kind(module), ("", False))
         layers = stacks.get(getattr(module, place, module))
-        if place and layers is not None:
+        if place and layers is not None and _is_own(module):
             models[module] = FusedModel(module, place, layers, typed=typed)
     return models | stacks
 
@@ -138,6 +139,11 @@ def _parts(layer: nn.Module) -> dict[str, Any]:
     if not exact or decodes or len(heads) != 1 or not _fit(parts, *heads):
         return {}
     return {**parts, "heads": heads.pop()}
+
+
+def _is_own(module: nn.Module) -> bool:
+    """Whether nobody else has given a module another forward pass."""
+    return isinstance(vars(module).get("forward"), (FusedForward, FusedModel, type(None)))
 
 
 def _kind(module: nn.Module) -> str:
@@ -216,23 +222,34 @@ class FusedForward:
         if torch.is_grad_enabled() or self.stack.training:
             self._made = None  # fused optimizers change weights, and no tensor tells
             return None
-        if any(value is not None and value is not False for name, value in others.items() if name not in INDIFFERENT):
+        if _asks(others) or x.dim() != 3:
             return None
-        if not served(x) or x.dim() != 3 or not x.numel() or compat.capturing():
+        ready = self.ready(x, (x.shape[0], x.shape[1]), mask)
+        if ready is None or ready[0].width != x.shape[2]:
             return None
-        batch, length, width = x.shape
+        encoder, rows, starts = ready
+        return encoder(x.reshape(-1, x.shape[2]).contiguous(), rows, starts).view(x.shape)
+
+    def ready(self, like: Tensor, size: tuple[int, int], mask: Any) -> tuple[Encoder, Tensor, Tensor] | None:
+        """The encoder, rows of real tokens, and where sequences begin in them; None where it does not serve.
+
+        Args:
+            like: of the type of hidden states, and where they are.
+            size: sequences, and tokens of each.
+            mask: see `_allowed`.
+        """
+        batch, length = size
+        if not served(like) or not batch * length or compat.capturing():
+            return None
         encoder = self._ready(length)
-        if encoder is None or encoder.width != width:
+        if encoder is None:
             return None
         if mask is None:
-            rows, starts = self._rows_of_all(batch, length)
-        else:
-            allowed = _allowed(mask, batch, length)
-            if allowed is None or (encoder.reach and not _in_one_piece(allowed)):
-                return None
-            rows = allowed.flatten().nonzero().flatten()
-            starts = F.pad(allowed.sum(1).cumsum(0), (1, 0))
-        return encoder(x.reshape(-1, width).contiguous(), rows, starts).view(batch, length, width)
+            return encoder, *self._rows_of_all(batch, length)
+        allowed = _allowed(mask, batch, length)
+        if allowed is None or (encoder.reach and not _in_one_piece(allowed)):
+            return None
+        return encoder, allowed.flatten().nonzero().flatten(), F.pad(allowed.sum(1).cumsum(0), (1, 0))
 
     def _rows_of_all(self, batch: int, length: int) -> tuple[Tensor, Tensor]:
         known = self._all_rows
@@ -286,6 +303,14 @@ class FusedModel:
         self.place = place
         self.layers = layers
         self.typed = typed
+        own = inspect.signature(type(model).forward)  # by which others learn what the model reads
+        self.__signature__ = own.replace(parameters=list(own.parameters.values())[1:])
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"model": self.model, "place": self.place, "layers": self.layers, "typed": self.typed}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(**state)
 
     def __call__(self, input_ids: Any = None, attention_mask: Any = None, *rest: Any, **others: Any) -> Any:
         """As the forward pass of the module."""
@@ -297,22 +322,29 @@ class FusedModel:
     def _output(self, ids: Any, mask: Any, others: Mapping[str, Any]) -> ModelOutput | None:
         model, config, others = self.model, self.model.config, dict(others)
         types = {"token_type_ids": others.pop("token_type_ids", None)} if self.typed else {}
-        if any(value is not None for name, value in others.items() if name != "use_cache"):
+        dictionary = others.pop("return_dict", None)
+        if _asks(others) or others.get("position_ids") is not None or dictionary is False:
             return None
         if torch.is_grad_enabled() or model.training or torch.compiler.is_compiling():
             return None
-        if getattr(model, self.place) is not self.layers.stack:  # it was replaced
+        stack = getattr(model, self.place)
+        if stack is not self.layers.stack or vars(stack).get("forward") is not self.layers:  # it was replaced
             return None
         if config.output_hidden_states or config.output_attentions or not config.return_dict:
             return None
-        if not isinstance(ids, Tensor) or not (mask is None or (isinstance(mask, Tensor) and mask.shape == ids.shape)):
+        if getattr(config, "is_decoder", False) or not isinstance(ids, Tensor) or ids.dim() != 2:
+            return None
+        if mask is not None and not (isinstance(mask, Tensor) and mask.shape == ids.shape):
+            return None
+        whole = None if mask is None else mask[:, None, None].bool()
+        ready = self.layers.ready(model.embeddings.LayerNorm.weight, (ids.shape[0], ids.shape[1]), whole)
+        if ready is None:
             return None
         x = model.embeddings(input_ids=ids, **types)
         if hasattr(model, "embeddings_project"):  # ELECTRA's
             x = model.embeddings_project(x)
-        y = self.layers.encoded(x, None if mask is None else mask[:, None, None].bool(), {})
-        if y is None:
-            return None
+        encoder, rows, starts = ready
+        y = encoder(x.reshape(-1, encoder.width).contiguous(), rows, starts).view(*ids.shape, encoder.width)
         if not hasattr(model, "pooler"):
             plain = _kind(model).startswith(PLAIN)
             return (BaseModelOutput if plain else BaseModelOutputWithPastAndCrossAttentions)(last_hidden_state=y)
@@ -320,6 +352,11 @@ class FusedModel:
         plain = _kind(model).startswith(PLAIN)
         kind = BaseModelOutputWithPooling if plain else BaseModelOutputWithPoolingAndCrossAttentions
         return kind(last_hidden_state=y, pooler_output=pooled)
+
+
+def _asks(others: Mapping[str, Any]) -> bool:
+    """Whether arguments ask for more than what layers make in the end, or for something else."""
+    return any(value is not None and value is not False for name, value in others.items() if name not in INDIFFERENT)
 
 
 class _Made(NamedTuple):

@@ -185,8 +185,7 @@ def _set_stacks(model: PreTrainedModel, products: Products | None) -> set[nn.Mod
     if products and not forwards:
         reason = "layers of this kind are not known" if cpu.AVAILABLE else "there are no compiled kernels"
         _say(f"{type(model).__name__} does not run in one call, nor its products in {products}: {reason}")
-    for module in forwards:
-        vars(module).pop("forward", None)
+    earlier = {module: vars(module).pop("forward", None) for module in forwards}
     before = _outputs(model) if forwards else None
     for module, forward in forwards.items():
         module.forward = forward
@@ -195,8 +194,10 @@ def _set_stacks(model: PreTrainedModel, products: Products | None) -> set[nn.Mod
     stacks = {module: forward for module, forward in forwards.items() if isinstance(forward, FusedForward)}
     exact = all(forward.encoder is not None and forward.encoder.exact for forward in stacks.values())
     if stacks and not apart <= (DEVIATION if exact else ROUGHLY[products]):
-        for module in forwards:
+        for module, forward in earlier.items():
             vars(module).pop("forward", None)
+            if forward is not None:
+                module.forward = forward
         _say(f"the layers of {type(model).__name__} are not run in one call: outputs would differ by {apart:.2g}")
         return set()
     return {module for stack in stacks for module in stack.modules()}

@@ -98,8 +98,8 @@ class BenchResult:
                 "threads": self.threads,
                 "device": self.device,
                 "seed": self.seed,
-                "warm_up": WARM_UP,
-                "settle": SETTLE,
+                "warm_up": WARM_UP if self.comparisons else 1,
+                "settle": SETTLE if self.comparisons else 0,
                 "order": "interleaved; the first of a round is the last of the next",
                 "inputs": "random words, no padding",
             },
@@ -293,11 +293,16 @@ def _conditions(result: BenchResult) -> str:
     if result.layers is not None:
         return f"{machine_line}; interleaved passes, medians of ratios within a round"
     baseline = escape(result.candidates[0].name)
+    warm, most = (
+        f"{WARM_UP} rounds of warm-up and with {SETTLE} uncounted pass before each that counts",
+        "at the largest shape",
+    )
+    if not result.comparisons:
+        warm, most = "one that does not count", "while it generates"
     return (
-        f"{machine_line}; ratios to {baseline}, above 1 is better; passes of all models are interleaved, after "
-        f"{WARM_UP} rounds of warm-up and with {SETTLE} uncounted pass before each that counts; speed-ups are medians "
-        "of ratios within a round; random words without padding; memory beyond imports, in a process of its own, at "
-        "the largest shape"
+        f"{machine_line}; ratios to {baseline}, above 1 is better; passes of all models are interleaved, after {warm}; "
+        "speed-ups are medians of ratios within a round; random words without padding; memory beyond imports, in a "
+        f"process of its own, {most}"
     )
 
 

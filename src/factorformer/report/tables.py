@@ -40,7 +40,7 @@ def show(result: Result, console: Console, *, each: bool = False) -> None:
 
 def _summary(result: Result) -> Table:
     before, after = result.original, result.compressed
-    dense = before == after and not any(name.startswith(DIFFERENCE) for name in result.metrics)
+    dense = before == after and not any(name.startswith((DIFFERENCE, BEFORE)) for name in result.metrics)
     table = Table(box=box.SIMPLE_HEAD, title=f"Cost of {SCOPES[result.scope]}", title_justify="left")
     table.add_column(f"method {result.method}" if result.method else "")
     for column in ["dense"] if dense else ["original", "compressed", "ratio"]:

@@ -27,6 +27,7 @@ from factorformer.tasks.checkpoints import FILES, check_same_run, last_checkpoin
 from factorformer.tasks.closest import Closest
 from factorformer.tasks.data import check_lengths, collator, hold_out
 from factorformer.tasks.healing_trainer import ROW, HealingSettings, HealingTrainer, Points, Reading
+from factorformer.tasks.language_modelling import padding_right
 from factorformer.tasks.reproducible import finish
 from factorformer.tasks.targets import Embeddings, Target
 from factorformer.tasks.trainer import Watch, frozen_embeddings, seeded
@@ -132,6 +133,8 @@ def heal(
             closest.see(step, found, distance)
         return found
 
+    # Positions count from the start of every text, as where a language model is measured.
+    pads = tokenizer if tokenizer is None or target.remembers else padding_right(tokenizer)
     an_epoch = math.ceil(len(data) / settings.batch_size)
     steps = ENDLESS if settings.minutes is not None else math.ceil(settings.epochs * an_epoch)
     numbered = data.add_column(ROW, list(range(len(data))))
@@ -139,6 +142,8 @@ def heal(
         numbered = numbered.add_column("length", [1] * len(data))
     description: dict[str, Any] = {**dataclasses.asdict(settings), "rows": len(data), "target": type(target).__name__}
     description |= {"data": _digest(data), "held": _digest(held)}
+    if not target.remembers:
+        description |= {"signals": _digest_of(target), "teacher": teacher is not None}
     del description["precision"]  # which the processor decides, and another may go on
     if ranks is None:  # which change them
         description["layers"] = _digest_of(describe(model).layers)
@@ -185,7 +190,7 @@ def heal(
                 save_total_limit=2,
             ),
             train_dataset=numbered,
-            data_collator=collator(tokenizer, data, None if tokenizer is None else settings.multiple(model, data)),
+            data_collator=collator(pads, data, None if tokenizer is None else settings.multiple(model, data)),
             callbacks=acting,
             teacher=teacher,
             target=target,
@@ -215,8 +220,8 @@ def heal(
         closest.restore()
         curve.append({"seconds": curve[-1]["seconds"], **closest.point})
         report(
-            f"{phase}: undone from step {closest.point['step']} on, where the model was closest to the original; a "
-            "lower learning rate may help"
+            f"{phase}: undone from step {closest.point['step']} on, where the model was closest to "
+            f"{'the text' if teacher is None else 'the original'}; a lower learning rate may help"
         )
     return curve
 
@@ -230,8 +235,8 @@ def _quickly(teacher: PreTrainedModel | None, settings: HealingSettings) -> cont
 
 def _rate(model: PreTrainedModel, distance: float) -> float:
     """The peak of the learning rate for a model so far from its original."""
-    width = getattr(model.config, "hidden_size", WIDTH)
-    depth = getattr(model.config, "num_hidden_layers", DEPTH)
+    config = model.config.get_text_config()
+    width, depth = getattr(config, "hidden_size", WIDTH), getattr(config, "num_hidden_layers", DEPTH)
     part = min(max(distance, 0.0) / FAR, 1.0)
     return FASTEST * math.sqrt(part * min(DEPTH / max(depth, 1), 1.0)) * min(WIDTH / width, 1.0)
 

@@ -111,9 +111,14 @@ def collator(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> Data
 
     It takes the model, if that is an encoder-decoder, to shift the labels to the decoder's inputs.
     """
+    return DataCollatorForSeq2Seq(padding_right(tokenizer), model, label_pad_token_id=IGNORED)
+
+
+def padding_right(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """The same tokenizer, which pads behind texts."""
     right = copy.copy(tokenizer)
     right.padding_side = "right"
-    return DataCollatorForSeq2Seq(right, model, label_pad_token_id=IGNORED)
+    return right
 
 
 def training_collator(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, task: Task) -> Any:
@@ -195,7 +200,7 @@ def predict(
     tokens, longest = tallies[0].tokens, max(data["length"])
     if original is not None:
         metrics |= {"next_token_divergence": divergence / tokens, "next_token_agreement": same / tokens}
-    return metrics | ({"predicted_tokens": tokens, "window": longest, "stride": longest} if task == "causal" else {})
+    return metrics | ({"tokens": tokens, "window": longest, "stride": longest} if task == "causal" else {})
 
 
 class _Tally:

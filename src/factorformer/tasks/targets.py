@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from factorformer.errors import DataError
@@ -213,14 +214,22 @@ class NextTokens:
         return self.read(model, inputs)
 
     def loss(self, found: Tensor, wanted: Tensor | None, inputs: Mapping[str, Any]) -> Tensor:
-        """The weighted sum of both; without an original the second alone, whatever its weight."""
-        terms = []
+        """The weighted sum of both; without an original the second alone, whatever its weight.
+
+        A few places at a time: in the backward pass each part is computed again, so that nothing but logits is kept.
+        """
+        ids, places = inputs["input_ids"][:, 1:][self._followed(inputs)], language_modelling.PLACES
+        known = [None] * len(ids.split(places)) if wanted is None else wanted.split(places)
+        parts = zip(found.split(places), known, ids.split(places), strict=True)
+        return torch.stack([checkpoint(self._sum, *part, use_reentrant=False) for part in parts]).sum() / len(ids)
+
+    def _sum(self, found: Tensor, wanted: Tensor | None, ids: Tensor) -> Tensor:
+        found, total = found.float(), torch.zeros((), device=found.device)
         if wanted is not None and self.divergence > 0:
-            terms.append(self.divergence * logit_loss(found.float(), wanted.float(), temperature=1.0))
+            total = total + self.divergence * logit_loss(found, wanted.float(), temperature=1.0) * len(ids)
         if wanted is None or self.likelihood > 0:
-            ids = inputs["input_ids"][:, 1:][self._followed(inputs)]
-            terms.append((self.likelihood or 1.0) * F.cross_entropy(found.float(), ids))
-        return torch.stack(terms).sum()
+            total = total + (self.likelihood or 1.0) * F.cross_entropy(found, ids, reduction="sum")
+        return total
 
     def judge(
         self, teacher: PreTrainedModel | None, tokenizer: PreTrainedTokenizerBase | None, held: datasets.Dataset
@@ -241,4 +250,5 @@ class NextTokens:
 
     @staticmethod
     def _followed(inputs: Mapping[str, Any]) -> Tensor:
-        return inputs["attention_mask"][:, 1:].bool()
+        mask = inputs["attention_mask"].bool()
+        return mask[:, 1:] & mask[:, :-1]

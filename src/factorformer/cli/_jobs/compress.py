@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from factorformer import compression, recipes
 from factorformer.bench.layers import slower_than_dense
 from factorformer.cli._inputs import (
+    LOGITS,
     calibration_batches,
     fit_plan,
     load_teacher,
@@ -48,7 +49,7 @@ from factorformer.tasks.healing import heal
 from factorformer.tasks.targets import Embeddings
 from factorformer.tasks.trainer import in_full_precision
 from factorformer.tasks.vocabulary import trim_model
-from factorformer.tasks.windows import TOGETHER
+from factorformer.tasks.windows import together
 from factorformer.training.dynamic_rank import DynamicRank
 from factorformer.training.rank_history import RankHistory
 from factorformer.training.straight_through import StraightThrough
@@ -321,7 +322,7 @@ def _train(
     settings, held = dataclasses.replace(job.healing, precision="bf16" if fast else "fp32"), inputs.evaluation
     if inputs.speaks:
         longest = max(inputs.train["length"])
-        settings = dataclasses.replace(settings, batch_size=job.batch_size or max(TOGETHER // longest, 1))
+        settings = dataclasses.replace(settings, batch_size=job.batch_size or together(model.config, longest, LOGITS))
         held = sample(held, max(LOOKED_AT // longest, 1), settings.seed)
     curve = heal(
         model,

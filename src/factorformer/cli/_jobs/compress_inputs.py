@@ -12,9 +12,11 @@ import datasets
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
+from factorformer.cli._given import note_unused
 from factorformer.cli._inputs import (
     about,
     check_dense,
+    check_speaks_alike,
     check_teacher,
     encode_table,
     encode_text,
@@ -34,7 +36,7 @@ from factorformer.tasks.data import Columns, Labels, count_tokens, encode, hold_
 from factorformer.tasks.healing import Reading
 from factorformer.tasks.targets import Embeddings, NextTokens, Predictions, Remembered, Target
 from factorformer.tasks.vocabulary import trimmed_tokenizer, used_tokens
-from factorformer.tasks.windows import MEASURED
+from factorformer.tasks.windows import MEASURED, sequence_length, windows
 
 COMPARED = 1000
 """Embeddings are compared on at most so many rows: the similarities are those of all pairs."""
@@ -133,8 +135,14 @@ def read_inputs(job: CompressJob) -> Inputs:
     if job.train is not None and label is None and job.distill is None and not is_causal(config):
         raise DataError("training needs labels or a teacher: give --label, or --distill with the original model")
     target = None if label is not None or not texts else _target(path, config, job.distill)
+    if texts and isinstance(target, NextTokens):
+        note_unused("of language models", "max_length", "words")
+    elif texts:
+        note_unused("but for causal language models", "sequence_length")
     if job.distill is not None:
         check_teacher(job.distill, config, head, target)
+        if isinstance(target, NextTokens):
+            check_speaks_alike(job.distill, config, path)
     if isinstance(target, Predictions) and config.num_labels == 1 and all(len(c.text) == 1 for c in columns.values()):
         note(
             "the model gives one score, and the text has one column: if it scores pairs, as rerankers do, name the "
@@ -149,6 +157,9 @@ def read_inputs(job: CompressJob) -> Inputs:
         lengths = {"max_length": job.max_length, "sequence_length": job.sequence_length}
         for name in names:
             source, columns_of = sources[name], columns[name]
+            if name == "calibration" and "train" in data and name in texts and source == job.train:
+                data[name] = data["train"]
+                continue
             if name in tables:
                 rows = tables[name]
                 data[name] = encode_table(source, rows, columns_of, tokenizer, labels, job.max_length, config)
@@ -180,7 +191,7 @@ def read_inputs(job: CompressJob) -> Inputs:
             both = [name for name in read if name == "evaluation" or (name == "train" and target is not None)]
             whole = encoded(tokenizer, both)
             original = OriginalInputs(tokenizer, whole.get("train"), whole.get("evaluation"))
-        tokenizer, kept = _trimmed(load_tokenizer(path), job)
+        tokenizer, kept = _trimmed(load_tokenizer(path), job, config)
     if tokenizer is not None:
         data = encoded(tokenizer, read)
     return Inputs(
@@ -197,14 +208,20 @@ def read_inputs(job: CompressJob) -> Inputs:
     )
 
 
-def _trimmed(tokenizer: PreTrainedTokenizerBase, job: CompressJob) -> tuple[PreTrainedTokenizerBase, Tensor]:
+def _trimmed(
+    tokenizer: PreTrainedTokenizerBase, job: CompressJob, config: PretrainedConfig
+) -> tuple[PreTrainedTokenizerBase, Tensor]:
     """The tokenizer without the tokens that a text never uses, and the numbers of those that are left."""
     source = job.trim_vocabulary or ""
     columns = plain_columns(source, job.columns)
-    rows = read_table(source, columns)
+    read = read_text(source, columns, config)
     reads = copy.deepcopy(tokenizer)  # which remembers where it cut texts last
     with about(source):
-        texts = [encode(reads, rows, Columns((column,)), max_length=None) for column in columns.text]
+        if isinstance(read, datasets.Dataset):
+            texts = [encode(reads, read, Columns((column,)), max_length=None) for column in columns.text]
+        else:
+            texts = [windows(reads, read, sequence_length(config, job.sequence_length))]
+            note("the original is measured without the other tokens as well")
     kept = used_tokens(tokenizer, count_tokens(texts, len(tokenizer)))
     note(f"vocabulary: {len(kept):,} of {len(tokenizer):,} tokens are kept")
     return trimmed_tokenizer(tokenizer, kept), kept

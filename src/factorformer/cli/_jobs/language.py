@@ -6,15 +6,13 @@ import dataclasses
 import time
 from collections.abc import Sequence
 
-from factorformer.cli._inputs import columns_of, encode_text, plain_columns, read_text
+from factorformer.cli._inputs import check_speaks_alike, columns_of, encode_text, plain_columns, read_text
 from factorformer.cli._measure import measure
 from factorformer.cli._options import LENGTH
-from factorformer.errors import ModelError
 from factorformer.files import short_names
 from factorformer.hf.source import find, load_model, load_tokenizer, read_config
 from factorformer.progress import bars
 from factorformer.report import Result, inventory
-from factorformer.tasks.classification import is_causal
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,13 +45,8 @@ def evaluate_language(job: LanguageJob) -> Result:
     """
     path, original = find(job.model), None if job.against is None else find(job.against)
     config, tokenizer = read_config(path), load_tokenizer(path)
-    if original is not None:
-        theirs = read_config(original)
-        if not is_causal(theirs):
-            raise ModelError(f"'{job.against}' is no causal language model, and '{job.model}' is one")
-        ours, known = (c.get_text_config().vocab_size for c in (config, theirs))
-        if ours != known:
-            raise ModelError(f"'{job.against}' has {known:,} tokens, and '{job.model}' {ours:,}: they predict others")
+    if job.against is not None:
+        check_speaks_alike(job.against, config, path)
     data = []
     for source in job.data:
         columns = plain_columns(source, columns_of(job.text, None))
@@ -69,9 +62,9 @@ def evaluate_language(job: LanguageJob) -> Result:
             found = measure(model, tokenizer, windows, None, progress, f"evaluate {name}", original=other).metrics
             metrics |= found if len(data) == 1 else {_prefixed(metric, name): found[metric] for metric in found}
     seconds = {"evaluate": time.perf_counter() - started}
-    costs = inventory(model)
+    costs = inventory(model, "all")
     if other is not None:
-        whole = inventory(other.to(model.dtype))  # pyright: ignore[reportArgumentType]
+        whole = inventory(other.to(model.dtype), "all")  # pyright: ignore[reportArgumentType]
         costs = dataclasses.replace(costs, before=whole.compressed)
     return Result.of(costs, metrics=metrics, seconds=seconds)
 
