@@ -451,3 +451,27 @@ def test_language_models_learn_next_tokens(
             heal(original, teacher, data, dataclasses.replace(settings, epochs=1), target=target, **rest)
     with pytest.raises(DataError, match="give its tokenizer"):
         heal(model, original, data, settings, held=data, target=NextTokens())
+
+
+def test_layers_that_are_computed_again(
+    teacher: tf.PreTrainedModel, tokenizer: tf.PreTrainedTokenizerBase, plain: datasets.Dataset
+) -> None:
+    """And factors alone, which are all that is left to train then."""
+    models = []
+    for checkpointing in (False, True):
+        calls: list[int] = []
+        student = compressed(teacher)
+        dense = {n: p.clone() for n, p in student.named_parameters() if "LayerNorm" in n or n.endswith("bias")}
+        student.encoder.layer[0].intermediate.dense.register_forward_hook(lambda *_, seen=calls: seen.append(1))
+        settings = dataclasses.replace(BRIEF, checkpointing=checkpointing, factors_only=True)
+        curve = heal(student, teacher, plain, settings, tokenizer=tokenizer, held=plain)
+        models.append((student, len(calls)))
+        state = dict(student.named_parameters())
+        assert all(torch.equal(state[name], value) for name, value in dense.items())
+        assert all(p.requires_grad for p in student.parameters())
+        assert not any(getattr(module, "gradient_checkpointing", False) for module in student.modules())
+    steps = int(curve[-1]["step"]) or int(curve[-2]["step"])
+    assert models[1][1] == models[0][1] + steps
+    for name, value in models[0][0].named_parameters():
+        torch.testing.assert_close(dict(models[1][0].named_parameters())[name], value)
+    assert not same(models[0][0].state_dict(), compressed(teacher).state_dict())

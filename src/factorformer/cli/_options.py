@@ -280,6 +280,19 @@ Distill = Annotated[
         help="A model to learn from as well, usually the uncompressed one. With it, training needs no labels.",
     ),
 ]
+FactorsOnly = Annotated[
+    bool,
+    training_option(
+        "--factors-only", help="Without labels: leave all that is dense as it is, norms and biases included."
+    ),
+]
+Checkpointing = Annotated[
+    bool,
+    training_option(
+        "--gradient-checkpointing",
+        help="Without labels: compute layers again in the backward pass, which takes more time and less memory.",
+    ),
+]
 FreezeEmbeddings = Annotated[
     bool,
     training_option(

@@ -15,12 +15,14 @@ from factorformer.cli._options import (
     AsJson,
     Budget,
     CalibrationFile,
+    Checkpointing,
     Device,
     DeviceChoice,
     Distill,
     Epochs,
     EvalFile,
     Exclude,
+    FactorsOnly,
     FreezeEmbeddings,
     Include,
     Int4,
@@ -126,6 +128,8 @@ def compress(
     seed: Seed = 0,
     distill: Distill = None,
     freeze_embeddings: FreezeEmbeddings = True,
+    factors_only: FactorsOnly = False,
+    gradient_checkpointing: Checkpointing = False,
     device: Device = DeviceChoice.auto,
     resume: Resume = False,
     overwrite: Overwrite = False,
@@ -173,9 +177,12 @@ def compress(
     files = (calibration, train, evaluation, trim_vocabulary)
     check_output(output, overwrite=overwrite, inputs=(model, plan, distill, *files))
     if train is None:
-        note_unused("without --train", "epochs", "minutes", "lr", "freeze_embeddings")
+        read = ("epochs", "minutes", "lr", "freeze_embeddings", "factors_only", "gradient_checkpointing")
+        note_unused("without --train", *read)
     elif minutes is not None:
         note_unused("beside --minutes", "epochs")
+    if train is not None and label is not None:
+        note_unused("with --label", "factors_only", "gradient_checkpointing")
     if train is None and evaluation is None and calibration is None:
         read = () if trim_vocabulary is not None else ("text",)
         note_unused(
@@ -189,7 +196,14 @@ def compress(
     from factorformer.tasks.healing import HealingSettings
 
     training = TrainingSettings(epochs, seed=seed, freeze_embeddings=freeze_embeddings)
-    healing = HealingSettings(epochs, seed=seed, freeze_embeddings=freeze_embeddings, minutes=minutes)
+    healing = HealingSettings(
+        epochs,
+        seed=seed,
+        freeze_embeddings=freeze_embeddings,
+        minutes=minutes,
+        factors_only=factors_only,
+        checkpointing=gradient_checkpointing,
+    )
     chosen = {"learning_rate": lr, "batch_size": batch_size}
     chosen = {name: value for name, value in chosen.items() if value is not None}
     job = CompressJob(

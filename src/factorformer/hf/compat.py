@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import transformers
 from torch import Tensor, nn
 
-from factorformer.errors import CheckpointError
+from factorformer.errors import CheckpointError, ModelError
 from factorformer.hf.config import Quantizer
 from factorformer.layers.embeddings import embeddings_of
 
@@ -371,3 +371,33 @@ def use_one_gpu(arguments: TrainingArguments) -> None:
     Relies on `TrainingArguments._n_gpu`, which `n_gpu` gives once it is set: training_args.py.
     """
     arguments._n_gpu = 1
+
+
+@contextlib.contextmanager
+def recomputed(model: transformers.PreTrainedModel, wanted: bool) -> Iterator[Callable[[], None]]:
+    """While this lasts, the backward pass computes layers again instead of keeping what is inside them.
+
+    Relies on `activation_checkpointing_enable` (in older releases `gradient_checkpointing_enable`), and on layers that
+    look at `gradient_checkpointing` and `training`, of themselves alone: modeling_layers.py:93.
+
+    Yields:
+        What tells these layers that they train, whatever the mode of the modules in them.
+    """
+    layers: list[nn.Module] = []
+    if wanted:
+        if not model.supports_gradient_checkpointing:
+            raise ModelError(f"the layers of {type(model).__name__} cannot be computed again: leave checkpointing out")
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
+        layers = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
+
+    def train() -> None:
+        for layer in layers:
+            layer.training = True
+
+    try:
+        yield train
+    finally:
+        if wanted:
+            disable = getattr(model, "activation_checkpointing_disable", None) or model.gradient_checkpointing_disable
+            disable()

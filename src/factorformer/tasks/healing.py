@@ -8,15 +8,16 @@ import hashlib
 import json
 import math
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import datasets
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
-from factorformer.errors import DataError, ModelError
+from factorformer.errors import DataError, MethodError, ModelError
 from factorformer.hf.callbacks import moving
+from factorformer.hf.compat import recomputed
 from factorformer.hf.description import describe
 from factorformer.hf.fused import in_one_call
 from factorformer.layers.embeddings import embeddings_of
@@ -102,6 +103,7 @@ def heal(
         DataError: texts longer than the model can read, or of different lengths without a tokenizer, or too few rows to
             hold some out.
         ModelError: factors are stored in integers.
+        MethodError: factors alone are to be trained where ranks are still to be found.
         DivergedError: the loss became NaN or infinite.
         OutputError: `output` holds what a run with other settings has kept, or another process trains into it.
     """
@@ -111,6 +113,8 @@ def heal(
     if held is None:
         data, held = hold_out(data, settings.seed, "held=", 3 if target.remembers else 1)
     _check_trainable(model)
+    if ranks is not None and settings.factors_only:
+        raise MethodError("ranks are found in whole matrices, which are no factors yet: leave factors_only out")
     if tokenizer is not None:
         check_lengths(model, data, "the training data")
         check_lengths(model, held, "the held-out texts")
@@ -160,6 +164,8 @@ def heal(
         seeded(settings.seed),
         frozen_embeddings(model, frozen),
         requiring_gradients(() if teacher is None else teacher.parameters(), False),
+        requiring_gradients(_dense(model) if settings.factors_only else (), False),
+        recomputed(model, settings.checkpointing) as recompute,
         _quickly(teacher, settings) as one_call,
     ):
         check_same_run(folder, description)
@@ -199,6 +205,7 @@ def heal(
             measure=measure,
             reading=reading,
             one_call=one_call,
+            recompute=recompute,
         )
         trainer.add_callback(Points(trainer, progress, phase, saves=output is not None))
         distance = math.inf  # of the end, once it is measured
@@ -224,6 +231,13 @@ def heal(
             f"{'the text' if teacher is None else 'the original'}; a lower learning rate may help"
         )
     return curve
+
+
+def _dense(model: PreTrainedModel) -> Iterator[nn.Parameter]:
+    """Parameters that are no factors."""
+    layers = [module for module in model.modules() if isinstance(module, FactorizedMatrix)]
+    factors = {id(p) for layer in layers for name, p in layer.named_parameters(recurse=False) if name != "bias"}
+    return (parameter for parameter in model.parameters() if id(parameter) not in factors)
 
 
 def _quickly(teacher: PreTrainedModel | None, settings: HealingSettings) -> contextlib.AbstractContextManager[bool]:

@@ -44,6 +44,8 @@ class HealingSettings(Settings):
             the learning rate falls with time.
         points: at which held-out rows are compared and a checkpoint is written.
         freeze_embeddings: leave dense tables of word embeddings as they are; factorized ones are trained in any case.
+        factors_only: leave all that is dense as it is, norms and biases included.
+        checkpointing: compute layers again in the backward pass, which takes more time and less memory.
     """
 
     chooses_rate: ClassVar[bool] = True
@@ -53,6 +55,8 @@ class HealingSettings(Settings):
     minutes: float | None = None
     points: int = 10
     freeze_embeddings: bool = True
+    factors_only: bool = False
+    checkpointing: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,6 +100,7 @@ class HealingTrainer(ReproducibleTrainer):
         measure: the metrics of the model as it is, after so many steps and seconds.
         reading: what the teacher reads, if that is not what the model does.
         one_call: whether the teacher's layers run in one call, which makes products in its own way.
+        recompute: called before each pass, after the model is in evaluation mode.
     """
 
     def __init__(
@@ -108,6 +113,7 @@ class HealingTrainer(ReproducibleTrainer):
         measure: Callable[[int, float], dict[str, float]],
         reading: Reading | None,
         one_call: bool,
+        recompute: Callable[[], None],
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
@@ -116,7 +122,7 @@ class HealingTrainer(ReproducibleTrainer):
         self.model_accepts_loss_kwargs = False  # so that the Trainer divides the loss by the accumulation steps
         self.learns_from = teacher
         self.target, self.settings, self.measure, self.reading = target, settings, measure, reading
-        self.one_call = one_call
+        self.one_call, self.recompute = one_call, recompute
         self.remembered: Tensor | None = None
         self.known = torch.zeros(rows, dtype=torch.bool)
         use_one_gpu(self.args)  # several would each need their part of what is remembered
@@ -137,6 +143,7 @@ class HealingTrainer(ReproducibleTrainer):
     ) -> Any:
         """How far what the model makes of a batch is from what the teacher does."""
         model.eval()  # no dropout: outputs are compared as users get them
+        self.recompute()
         student = self.accelerator.unwrap_model(model)
         assert isinstance(student, PreTrainedModel)
         known = dict(inputs)
