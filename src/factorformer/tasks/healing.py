@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 from factorformer.errors import DataError, MethodError, ModelError
