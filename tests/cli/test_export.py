@@ -29,6 +29,11 @@ from factorformer.export.subject import check_exportable
 from factorformer.files import check_output
 
 
+@pytest.fixture(autouse=True)
+def _timed_briefly(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("factorformer.cli.export.SECONDS", 0.01)
+
+
 def test_a_compressed_sentence_encoder(run: Any, base: Path, tmp_path: Path) -> None:
     small = tmp_path / "small"
     assert run("compress", base, small, "--ratio", 2).exit_code == 0

@@ -32,7 +32,7 @@ def printed(result: BenchResult) -> str:
 
 def test_json_of_models() -> None:
     content = json.loads(json.dumps(MODELS.to_dict(), allow_nan=False))
-    keys = ["baseline", "candidates", "shapes", "layers", "settings", "machine", "versions"]
+    keys = ["baseline", "candidates", "shapes", "generations", "layers", "settings", "machine", "versions"]
     assert list(content) == keys
     assert (content["baseline"], content["layers"]) == ("dense/", None)
     _, other = content["candidates"]
