@@ -50,6 +50,11 @@ def grouped(entries: Iterable[Entry]) -> list[Group]:
     return [_group(pattern, several, places[str(pattern)]) for (pattern, *_), several in alike.items()]
 
 
+def alone(entries: Iterable[Entry]) -> list[Group]:
+    """Each matrix of a plan by itself."""
+    return [_group("", [entry], set()) for entry in entries]
+
+
 def _layers(entry: Entry) -> list[int]:
     """The first number in a name, of the layer."""
     return [int(number) for number in PLACE.findall(entry.matrix.name)[:1]]

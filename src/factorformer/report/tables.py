@@ -11,8 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from factorformer.layers.matrix import Scope
-from factorformer.planning import Entry
-from factorformer.report.groups import grouped
+from factorformer.report.groups import Group, alone, grouped
 from factorformer.report.ranks import ranks_table
 from factorformer.report.result import BEFORE, DIFFERENCE, ENDS, Result
 
@@ -28,7 +27,8 @@ MANY = 100
 def show(result: Result, console: Console, *, each: bool = False) -> None:
     """Print a result as tables; of many matrices those of the same role are one line unless `each` has its own."""
     if result.layers is not None:
-        console.print(_groups(result.layers) if len(result.layers) > MANY and not each else _layers(result.layers))
+        by_role = len(result.layers) > MANY and not each
+        console.print(_matrices((grouped if by_role else alone)(result.layers), by_role=by_role))
     if result.history is not None:
         console.print(ranks_table(result.history))
     console.print(_summary(result))
@@ -72,39 +72,19 @@ def _estimate(metrics: Mapping[str, float], name: str) -> str:
     return _number(metrics.get(name)) + escape(between)
 
 
-def _layers(entries: Iterable[Entry]) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, title="Weight matrices", title_justify="left")
-    table.add_column("matrix", overflow="fold")
-    for column in ("shape", "stored as", "parameters", "bytes", "ratio", "FLOPs per token"):
-        table.add_column(column, justify="right")
-    table.add_column("note", overflow="fold")
-    for entry in entries:
-        cost = entry.compressed
-        table.add_row(
-            escape(" = ".join([entry.matrix.name, *entry.matrix.aliases])),
-            "x".join(map(str, entry.matrix.shape)),
-            entry.form,
-            f"{cost.parameters:,}",
-            f"{cost.bytes:,}",
-            _ratio(entry.original.bytes, cost.bytes),
-            f"{cost.flops:,}",
-            escape(entry.reason),
-        )
-    return table
-
-
-def _groups(entries: Iterable[Entry]) -> Table:
-    title = "Weight matrices by role (--each lists every one)"
+def _matrices(groups: Iterable[Group], *, by_role: bool) -> Table:
+    title = "Weight matrices" + (" by role (--each lists every one)" if by_role else "")
     table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left")
-    table.add_column("matrices", overflow="fold")
-    for column in ("number", "shape", "stored as", "parameters", "bytes", "ratio", "FLOPs per token"):
+    table.add_column("matrices" if by_role else "matrix", overflow="fold")
+    numbers = ["number"] if by_role else []
+    for column in (*numbers, "shape", "stored as", "parameters", "bytes", "ratio", "FLOPs per token"):
         table.add_column(column, justify="right")
     table.add_column("note", overflow="fold")
-    for group in grouped(entries):
+    for group in groups:
         cost = group.compressed
         table.add_row(
             escape(group.name),
-            f"{group.count:,}",
+            *([f"{group.count:,}"] if by_role else []),
             "x".join(map(str, group.shape)),
             group.form,
             f"{cost.parameters:,}",
