@@ -130,7 +130,8 @@ def split(module: PreTrainedModel, ids: Tensor, padding: int | None, passes: int
 
     What is not in the call of the layers, embeddings and pooler among them, is `everything else`.
     """
-    from factorformer.hf.encoder import FusedForward, stacks_of
+    from factorformer.hf.encoder import FusedForward
+    from factorformer.hf.encoder_layout import stacks_of
 
     forwards = [vars(stack).get("forward") for stack in stacks_of(module)]
     encoders = [forward.encoder for forward in forwards if isinstance(forward, FusedForward)]

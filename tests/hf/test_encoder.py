@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 import factorformer
 from factorformer.errors import FactorformerWarning, ModelError
-from factorformer.hf.encoder import FusedForward, FusedModel, stacks_of
+from factorformer.hf.encoder import FusedForward, FusedModel
+from factorformer.hf.encoder_layout import stacks_of
 from factorformer.hf.fused import fuse
 from factorformer.kernels import cpu
 from factorformer.kernels.encoder import Encoder

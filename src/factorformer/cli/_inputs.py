@@ -1,23 +1,18 @@
-"""Inputs that `compress`, `finetune` and `evaluate` share: tables, teachers, plans, output."""
+"""Inputs that `compress`, `finetune` and `evaluate` share: teachers, plans, output."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
 import json
-import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-import datasets
-import torch
 from safetensors import SafetensorError
-from torch import Tensor
-from transformers import AutoModel, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from factorformer.cli._options import note
-from factorformer.errors import DataError, ExportError, FactorformerError, ModelError, OutputError
+from factorformer.errors import ExportError, FactorformerError, ModelError, OutputError
 from factorformer.export.sentence import Layout, read_layout
 from factorformer.files import RESULT_FILE, output_directory, whole_file
 from factorformer.hf.attachment import described
@@ -27,7 +22,6 @@ from factorformer.hf.source import (
     find,
     load_model,
     load_tokenizer,
-    most_tokens,
     place_of_weights,
     read_config,
     vocabulary_files,
@@ -36,47 +30,10 @@ from factorformer.layers.surgery import find_matrices
 from factorformer.planning import TOLERANCE, Entry, Plan
 from factorformer.report import Result
 from factorformer.report.result import BEFORE
-from factorformer.tasks import windows
 from factorformer.tasks.classification import Head, head_labels, is_causal
-from factorformer.tasks.data import (
-    Columns,
-    Labels,
-    batches,
-    check_ends,
-    check_lengths,
-    encode,
-    read,
-    sample,
-    with_decoder_inputs,
-)
 from factorformer.tasks.finetuning import check_can_follow
-from factorformer.tasks.reading import read_rows, text_format
-from factorformer.tasks.targets import NextTokens, Predictions, Target
-from factorformer.tasks.windows import read_documents
+from factorformer.tasks.targets import Predictions, Target
 from factorformer.training.rank_history import RankHistory
-
-LOGITS = 2**27
-"""A language model's predictions of so many numbers are held at a time."""
-
-
-def columns_of(text: list[str] | None, label: str | None, words: bool = False) -> Columns:
-    """The columns that the options name."""
-    return Columns(tuple(text or ["text"]), label, words)
-
-
-def read_table(source: str, columns: Columns) -> datasets.Dataset:
-    """Rows of a file or of the Hub that have these columns, and nothing in them that does not belong there.
-
-    Raises:
-        DataError: missing, unreadable, malformed or empty, or without one of the columns.
-    """
-    return read(source, columns, note)
-
-
-def plain_columns(source: str, columns: Columns) -> Columns:
-    """The text columns alone; a plain text file has its own."""
-    plain = text_format(Path(source)) == ".txt"
-    return Columns(("text",)) if plain else dataclasses.replace(columns, label=None)
 
 
 def find_pooling(path: Path) -> Layout:
@@ -92,127 +49,6 @@ def check_dense(path: Path, config: PretrainedConfig) -> None:
     """Raise `ModelError` if its configuration says that a model is compressed already."""
     if described(config) is not None:
         raise ModelError(f"'{path}' is compressed already: start from the dense model")
-
-
-def read_text(source: str, columns: Columns, config: PretrainedConfig) -> datasets.Dataset | list[Any]:
-    """Rows of plain text, or the documents that a causal language model reads.
-
-    Raises:
-        DataError: as `read_table`, or `read_documents`.
-    """
-    return read_documents(source, columns, note) if is_causal(config) else read_table(source, columns)
-
-
-def encode_text(
-    source: str,
-    text: datasets.Dataset | list[Any],
-    columns: Columns,
-    tokenizer: PreTrainedTokenizerBase,
-    config: PretrainedConfig,
-    *,
-    max_length: int,
-    sequence_length: int | None,
-) -> datasets.Dataset:
-    """Rows of plain text, each cut at `max_length`, or the windows of documents, encoded.
-
-    Raises:
-        DataError: what does not fit tokenizer or model; the message names the source.
-    """
-    if isinstance(text, datasets.Dataset):
-        return encode_table(source, text, columns, tokenizer, None, max_length, config)
-    skeleton = _skeleton(config)
-    positions = None if skeleton is None else most_tokens(skeleton)
-    length = windows.sequence_length(config, sequence_length, positions)
-    with about(source):
-        cut = windows.windows(tokenizer, text, length)
-    tokens = sum(cut["length"])
-    note(f"'{source}': {tokens:,} tokens in {len(cut):,} windows of {min(length, tokens):,}")
-    if skeleton is not None:
-        check_lengths(skeleton, cut, f"'{source}'")
-    return cut
-
-
-def encode_table(
-    source: str,
-    rows: datasets.Dataset,
-    columns: Columns,
-    tokenizer: PreTrainedTokenizerBase,
-    labels: Labels | None,
-    max_length: int,
-    config: PretrainedConfig,
-) -> datasets.Dataset:
-    """Encoded rows that a model of this configuration can read.
-
-    Raises:
-        DataError: what does not fit labels, tokenizer or model; the message names the source.
-    """
-    with about(source):
-        encoded = encode(tokenizer, rows, columns, labels, max_length)
-    skeleton = _skeleton(config)
-    if skeleton is not None:
-        check_lengths(skeleton, encoded, f"'{source}'")
-    if labels is not None and labels.kind != "tokens":
-        check_ends(config, encoded, f"'{source}'")
-    return encoded
-
-
-@contextlib.contextmanager
-def about(source: str) -> Iterator[None]:
-    """Begin messages on data with the name of the data, and let them tell lines of a file where it has some."""
-    try:
-        yield
-    except DataError as error:
-        raise DataError(f"'{source}': {_with_lines(Path(source), str(error))}") from error
-
-
-def _with_lines(path: Path, message: str) -> str:
-    place = r"\brow (\d+)(?=[;:,])"
-    if not re.search(place, message) or text_format(path) is None or not path.is_file():
-        return message
-    rows = read_rows(path, None, lambda _: None)
-    return re.sub(place, lambda found: rows.where(int(found[1]) - 1), message)
-
-
-def _skeleton(config: PretrainedConfig) -> PreTrainedModel | None:
-    """A model without weights, to be asked for its sizes; None for one that cannot be made without them."""
-    try:
-        with torch.device("meta"):
-            return AutoModel.from_config(config)
-    except Exception:  # code of many architectures; what is asked here is asked again of the model itself
-        return None
-
-
-def calibration_batches(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    data: datasets.Dataset,
-    rows: int | None,
-    seed: int,
-    batch_size: int = 32,
-    usual: int = 512,
-) -> list[dict[str, Tensor]]:
-    """Batches of some of the rows, as the model runs on them.
-
-    Args:
-        model: that is calibrated.
-        tokenizer: of it.
-        data: encoded rows, or windows.
-        rows: at most; None for `usual`, or for windows as many as hold `CALIBRATED` tokens.
-        seed: of the choice.
-        batch_size: rows together, at most; of windows no more than hold `TOGETHER` tokens.
-        usual: see `rows`.
-
-    Raises:
-        DataError: an encoder-decoder that does not say how its decoder starts.
-    """
-    if is_causal(model.config) and "labels" not in data.column_names:
-        longest = max(data["length"])
-        usual = max(windows.CALIBRATED // longest, 1)
-        batch_size = min(batch_size, windows.together(model.config, longest, LOGITS))
-        if (rows or usual) < len(data):
-            note(f"calibrated on {rows or usual:,} windows of them, drawn at random")
-    made = batches(tokenizer, sample(data, rows or usual, seed), batch_size)
-    return [batch if "labels" in batch else with_decoder_inputs(model, batch) for batch in made]
 
 
 PREDICTED = {
@@ -254,9 +90,6 @@ def check_teacher(name: str, student: PretrainedConfig, head: Head | None, targe
         ModelError: the two do not fit together, or are encoder-decoders; the message says where.
     """
     teacher = read_config(find(name))
-    if isinstance(target, NextTokens):
-        check_speaks_alike(name, student)
-        return
     check_can_follow(student)
     for field in ("vocab_size", "hidden_size", "num_hidden_layers") if target is None else target.fields:
         theirs, ours = getattr(teacher, field, None), getattr(student, field, None)
@@ -272,13 +105,13 @@ def check_teacher(name: str, student: PretrainedConfig, head: Head | None, targe
         raise ModelError(f"the teacher '{name}' predicts other labels: {known}, not {ours}")
 
 
-def check_speaks_alike(name: str, config: PretrainedConfig, own: Path | None = None) -> None:
+def check_speaks_alike(name: str, config: PretrainedConfig, own: Path) -> None:
     """Raise `ModelError` if a model does not predict the tokens that a causal language model does.
 
     Args:
         name: of the other model.
         config: of the language model.
-        own: its directory; None where the tokenizers are compared elsewhere.
+        own: its directory.
     """
     path = find(name)
     theirs = read_config(path)
@@ -287,7 +120,7 @@ def check_speaks_alike(name: str, config: PretrainedConfig, own: Path | None = N
     ours, known = (c.get_text_config().vocab_size for c in (config, theirs))
     if ours != known:
         raise ModelError(f"'{name}' has {known:,} tokens, and the model {ours:,}: they predict others")
-    if own is not None and load_tokenizer(path).get_vocab() != load_tokenizer(own).get_vocab():
+    if load_tokenizer(path).get_vocab() != load_tokenizer(own).get_vocab():
         raise ModelError(f"'{name}' has other tokens than the model: their predictions cannot be compared")
 
 

@@ -10,7 +10,7 @@ import datasets
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from factorformer.cli._inputs import LOGITS
+from factorformer.cli._texts import LOGITS
 from factorformer.errors import DataError, ModelError
 from factorformer.progress import Progress
 from factorformer.report.result import BEFORE

@@ -290,7 +290,7 @@ Checkpointing = Annotated[
     bool,
     training_option(
         "--gradient-checkpointing",
-        help="Without labels: compute layers again in the backward pass, which takes more time and less memory.",
+        help="Without labels: compute layers again in the backward pass instead of keeping what is inside them.",
     ),
 ]
 FreezeEmbeddings = Annotated[

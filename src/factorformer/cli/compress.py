@@ -188,9 +188,9 @@ def compress(
         note_unused(
             "without data", *read, "words", "max_length", "sequence_length", "batch_size", "calibration_rows", "seed"
         )
-    from factorformer.cli._inputs import columns_of
     from factorformer.cli._jobs.compress import CompressJob, run
     from factorformer.cli._jobs.unfinished import is_unfinished
+    from factorformer.cli._texts import columns_of
     from factorformer.planning import Plan
     from factorformer.tasks.finetuning import TrainingSettings
     from factorformer.tasks.healing import HealingSettings

@@ -107,8 +107,8 @@ def evaluate(
       factorformer evaluate small-chat/ --against chat/ --data wiki.txt --data talks.jsonl --text messages
       factorformer evaluate small/ --against minilm --data others.txt --data intents.tsv --data pairs.tsv
     """
-    from factorformer.cli._inputs import about, columns_of, encode_table, read_table
     from factorformer.cli._measure import measure
+    from factorformer.cli._texts import about, columns_of, encode_table, read_table
     from factorformer.hf.source import find, load_model, load_tokenizer, read_config
     from factorformer.progress import bars
     from factorformer.report import Result, inventory

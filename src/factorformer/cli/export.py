@@ -107,7 +107,7 @@ def export(
       factorformer export small/ --to onnx --inside
       factorformer export small/ --to linear
     """
-    from factorformer.cli._inputs import columns_of, plain_columns, read_table
+    from factorformer.cli._texts import columns_of, plain_columns, read_table
     from factorformer.export import onnx, openvino, subject
     from factorformer.files import check_files, check_output
     from factorformer.hf.source import load_model
@@ -171,7 +171,7 @@ def _times(model: str, file: Path) -> dict[str, float]:
 
     from factorformer.bench.candidates import Candidate, Runner, load, parse
     from factorformer.bench.comparison import Shape, compare
-    from factorformer.hf.encoder import stacks_of
+    from factorformer.hf.encoder_layout import stacks_of
 
     names = {"torch": model, "fused": f"fused:{model}", "fused_int8": f"fused-int8:{model}", "file": str(file)}
     timed: dict[str, tuple[Candidate, Runner]] = {}

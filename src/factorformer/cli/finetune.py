@@ -79,8 +79,8 @@ def finetune(
     from factorformer.files import check_output
 
     check_output(output, overwrite=overwrite, inputs=(model, train, evaluation, distill))
-    from factorformer.cli._inputs import columns_of
     from factorformer.cli._jobs.finetune import run
+    from factorformer.cli._texts import columns_of
     from factorformer.tasks.finetuning import TrainingSettings
 
     result = run(

@@ -98,17 +98,8 @@ def plan(
         _check_is_plan(output)
     from factorformer import compression, recipes
     from factorformer.bench.layers import slower_than_dense
-    from factorformer.cli._inputs import (
-        calibration_batches,
-        check_dense,
-        columns_of,
-        encode_text,
-        find_pooling,
-        off_target,
-        plain_columns,
-        predictions,
-        read_text,
-    )
+    from factorformer.cli._inputs import check_dense, find_pooling, off_target, predictions
+    from factorformer.cli._texts import calibration_batches, columns_of, encode_text, plain_columns, read_text
     from factorformer.fitting.statistics import too_few_tokens
     from factorformer.hf.source import find, load_model, load_tokenizer, read_config
     from factorformer.progress import bars

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers.activations import GELUActivation
 from transformers.modeling_outputs import (
     BaseModelOutput,
     BaseModelOutputWithPastAndCrossAttentions,
@@ -20,60 +19,11 @@ from transformers.modeling_outputs import (
 from transformers.utils.generic import ModelOutput
 
 from factorformer.hf import compat
+from factorformer.hf.encoder_layout import MODELS, kind_of, layers_of, stacks_of
 from factorformer.kernels import Dense, served
 from factorformer.kernels.encoder import Encoder, EncoderLayer, Linear, Norm, Products
 from factorformer.layers._compat import Snapshot
 from factorformer.layers.nn import FactorizedLinear
-
-_BERT = {
-    "query": "attention.self.query",
-    "key": "attention.self.key",
-    "value": "attention.self.value",
-    "output": "attention.output.dense",
-    "up": "intermediate.dense",
-    "down": "output.dense",
-    "after_attention": "attention.output.LayerNorm",
-    "after_products": "output.LayerNorm",
-}
-_MPNET = _BERT | {
-    "query": "attention.attn.q",
-    "key": "attention.attn.k",
-    "value": "attention.attn.v",
-    "output": "attention.attn.o",
-    "after_attention": "attention.LayerNorm",
-}
-_DISTILBERT = {
-    "query": "attention.q_lin",
-    "key": "attention.k_lin",
-    "value": "attention.v_lin",
-    "output": "attention.out_lin",
-    "up": "ffn.lin1",
-    "down": "ffn.lin2",
-    "after_attention": "sa_layer_norm",
-    "after_products": "output_layer_norm",
-}
-LAYOUTS: Mapping[str, Mapping[str, str]] = {
-    "models.bert.modeling_bert.BertLayer": _BERT,
-    "models.roberta.modeling_roberta.RobertaLayer": _BERT,
-    "models.xlm_roberta.modeling_xlm_roberta.XLMRobertaLayer": _BERT,
-    "models.camembert.modeling_camembert.CamembertLayer": _BERT,
-    "models.electra.modeling_electra.ElectraLayer": _BERT,
-    "models.mpnet.modeling_mpnet.MPNetLayer": _MPNET,
-    "models.distilbert.modeling_distilbert.TransformerBlock": _DISTILBERT,
-}
-"""Where the parts of a layer are, by its class in transformers."""
-
-MODELS: Mapping[str, tuple[str, bool]] = {
-    "models.bert.modeling_bert.BertModel": ("encoder", True),
-    "models.roberta.modeling_roberta.RobertaModel": ("encoder", True),
-    "models.xlm_roberta.modeling_xlm_roberta.XLMRobertaModel": ("encoder", True),
-    "models.camembert.modeling_camembert.CamembertModel": ("encoder", True),
-    "models.electra.modeling_electra.ElectraModel": ("encoder", True),
-    "models.mpnet.modeling_mpnet.MPNetModel": ("encoder", False),
-    "models.distilbert.modeling_distilbert.DistilBertModel": ("transformer", False),
-}
-"""Models that are embeddings, a stack of layers and perhaps a pooler, by their classes: where the stack is, and whether
-tokens have types."""
 
 PLAIN = ("models.mpnet.", "models.distilbert.")
 """Where stacks return nothing but hidden states and attentions, no keys and values of the past."""
@@ -88,11 +38,6 @@ DISTANCES = 512
 """Tokens up to which relative positions are laid out at first."""
 
 
-def stacks_of(model: nn.Module) -> list[nn.Module]:
-    """Modules whose layers, one after the other, are all of a kind that the kernels know."""
-    return [module for module in model.modules() if _layers(module)]
-
-
 def forwards_of(model: nn.Module, products: Products | None) -> dict[nn.Module, FusedForward | FusedModel]:
     """Forward passes in one call of such stacks, and of models around them.
 
@@ -103,71 +48,16 @@ def forwards_of(model: nn.Module, products: Products | None) -> dict[nn.Module, 
     stacks = {stack: FusedForward(stack, products) for stack in stacks_of(model) if _is_own(stack)}
     models: dict[nn.Module, FusedForward | FusedModel] = {}
     for module in model.modules():
-        place, typed = MODELS.get(_kind(module), ("", False))
+        place, typed = MODELS.get(kind_of(module), ("", False))
         layers = stacks.get(getattr(module, place, module))
         if place and layers is not None and _is_own(module):
             models[module] = FusedModel(module, place, layers, typed=typed)
     return models | stacks
 
 
-def _layers(stack: nn.Module) -> list[dict[str, Any]]:
-    """The parts of each layer, by name; none where one is not known, or they do not fit together."""
-    layers = getattr(stack, "layer", None)
-    if not isinstance(layers, nn.ModuleList):
-        return []
-    found = [_parts(layer) for layer in layers]
-    same = {(parts.get("heads"), parts["query"].in_features if parts else 0) for parts in found}
-    return found if all(found) and len(same) == 1 else []
-
-
-def _parts(layer: nn.Module) -> dict[str, Any]:
-    """The parts of a layer, by name, and the number of its heads; none unless all of it is as in transformers."""
-    layout, inside = LAYOUTS.get(_kind(layer)), list(layer.modules())
-    if layout is None or not all(_is_known(module) for module in inside):
-        return {}
-    parts: dict[str, Any] = {name: _part(layer, path) for name, path in layout.items()}
-    for name, part in parts.items():
-        if type(part) not in ((nn.LayerNorm,) if name.startswith("after") else (nn.Linear, FactorizedLinear)):
-            return {}
-        if name.startswith("after") and (part.weight is None or part.bias is None):
-            return {}
-    activations = [m for m in inside if type(m) in (GELUActivation, nn.GELU)]
-    exact = len(activations) == 1 and getattr(activations[0], "approximate", "none") == "none"
-    counts = (getattr(m, "num_attention_heads", getattr(m, "n_heads", None)) for m in inside)
-    heads = {count for count in counts if isinstance(count, int)}
-    decodes = any(getattr(m, "is_decoder", False) or getattr(m, "is_causal", False) for m in inside)
-    if not exact or decodes or len(heads) != 1 or not _fit(parts, *heads):
-        return {}
-    return {**parts, "heads": heads.pop()}
-
-
 def _is_own(module: nn.Module) -> bool:
     """Whether nobody else has given a module another forward pass."""
     return isinstance(vars(module).get("forward"), (FusedForward, FusedModel, type(None)))
-
-
-def _kind(module: nn.Module) -> str:
-    return f"{type(module).__module__}.{type(module).__qualname__}".removeprefix("transformers.")
-
-
-def _part(layer: nn.Module, path: str) -> nn.Module | None:
-    try:
-        return layer.get_submodule(path)
-    except AttributeError:  # something stands in its place
-        return None
-
-
-def _is_known(module: nn.Module) -> bool:
-    """Whether a module does what its class in torch, in transformers or here says."""
-    known = ("torch.nn.", "transformers.models.", "transformers.activations", "factorformer.layers.")
-    return type(module).__module__.startswith(known) and "forward" not in vars(module)
-
-
-def _fit(parts: Mapping[str, Any], heads: int) -> bool:
-    width, inner = parts["query"].in_features, parts["up"].out_features
-    sizes = {name: (part.out_features, part.in_features) for name, part in parts.items() if "after" not in name}
-    wanted = {**dict.fromkeys(sizes, (width, width)), "up": (inner, width), "down": (width, inner)}
-    return sizes == wanted and width % heads == 0
 
 
 def _linear(layer: nn.Linear | FactorizedLinear) -> Linear:
@@ -212,7 +102,7 @@ class FusedForward:
             return type(self.stack).forward(self.stack, hidden_states, attention_mask, *rest, **others)
         if others.get("return_dict") is False:
             return (found,)
-        plain = type(self.stack).__module__.removeprefix("transformers.").startswith(PLAIN)
+        plain = kind_of(self.stack).startswith(PLAIN)
         return (BaseModelOutput if plain else BaseModelOutputWithPastAndCrossAttentions)(last_hidden_state=found)
 
     def encoded(self, x: Tensor, mask: Any, others: Mapping[str, Any]) -> Tensor | None:
@@ -268,7 +158,7 @@ class FusedForward:
         return made.encoder
 
     def _make(self, length: int) -> _Made | None:
-        layers = _layers(self.stack)
+        layers = layers_of(self.stack)
         factorized = [m for m in self.stack.modules() if isinstance(m, FactorizedLinear)]
         if (
             not layers
@@ -345,11 +235,10 @@ class FusedModel:
             x = model.embeddings_project(x)
         encoder, rows, starts = ready
         y = encoder(x.reshape(-1, encoder.width).contiguous(), rows, starts).view(*ids.shape, encoder.width)
+        plain = kind_of(model).startswith(PLAIN)
         if not hasattr(model, "pooler"):
-            plain = _kind(model).startswith(PLAIN)
             return (BaseModelOutput if plain else BaseModelOutputWithPastAndCrossAttentions)(last_hidden_state=y)
         pooled = None if model.pooler is None else model.pooler(y)
-        plain = _kind(model).startswith(PLAIN)
         kind = BaseModelOutputWithPooling if plain else BaseModelOutputWithPoolingAndCrossAttentions
         return kind(last_hidden_state=y, pooler_output=pooled)
 

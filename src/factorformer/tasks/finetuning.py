@@ -69,6 +69,7 @@ class DistillationTrainer(FastTrainer):
     ) -> Any:
         """The weighted sum of the signals whose weight is not zero."""
         weights = self.weights
+        assert self.teacher is not None
         wants_hidden = weights.hidden > 0 or weights.pooled > 0
         outputs = model(**inputs, output_hidden_states=wants_hidden)
         with torch.no_grad():

@@ -45,7 +45,7 @@ class HealingSettings(Settings):
         points: at which held-out rows are compared and a checkpoint is written.
         freeze_embeddings: leave dense tables of word embeddings as they are; factorized ones are trained in any case.
         factors_only: leave all that is dense as it is, norms and biases included.
-        checkpointing: compute layers again in the backward pass, which takes more time and less memory.
+        checkpointing: compute layers again in the backward pass instead of keeping what is inside them.
     """
 
     chooses_rate: ClassVar[bool] = True
@@ -117,10 +117,7 @@ class HealingTrainer(ReproducibleTrainer):
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
-        if teacher is not None:
-            self.follow(teacher)
-        self.model_accepts_loss_kwargs = False  # so that the Trainer divides the loss by the accumulation steps
-        self.learns_from = teacher
+        self.follow(teacher)
         self.target, self.settings, self.measure, self.reading = target, settings, measure, reading
         self.one_call, self.recompute = one_call, recompute
         self.remembered: Tensor | None = None
@@ -160,7 +157,7 @@ class HealingTrainer(ReproducibleTrainer):
         return torch.autocast(self.args.device.type, dtype, enabled=precision != "fp32")
 
     def _wanted(self, rows: Tensor, inputs: Mapping[str, Any]) -> Tensor | None:
-        if self.learns_from is None:
+        if self.teacher is None:
             return None
         if self.remembered is not None and bool(self.known[rows].all()):
             return self.remembered[rows].to(self.args.device)

@@ -135,12 +135,13 @@ class Settings:
 class FastTrainer(Trainer):
     """A `Trainer` whose attention is fast on short texts as well, and whose model may follow a teacher."""
 
-    teacher: PreTrainedModel
+    teacher: PreTrainedModel | None = None
 
-    def follow(self, teacher: PreTrainedModel) -> None:
-        """Keep a teacher in evaluation mode where the model is; the loss is then a mean over the batch."""
-        self.teacher = teacher.eval()
-        nn.Module.to(self.teacher, self.args.device)
+    def follow(self, teacher: PreTrainedModel | None) -> None:
+        """Keep a teacher, if there is one, in evaluation mode where the model is; the loss is a mean over the batch."""
+        self.teacher = teacher
+        if teacher is not None:
+            nn.Module.to(teacher.eval(), self.args.device)
         self.model_accepts_loss_kwargs = False  # so that the Trainer divides it by the accumulation steps
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:

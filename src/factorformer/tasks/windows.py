@@ -133,8 +133,8 @@ def _checked(messages: Any, place: str) -> list[dict[str, Any]]:
 def windows(tokenizer: PreTrainedTokenizerBase, documents: Sequence[Any], length: int) -> datasets.Dataset:
     """Windows (`input_ids`) of so many tokens, cut from all documents one after another; the last may be shorter.
 
-    Each window begins as the tokenizer begins texts, for models that know nothing else fail without that. Where there
-    are several documents each ends with the end of text; conversations end as the tokenizer's template writes them.
+    Each window begins as the tokenizer begins texts. Where there are several documents each ends with the end of text;
+    conversations end as the tokenizer's template writes them.
 
     Args:
         tokenizer: of the model.

@@ -14,22 +14,13 @@ from transformers import PreTrainedModel
 
 from factorformer import compression, recipes
 from factorformer.bench.layers import slower_than_dense
-from factorformer.cli._inputs import (
-    LOGITS,
-    calibration_batches,
-    fit_plan,
-    load_teacher,
-    off_target,
-    predictions,
-    save,
-    saved,
-    update,
-)
+from factorformer.cli._inputs import fit_plan, load_teacher, off_target, predictions, save, saved, update
 from factorformer.cli._jobs.compress_inputs import Inputs, OriginalInputs, read_inputs
 from factorformer.cli._jobs.compress_options import CompressJob, check
 from factorformer.cli._jobs.unfinished import Unfinished
 from factorformer.cli._measure import Measured, compare, measure
 from factorformer.cli._options import note
+from factorformer.cli._texts import LOGITS, calibration_batches
 from factorformer.errors import OutputError
 from factorformer.hf.source import load_model
 from factorformer.layers.embeddings import embeddings_of
@@ -56,9 +47,6 @@ from factorformer.training.straight_through import StraightThrough
 
 LOOKED_AT = 2**15
 """Tokens that a language model is compared on at each point of its training."""
-
-AFTER = "evaluate"
-"""The phase in which the compressed model is measured."""
 
 ROWS = 512
 """Calibrated on, unless told otherwise."""
@@ -139,7 +127,7 @@ def _measured(
     with saved(job.output, "compressed"):
         begun = time.perf_counter()
         with bars() as progress:
-            after = _measure(inputs, model, progress, AFTER)
+            after = _measure(inputs, model, progress, "evaluate", original=_original(inputs, model))
         evaluated = time.perf_counter() - begun
         seconds = {**result.seconds, "total": result.seconds["total"] + evaluated}
         result = dataclasses.replace(result, metrics={**result.metrics, **compare(before, after)}, seconds=seconds)
@@ -345,16 +333,26 @@ def _shown(inputs: Inputs, model: PreTrainedModel) -> contextlib.AbstractContext
     return inputs.target.shown(model) if isinstance(inputs.target, Embeddings) else contextlib.nullcontext()
 
 
-def _measure(
-    inputs: Inputs, model: PreTrainedModel, progress: Progress, phase: str, reads: OriginalInputs | None = None
-) -> Measured | None:
-    """Of rows as they are read, or as the original did."""
-    tokenizer, rows = (reads or inputs).tokenizer, (reads or inputs).evaluation
-    if rows is None or tokenizer is None or (inputs.speaks and phase != AFTER):
+def _original(inputs: Inputs, model: PreTrainedModel) -> PreTrainedModel | None:
+    """What a language model was before, once more, for their predictions are compared; None for other models."""
+    if not inputs.speaks:
         return None
-    original = None
-    if inputs.speaks:  # both are measured at once, so that predictions can be compared
-        original = load_model(inputs.path, device=str(model.device)).to(model.dtype)  # pyright: ignore
-        if inputs.kept is not None:
-            trim_model(original, inputs.kept)
+    original = load_model(inputs.path, device=str(model.device)).to(model.dtype)  # pyright: ignore
+    if inputs.kept is not None:
+        trim_model(original, inputs.kept)
+    return original
+
+
+def _measure(
+    inputs: Inputs,
+    model: PreTrainedModel,
+    progress: Progress,
+    phase: str,
+    reads: OriginalInputs | None = None,
+    original: PreTrainedModel | None = None,
+) -> Measured | None:
+    """Of rows as they are read, or as the original did; of language models both are measured together, in the end."""
+    tokenizer, rows = (reads or inputs).tokenizer, (reads or inputs).evaluation
+    if rows is None or tokenizer is None or (inputs.speaks and original is None):
+        return None
     return measure(model, tokenizer, rows, inputs.labels, progress, phase, inputs.target, original)

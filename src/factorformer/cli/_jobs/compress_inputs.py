@@ -13,22 +13,11 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from factorformer.cli._given import note_unused
-from factorformer.cli._inputs import (
-    about,
-    check_dense,
-    check_speaks_alike,
-    check_teacher,
-    encode_table,
-    encode_text,
-    find_pooling,
-    note_new_head,
-    plain_columns,
-    read_table,
-    read_text,
-)
+from factorformer.cli._inputs import check_dense, check_speaks_alike, check_teacher, find_pooling, note_new_head
 from factorformer.cli._jobs.compress_options import CompressJob
 from factorformer.cli._measure import check_measurable
 from factorformer.cli._options import note
+from factorformer.cli._texts import about, encode_table, encode_text, plain_columns, read_table, read_text
 from factorformer.errors import DataError
 from factorformer.hf.source import find, load_tokenizer, read_config
 from factorformer.tasks.classification import Head, check_head, find_head, head_labels, is_causal, labels_for
@@ -140,9 +129,10 @@ def read_inputs(job: CompressJob) -> Inputs:
     elif texts:
         note_unused("but for causal language models", "sequence_length")
     if job.distill is not None:
-        check_teacher(job.distill, config, head, target)
         if isinstance(target, NextTokens):
             check_speaks_alike(job.distill, config, path)
+        else:
+            check_teacher(job.distill, config, head, target)
     if isinstance(target, Predictions) and config.num_labels == 1 and all(len(c.text) == 1 for c in columns.values()):
         note(
             "the model gives one score, and the text has one column: if it scores pairs, as rerankers do, name the "
@@ -156,15 +146,15 @@ def read_inputs(job: CompressJob) -> Inputs:
         data: dict[str, datasets.Dataset] = {}
         lengths = {"max_length": job.max_length, "sequence_length": job.sequence_length}
         for name in names:
-            source, columns_of = sources[name], columns[name]
+            source, read_of = sources[name], columns[name]
             if name == "calibration" and "train" in data and name in texts and source == job.train:
                 data[name] = data["train"]
                 continue
             if name in tables:
                 rows = tables[name]
-                data[name] = encode_table(source, rows, columns_of, tokenizer, labels, job.max_length, config)
+                data[name] = encode_table(source, rows, read_of, tokenizer, labels, job.max_length, config)
                 continue
-            each = [Columns((column,)) for column in columns_of.text] if apart else [columns_of]
+            each = [Columns((column,)) for column in read_of.text] if apart else [read_of]
             data[name] = datasets.concatenate_datasets(
                 [encode_text(source, texts[name], c, tokenizer, config, **lengths) for c in each]
             )

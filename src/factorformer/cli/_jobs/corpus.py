@@ -11,9 +11,9 @@ from typing import Any, TypeVar
 import datasets
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from factorformer.cli._inputs import columns_of, plain_columns, read_table
 from factorformer.cli._options import note
 from factorformer.cli._text_files import TextFiles
+from factorformer.cli._texts import columns_of, plain_columns, read_table
 from factorformer.errors import DataError
 from factorformer.progress import Progress
 from factorformer.tasks import language_modelling, translation

@@ -11,8 +11,9 @@ import datasets
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from factorformer.cli._inputs import about, encode_table, find_pooling, read_table
+from factorformer.cli._inputs import find_pooling
 from factorformer.cli._options import LENGTH, note
+from factorformer.cli._texts import about, encode_table, read_table
 from factorformer.errors import DataError, ModelError
 from factorformer.export.sentence import read_longest
 from factorformer.files import short_names

@@ -5,17 +5,8 @@ from __future__ import annotations
 import dataclasses
 import time
 
-from factorformer.cli._inputs import (
-    about,
-    check_teacher,
-    encode_table,
-    load_teacher,
-    note_new_head,
-    read_table,
-    save,
-    saved,
-    update,
-)
+from factorformer.cli._inputs import check_teacher, load_teacher, note_new_head, save, saved, update
+from factorformer.cli._texts import about, encode_table, read_table
 from factorformer.hf.source import find, load_tokenizer, read_config
 from factorformer.layers.quantization import hold_floats, quantize
 from factorformer.progress import bars

@@ -6,9 +6,10 @@ import dataclasses
 import time
 from collections.abc import Sequence
 
-from factorformer.cli._inputs import check_speaks_alike, columns_of, encode_text, plain_columns, read_text
+from factorformer.cli._inputs import check_speaks_alike
 from factorformer.cli._measure import measure
 from factorformer.cli._options import LENGTH
+from factorformer.cli._texts import columns_of, encode_text, plain_columns, read_text
 from factorformer.files import short_names
 from factorformer.hf.source import find, load_model, load_tokenizer, read_config
 from factorformer.progress import bars
