@@ -248,6 +248,21 @@ def test_factorized_embeddings(words: Structure, positions: Structure, tmp_path:
     assert numbers(tmp_path / "out") < stored(model) + CONSTANTS
 
 
+@pytest.mark.parametrize(
+    "spec", [LowRank(9), DenseSparse(24, 3), DenseSparse(24, 3, "columns"), KroneckerSum(3, (30, 4), (20, 8))], ids=str
+)
+def test_tables_that_are_stored_in_int8(spec: Structure, tmp_path: Path) -> None:
+    model = encoder(1)
+    table = FactorizedEmbedding(spec, (TALL, WIDTH), padding_idx=0)
+    table.quantize()
+    model.base_model.embeddings.word_embeddings = table
+    assert export(model, tmp_path / "out").deviation < 1e-5
+    exact = copy.deepcopy(model)
+    exact.base_model.embeddings.word_embeddings = torch.nn.Embedding.from_pretrained(table.to_dense(), padding_idx=0)
+    assert deviation(tmp_path / "out", lambda **x: exact(**x).logits, SHAPES) < 1e-5
+    assert numbers(tmp_path / "out") < stored(model) + CONSTANTS
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16])
 def test_half_precision_is_stored_as_such(dtype: torch.dtype, tmp_path: Path) -> None:
     model = encoder(1).to(dtype)  # pyright: ignore

@@ -72,6 +72,11 @@ class LowRank(Structure):
                 return found
         return chain(look_up(factors, "weight", index), (dense(factors, "right", columns=True),))
 
+    def exported_rows(self, shape: Shape, factors: Factors, index: Tensor) -> Tensor:
+        """Rows of the left factor, which stay in integers until they are looked up, times the right one in floats."""
+        rows = look_up(factors, "weight", index)
+        return rows @ dense(factors, "right").values(rows.dtype)
+
     def to_dense(self, shape: Shape, factors: Factors) -> Tensor:
         factors = floats(factors)
         return factors["weight"] @ factors["right"]
