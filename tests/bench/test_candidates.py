@@ -9,7 +9,7 @@ import pytest
 import torch
 from tests.bench.onnx_file import write_onnx
 from tests.tiny import MODELS
-from transformers import PreTrainedModel
+from transformers import BertConfig, BertModel, PreTrainedModel
 
 import factorformer
 from factorformer.bench.candidates import Candidate, _in_int8, load, parse
@@ -109,6 +109,13 @@ def test_int8_of_what_is_not_dense_is_refused(small: Path, dense: Path) -> None:
     layer = torch.nn.Linear(2, 2)
     with pytest.raises(MethodError, match=r"CPU.*cuda"):
         _in_int8(parse(f"int8:{dense}"), "int8", layer, torch.device("cuda"))
+
+
+def test_layers_that_do_not_run_in_one_call_are_refused(tmp_path: Path) -> None:
+    sizes = {"vocab_size": 60, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    BertModel(BertConfig(**sizes, intermediate_size=32, hidden_act="relu")).save_pretrained(tmp_path)
+    with pytest.raises(MethodError, match=r"fused-int8.*does not run in one call, nor its products in int8"):
+        load(parse(f"fused-int8:{tmp_path}"), 1, CPU)
 
 
 def test_models_of_other_things_are_refused(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
-from factorformer.errors import MethodError, ModelError, one_line, one_of
+from factorformer.errors import FactorformerWarning, MethodError, ModelError, one_line, one_of
 from factorformer.layers.nn import FactorizedMatrix
 
 VARIANTS = {
@@ -191,9 +191,7 @@ def _changed(candidate: Candidate, model: Any, device: torch.device) -> nn.Modul
     """The model in its precision, compiled if it is to be."""
     for name in candidate.variants:
         if name.startswith("fused"):
-            from factorformer.hf.fused import fuse
-
-            model = fuse(model, "bfloat16" if name == "fused-bf16" else "int8" if name == "fused-int8" else None)
+            model = _fused(candidate, name, model)
         elif name == "bf16":
             model = model.to(torch.bfloat16)
         elif name in PRECISIONS:
@@ -203,6 +201,19 @@ def _changed(candidate: Candidate, model: Any, device: torch.device) -> nn.Modul
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the compiler imports what torch itself deprecates
         return torch.compile(model, dynamic=False)  # pyright: ignore
+
+
+def _fused(candidate: Candidate, variant: str, model: Any) -> Any:
+    from factorformer.hf.fused import fuse
+
+    if variant == "fused":
+        return fuse(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FactorformerWarning)
+        try:
+            return fuse(model, "bfloat16" if variant == "fused-bf16" else "int8")
+        except FactorformerWarning as warning:  # products would be made as before
+            raise MethodError(f"'{candidate.name}': {warning}") from None
 
 
 def _in_int8(candidate: Candidate, variant: str, model: nn.Module, device: torch.device) -> nn.Module:
