@@ -9,7 +9,9 @@ import itertools
 import os
 import random
 import resource
+import signal
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_args
@@ -406,6 +408,36 @@ def check_what_is_no_number() -> None:
         assert found[torch.arange(9) != 4].isfinite().all()
 
 
+def small_encoder() -> Encoder:
+    linear, norm = Linear([Dense(torch.eye(4))], None), Norm(torch.ones(4), torch.zeros(4), 1e-5)
+    return Encoder([EncoderLayer(*[linear] * 6, norm, norm)], 1, None)
+
+
+def check_fork() -> None:
+    """A forked process, which has none of the threads of the one before, goes on to compute."""
+    if not hasattr(os, "fork") or "ASAN_OPTIONS" in os.environ:
+        return
+    torch.set_num_threads(3)
+    encoder, x, starts = small_encoder(), torch.randn(900, 4), torch.arange(0, 901, 30)
+    expected, product = encoder(x, torch.arange(900), starts), torch.randn(600, 600)
+    product = product @ product
+    child = os.fork()
+    if child == 0:
+        product @ product
+        os._exit(not torch.equal(encoder(x, torch.arange(900), starts), expected))
+    for _ in range(200):
+        ended, status = os.waitpid(child, os.WNOHANG)
+        if ended:
+            break
+        time.sleep(0.1)
+    else:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        raise AssertionError("the process waits for threads that it does not have")
+    assert status == 0
+    assert torch.equal(encoder(x, torch.arange(900), starts), expected)
+
+
 def check_out_of_memory() -> None:
     """Where scratch memory cannot be had there is an error: an exception would not leave a parallel region alive."""
     if "ASAN_OPTIONS" in os.environ or not Path("/proc/self/statm").exists():
@@ -413,6 +445,7 @@ def check_out_of_memory() -> None:
     query, keys = torch.randn(1, 2, 1, 1), torch.randn(1, 2, 2**22, 1)
     x, weight = torch.randn(5, 4_000_000), torch.randn(1, 4_000_000)
     torch.set_num_threads(2)
+    encoder, rows, starts = small_encoder(), torch.arange(2**16), torch.tensor([0, 2**16])
     cpu.attention(query, keys[:, :, :5], keys[:, :, :5], None, 1.0)  # threads have their stacks from now on
     size = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
     before = resource.getrlimit(resource.RLIMIT_AS)
@@ -421,13 +454,14 @@ def check_out_of_memory() -> None:
     for product in (
         lambda: cpu.attention(query, keys, keys, None, 1.0),
         lambda: cpu.chain(x, [weight], [None], [False], None),
+        lambda: encoder(torch.zeros(2**16, 4), rows, starts),
     ):
         try:
             product()
         except MemoryError:
             failed += 1
     resource.setrlimit(resource.RLIMIT_AS, before)
-    assert failed == 2, failed
+    assert failed == 3, failed
     close(cpu.chain(x, [weight], [None], [False], None), x.double() @ weight.double().T, torch.tensor(1.0))
 
 
@@ -455,6 +489,7 @@ def main(name: str, cases: int) -> None:
     check_what_is_no_number()
     for _ in range(max(cases // 8, 2)):
         check_attention(draw)
+    check_fork()
     check_out_of_memory()
     if Path("/proc/self/maps").exists():  # other packages bring further copies of the library, which nothing here uses
         pools = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if "libgomp" in line}

@@ -22,8 +22,8 @@ from factorformer.structures import DenseSparse
 ROUNDS = 24
 """Rounds over codes and dictionary, unless the caller asks for others."""
 
-ORTHONORMAL = 20
-"""Rounds of the start, with an orthonormal dictionary; fewer where only a few rounds follow."""
+ORTHONORMAL, OF_SAMPLE = 20, 8
+"""Rounds of the start, with an orthonormal dictionary; fewer where only a few rounds follow, and of a sample."""
 
 EAGERNESS, COUPLED = 2.0, 1.5
 """How readily supports change in the first round; it falls to 1 in the last one. Coupled rows overshoot sooner."""
@@ -94,7 +94,7 @@ def fit_dense_sparse(
         fast = torch.bfloat16 if weight.device.type == "cpu" and has_bfloat16_products() else None
         few = dataclasses.replace(_Problem.of(sample[0], spec, sample[1]), products=fast)
         problem = dataclasses.replace(problem, products=fast)
-        codes = few.alternate(few.begin(rounds), rounds, EAGERNESS)
+        codes = few.alternate(few.begin(min(rounds, OF_SAMPLE // 2)), rounds, EAGERNESS)
         atoms, norms = few.unit(codes)
         plain, used = best_dictionary(codes * norms.T, few.plain), (codes != 0).any(0)
         plain[~used] = plain[used].square().mean().sqrt()  # which others may use

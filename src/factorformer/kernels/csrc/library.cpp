@@ -7,8 +7,12 @@
 #include <cpuid.h>
 #endif
 #if defined(__linux__)
+#include <pthread.h>
 #include <sys/syscall.h>
 #include <unistd.h>
+#endif
+#if defined(_OPENMP)
+#include <omp.h>
 #endif
 
 #include "factorformer.h"
@@ -58,6 +62,18 @@ static const Table *choose() {
 }
 
 static const Table *const table = choose();
+
+#if defined(__linux__) && defined(_OPENMP) && (defined(__clang__) ? _OPENMP >= 201811 : __GNUC__ >= 9)
+extern "C" int omp_pause_resource_all(omp_pause_resource_t) __attribute__((weak)); // missing in older libraries
+
+// No thread but one survives a fork, and the child would wait for the others forever, in products of torch as well. So
+// they end before it, and the next product makes new ones.
+static void end_threads() {
+    if (omp_pause_resource_all) omp_pause_resource_all(omp_pause_hard);
+}
+
+__attribute__((constructor)) static void expect_forks() { pthread_atfork(end_threads, nullptr, nullptr); }
+#endif
 
 // What the library was made of: callers compare it with the sources that they came with.
 EXPORT const char *factorformer_sources() { return FACTORFORMER_SOURCES; }
