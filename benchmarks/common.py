@@ -116,6 +116,18 @@ def _git(*arguments: str) -> str:
     return done.stdout if done.returncode == 0 else ""
 
 
+FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx_vnni", "amx_tile", "amx_int8", "amx_bf16")
+"""Of processors, by which products are made."""
+
+
+def flags() -> list[str]:
+    """Which of these the processor has; none where the system does not say."""
+    file = Path("/proc/cpuinfo")
+    lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
+    known = next((line.partition(":")[2].split() for line in lines if line.startswith("flags")), [])
+    return [flag for flag in FLAGS if flag in known]
+
+
 def machine() -> dict[str, Any]:
     """Hardware and versions recorded with every result; `load` is the mean of the last minute."""
     return {
@@ -123,6 +135,7 @@ def machine() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "instructions": torch.backends.cpu.get_cpu_capability(),
+        "flags": flags(),
         "kernels": kernels.variant(),
         "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
         "python": platform.python_version(),

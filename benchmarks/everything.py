@@ -20,7 +20,7 @@ from common import HERE, default_data
 TASKS = "--train-rows 4000 --precision bf16"
 RUNS = {
     "headline": [("headline", "")],
-    "latency": [("latency", "--methods svd:int8 --ratios 10")],
+    "latency": [("latency", "--methods svd:int8 --ratios 10 --shapes 1x32 8x64 32x128 banking77")],
     "products": [("products", "--plot docs/images/roofline.svg")],
     "translation": [("translation", ""), ("translation", "--timing")],
     "kronecker": [("kronecker", "")],
@@ -86,6 +86,7 @@ KEPT = ("headline", "latency", "accuracy", "translation", "planning", "encoders"
 
 WITH_DATA = (
     "headline",
+    "latency",
     "accuracy",
     "embeddings",
     "straight_through",

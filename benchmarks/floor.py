@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import statistics
 import time
 from collections.abc import Callable, Iterable
 
@@ -24,6 +25,9 @@ from factorformer.layers.surgery import find_blocks
 
 REPEATS = 7
 """Products of each size and way; the fastest counts."""
+
+WARM_UP = 5
+"""Passes of a model before those that count."""
 
 Size = tuple[int, int, int]
 """Tokens, inputs and outputs of a product."""
@@ -101,8 +105,9 @@ def _attention(heads: int, tokens: int, width: int, kind: str) -> list[Callable[
 def floors(work: Work) -> dict[str, dict[str, float]]:
     """By type, `fp32`, `bf16` and `int8`: milliseconds at least, and the rates from which they follow.
 
-    Attention is in bfloat16 where products are in int8. `gflops` is the rate of all products together; `read` is half
-    of the milliseconds in which the weights are copied.
+    Attention is in bfloat16 where products are in int8. `gflops` is the rate of all products together, which take
+    `flops`; `read` is half of the milliseconds in which `weight_bytes` are copied. Each product is a call of a library:
+    where they are tiny, most of this floor is the calls, and a model in one call can be below it.
     """
     found = {}
     for kind, size in (("fp32", 4), ("bf16", 2), ("int8", 1)):
@@ -116,6 +121,8 @@ def floors(work: Work) -> dict[str, dict[str, float]]:
         flops = sum(2 * tokens * inner * out for tokens, inner, out in work.products)
         least = max(products, read) + attention
         found[kind] = {
+            "flops": flops,
+            "weight_bytes": work.weights * size,
             "milliseconds": round(1e3 * least, 4),
             "products": round(1e3 * products, 4),
             "attention": round(1e3 * attention, 4),
@@ -137,13 +144,14 @@ def split(module: PreTrainedModel, ids: Tensor, padding: int | None, passes: int
     encoders = [forward.encoder for forward in forwards if isinstance(forward, FusedForward)]
     if len(encoders) != 1 or encoders[0] is None:
         return None
-    mask = real(ids, padding)
-    threads = torch.get_num_threads()
-    with torch.inference_mode(), encoders[0].watched() as seconds:
-        began = time.perf_counter()
-        for _ in range(passes):
-            module(input_ids=ids, attention_mask=mask)
-        took = time.perf_counter() - began
-    found = {name: 1e3 * value / passes / threads for name, value in seconds.items()}
-    found["everything else"] = 1e3 * took / passes - sum(found.values())
-    return {name: round(value, 4) for name, value in found.items()}
+    mask, each = real(ids, padding), []
+    with torch.inference_mode():
+        for number in range(WARM_UP + passes):
+            began = time.perf_counter()
+            with encoders[0].watched() as seconds:
+                module(input_ids=ids, attention_mask=mask)
+            took = time.perf_counter() - began
+            spent = {name: value / torch.get_num_threads() for name, value in seconds.items()}
+            if number >= WARM_UP:
+                each.append({**spent, "everything else": took - sum(spent.values())})
+    return {name: round(1e3 * statistics.median(spent[name] for spent in each), 4) for name in each[0]}

@@ -9,8 +9,9 @@ For each method and ratio the compressed model is timed, interleaved as in `fact
 
 - the dense model in eager torch, which is the baseline, compiled, and in torch's and torchao's dynamic int8;
 - OpenVINO with the dense model, computing in float32 and in bfloat16, and with static int8 that NNCF made of it;
-- the dense model in one call of our kernels, with its weights rounded to bfloat16 and to int8;
 - ONNX Runtime with torch's export of the dense model, with its own dynamic int8 of that, and with our export of it;
+- static embeddings, a table of 256 columns of which the mean is taken, as the other end;
+- the dense model in one call of our kernels, with its weights rounded to bfloat16 and to int8;
 - Torch-Pruning, with heads and feed-forward units removed until the blocks hold no more parameters than ours;
 - tensorly-torch, with every linear layer of the blocks factorized to about as many parameters.
 
@@ -42,6 +43,7 @@ from typing import Any
 import floor
 import openvino_peers
 import torch
+import torch.nn.functional as F
 from common import append_line, default_data, machine, options, read_lines, start
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -61,6 +63,8 @@ from factorformer.tasks import data
 CPU = torch.device("cpu")
 PEERS = ("onnx", "onnxruntime", "openvino", "nncf", "torchao", "torch-pruning", "tensorly", "tensorly-torch")
 SENTENCES, OF_EACH = "banking77", 32
+STATIC = 256
+"""Columns of static embeddings."""
 BATCHES = 8
 """Of real sentences, in one pass."""
 LAYERS = ("attention.self.query", "attention.self.key", "attention.self.value", "attention.output.dense")
@@ -239,7 +243,11 @@ class Field:
         if importlib.util.find_spec("openvino") is None or importlib.util.find_spec("nncf") is None:
             print("left out: OpenVINO: openvino and nncf are not installed", flush=True)
             return
-        questions = data.read(self.args.data / SENTENCES / "train.tsv")["text"]
+        file = self.args.data / SENTENCES / "train.tsv"
+        if not file.exists():
+            print(f"left out: OpenVINO: '{file}', on which its int8 is calibrated, is not there", flush=True)
+            return
+        questions = data.read(file)["text"]
         config, threads = self.dense.config, torch.get_num_threads()
         paths = openvino_peers.convert(self.dense, self.tokenizer, questions, self.work / "dense-openvino")
         for label, name, precision in (("", "dense", "f32"), (" bf16", "dense", "bf16"), (" int8", "int8", "f32")):
@@ -252,6 +260,17 @@ class Field:
         source = self.source
         self.add("dense, eager", str(source))
         self.openvino()
+        if self.installed["onnxruntime"] and self.installed["onnx"]:
+            by_torch, by_onnxruntime = self.exported_by_torch()
+            self.add("dense, ONNX Runtime", str(by_torch))
+            self.add("dense, ONNX Runtime's int8", str(by_onnxruntime))
+            self.add("dense, our export in int8", str(self.exported(source, int8=True)))
+        else:
+            print("left out: ONNX Runtime: onnx and onnxruntime are not installed", flush=True)
+        table = torch.randn(self.dense.config.vocab_size, STATIC)
+        known = self.dense.config.vocab_size, self.dense.config.pad_token_id, most_tokens(self.dense)
+        averaged = Runner(lambda ids: lambda: F.embedding_bag(ids, table, mode="mean"), *known, nn.Identity())
+        self.ready["static embeddings"] = Candidate("static embeddings", source), averaged
         self.add("dense, fused bf16", f"fused-bf16:{source}")
         self.add("dense, fused int8", f"fused-int8:{source}")
         if not self.args.peers:
@@ -265,13 +284,7 @@ class Field:
         if self.args.compile:
             self.add("dense, torchao int8, torch.compile", f"compile:torchao-int8:{source}")
         if self.installed["onnxruntime"] and self.installed["onnx"]:
-            by_torch, by_onnxruntime = self.exported_by_torch()
-            self.add("dense, ONNX Runtime", str(by_torch))
-            self.add("dense, ONNX Runtime's int8", str(by_onnxruntime))
             self.add("dense, our export", str(self.exported(source, int8=False)))
-            self.add("dense, our export in int8", str(self.exported(source, int8=True)))
-        else:
-            print("left out: ONNX Runtime: onnx and onnxruntime are not installed", flush=True)
 
     def against(self, method: str, ratio: float) -> dict[str, Any]:
         """Add the compressed model and those of its size; what is known of it."""
@@ -390,6 +403,22 @@ def versions() -> dict[str, str]:
     return found
 
 
+def show_floors(row: dict[str, Any]) -> None:
+    """What the products of a model could take at least, by type, and how far above that of its own each one is."""
+    kind = "int8" if row["method"].endswith(":int8") else "fp32"
+    for of, least in row.get("floors", {}).items():
+        for each, found in least.items():
+            numbers = f"{found['flops'] / 1e9:.3g} GFLOP, {found['weight_bytes'] / 1e6:.3g} MB"
+            rates = f"{found['gflops']:.0f} GFLOP/s, {found['weight_bytes'] / found['read'] / 1e6:.3g} GB/s"
+            print(f"  floor of {of} in {each:<5} {found['milliseconds']:9.3f} ms  {numbers}, at {rates}", flush=True)
+    for result in row["results"] if row.get("floors") else ():
+        name = result["name"]
+        ours = not name.startswith(("dense", "static"))
+        own = kind if ours else next((each for each in ("int8", "bf16") if each in name), "fp32")
+        over = result["milliseconds"]["median"] / row["floors"]["ours" if ours else "dense"][own]["milliseconds"]
+        print(f"  {name:<36} {over:6.2f} times the floor of {'ours' if ours else 'dense'} in {own}", flush=True)
+
+
 def main() -> None:
     parser = options(__doc__, "latency.jsonl")
     parser.add_argument("--model", default="minilm", help="a directory, or `minilm`")
@@ -404,7 +433,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the words")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True, help="torch.compile as well")
     parser.add_argument(
-        "--peers", action=argparse.BooleanOptionalAction, default=True, help="other libraries than OpenVINO as well"
+        "--peers", action=argparse.BooleanOptionalAction, default=True, help="other libraries than these two as well"
     )
     parser.add_argument("--again", action="store_true", help="measure what is there already")
     parser.add_argument("--work", type=Path, default=Path("runs/latency"), help="models are kept here")
@@ -454,6 +483,7 @@ def main() -> None:
                     quartiles = f"{speedup['low']:.2f} to {speedup['high']:.2f}"
                     line = f"  {result['name']:<36} {speedup['median']:6.2f}x  {quartiles}  {time:9.2f} ms"
                     print(line, flush=True)
+                show_floors(row)
             field.ready = common
 
 

@@ -104,6 +104,8 @@ def headline() -> list[str]:
 def latency() -> list[str]:
     """Rows of before there were several models."""
     rows = [row for row in rows_of("latency.jsonl") if "model" not in row]
+    if not rows:
+        return []
     names = [result["name"] for result in rows[0]["results"]]
     cells = {(row["shape"], result["name"]): result for row in rows for result in row["results"]}
 
