@@ -319,6 +319,35 @@ def test_a_fused_optimizer(bert: tf.PreTrainedModel) -> None:
     assert torch.equal(after, states(fuse(copy.deepcopy(bert), "int8"), inputs))
 
 
+def test_compiled_training_is_seen(bert: tf.PreTrainedModel) -> None:
+    """Fused optimizers change weights, of which no tensor tells, and compiled passes are traced but once."""
+    fuse(bert)
+    inputs = batch(2, 9)
+    states(bert, inputs)
+    compiled = torch.compile(bert, backend="eager")
+    optimizer = torch.optim.AdamW(bert.parameters(), lr=0.01, fused=True)
+    for _ in range(2):
+        compiled(**inputs).last_hidden_state.square().sum().backward()
+        optimizer.step()
+        assert torch.equal(states(bert, inputs), states(fuse(copy.deepcopy(bert)), inputs))
+
+
+def test_dropout_and_patches_inside(bert: tf.PreTrainedModel, calls: list[int]) -> None:
+    inputs = batch(2, 9)
+    known, tried = states(fuse(bert), inputs), len(calls)
+    for module in bert.modules():
+        if isinstance(module, nn.Dropout):
+            module.train()
+    assert not torch.equal(states(bert, inputs), states(bert, inputs))
+    bert.eval()
+    attention = bert.encoder.layer[1].attention.self
+    attention.forward = lambda *_, **__: (torch.zeros(2, 9, 48), None)
+    assert not torch.allclose(states(bert, inputs), known)
+    assert len(calls) == tried
+    del attention.forward
+    assert torch.equal(states(bert, inputs), known)
+
+
 def test_layers_of_other_sizes_and_makes(bert: tf.PreTrainedModel, calls: list[int]) -> None:
     inputs = batch(3, 40)
     block = bert.encoder.layer[1]
@@ -381,7 +410,10 @@ def test_what_is_not_known_is_said(bert: tf.PreTrainedModel, monkeypatch: pytest
     with pytest.warns(FactorformerWarning, match="BertModel does not run in one call.*int8.*not known"):
         fuse(other, "int8")
     assert not stacks_of(other)
-    fuse(other)  # without a word
+    with pytest.warns(FactorformerWarning, match="BertModel does not run in one call: its layers are not known"):
+        fuse(other)
+    with pytest.warns(FactorformerWarning, match="does not run in one call.*it is bfloat16 on cpu, not float32"):
+        fuse(made("bert").bfloat16(), "int8")
     decoder = tf.BertLMHeadModel(tf.BertConfig(**SIZES, **OTHERS, is_decoder=True))
     assert not stacks_of(decoder)
     right = Encoder.__call__

@@ -20,6 +20,9 @@ from factorformer.hf.fused import ATTENTION, FusedGELU, fuse
 from factorformer.kernels import cpu
 from factorformer.layers.nn import FactorizedLinear
 
+# Of layers that are not known `fuse` says so.
+pytestmark = pytest.mark.filterwarnings("ignore:.* does not run in one call")
+
 NAMES = ["bert", "roberta", "distilbert", "vit", "gpt2", "llama", "t5", "modernbert", "whisper"]
 compiled = pytest.mark.skipif(not cpu.AVAILABLE, reason="the kernels are not compiled here")
 

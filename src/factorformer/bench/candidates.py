@@ -207,7 +207,11 @@ def _fused(candidate: Candidate, variant: str, model: Any) -> Any:
     from factorformer.hf.fused import fuse
 
     if variant == "fused":
-        return fuse(model)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FactorformerWarning)  # attention and activations are ours in any case
+            return fuse(model)
+    if "compile" in candidate.variants:
+        raise MethodError(f"'{candidate.name}': what is compiled runs no layers in one call: leave 'compile' out")
     with warnings.catch_warnings():
         warnings.simplefilter("error", FactorformerWarning)
         try:

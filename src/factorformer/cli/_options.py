@@ -271,6 +271,23 @@ Minutes = Annotated[
 Resume = Annotated[
     bool, typer.Option("--resume", help="Go on with an interrupted run of the same command, from its last checkpoint.")
 ]
+Stream = Annotated[
+    bool,
+    typer.Option(
+        "--stream",
+        rich_help_panel="Models larger than memory",
+        help="Hold one block of the model in memory at a time. So it is done without being asked where the weights "
+        "take more than half of the memory that is free. A run that was interrupted goes on by itself.",
+    ),
+]
+Sequential = Annotated[
+    bool,
+    typer.Option(
+        "--sequential",
+        rich_help_panel="Models larger than memory",
+        help="With --stream: let each block read what the compressed ones before it make.",
+    ),
+]
 Seed = Annotated[int, training_option("--seed", min=0, max=2**32 - 1, help="Seed of all randomness.")]
 Distill = Annotated[
     str | None,

@@ -34,6 +34,9 @@ INDIFFERENT = ("position_ids", "use_cache", "return_dict")
 CAPTURING = "output_capturing_hook"
 """The hook that transformers leaves behind where it once collected what layers make, and that does nothing else."""
 
+ALIKE = (nn.Linear, FactorizedLinear, nn.LayerNorm)
+"""Modules that do the same in training."""
+
 DISTANCES = 512
 """Tokens up to which relative positions are laid out at first."""
 
@@ -107,10 +110,10 @@ class FusedForward:
 
     def encoded(self, x: Tensor, mask: Any, others: Mapping[str, Any]) -> Tensor | None:
         """What the layers make of hidden states `(batch, tokens, width)`; None where they have to do it themselves."""
-        if torch.compiler.is_compiling():
-            return None
         if torch.is_grad_enabled() or self.stack.training:
             self._made = None  # fused optimizers change weights, and no tensor tells
+            return None
+        if torch.compiler.is_compiling():
             return None
         if _asks(others) or x.dim() != 3:
             return None
@@ -130,6 +133,8 @@ class FusedForward:
         """
         batch, length = size
         if not served(like) or not batch * length or compat.capturing():
+            if not like.is_cpu or like.dtype != torch.float32:
+                self._made = None  # whose weights are others now
             return None
         encoder = self._ready(length)
         if encoder is None:
@@ -155,6 +160,8 @@ class FusedForward:
             self._made = made = self._make(length)
         if made is None or made.of.hooked(CAPTURING) or any(layer.form is not None for layer in made.factorized):
             return None
+        if any(module.training for module in made.dropping) or any("forward" in vars(module) for module in made.inside):
+            return None  # which may drop something, or were given another forward pass
         return made.encoder
 
     def _make(self, length: int) -> _Made | None:
@@ -172,7 +179,8 @@ class FusedForward:
             ahead = -torch.arange(-reach, reach + 1, device="cpu")
             bias = self.stack.relative_attention_bias(self.stack.relative_position_bucket(ahead)).T
         encoder = Encoder([_layer(parts) for parts in layers], layers[0]["heads"], self.products, bias)
-        return _Made(encoder, made_of, factorized)
+        inside = [module for module in self.stack.modules() if module is not self.stack]
+        return _Made(encoder, made_of, factorized, inside, [module for module in inside if type(module) not in ALIKE])
 
 
 class FusedModel:
@@ -254,6 +262,8 @@ class _Made(NamedTuple):
     encoder: Encoder
     of: Snapshot
     factorized: Sequence[FactorizedLinear]
+    inside: Sequence[nn.Module]
+    dropping: Sequence[nn.Module]
 
 
 def _tensors(module: nn.Module) -> Iterator[Tensor]:

@@ -185,23 +185,30 @@ def _set_stacks(model: PreTrainedModel, products: Products | None) -> set[nn.Mod
     outputs are others than before, the layers stay as they are, and a warning says so.
     """
     forwards = forwards_of(model, products) if cpu.AVAILABLE else {}
-    if products and not forwards:
-        reason = "layers of this kind are not known" if cpu.AVAILABLE else "there are no compiled kernels"
-        _say(f"{type(model).__name__} does not run in one call, nor its products in {products}: {reason}")
+    reason = None if forwards else "its layers are not known"
+    if not cpu.AVAILABLE:
+        reason = "there are no compiled kernels"
+    elif model.device.type != "cpu" or model.dtype != torch.float32:
+        reason = f"it is {str(model.dtype).removeprefix('torch.')} on {model.device.type}, not float32 on a CPU"
+    if reason is not None:
+        asked = f", nor its products in {products}" if products else ""
+        _say(f"{type(model).__name__} does not run in one call{asked}: {reason}")
     stacks = [module for module, forward in forwards.items() if isinstance(forward, FusedForward)]
     if not stacks:
         return set()
     earlier = {module: vars(module).pop("forward", None) for module in forwards}
     exact = _outputs_with(model, {stack: _Exactly(stack) for stack in stacks})
     apart, limit = _deviation(exact, _outputs_with(model, forwards_of(model, "float32"))), DEVIATION
+    differ = "no batch could be made up to try them" if exact is None else f"outputs would differ by {apart:.2g}"
     if apart <= limit and products != "float32":
         apart, limit = _deviation(exact, _outputs_with(model, forwards)), ROUGHLY
+        differ = f"rounding to {products or 'integers'} would change outputs by {apart:.2g}"
     if not apart <= limit:
         for module, forward in earlier.items():
             vars(module).pop("forward", None)
             if forward is not None:
                 module.forward = forward
-        _say(f"the layers of {type(model).__name__} are not run in one call: outputs would differ by {apart:.2g}")
+        _say(f"the layers of {type(model).__name__} are not run in one call: {differ}")
         return set()
     for module, forward in forwards.items():
         module.forward = forward

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from factorformer import compression, recipes
 from factorformer.bench.layers import slower_than_dense
 from factorformer.cli._inputs import fit_plan, load_teacher, off_target, predictions, save, saved, update
+from factorformer.cli._jobs import stream
 from factorformer.cli._jobs.compress_inputs import Inputs, OriginalInputs, read_inputs
 from factorformer.cli._jobs.compress_options import CompressJob, check
 from factorformer.cli._jobs.unfinished import Unfinished
@@ -58,6 +59,8 @@ ROWS_TO_HEAL = 2048
 def run(job: CompressJob, *, resume: bool) -> Result:
     """Check, plan, fit, train, save, measure; a model that learns without labels leaves checkpoints."""
     started = time.perf_counter()
+    if job.stream or stream.is_too_large(job):
+        return stream.run(job)
     job = check(job)
     inputs = read_inputs(job)
     if not inputs.heals:

@@ -48,6 +48,8 @@ class CompressJob:
     settings: TrainingSettings
     healing: HealingSettings
     distill: str | None
+    stream: bool
+    sequential: bool
     device: str
     overwrite: bool
 

@@ -1,0 +1,113 @@
+"""The job of `compress --stream`: a model of which memory holds one block at a time."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import psutil
+from transformers import PreTrainedModel
+
+from factorformer.cli._inputs import update
+from factorformer.cli._jobs.compress_inputs import read_inputs
+from factorformer.cli._jobs.compress_options import CompressJob, check
+from factorformer.cli._options import note
+from factorformer.cli._texts import calibration_batches
+from factorformer.errors import MethodError
+from factorformer.fitting.batches import Batch
+from factorformer.hf.layout import place
+from factorformer.hf.source import find
+from factorformer.progress import bars
+from factorformer.report import Result
+from factorformer.streaming import compress_checkpoint, streams
+
+TOO_MUCH = 0.5
+"""Part of the free memory beyond which weights are not read as a whole."""
+
+
+def is_too_large(job: CompressJob) -> bool:
+    """Whether a model had better be compressed block by block, and can be; a note says so."""
+    if _refused(job):
+        return False
+    folder = place(find(job.model)).folder
+    size = sum(file.stat().st_size for file in folder.glob("model*.safetensors"))
+    free = psutil.virtual_memory().available
+    if size <= TOO_MUCH * free:
+        return False
+    note(
+        f"the weights take {size / 1e9:.1f} GB, and {free / 1e9:.1f} GB of memory are free: compressed block by block, "
+        "as by --stream"
+    )
+    return True
+
+
+def run(job: CompressJob) -> Result:
+    """Check, and compress block by block.
+
+    Raises:
+        MethodError: an option that is about the model as a whole.
+    """
+    refused = _refused(job)
+    if refused:
+        raise MethodError(f"--stream holds one block of the model at a time, and does not go with {', '.join(refused)}")
+    if job.method is None:
+        method = "svd" if job.calibration is None else "whitened"
+        note(f"block by block, '{method}' is the default: others need gradients, or weigh all matrices at once")
+        job = dataclasses.replace(job, method=method)
+    job = check(job)
+    inputs = read_inputs(job)
+
+    def batches(model: PreTrainedModel) -> list[Batch]:
+        assert inputs.tokenizer is not None
+        assert inputs.calibration is not None
+        size = job.settings.batch_size
+        return [
+            *calibration_batches(
+                model, inputs.tokenizer, inputs.calibration, job.calibration_rows, job.settings.seed, size
+            )
+        ]
+
+    with bars() as progress:
+        report = compress_checkpoint(
+            inputs.path,
+            job.output,
+            job.method,
+            job.ratio,
+            job.include,
+            job.exclude,
+            int8=job.int8,
+            int4=job.int4,
+            rank_multiple=job.rank_multiple or 1,
+            calibration=None if inputs.calibration is None else batches,
+            sequential=job.sequential,
+            overwrite=job.overwrite,
+            progress=progress,
+        )
+    for line in report.notes:
+        note(line)
+    result = Result.of(
+        report.plan,
+        method=job.chosen,
+        metrics={},
+        seconds=report.seconds | {"total": sum(report.seconds.values())},
+        seed=None if inputs.tokenizer is None else job.settings.seed,
+        output=job.output,
+        warnings=list(report.notes),
+    )
+    update(result)
+    return result
+
+
+def _refused(job: CompressJob) -> list[str]:
+    """Options that are about the model as a whole."""
+    given = {
+        "--train": job.train is not None,
+        "--eval": job.evaluation is not None,
+        "--scope all": job.scope == "all",
+        "--budget": job.budget not in (None, "bytes"),
+        "--share": job.share is not None,
+        "--unique-layers": job.unique_layers is not None,
+        "--trim-vocabulary": job.trim_vocabulary is not None,
+        "--plan": job.plan is not None,
+        f"--method {job.method}": job.method is not None and not streams(job.method),
+    }
+    return [name for name, is_given in given.items() if is_given]

@@ -1,0 +1,167 @@
+"""Blocks of a model one at a time, driven by the model's own forward pass: those before it are skipped.
+
+Whatever a block takes beside hidden states (masks, positions, their rotations) the model makes for it as always. The
+blocks before return, in place of what they would compute, what they did return when they had their weights; those
+behind are not reached. So one forward pass computes one block, and everything outside of blocks before it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from factorformer.errors import ModelError, one_line
+from factorformer.fitting.batches import Batch
+from factorformer.fitting.watch import Reached
+from factorformer.layers.surgery import find_blocks
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+Wrap = Callable[[Tensor], Any]
+"""Hidden states as a block returns them."""
+
+
+class Chain:
+    """The blocks of a model in the order in which they run.
+
+    Args:
+        model: of which all but the blocks has its values.
+        batch: to find out whether the blocks are a chain: they are called once each, in order, and each reads what the
+            one before it returned.
+
+    Raises:
+        ModelError: they are not.
+    """
+
+    def __init__(self, model: PreTrainedModel, batch: Batch) -> None:
+        self.model: Any = model
+        self.names = find_blocks(model)
+        self._blocks = [model.get_submodule(name) for name in self.names]
+        self._wraps: list[Wrap] = [lambda hidden: hidden] * len(self.names)
+        self._check(batch)
+
+    def begin(self, batch: Batch) -> Tensor:
+        """What the first block reads.
+
+        Raises:
+            ModelError: the model does not come as far without the weights of its blocks, or not at all.
+        """
+        found: list[Tensor] = []
+
+        def first(*args: Any, **kwargs: Any) -> Any:
+            found.append(_hidden_of(args, kwargs))
+            raise Reached
+
+        with self._only(self._blocks[:1], [first]):
+            self.model(**batch)
+        return found[0]
+
+    def run(self, place: int, batch: Batch, hidden: Tensor) -> Tensor:
+        """What one block returns.
+
+        Args:
+            place: of the block, which has its weights.
+            batch: arguments of the model.
+            hidden: what the block reads of it.
+        """
+        block, found = self._blocks[place], []
+
+        def here(*args: Any, **kwargs: Any) -> Any:
+            output = type(block).forward(block, *args, **kwargs)
+            self._wraps[place] = _wrap_of(output)
+            found.append(output if isinstance(output, Tensor) else output[0])
+            raise Reached
+
+        before = [self._skipped(earlier, hidden) for earlier in range(place)]
+        with self._only(self._blocks[: place + 1], [*before, here]):
+            self.model(**batch)
+        return found[0]
+
+    @contextlib.contextmanager
+    def _only(self, blocks: list[Any], forwards: list[Callable[..., Any]]) -> Iterator[None]:
+        """A forward pass that ends in the last of these blocks, however it gets there."""
+        kind = type(self.model).__name__
+        try:
+            with _as(blocks, forwards):
+                yield
+        except Reached:
+            return
+        except (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            raise ModelError(
+                f"{kind} cannot run block by block: '{self.names[len(blocks) - 1]}' is not reached without the weights "
+                f"of other blocks, or not on this batch ({one_line(error)}); methods without data can (svd)"
+            ) from error
+        raise ModelError(
+            f"{kind} never calls its block '{self.names[len(blocks) - 1]}': methods without data can (svd)"
+        )
+
+    def _skipped(self, place: int, hidden: Tensor) -> Callable[..., Any]:
+        return lambda *_, **__: self._wraps[place](hidden)
+
+    def _check(self, batch: Batch) -> None:
+        """Passes in which no block computes anything; whether they return tuples is not known yet."""
+        start, order = self.begin(batch), list(range(len(self._blocks)))
+        attempts = [self._passed(batch, start, wrap) for wrap in (lambda hidden: hidden, lambda hidden: (hidden, None))]
+        if any(called == order and all(read) for called, read in attempts):
+            return
+        called, read = max(attempts, key=lambda attempt: sum(attempt[1]))
+        kind = type(self.model).__name__
+        if called != order[: len(called)]:
+            names = ", ".join(self.names[place] for place in called[:5])
+            raise ModelError(
+                f"the blocks of {kind} are not called one after the other, each once ({names}, ...): it cannot be "
+                "compressed block by block on data; methods that need none can (svd)"
+            )
+        place = read.index(False) if False in read else len(called) - 1
+        raise ModelError(
+            f"the block '{self.names[place]}' of {kind} does not read what the one before it returned: it cannot be "
+            "compressed block by block on data; methods that need none can (svd)"
+        )
+
+    def _passed(self, batch: Batch, start: Tensor, wrap: Wrap) -> tuple[list[int], list[bool]]:
+        """The blocks in the order in which they are called, and whether each reads what it should."""
+        called: list[int] = []
+        read: list[bool] = []
+
+        def pass_on(place: int) -> Callable[..., Any]:
+            def forward(*args: Any, **kwargs: Any) -> Any:
+                called.append(place)
+                read.append(place == 0 or any(value is start for value in (*args, *kwargs.values())))
+                return wrap(start)
+
+            return forward
+
+        forwards = [pass_on(place) for place in range(len(self._blocks))]
+        with _as(self._blocks, forwards), contextlib.suppress(Exception):  # of what is made of them in the end
+            self.model(**batch)
+        return called, read
+
+
+def _hidden_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    return next(v for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.is_floating_point())
+
+
+def _wrap_of(output: Any) -> Wrap:
+    """How hidden states stand in an output like this one."""
+    if isinstance(output, Tensor):
+        return lambda hidden: hidden
+    rest = [None] * (len(output) - 1)
+    return lambda hidden: (hidden, *rest)
+
+
+@contextlib.contextmanager
+def _as(blocks: list[Any], forwards: list[Callable[..., Any]]) -> Iterator[None]:
+    """Blocks with other forward passes, while this lasts, and nothing differentiated."""
+    try:
+        for block, forward in zip(blocks, forwards, strict=True):
+            block.forward = forward
+        with torch.no_grad():
+            yield
+    finally:
+        for block in blocks:
+            vars(block).pop("forward", None)

@@ -1,0 +1,384 @@
+"""The verb `compress_checkpoint`: a checkpoint that memory does not hold, into one of factors."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import factorformer
+from factorformer import compression, planning, recipes, registration
+from factorformer.compression import Report
+from factorformer.errors import DataError, MethodError, OutputError
+from factorformer.files import check_output, output_directory, whole_file
+from factorformer.fitting import statistics as calibrate
+from factorformer.fitting.batches import Batch, Calibration, as_batches, fingerprint
+from factorformer.fitting.matrices import fit_matrix
+from factorformer.fitting.moments import LayerStatistics
+from factorformer.fitting.recorder import Recorder
+from factorformer.hf import card
+from factorformer.hf.source import copy_companions, find, place_of_weights
+from factorformer.hf.tensors import read_sizes
+from factorformer.layers.quantization import quantize
+from factorformer.layers.surgery import factorize, factorized_like, find_blocks, replace_module
+from factorformer.planning import Entry, Plan
+from factorformer.progress import Progress, silent
+from factorformer.streaming.chain import Chain
+from factorformer.streaming.stored import Stored, skeleton
+from factorformer.tasks.checkpoints import locked
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+PART = 2**30
+"""Bytes of a file of tensors that belong to no block, unless one tensor has more."""
+
+
+def streams(method: str) -> bool:
+    """Whether a method can go block by block: it gives every matrix its part, and reads inputs at most."""
+    recipe = recipes.get(method)
+    fits = recipe.metric in ("plain", "input_moment") and recipe.allocation == "uniform"
+    return fits and recipe.training not in ("straight-through", "from scratch")
+
+
+def compress_checkpoint(
+    source: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    method: str | None = None,
+    ratio: float | None = None,
+    include: Sequence[str] | str | None = None,
+    exclude: Sequence[str] | str | None = None,
+    *,
+    int8: bool = False,
+    int4: bool = False,
+    rank_multiple: int = 1,
+    calibration: Calibration | Callable[[PreTrainedModel], Calibration] | None = None,
+    sequential: bool = False,
+    overwrite: bool = False,
+    progress: Progress = silent,
+) -> Report:
+    """Compress the blocks of a model on disk, of which one at a time is in memory, into a model directory.
+
+    Memory holds one block, the second moments of what its layers read, and the factors of one matrix on their way;
+    hidden states of the calibration batches, and what is finished, are on disk, in a hidden neighbour of the output. A
+    run that was interrupted, by whatever, goes on after the last finished block when it is called with the same
+    arguments, and makes the same files.
+
+    Args:
+        source: a model directory of safetensors, or a name on the Hub.
+        output: the directory to make; it appears complete or not at all.
+        method: one that gives every matrix its part of the budget and reads no gradients (`streams`); None for
+            `whitened` with calibration data and `svd` without.
+        ratio, include, exclude, int8, int4, rank_multiple: as for `plan`.
+        calibration: batches, as for `compress`; or what makes them for the model, which has no weights then.
+        sequential: let blocks read what the compressed blocks before them make, in place of the original ones.
+        overwrite: replace a model directory that is there, and an interrupted run with other arguments.
+        progress: progress callback.
+
+    Raises:
+        MethodError: a method that needs gradients, or all matrices at once.
+        DataError: the method needs calibration data that was not given.
+        ModelError: the model's blocks cannot be run one by one.
+        CheckpointError: files that cannot be read tensor by tensor.
+        OutputError: the output is there already, or an interrupted run with other arguments.
+    """
+    name = method or ("svd" if calibration is None else "whitened")
+    recipe = recipes.get(name)
+    if not streams(name):
+        able = [known for known in recipes.RECIPES if streams(known)]
+        raise MethodError(
+            f"method '{name}' weighs all matrices against each other, needs gradients, or trains: block by block go "
+            f"{', '.join(able)}"
+        )
+    if recipe.metric != "plain" and calibration is None:
+        raise DataError(f"method '{name}' needs calibration data ({recipe.needs}): pass batches, or use 'svd'")
+    started, path = time.perf_counter(), find(str(source))
+    model, stored = skeleton(path)
+    options = {"int8": int8, "int4": int4, "rank_multiple": rank_multiple}
+    plan = compression.plan(model, name, ratio, "blocks", include, exclude, **options)
+    batches: list[Batch] = []
+    if recipe.metric != "plain" and calibration is not None:
+        batches += as_batches(model, calibration(model) if callable(calibration) else calibration)
+    arguments = {
+        "plan": plan.to_dict(),
+        "sequential": sequential,
+        "source": [
+            [file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in sorted(set(stored.files.values()))
+        ],
+        "batches": [fingerprint(batch) for batch in batches],
+        "versions": [factorformer.__version__, torch.__version__],
+    }
+    run = _Run(Path(output), json.loads(json.dumps(arguments)), overwrite=overwrite)
+    job = _Job(model, stored, plan, batches, sequential, progress)
+    check_output(output, overwrite=overwrite, inputs=(path,))
+    chain = None
+    if batches:
+        stored.fill(_outside(job))
+        chain = Chain(model, batches[0])
+    with locked(run.folder.with_name(f"{run.folder.name}.lock")), run.opened():
+        _compress_blocks(job, run, chain)
+        report = _report(job, run, name, started)
+        with output_directory(output, overwrite=overwrite, inputs=(path,)) as partial:
+            _assemble(job, run, path, partial)
+    return report
+
+
+@dataclasses.dataclass
+class _Job:
+    """What is to be done.
+
+    Args:
+        model: whose blocks have no weights but for the one at hand.
+        stored: its tensors on disk.
+        plan: of its blocks.
+        batches: of calibration data; none where the method needs none.
+        sequential: whether blocks read what compressed blocks make.
+        progress: progress callback.
+    """
+
+    model: PreTrainedModel
+    stored: Stored
+    plan: Plan
+    batches: Sequence[Batch]
+    sequential: bool
+    progress: Progress
+
+    def entries(self, block: str) -> list[Entry]:
+        """What the plan makes of the matrices of a block."""
+        return [entry for entry in self.plan.factorized if entry.matrix.name.startswith(f"{block}.")]
+
+
+class _Run:
+    """An unfinished run on disk: a file of tensors for each finished block, and the hidden states that the next reads.
+
+    Args:
+        output: the directory that is made in the end.
+        arguments: by which a run is known to be the same.
+        overwrite: whether a run with other arguments may be deleted.
+    """
+
+    def __init__(self, output: Path, arguments: Mapping[str, Any], *, overwrite: bool) -> None:
+        self.output, self.arguments, self.overwrite = output, arguments, overwrite
+        self.folder = output.parent / f".{output.name}.streaming"
+
+    @contextlib.contextmanager
+    def opened(self) -> Iterator[None]:
+        """The folder, with what an interrupted run of the same arguments has left; gone after success."""
+        described = self.folder / "arguments.json"
+        if self.folder.exists() and not self._is_same(described):
+            if not self.overwrite:
+                raise OutputError(
+                    f"an interrupted run for '{self.output}' had other arguments or another model: repeat it as it "
+                    f"was, or start over with overwrite (which deletes '{self.folder}')"
+                )
+            shutil.rmtree(self.folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with whole_file(described, "the arguments of the run") as partial:
+            partial.write_text(json.dumps(self.arguments), encoding="utf-8")
+        try:
+            yield
+        except Exception:
+            if not self.tensors(0).exists():  # nothing to go on from
+                shutil.rmtree(self.folder, ignore_errors=True)
+            raise
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _is_same(self, described: Path) -> bool:
+        if not any(self.folder.iterdir()):
+            return True
+        try:
+            return json.loads(described.read_text(encoding="utf-8")) == self.arguments
+        except (OSError, ValueError):
+            return False
+
+    def tensors(self, place: int) -> Path:
+        """The file of a finished block."""
+        return self.folder / f"block-{place:05d}.safetensors"
+
+    def said(self, place: int) -> Path:
+        """What is known of a finished block beside its tensors."""
+        return self.folder / f"block-{place:05d}.json"
+
+    def hidden(self, place: int) -> Path:
+        """The folder of what a block reads."""
+        return self.folder / f"hidden-{place:05d}"
+
+    def keep(self, place: int, batch: int, hidden: Tensor) -> None:
+        """What a block reads of a batch."""
+        self.hidden(place).mkdir(exist_ok=True)
+        save_file({"hidden": hidden.contiguous()}, self.hidden(place) / f"{batch:05d}.safetensors")
+
+    def read(self, place: int, batch: int) -> Tensor:
+        """The same again."""
+        return load_file(self.hidden(place) / f"{batch:05d}.safetensors")["hidden"]
+
+
+def _compress_blocks(job: _Job, run: _Run, chain: Chain | None) -> None:
+    names = find_blocks(job.model)
+    for place, block in enumerate(names):
+        if not run.tensors(place).exists():
+            _compress_block(job, run, chain, place, block)
+        job.progress("compress block", place + 1, len(names))
+        _forget(job, block, _said(run, place)["dense"])
+
+
+def _compress_block(job: _Job, run: _Run, chain: Chain | None, place: int, block: str) -> None:
+    """Read, measure, fit, write: what is left is the file of the block, and what the next one reads."""
+    module = job.model.get_submodule(block)
+    job.stored.fill(name for name in job.stored.names if name.startswith(f"{block}."))
+    entries, dense = job.entries(block), {}
+    known: Mapping[str, LayerStatistics] = {}
+    if chain is not None:
+        known = _measure(job, run, chain, place, [entry.matrix.name for entry in entries])
+        missing = [entry.matrix.name for entry in entries if entry.matrix.name not in known]
+        dense = calibrate.unreached_parts(missing, list(known))
+    errors: dict[str, float] = {}
+    for entry in entries:
+        name = entry.matrix.name
+        if name in dense:
+            continue
+        assert entry.spec is not None
+        factors, errors[name] = fit_matrix(job.model, entry.matrix, entry.spec, known, stored=True)
+        factorize(job.model, entry.matrix, entry.spec, factors)
+        quantize(module)
+        job.progress("fit", len(errors), len(entries))
+    if chain is not None and job.sequential:
+        for number, batch in enumerate(job.batches):
+            run.keep(place + 1, number, chain.run(place, batch, run.read(place, number)))
+    tensors = {f"{block}.{name}": tensor.detach().contiguous() for name, tensor in module.state_dict().items()}
+    with whole_file(run.said(place), "what became of a block") as partial:
+        partial.write_text(json.dumps({"errors": errors, "dense": dense}), encoding="utf-8")
+    with whole_file(run.tensors(place), "a compressed block") as partial:
+        save_file(tensors, partial, {"format": "pt"})
+    shutil.rmtree(run.hidden(place), ignore_errors=True)
+
+
+def _measure(job: _Job, run: _Run, chain: Chain, place: int, names: Sequence[str]) -> Mapping[str, LayerStatistics]:
+    """Second moments of what the layers of a block read; what it makes of hidden states is kept for the next one."""
+    recorder, done = Recorder(job.model, names), 0
+
+    def forward(**batch: Any) -> None:
+        hidden = chain.begin(batch) if place == 0 else run.read(place, done)
+        if place == 0:
+            run.keep(0, done, hidden)
+        made = chain.run(place, batch, hidden)
+        if not job.sequential:
+            run.keep(place + 1, done, made)
+
+    recorder.runs = forward  # pyright: ignore[reportAttributeAccessIssue]
+    with recorder.attached():
+        for batch in job.batches:
+            recorder.run(batch)
+            done += 1
+            job.progress("measure", done, len(job.batches))
+    if names:
+        recorder.check(done)
+    return recorder.statistics()
+
+
+def _said(run: _Run, place: int) -> dict[str, Any]:
+    return json.loads(run.said(place).read_text(encoding="utf-8"))
+
+
+def _forget(job: _Job, block: str, dense: Mapping[str, str]) -> None:
+    """Take the tensors of a block out of memory; its layers are those of the compressed model without values."""
+    job.model.get_submodule(block).to("meta")
+    for entry in job.entries(block):
+        if entry.matrix.name in dense:
+            continue
+        assert entry.spec is not None
+        with torch.device("meta"):
+            old = job.model.get_submodule(entry.matrix.name)
+            new = factorized_like(old, entry.spec, entry.matrix.shape, bits=entry.matrix.bits)
+        replace_module(job.model, old, new)
+
+
+def _report(job: _Job, run: _Run, method: str, started: float) -> Report:
+    """What became of the plan."""
+    said = [_said(run, place) for place in range(len(find_blocks(job.model)))]
+    dense = {name: reason for block in said for name, reason in block["dense"].items()}
+    entries = tuple(
+        dataclasses.replace(entry, spec=None, reason=dense[entry.matrix.name], cause=planning.Cause.UNMEASURED)
+        if entry.matrix.name in dense
+        else entry
+        for entry in job.plan.entries
+    )
+    plan = dataclasses.replace(job.plan, entries=entries)
+    errors = {name: error for block in said for name, error in block["errors"].items()}
+    notes = tuple(f"left dense: {name}: {reason}" for name, reason in dense.items())
+    seconds = {"fit": time.perf_counter() - started}
+    return Report(method, plan.scope, plan.original, plan.compressed, errors, seconds, plan, notes)
+
+
+def _assemble(job: _Job, run: _Run, path: Path, directory: Path) -> None:
+    """A model directory of finished blocks, of all tensors outside of them, and of what lies beside the weights."""
+    weights = directory / place_of_weights(path)
+    weights.mkdir(parents=True, exist_ok=True)
+    registration.attach(job.model)
+    config: Any = job.model.config
+    config.architectures = [type(job.model).__name__]
+    names = find_blocks(job.model)
+    parts = list(_parts(job.stored, _outside(job)))
+    files = [
+        weights / f"model-{number + 1:05d}-of-{len(names) + len(parts):05d}.safetensors"
+        for number in range(len(names) + len(parts))
+    ]
+    for place, file in enumerate(files[: len(names)]):
+        _place(run.tensors(place), file)
+    for part, file in zip(parts, files[len(names) :], strict=True):
+        job.stored.fill(part)
+        held = job.model.state_dict()
+        save_file({name: held[name].contiguous() for name in part}, file, {"format": "pt"})
+    config.save_pretrained(weights)
+    if job.model.can_generate() and job.model.generation_config is not None:
+        job.model.generation_config.save_pretrained(weights)
+    copy_companions(path, directory)
+    card.write(job.model, weights)
+    index = {
+        "metadata": {"total_size": sum(file.stat().st_size for file in files)},
+        "weight_map": {name: file.name for file in files for name in sorted(read_sizes([file]))},
+    }
+    mode = (weights / "config.json").stat().st_mode
+    for file in files:  # which safetensors makes private
+        file.chmod(mode)
+    (weights / "model.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
+
+
+def _outside(job: _Job) -> list[str]:
+    """Tensors of no block."""
+    blocks = tuple(f"{block}." for block in find_blocks(job.model))
+    return [name for name in job.stored.names if not name.startswith(blocks)]
+
+
+def _parts(stored: Stored, names: Iterable[str]) -> Iterator[list[str]]:
+    """Names of tensors that are written into a file together."""
+    part: list[str] = []
+    held, size = stored.model.state_dict(), 0
+    for name in names:
+        here = math.prod(stored.sizes[name]) * held[name].itemsize
+        if part and size + here > PART:
+            yield part
+            part, size = [], 0
+        part.append(name)
+        size += here
+    if part:
+        yield part
+
+
+def _place(file: Path, target: Path) -> None:
+    """The same file under another name as well, a copy where that cannot be."""
+    try:
+        os.link(file, target)
+    except OSError:
+        shutil.copyfile(file, target)
