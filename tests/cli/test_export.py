@@ -155,7 +155,7 @@ def test_where_other_programs_look(run: Any, base_copy: Path, tmp_path: Path) ->
         calibration = ("--calibration", texts) if options else ()
         done = run("export", base_copy, "--to", to, "--inside", *options, *calibration, "--overwrite", "--json")
         content = result_of(done)
-        assert "fastest here" in done.stderr
+        assert "fastest of 4 ways here" in done.stderr
         file = base_copy / to / ("model.onnx" if to == "onnx" else "openvino_model.xml")
         assert content["output"] == str(file.parent)
         if to == "onnx":
@@ -185,6 +185,19 @@ def test_where_other_programs_look(run: Any, base_copy: Path, tmp_path: Path) ->
     assert not (tmp_path / "small" / "onnx").exists()
     (base_copy / "onnx" / "other.onnx").unlink()
     check_output(base_copy, overwrite=True)  # nothing of it is anybody else's
+
+
+def test_ways_that_a_model_does_not_have_are_left_out(run: Any, tmp_path: Path) -> None:
+    """Layers of a kind that does not run in one call; and a file beside that is there already is one way more."""
+    sizes = {"vocab_size": 120, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = transformers.BertModel(transformers.BertConfig(**sizes, intermediate_size=64, hidden_act="relu"))
+    model.save_pretrained(tmp_path / "relu")
+    for ways, options in ((3, ()), (4, ("--int8",))):
+        done = run("export", tmp_path / "relu", *options, "--json")
+        times = {name for name in json.loads(done.stdout)["metrics"] if name.startswith("milliseconds_")}
+        more = {"milliseconds_onnx"} if ways == 4 else set()
+        assert times == {"milliseconds_torch", "milliseconds_fused", "milliseconds_file"} | more, done.stderr
+        assert f"fastest of {ways} ways here" in done.stderr
 
 
 def test_files_inside_lie_where_the_transformer_does(run: Any, base: Path, tmp_path: Path) -> None:

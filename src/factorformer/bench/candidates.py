@@ -73,7 +73,10 @@ class Candidate:
             external = [f"{self.path.name}{ending}" for ending in (".data", "_data")]
             beside = [self.path.with_name(name) for name in external]
             return [self.path, *(file for file in beside if file.is_file())]
-        return next((sorted(found) for found in (list(self.path.glob(end)) for end in WEIGHTS) if found), [])
+        from factorformer.hf.layout import place
+
+        folder = place(self.path).folder if self.path.is_dir() else self.path
+        return next((sorted(found) for found in (list(folder.glob(end)) for end in WEIGHTS) if found), [])
 
 
 def parse(text: str) -> Candidate:

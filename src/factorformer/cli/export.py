@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -71,10 +72,10 @@ LARGEST = 2**30
 WAYS = {
     "torch": "the model in torch as it is",
     "fused": "the model in torch with its kernels (factorformer.fuse)",
-    "fused_int8": 'the model in torch, in int8 (factorformer.fuse(model, "int8"))',
+    "fused_int8": 'the model in torch, its products rounded to int8 (factorformer.fuse(model, "int8"))',
     "file": "this file",
 }
-"""What they are called."""
+"""What they are called; files beside by their names."""
 
 
 def export(
@@ -155,15 +156,31 @@ def export(
         )
     metrics = {"file_bytes": done.file_bytes, "deviation": done.deviation}
     metrics |= {} if done.cosine is None else {"cosine": done.cosine}
-    if timing and (times := _times(model, shown / exporter.FILES[-1])):
+    file = shown / exporter.FILES[-1]
+    files = {"file": file, **_beside_it(model, layout.source, file)}
+    if timing and (times := _times(model, files)):
         fastest, (batch, tokens) = min(times, key=lambda name: times[name]), TIMED
-        note(f"fastest here, {batch} texts of at most {tokens} tokens at a time: {WAYS[fastest]}")
+        called = WAYS.get(fastest) or f"'{files[fastest]}'"
+        note(f"fastest of {len(times)} ways here, {batch} texts of at most {tokens} tokens at a time: {called}")
         metrics |= {f"milliseconds_{name}": value for name, value in times.items()}
     emit(Result.of(costs, metrics=metrics, seconds=seconds, output=str(shown)), as_json=as_json)
 
 
-def _times(model: str, file: Path) -> dict[str, float]:
-    """Milliseconds of a pass of the model in torch, through its kernels, in int8, and of the file.
+def _beside_it(model: str, source: Path, file: Path) -> dict[str, Path]:
+    """Files of other exports of the same model, under the names that they have by default."""
+    from factorformer.export import onnx, openvino
+
+    names = {"onnx": onnx.FILES[-1], "openvino": openvino.FILES[-1]}
+    found = {
+        f"{to}{end}".replace("-", "_"): _beside(model, source, f"-{to}{end}") / name
+        for to, name in names.items()
+        for end in ("", "-int8")
+    }
+    return {name: path for name, path in found.items() if path.is_file() and path.resolve() != file.resolve()}
+
+
+def _times(model: str, files: Mapping[str, Path]) -> dict[str, float]:
+    """Milliseconds of a pass of the model in torch, through its kernels, in int8 where they do that, and of files.
 
     Empty, with a note, where they could not be taken: the file is there in any case.
     """
@@ -171,19 +188,20 @@ def _times(model: str, file: Path) -> dict[str, float]:
 
     from factorformer.bench.candidates import Candidate, Runner, load, parse
     from factorformer.bench.comparison import Shape, compare
-    from factorformer.hf.encoder_layout import stacks_of
 
-    names = {"torch": model, "fused": f"fused:{model}", "fused_int8": f"fused-int8:{model}", "file": str(file)}
+    names = {"torch": model, "fused": f"fused:{model}", "fused_int8": f"fused-int8:{model}"}
     timed: dict[str, tuple[Candidate, Runner]] = {}
     try:
-        for name, text in names.items():
+        for name, text in {**names, **{name: str(file) for name, file in files.items()}}.items():
             candidate = parse(text)
             if sum(part.stat().st_size for part in candidate.files) > LARGEST:
                 note(f"not timed: '{text}' has more than {LARGEST:,} bytes; `factorformer bench` compares them")
                 return {}
-            runner = load(candidate, torch.get_num_threads(), torch.device("cpu"))
-            if name != "fused_int8" or (runner.module is not None and stacks_of(runner.module)):
-                timed[name] = candidate, runner
+            try:
+                timed[name] = candidate, load(candidate, torch.get_num_threads(), torch.device("cpu"))
+            except MethodError:
+                if name != "fused_int8":  # which not all models have
+                    raise
         candidates, runners = zip(*timed.values(), strict=True)
         batch, tokens = TIMED
         tokens = min([tokens, *(runner.positions for runner in runners if runner.positions is not None)])
