@@ -414,7 +414,7 @@ def show_floors(row: dict[str, Any]) -> None:
     for result in row["results"] if row.get("floors") else ():
         name = result["name"]
         ours = not name.startswith(("dense", "static"))
-        own = kind if ours else next((each for each in ("int8", "bf16") if each in name), "fp32")
+        own = next((each for each in ("int8", "bf16") if each in name), kind if ours else "fp32")
         over = result["milliseconds"]["median"] / row["floors"]["ours" if ours else "dense"][own]["milliseconds"]
         print(f"  {name:<36} {over:6.2f} times the floor of {'ours' if ours else 'dense'} in {own}", flush=True)
 

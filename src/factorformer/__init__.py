@@ -17,6 +17,7 @@ if typing.TYPE_CHECKING:
     from factorformer.layers.nn import FactorizedEmbedding, FactorizedLinear
     from factorformer.layers.quantization import hold_floats, quantize
     from factorformer.planning import Plan
+    from factorformer.streaming import compress_checkpoint
     from factorformer.structures import DenseSparse, KroneckerSum, LowRank, Structure
     from factorformer.tasks.healing import HealingSettings, heal
 
@@ -35,6 +36,7 @@ __all__ = [
     "Structure",
     "__version__",
     "compress",
+    "compress_checkpoint",
     "fuse",
     "heal",
     "hold_floats",
@@ -52,6 +54,7 @@ _NAMES = {
     "layers.nn": ("FactorizedEmbedding", "FactorizedLinear"),
     "layers.quantization": ("hold_floats", "quantize"),
     "planning": ("Plan",),
+    "streaming": ("compress_checkpoint",),
     "structures": ("DenseSparse", "KroneckerSum", "LowRank", "Structure"),
     "tasks.healing": ("HealingSettings", "heal"),
 }

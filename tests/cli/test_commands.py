@@ -14,10 +14,12 @@ from typing import Any
 import pytest
 import torch
 from tests.cli.conftest import BAD, GOOD
+from tests.cli.test_errors import check
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig, BertModel
 
 import factorformer
 from factorformer import recipes
+from factorformer.cli._jobs import stream
 from factorformer.cli.compress import compress
 from factorformer.cli.finetune import finetune
 from factorformer.tasks import language_modelling
@@ -543,3 +545,25 @@ def test_without_training_a_dynamic_method_shrinks_all_alike(
     assert "without --train" in done.stderr
     assert result_of(done)["bytes"]["ratio"] == pytest.approx(2, rel=0.01)
     assert not (tmp_path / "small" / "factorformer_ranks.json").exists()
+
+
+def test_streaming(run: Any, base: Path, tables: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same directory as without, of a model that is held block by block; asked for, or as memory wants it."""
+    options = ("--method", "whitened", "--ratio", 2, "--calibration", tables / "texts.txt")
+    result_of(run("compress", base, tmp_path / "whole", *options, "--json"))
+    content = result_of(run("compress", base, tmp_path / "asked", *options, "--stream", "--json"))
+    assert content["method"] == "whitened"
+    assert content["bytes"]["ratio"] == pytest.approx(2, rel=0.02)
+    monkeypatch.setattr(stream, "TOO_MUCH", 0.0)
+    done = run("compress", base, tmp_path / "large", *options[2:], "--json")
+    assert "compressed block by block" in done.stderr
+    assert result_of(done)["method"] == "whitened"
+    inputs = {"input_ids": torch.tensor([[1, 5, 6, 2]])}
+    whole, *others = (factorformer.load(tmp_path / name) for name in ("whole", "asked", "large"))
+    for model in others:
+        with torch.no_grad():
+            torch.testing.assert_close(model(**inputs).last_hidden_state, whole(**inputs).last_hidden_state)
+    assert (tmp_path / "asked" / "1_Pooling").is_dir()
+    assert json.loads((tmp_path / "asked" / "factorformer.json").read_text())["output"] == str(tmp_path / "asked")
+    check(run("compress", base, tmp_path / "no", "--stream", "--scope", "all"), "--stream .* --scope all")
+    check(run("compress", base, tmp_path / "no", "--stream", "--method", "fisher"), "--stream .* --method fisher")

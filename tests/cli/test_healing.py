@@ -197,15 +197,12 @@ def test_each_is_pooled_as_its_directory_says(
 
     monkeypatch.setattr(job, "heal", remember)
     arguments = [base_copy if part == base and place < 3 else part for place, part in enumerate(command)]
-    for content, expected, said in (
-        ({"pooling_mode": "cls"}, ("cls",), False),
-        ({"pooling_mode": "middletoken"}, ("mean",), True),
-    ):
-        pooling.write_text(json.dumps(content))
-        done = run(*arguments, "--epochs", 1, "--overwrite")
-        result_of(done)
+    for mode, prompts, expected in (("cls", True, ("cls",)), ("max", False, ("max",))):
+        pooling.write_text(json.dumps({"pooling_mode": mode, "include_prompt": prompts}))
+        result_of(run(*arguments, "--epochs", 1, "--overwrite"))
         assert pools == {"pool": expected, "teacher_pool": ("mean",)}
-        assert ("taken to be the mean" in done.stderr) == said
+    pooling.write_text(json.dumps({"pooling_mode": "middletoken"}))
+    check(run(*arguments, "--epochs", 1, "--overwrite"), "what embeddings .* is not known.*middletoken")
 
 
 def test_plans_and_fits_go_by_what_is_pooled(
@@ -304,7 +301,7 @@ def test_shared_layers_and_a_small_vocabulary(run: Any, base: Path, tables: Path
     assert model.encoder.layer[0].output.dense.weight is model.encoder.layer[1].output.dense.weight
     again = run("evaluate", tmp_path / "small", "--against", base, "--data", text, "--json")
     found = result_of(again)["metrics"]["text_embedding_cosine"]
-    assert found == pytest.approx(content["metrics"]["embedding_cosine"], abs=0.2)
+    assert found == pytest.approx(content["metrics"]["embedding_cosine"], abs=0.02)
     for wrong, message in (
         (("--unique-layers", 1), "--int8 or --int4"),
         (("--unique-layers", 2, "--int8"), "fewer than the 2"),

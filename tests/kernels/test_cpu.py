@@ -109,21 +109,22 @@ def sanitizers() -> str:
 
 @needs_compiler
 @pytest.mark.slow
-def test_sanitizers_find_nothing(package: Path) -> None:
+@pytest.mark.parametrize("variant", [cpu.variant(), *FOR_TESTS])
+def test_sanitizers_find_nothing(variant: str, package: Path) -> None:
     """Neither in what this processor runs, nor in products by tiles, which few have and C++ stands in for here."""
     runtime = sanitizers()
     if not runtime or cpu.variant() == cpu.REFERENCE:
         pytest.skip("the compiler comes without a shared address sanitizer, or there are no kernels here")
-    variants = [cpu.variant(), *(FOR_TESTS if cpu.variant() in ("amx", "avx512_bf16") else ())]
+    if variant in FOR_TESTS and cpu.variant() not in ("amx", "avx512_bf16"):
+        pytest.skip("the processor does not multiply bfloat16, as what stands in for tiles does")
     checks = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-O1", "-g1")
-    compile_library(package / "factorformer" / "kernels" / "libfactorformer.so", checks, variants)
+    compile_library(package / "factorformer" / "kernels" / "libfactorformer.so", checks, [variant])
     quiet = "detect_leaks=0:verify_asan_link_order=0"
-    for variant in variants:
-        environment = {"LD_PRELOAD": runtime, "ASAN_OPTIONS": quiet, "FACTORFORMER_CPU": variant}
-        done = python(str(WORKER), variant, "12", "overread", package=package, **environment)
-        assert done.stdout.split() == ["done"], done.stderr[-3000:]
-        # The sanitizer is at work: it sees what comes after that, a read beyond the end that the library is told to do.
-        assert "heap-buffer-overflow" in done.stderr
+    environment = {"LD_PRELOAD": runtime, "ASAN_OPTIONS": quiet, "FACTORFORMER_CPU": variant}
+    done = python(str(WORKER), variant, "12", "overread", package=package, **environment)
+    assert done.stdout.split() == ["done"], done.stderr[-3000:]
+    # The sanitizer is at work: it sees what comes after that, a read beyond the end that the library is told to do.
+    assert "heap-buffer-overflow" in done.stderr
 
 
 @compiled

@@ -343,10 +343,20 @@ def test_divergence_is_said(
 
 
 def test_a_part_of_the_data_is_held_out(
-    teacher: tf.PreTrainedModel, tokenizer: tf.PreTrainedTokenizerBase, plain: datasets.Dataset
+    teacher: tf.PreTrainedModel,
+    tokenizer: tf.PreTrainedTokenizerBase,
+    plain: datasets.Dataset,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    data = datasets.concatenate_datasets([plain, plain])
+    seen: list[tuple[Any, Any]] = []
+    split = healing.hold_out
+    monkeypatch.setattr(healing, "hold_out", lambda *given: seen.append(split(*given)) or seen[-1])
+    shorter = plain.map(lambda row: {name: v[:-1] if isinstance(v, list) else v - 1 for name, v in row.items()})
+    data = datasets.concatenate_datasets([plain, shorter])
     curve = factorformer.heal(compressed(teacher), teacher, data, FAST, tokenizer=tokenizer)
+    ((learned, held),) = seen
+    assert len(held) >= 3
+    assert not {*map(tuple, learned["input_ids"])} & {*map(tuple, held["input_ids"])}
     assert len(curve) == 3
     assert curve[-1]["embedding_cosine"] > curve[0]["embedding_cosine"]
 

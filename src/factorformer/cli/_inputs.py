@@ -16,7 +16,6 @@ from factorformer.errors import ExportError, FactorformerError, ModelError, Outp
 from factorformer.export.sentence import Layout, read_layout
 from factorformer.files import RESULT_FILE, output_directory, whole_file
 from factorformer.hf.attachment import described
-from factorformer.hf.layout import place
 from factorformer.hf.source import (
     copy_companions,
     find,
@@ -37,12 +36,15 @@ from factorformer.training.rank_history import RankHistory
 
 
 def find_pooling(path: Path) -> Layout:
-    """What users of a model directory make of its hidden states: the mean, with a note, where that is not known."""
+    """What users of a model directory make of its hidden states.
+
+    Raises:
+        ModelError: that is something that is not known here: to learn or to judge by anything else would mislead.
+    """
     try:
-        return read_layout(path)
+        return read_layout(path, alone=False)
     except ExportError as error:
-        note(f"embeddings are taken to be the mean of those of tokens: {error}")
-        return Layout(path, place(path).folder)
+        raise ModelError(f"what embeddings '{path}' makes of hidden states is not known: {error}") from error
 
 
 def check_dense(path: Path, config: PretrainedConfig) -> None:

@@ -232,7 +232,12 @@ CalibrationRows = Annotated[
     ),
 ]
 TrainFile = Annotated[str | None, data_option("--train", metavar="FILE", help="What the model is trained on.")]
-EvalFile = Annotated[str | None, data_option("--eval", metavar="FILE", help="What the result is measured on.")]
+EvalFile = Annotated[
+    str | None,
+    data_option(
+        "--eval", metavar="FILE", help="What the result is measured on, and what training without labels is steered by."
+    ),
+]
 LENGTH = 128
 """Tokens after which texts are cut, unless told otherwise."""
 

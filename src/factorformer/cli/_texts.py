@@ -113,6 +113,9 @@ def encode_table(
     """
     with about(source):
         encoded = encode(tokenizer, rows, columns, labels, max_length)
+    cut = sum(length >= max_length for length in encoded["length"])
+    if cut:
+        note(f"'{source}': {cut:,} of {len(encoded):,} rows have {max_length:,} tokens or more, and are cut there")
     skeleton = _skeleton(config)
     if skeleton is not None:
         check_lengths(skeleton, encoded, f"'{source}'")

@@ -11,7 +11,6 @@ import typer
 from factorformer.cli._given import note_unused
 from factorformer.cli._options import (
     LARGEST,
-    LENGTH,
     AsJson,
     Budget,
     CalibrationFile,
@@ -28,7 +27,6 @@ from factorformer.cli._options import (
     Int4,
     Int8,
     LabelColumn,
-    MaxLength,
     Method,
     Minutes,
     Model,
@@ -64,6 +62,16 @@ LearningRate = Annotated[
         callback=finite,
         help="Peak of the learning rate. By default 1e-4; for a model that learns without labels up to 5e-4, "
         "less for one that is near to the original already, wider than 384, or deeper than 6 layers.",
+    ),
+]
+LearnedLength = Annotated[
+    int | None,
+    data_option(
+        "--max-length",
+        min=2,
+        max=LARGEST,
+        show_default=False,
+        help="Tokens after which a text is cut. By default 128, and of embeddings where sentence-transformers does.",
     ),
 ]
 RowsToFit = Annotated[
@@ -121,7 +129,7 @@ def compress(
     words: Words = False,
     label: LabelColumn = None,
     regression: Regression = False,
-    max_length: MaxLength = LENGTH,
+    max_length: LearnedLength = None,
     sequence_length: SequenceLength = None,
     epochs: Epochs = 3.0,
     minutes: Minutes = None,

@@ -168,8 +168,16 @@ def find_layout(model: str) -> Layout:
     return read_layout(find(model))
 
 
-def read_layout(directory: Path) -> Layout:
+ENDLESS = 10**6
+"""Tokens from which on a tokenizer says that it cuts nothing."""
+
+
+def read_layout(directory: Path, *, alone: bool = True) -> Layout:
     """What `modules.json` describes, if there is one.
+
+    Args:
+        directory: of the model.
+        alone: whether it is to run as a file, which sees tokens and no prompts.
 
     Raises:
         CheckpointError: a description or weights that cannot be read.
@@ -189,13 +197,13 @@ def read_layout(directory: Path) -> Layout:
         )
     active = [(name, folder) for name, folder in modules[2:] if name != "Dropout"]  # which acts in training alone
     after = tuple(Normalize() if name == "Normalize" else _projection(folder) for name, folder in active)
-    pooling = dataclasses.replace(_pooling(modules[1][1] / "config.json"), after=after)
+    pooling = dataclasses.replace(_pooling(modules[1][1] / "config.json", alone=alone), after=after)
     return Layout(directory, modules[0][1], pooling)
 
 
-def _pooling(file: Path) -> Pooling:
+def _pooling(file: Path, *, alone: bool) -> Pooling:
     config = layout.read_json(file)
-    if config.get("include_prompt") is False:
+    if config.get("include_prompt") is False and alone:
         raise ExportError(
             f"'{file}' leaves prompts out of the pooling, which an exported file cannot: it sees tokens alone"
         )
@@ -235,6 +243,15 @@ def _projection(folder: Path) -> Projection:
 
 
 def read_longest(directory: Path) -> int | None:
-    """Tokens after which a sentence encoder in the layout of sentence-transformers cuts texts, if it says so."""
-    file = directory / "sentence_bert_config.json"
-    return layout.read_json(file).get("max_seq_length") if file.is_file() else None
+    """Tokens after which sentence-transformers cuts the texts of an encoder, if its directory says so.
+
+    That is a setting of old, called after one of several architectures, or the tokenizer's, within what the model has
+    positions for.
+    """
+    for file in sorted(directory.glob("sentence_*_config.json")):
+        if longest := layout.read_json(file).get("max_seq_length"):
+            return longest
+    described = [directory / name for name in ("tokenizer_config.json", "config.json")]
+    read, positions = (layout.read_json(file) if file.is_file() else {} for file in described)
+    known = [read.get("model_max_length"), positions.get("max_position_embeddings")]
+    return min((int(value) for value in known if isinstance(value, (int, float)) and value < ENDLESS), default=None)

@@ -135,7 +135,8 @@ def most_tokens(model: PreTrainedModel) -> int | None:
 
 def vocabulary_files(tokenizer: PreTrainedTokenizerBase) -> set[str]:
     """Names of files in which tokenizers of its kind may keep their vocabulary."""
-    return {"vocab.txt", "vocab.json", "merges.txt", "added_tokens.json", *type(tokenizer).vocab_files_names.values()}
+    known = {"vocab.txt", "vocab.json", "merges.txt", "added_tokens.json", "unigram.json", "spiece.model"}
+    return {*known, "sentencepiece.bpe.model", "tokenizer.model", *type(tokenizer).vocab_files_names.values()}
 
 
 def copy_companions(source: Path, target: Path, without: Collection[str] = ()) -> None:

@@ -20,7 +20,7 @@ from torch import Tensor
 import factorformer
 from factorformer import compression, planning, recipes, registration
 from factorformer.compression import Report
-from factorformer.errors import DataError, MethodError, OutputError
+from factorformer.errors import DataError, MethodError, ModelError, OutputError
 from factorformer.files import check_output, output_directory, whole_file
 from factorformer.fitting import statistics as calibrate
 from factorformer.fitting.batches import Batch, Calibration, as_batches, fingerprint
@@ -28,6 +28,7 @@ from factorformer.fitting.matrices import fit_matrix
 from factorformer.fitting.moments import LayerStatistics
 from factorformer.fitting.recorder import Recorder
 from factorformer.hf import card
+from factorformer.hf.attachment import described
 from factorformer.hf.source import copy_companions, find, place_of_weights
 from factorformer.hf.tensors import read_sizes
 from factorformer.layers.quantization import quantize
@@ -89,7 +90,7 @@ def compress_checkpoint(
     Raises:
         MethodError: a method that needs gradients, or all matrices at once.
         DataError: the method needs calibration data that was not given.
-        ModelError: the model's blocks cannot be run one by one.
+        ModelError: the model's blocks cannot be run one by one, it is compressed already, or a weight is not finite.
         CheckpointError: files that cannot be read tensor by tensor.
         OutputError: the output is there already, or an interrupted run with other arguments.
     """
@@ -105,11 +106,15 @@ def compress_checkpoint(
         raise DataError(f"method '{name}' needs calibration data ({recipe.needs}): pass batches, or use 'svd'")
     started, path = time.perf_counter(), find(str(source))
     model, stored = skeleton(path)
+    if described(model.config) is not None:
+        raise ModelError(f"'{path}' is compressed already: start from the dense model")
     options = {"int8": int8, "int4": int4, "rank_multiple": rank_multiple}
     plan = compression.plan(model, name, ratio, "blocks", include, exclude, **options)
     batches: list[Batch] = []
     if recipe.metric != "plain" and calibration is not None:
         batches += as_batches(model, calibration(model) if callable(calibration) else calibration)
+        if not batches:
+            raise DataError("calibration data is empty: give at least one batch")
     arguments = {
         "plan": plan.to_dict(),
         "sequential": sequential,
@@ -175,8 +180,8 @@ class _Run:
     @contextlib.contextmanager
     def opened(self) -> Iterator[None]:
         """The folder, with what an interrupted run of the same arguments has left; gone after success."""
-        described = self.folder / "arguments.json"
-        if self.folder.exists() and not self._is_same(described):
+        file = self.folder / "arguments.json"
+        if self.folder.exists() and not self._is_same(file):
             if not self.overwrite:
                 raise OutputError(
                     f"an interrupted run for '{self.output}' had other arguments or another model: repeat it as it "
@@ -184,7 +189,7 @@ class _Run:
                 )
             shutil.rmtree(self.folder)
         self.folder.mkdir(parents=True, exist_ok=True)
-        with whole_file(described, "the arguments of the run") as partial:
+        with whole_file(file, "the arguments of the run") as partial:
             partial.write_text(json.dumps(self.arguments), encoding="utf-8")
         try:
             yield
@@ -194,11 +199,11 @@ class _Run:
             raise
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    def _is_same(self, described: Path) -> bool:
+    def _is_same(self, file: Path) -> bool:
         if not any(self.folder.iterdir()):
             return True
         try:
-            return json.loads(described.read_text(encoding="utf-8")) == self.arguments
+            return json.loads(file.read_text(encoding="utf-8")) == self.arguments
         except (OSError, ValueError):
             return False
 

@@ -173,6 +173,15 @@ def hold_out(
     return data.select(order[rows:]), data.select(order[:rows])
 
 
+def without(data: datasets.Dataset, others: datasets.Dataset) -> datasets.Dataset:
+    """Encoded rows that are not among others, where texts occur several times; all of them if none would be left."""
+    if not {"input_ids"} <= {*data.column_names} & {*others.column_names}:
+        return data
+    known = {tuple(ids) for ids in others["input_ids"]}
+    left = [row for row, ids in enumerate(data["input_ids"]) if tuple(ids) not in known]
+    return data.select(left) if left and len(left) < len(data) else data
+
+
 CHUNK = 10_000
 """Rows whose tokens are counted at a time."""
 

@@ -77,8 +77,9 @@ def heal(
     What is learned are embeddings, of text, images or sound, the scores of a cross-encoder, or the next tokens of a
     causal language model (`target`), which can learn from text alone as well. Integers have to be held as floats
     (`compress(..., hold_floats=True)`); `quantize` makes them integers afterwards. A run that was interrupted goes on
-    from the last checkpoint in `output`. Where nothing but values is trained, what is left is the model as it was when
-    it was closest to the original, of all points at which they were compared, the one before training among them.
+    from the last checkpoint in `output`. Where nothing but values is trained, and the model ends more than 1 % farther
+    from the original than at one of the points at which they were compared, the one before training among them, the
+    closest is brought back.
 
     Args:
         model: compressed.
@@ -212,6 +213,8 @@ def heal(
         distance = math.inf  # of the end, once it is measured
         try:
             history = finish(trainer, begun, steps)
+            if closest is not None and math.isinf(distance):  # it was over when it was interrupted
+                distance = judge(model, tokenizer, held)[1]
         finally:
             if straight is not None:
                 straight.finish()

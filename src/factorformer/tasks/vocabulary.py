@@ -127,8 +127,14 @@ def _description(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     if backend is None:
         raise ModelError(f"{type(tokenizer).__name__} is no tokenizer of the tokenizers library: it cannot be trimmed")
     described = json.loads(backend.to_str())
-    if described["model"]["type"] not in ("WordPiece", "BPE", "Unigram", "WordLevel"):
-        raise ModelError(f"a vocabulary of {described['model']['type']} cannot be trimmed")
+    model = described["model"]
+    if model["type"] not in ("WordPiece", "BPE", "Unigram", "WordLevel"):
+        raise ModelError(f"a vocabulary of {model['type']} cannot be trimmed")
+    marks = [model.get(mark) for mark in ("continuing_subword_prefix", "end_of_word_suffix")]
+    if model["type"] == "BPE" and any(marks):
+        raise ModelError(
+            f"a vocabulary of BPE that marks parts of words by {' and '.join(filter(None, marks))!r} cannot be trimmed"
+        )
     return described
 
 

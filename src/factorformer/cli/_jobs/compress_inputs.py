@@ -16,12 +16,14 @@ from factorformer.cli._given import note_unused
 from factorformer.cli._inputs import check_dense, check_speaks_alike, check_teacher, find_pooling, note_new_head
 from factorformer.cli._jobs.compress_options import CompressJob
 from factorformer.cli._measure import check_measurable
-from factorformer.cli._options import note
+from factorformer.cli._options import LENGTH, note
 from factorformer.cli._texts import about, encode_table, encode_text, plain_columns, read_table, read_text
 from factorformer.errors import DataError
+from factorformer.export.sentence import read_longest
+from factorformer.hf.layout import place
 from factorformer.hf.source import find, load_tokenizer, read_config
 from factorformer.tasks.classification import Head, check_head, find_head, head_labels, is_causal, labels_for
-from factorformer.tasks.data import Columns, Labels, count_tokens, encode, hold_out, sample
+from factorformer.tasks.data import Columns, Labels, count_tokens, encode, hold_out, sample, without
 from factorformer.tasks.healing import Reading
 from factorformer.tasks.targets import Embeddings, NextTokens, Predictions, Remembered, Target
 from factorformer.tasks.vocabulary import trimmed_tokenizer, used_tokens
@@ -138,21 +140,24 @@ def read_inputs(job: CompressJob) -> Inputs:
             "the model gives one score, and the text has one column: if it scores pairs, as rerankers do, name the "
             "columns of both texts by --text"
         )
+    longest = job.max_length or LENGTH
+    if isinstance(target, Embeddings):
+        longest = job.max_length or read_longest(place(path).folder) or LENGTH
     apart = isinstance(target, Embeddings) and any(len(c.text) > 1 for c in columns.values())
     if apart:
         note("the texts of the two columns are embedded each by itself")
 
     def encoded(tokenizer: PreTrainedTokenizerBase, names: Collection[str]) -> dict[str, datasets.Dataset]:
         data: dict[str, datasets.Dataset] = {}
-        lengths = {"max_length": job.max_length, "sequence_length": job.sequence_length}
+        lengths = {"max_length": longest, "sequence_length": job.sequence_length}
         for name in names:
             source, read_of = sources[name], columns[name]
-            if name == "calibration" and "train" in data and name in texts and source == job.train:
+            if name == "calibration" and "train" in data and name in texts and _is_same(source, job.train):
                 data[name] = data["train"]
                 continue
             if name in tables:
                 rows = tables[name]
-                data[name] = encode_table(source, rows, read_of, tokenizer, labels, job.max_length, config)
+                data[name] = encode_table(source, rows, read_of, tokenizer, labels, longest, config)
                 continue
             each = [Columns((column,)) for column in read_of.text] if apart else [read_of]
             data[name] = datasets.concatenate_datasets(
@@ -162,7 +167,10 @@ def read_inputs(job: CompressJob) -> Inputs:
         if label is None and job.train is not None and job.evaluation is None:
             least = 1 if isinstance(target, NextTokens) else 3
             data["train"], data["evaluation"] = hold_out(data["train"], seed, least=least)
-            if "calibration" in data and job.calibration == job.train:  # what is measured on is not calibrated on
+            data["train"] = without(data["train"], data["evaluation"])
+            if "calibration" in data and _is_same(
+                job.calibration, job.train
+            ):  # what is measured on is not calibrated on
                 data["calibration"] = data["train"]
         if labels is None and "evaluation" in data:
             check_measurable(config, data["evaluation"], job.evaluation or job.train or "")
@@ -196,6 +204,13 @@ def read_inputs(job: CompressJob) -> Inputs:
         kept,
         original,
     )
+
+
+def _is_same(one: str | None, other: str | None) -> bool:
+    """Whether two names are of one file, or the same name of something else."""
+    if one is None or other is None:
+        return one is other
+    return one == other or (Path(one).exists() and Path(other).exists() and Path(one).samefile(other))
 
 
 def _trimmed(

@@ -42,7 +42,7 @@ class CompressJob:
     evaluation: str | None
     calibration: str | None
     calibration_rows: int | None
-    max_length: int
+    max_length: int | None
     sequence_length: int | None
     batch_size: int | None
     settings: TrainingSettings

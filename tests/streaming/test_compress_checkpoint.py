@@ -1,0 +1,235 @@
+"""Block by block, a model becomes what it becomes as a whole; interrupted at any moment, it goes on from there."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers as tf
+from tests.tiny import MODELS, logits, text
+from torch import Tensor
+
+import factorformer
+from factorformer.errors import CheckpointError, DataError, MethodError, ModelError, OutputError
+from factorformer.streaming import compress_checkpoint, stored
+
+DRIVEN = [name for name in MODELS if name not in ("albert", "t5", "whisper")]
+"""Whose blocks are called one after the other, each once."""
+
+
+@pytest.fixture
+def llama(tmp_path: Path) -> Path:
+    config = tf.LlamaConfig(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=99,
+        pad_token_id=0,
+    )
+    torch.manual_seed(0)
+    tf.LlamaForCausalLM(config).save_pretrained(tmp_path / "llama")
+    return tmp_path / "llama"
+
+
+def batches() -> list[dict[str, Tensor]]:
+    return [text(seed=seed) for seed in range(3)]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+def as_a_whole(path: Path, method: str, ratio: float, name: str, calibration: Any, **options: Any) -> Tensor:
+    model = MODELS[name].auto.from_pretrained(path).eval()
+    plan = factorformer.plan(model, method, ratio, calibration=calibration, **options)
+    factorformer.compress(model, plan, calibration=calibration)
+    return logits(model, MODELS[name].inputs())
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_it_equals_compression_as_a_whole(name: str, tmp_path: Path) -> None:
+    tiny, path = MODELS[name], tmp_path / "model"
+    tiny.build().save_pretrained(path)
+    for method, calibration in (("svd", None), ("whitened", [tiny.inputs()])):
+        output = tmp_path / method
+        if calibration is not None and name not in DRIVEN:
+            with pytest.raises(ModelError, match=r"block.*methods (that need none|without data) can \(svd\)"):
+                compress_checkpoint(path, output, method, tiny.ratio, calibration=calibration)
+            assert sorted(part.name for part in tmp_path.iterdir()) == ["model", "svd"]
+            continue
+        report = compress_checkpoint(path, output, method, tiny.ratio, calibration=calibration)
+        assert len(report.errors) == len(report.plan.factorized) == tiny.matrices
+        small = tiny.auto.from_pretrained(output).eval()
+        assert type(small) is type(tiny.make())
+        expected = as_a_whole(path, method, tiny.ratio, name, calibration)
+        torch.testing.assert_close(logits(small, tiny.inputs()), expected, rtol=1e-5, atol=1e-5)
+    assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize("options", [{"int8": True}, {"int4": True}, {"rank_multiple": 8}, {"exclude": "*.mlp.*"}])
+def test_options(options: dict[str, Any], llama: Path, tmp_path: Path) -> None:
+    ratio = 6 if {"int8", "int4"} & options.keys() else 2
+    report = compress_checkpoint(llama, tmp_path / "out", "whitened", ratio, calibration=batches(), **options)
+    expected = as_a_whole(llama, "whitened", ratio, "llama", batches(), **options)
+    small = tf.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    torch.testing.assert_close(logits(small, MODELS["llama"].inputs()), expected, rtol=1e-5, atol=1e-5)
+    assert report.ratio == pytest.approx(ratio, rel=0.02) or "int4" in options
+
+
+def test_blocks_read_what_compressed_ones_make(llama: Path, tmp_path: Path) -> None:
+    apart = compress_checkpoint(llama, tmp_path / "apart", ratio=4, calibration=lambda model: batches())
+    behind = compress_checkpoint(llama, tmp_path / "behind", ratio=4, calibration=batches(), sequential=True)
+    assert apart.method == behind.method == "whitened"
+    first, others = {}, {}
+    for name, error in apart.errors.items():
+        (first if ".layers.0." in name else others)[name] = abs(error - behind.errors[name])
+    assert max(first.values()) == 0
+    assert min(others.values()) > 0
+
+
+def interrupted(arguments: tuple[Any, ...], options: dict[str, Any], events: int) -> int:
+    """A process that ends by `kill -9` after so many reports of progress; its status."""
+    child = os.fork()
+    if child == 0:
+        seen = 0
+
+        def progress(*_: Any) -> None:
+            nonlocal seen
+            seen += 1
+            if seen == events:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        try:
+            compress_checkpoint(*arguments, **options, progress=progress)
+            os._exit(0)
+        except BaseException:
+            os._exit(1)
+    return os.waitpid(child, 0)[1]
+
+
+@pytest.mark.parametrize("sequential", [False, True])
+def test_it_goes_on_after_being_killed(sequential: bool, llama: Path, tmp_path: Path) -> None:
+    options = {"calibration": batches(), "sequential": sequential}
+    compress_checkpoint(llama, tmp_path / "whole", "whitened", 3, **options)
+    arguments = (llama, tmp_path / "parts", "whitened", 3)
+    ended, runs = -1, 0
+    while ended != 0:
+        ended = interrupted(arguments, options, 13)  # a block takes 11 of them
+        assert ended in (0, signal.SIGKILL)
+        assert (tmp_path / "parts").exists() == (ended == 0)
+        runs += 1
+        assert runs < 9
+    assert runs > 2
+    assert contents(tmp_path / "parts") == contents(tmp_path / "whole")
+    assert sorted(part.name for part in tmp_path.iterdir()) == ["llama", "parts", "whole"]
+
+
+def test_another_run_is_not_gone_on_with(llama: Path, tmp_path: Path) -> None:
+    arguments = (llama, tmp_path / "out", "whitened")
+    assert interrupted((*arguments, 3), {"calibration": batches()}, 15) == signal.SIGKILL
+    left = contents(tmp_path / ".out.streaming")
+    assert "block-00000.safetensors" in left
+    with pytest.raises(OutputError, match=r"interrupted run.*other arguments.*\.out\.streaming"):
+        compress_checkpoint(*arguments, 2, calibration=batches())
+    assert contents(tmp_path / ".out.streaming") == left
+    report = compress_checkpoint(*arguments, 2, calibration=batches(), overwrite=True)
+    assert report.ratio == pytest.approx(2, rel=0.02)
+    assert sorted(part.name for part in tmp_path.iterdir()) == ["llama", "out"]
+
+
+def test_what_cannot_be(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    output = tmp_path / "out"
+    with pytest.raises(MethodError, match=r"'fisher'.*block by block go svd, whitened, kronecker"):
+        compress_checkpoint(llama, output, "fisher", calibration=batches())
+    with pytest.raises(DataError, match="'whitened' needs calibration data"):
+        compress_checkpoint(llama, output, "whitened")
+    with pytest.raises(DataError, match="calibration data is empty"):
+        compress_checkpoint(llama, output, "whitened", calibration=[])
+    output.mkdir()
+    with pytest.raises(OutputError, match="exists already"):
+        compress_checkpoint(llama, output, "svd")
+    output.rmdir()
+    model = tf.LlamaForCausalLM.from_pretrained(llama)
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[0, 0] = torch.nan
+    model.save_pretrained(tmp_path / "broken")
+    with pytest.raises(ModelError, match=r"layers\.1\.mlp\.up_proj.*NaN"):
+        compress_checkpoint(tmp_path / "broken", output, "svd", 2)
+    assert (tmp_path / ".out.streaming").is_dir()  # the first block is done
+    compress_checkpoint(llama, output, "svd", 2, overwrite=True)
+    with pytest.raises(ModelError, match="compressed already"):
+        compress_checkpoint(output, tmp_path / "again", "svd", 2)
+    weights = next(llama.glob("*.safetensors"))
+    tensors = stored.Stored(stored.skeleton(llama)[0], [weights])
+    monkeypatch.setattr(stored._compat, "targets", lambda model, names: {})
+    with pytest.raises(CheckpointError, match="lack 30 weights of LlamaForCausalLM"):
+        stored.Stored(tensors.model, [weights])
+    monkeypatch.undo()
+    weights.rename(llama / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match=r"no model.*safetensors"):
+        compress_checkpoint(llama, tmp_path / "again", "svd")
+
+
+def test_the_model_has_no_weights_but_those_of_a_block(llama: Path, tmp_path: Path) -> None:
+    """Whenever something is reported, of all blocks at most one has values."""
+    held: list[set[str]] = []
+
+    def watched(make: Callable[[Any], Any]) -> Any:
+        def calibration(model: Any) -> Any:
+            models.append(model)
+            return make(model)
+
+        return calibration
+
+    def progress(*_: Any) -> None:
+        blocks = {
+            name.split(".")[2] for name, p in models[0].named_parameters() if ".layers." in name and not p.is_meta
+        }
+        held.append(blocks)
+
+    models: list[Any] = []
+    compress_checkpoint(
+        llama, tmp_path / "out", "whitened", 3, calibration=watched(lambda _: batches()), progress=progress
+    )
+    assert set.union(*held) == {"0", "1", "2"}
+    assert max(map(len, held)) == 1
+
+
+MEASURED = """
+import resource, sys, torch, transformers, factorformer
+from factorformer.streaming.compress import compress_checkpoint
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+small, large, output, method = sys.argv[1:]
+batches = [{"input_ids": torch.arange(5, 37)[None]}] if method == "whitened" else None
+options = {"include": "*.k_proj", "calibration": batches}
+compress_checkpoint(small, output + "-small", method, 1.01, **options)
+before = peak()
+compress_checkpoint(large, output, method, 1.01, **options)
+print(peak() - before)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["svd", "whitened"])
+def test_memory_is_that_of_a_block(method: str, tmp_path: Path) -> None:
+    """Of a model of ten blocks, memory holds two at most, beside what a tiny model takes."""
+    sizes = {"num_attention_heads": 4, "num_key_value_heads": 1, "vocab_size": 99}
+    for name, width, layers in (("small", 64, 1), ("large", 1024, 10)):
+        config = tf.LlamaConfig(hidden_size=width, intermediate_size=3 * width, num_hidden_layers=layers, **sizes)
+        tf.LlamaForCausalLM(config).save_pretrained(tmp_path / name)
+    arguments = [str(tmp_path / name) for name in ("small", "large", "out")]
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", MEASURED, *arguments, method], stdout=-1, text=True)
+    block = (tmp_path / "large" / "model.safetensors").stat().st_size / 10
+    assert 0.5 * block < int(done.stdout) < 3 * block, (int(done.stdout) / block, block)
