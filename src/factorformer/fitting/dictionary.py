@@ -41,6 +41,9 @@ it. Of MiniLM's 30,522 a sample leaves a tenth more error."""
 SHRUNK = 0.1
 """Weight of the identity, beside the Gram matrix of unit atoms, in the codes from which these rounds start."""
 
+OF_SAMPLE_ROUNDS = 16
+"""Rounds for a sample, at most."""
+
 ENTRIES = 2**19
 """Entries of `S` per chunk where nothing couples its rows."""
 
@@ -94,7 +97,7 @@ def fit_dense_sparse(
         fast = torch.bfloat16 if weight.device.type == "cpu" and has_bfloat16_products() else None
         few = dataclasses.replace(_Problem.of(sample[0], spec, sample[1]), products=fast)
         problem = dataclasses.replace(problem, products=fast)
-        codes = few.alternate(few.begin(min(rounds, OF_SAMPLE // 2)), rounds, EAGERNESS)
+        codes = few.alternate(few.begin(min(rounds, OF_SAMPLE // 2)), min(rounds, OF_SAMPLE_ROUNDS), EAGERNESS)
         atoms, norms = few.unit(codes)
         plain, used = best_dictionary(codes * norms.T, few.plain), (codes != 0).any(0)
         plain[~used] = plain[used].square().mean().sqrt()  # which others may use
@@ -108,6 +111,8 @@ def fit_dense_sparse(
             codes, eagerness = spec.coefficients(start).to(problem.target.dtype) * problem.scale, 1.0
         codes = problem.alternate(codes, rounds if problem.moment is None else -(-rounds // SHARE), eagerness)
     factors = problem.factors(codes, weight.dtype, known)
+    if sample is not None:
+        return factors, problem.error(factors)
     wide = {name: factor.to(codes.dtype) if factor.is_floating_point() else factor for name, factor in factors.items()}
     return factors, metric.relative_error(weight, spec.to_dense((weight.shape[0], weight.shape[1]), wide))
 
@@ -123,6 +128,7 @@ class _Problem:
         size: the largest entry of the weight; squares of very small or very large values would leave float32's range.
         scale: what rows were multiplied by, `(long, 1)`.
         coupling: of the rows; None where nothing couples them.
+        root: of the metric of the short side, a matrix or its diagonal; None for the identity.
         products: precision in which codes that nothing couples meet the Gram matrix of atoms, if that is another.
     """
 
@@ -132,6 +138,7 @@ class _Problem:
     size: Tensor
     scale: Tensor
     coupling: Coupling | None = None
+    root: Tensor | None = None
     products: torch.dtype | None = None
 
     @property
@@ -157,10 +164,12 @@ class _Problem:
             spread = long if coupling is None else coupling.spread
             scale = (spread / spread.square().mean().sqrt())[:, None].to(wide.dtype)
         plain = target = scale * wide
+        root = None
         if short is not None:
             root = (short / short.square().sum(-1).mean().sqrt() if short.dim() == 2 else short).to(wide.dtype)
-            target = plain * (root / root.square().mean().sqrt()) if root.dim() == 1 else plain @ root
-        return cls(spec, plain, target, size, scale, coupling)
+            root = root if root.dim() == 2 else root / root.square().mean().sqrt()
+            target = _times_root(plain, root)
+        return cls(spec, plain, target, size, scale, coupling, root)
 
     @functools.cached_property
     def pulled(self) -> Float[Tensor, "long short"]:
@@ -275,6 +284,17 @@ class _Problem:
         for first in range(0, len(self.target), size):
             yield slice(first, min(first + size, len(self.target)))
 
+    def error(self, factors: Mapping[str, Tensor]) -> float:
+        """The relative error of factors, where nothing couples the rows."""
+        size = self.size.sqrt().clamp_min(torch.finfo(self.target.dtype).tiny)
+        stored = self.spec.coefficients(factors).to(self.target.dtype).mul_(self.scale / size)
+        dictionary = factors["dictionary"].to(self.target.dtype) / size
+        norms = [
+            float(torch.linalg.vector_norm(of, dtype=torch.float64))
+            for of in (self.target - stored @ _times_root(dictionary, self.root), self.target)
+        ]
+        return norms[0] / max(norms[1], torch.finfo(torch.float64).tiny)
+
     def factors(
         self, codes: Float[Tensor, "long atoms"], dtype: torch.dtype, known: tuple[Tensor, Tensor] | None = None
     ) -> dict[str, Tensor]:
@@ -301,3 +321,7 @@ class _Problem:
         stored = self.spec.coefficients(factors).to(codes.dtype) / root.clamp_min(torch.finfo(codes.dtype).tiny)
         dictionary = best_dictionary(stored * self.scale, self.plain, self.moment) * root
         return factors | {"dictionary": dictionary.to(dtype).contiguous()}
+
+
+def _times_root(rows: Tensor, root: Tensor | None) -> Tensor:
+    return rows if root is None else rows * root if root.dim() == 1 else rows @ root
