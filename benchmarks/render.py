@@ -168,6 +168,12 @@ def _over_floor(row: Row) -> dict[str, str]:
     least = floors["ours"][kind]["milliseconds"]
     found = {f"floor, dense, {each}": f"{floors['dense'][each]['milliseconds']:.3g} ms" for each in ("bf16", "int8")}
     found |= {f"floor, factors, {kind}": f"{least:.3g} ms", "ours, fused, over that": f"{took / least:.2f}"}
+    for result in row["results"]:
+        each = result["name"].removeprefix("ours, fused ")
+        if each in floors["ours"]:
+            least = floors["ours"][each]["milliseconds"]
+            found[f"floor, factors, {each}"] = f"{least:.3g} ms"
+            found[f"ours, fused {each}, over that"] = f"{result['milliseconds']['median'] / least:.2f}"
     return found | {f"of which {name}": f"{value:.2g} ms" for name, value in (spent or {}).items()}
 
 

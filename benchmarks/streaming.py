@@ -24,14 +24,15 @@ from safetensors.torch import save_file
 from factorformer.streaming.stored import skeleton
 
 INSIDE = """
-import json, resource, sys, time, torch, factorformer
+import json, sys, time, torch, factorformer
 source, output, method, windows, length = sys.argv[1:]
 batches = [{"input_ids": torch.randint(5, 1000, (1, int(length)))} for _ in range(int(windows))]
 began = time.perf_counter()
 report = factorformer.compress_checkpoint(
     source, output, method, 1.01, include="*.k_proj", calibration=batches or None, overwrite=True
 )
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+lines = open("/proc/self/status").read().splitlines()
+peak = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
 print(json.dumps({"seconds": time.perf_counter() - began, "peak": peak, "matrices": len(report.errors)}))
 """
 

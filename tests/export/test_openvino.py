@@ -58,7 +58,7 @@ def test_all_structures(kind: str, tokenizer: BertTokenizer, tmp_path: Path, mon
     done = export(model, tmp_path / "out", tokenizer=tokenizer)
     assert (done.inputs, done.output) == (("input_ids", "attention_mask", "token_type_ids"), "logits")
     assert 1e-7 < done.deviation < 0.03  # in bfloat16, where the processor has it
-    assert done.cosine > 0.99999
+    assert done.cosine > 0.999
     assert deviation(tmp_path / "out", lambda **x: model(**x).logits, DRAWN) < 2e-3
     files = [tmp_path / "out" / name for name in ("openvino_model.xml", "openvino_model.bin")]
     assert done.file_bytes == sum(file.stat().st_size for file in files)

@@ -77,7 +77,7 @@ def test_it_equals_compression_as_a_whole(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("options", [{"int8": True}, {"int4": True}, {"rank_multiple": 8}, {"exclude": "*.mlp.*"}])
 def test_options(options: dict[str, Any], llama: Path, tmp_path: Path) -> None:
-    ratio = 6 if {"int8", "int4"} & options.keys() else 2
+    ratio = 6 if {"int8", "int4"} & options.keys() else 1.3
     report = compress_checkpoint(llama, tmp_path / "out", "whitened", ratio, calibration=batches(), **options)
     expected = as_a_whole(llama, "whitened", ratio, "llama", batches(), **options)
     small = tf.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
@@ -205,11 +205,12 @@ def test_the_model_has_no_weights_but_those_of_a_block(llama: Path, tmp_path: Pa
 
 
 MEASURED = """
-import resource, sys, torch, transformers, factorformer
+import sys, torch, transformers, factorformer
 from factorformer.streaming.compress import compress_checkpoint
 
 def peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    lines = open("/proc/self/status").read().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
 
 small, large, output, method = sys.argv[1:]
 batches = [{"input_ids": torch.arange(5, 37)[None]}] if method == "whitened" else None
@@ -222,6 +223,7 @@ print(peak() - before)
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the system does not tell the largest resident set")
 @pytest.mark.parametrize("method", ["svd", "whitened"])
 def test_memory_is_that_of_a_block(method: str, tmp_path: Path) -> None:
     """Of a model of ten blocks, memory holds two at most, beside what a tiny model takes."""

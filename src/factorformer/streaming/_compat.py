@@ -1,7 +1,8 @@
 """How transformers turns the tensors of files into those of a model, which it does not document.
 
-Relies on `conversion_mapping.get_model_conversion_mapping`, and on `WeightConverter`, `WeightRenaming`,
-`rename_source_key` and `convert_and_load_state_dict_in_model` of core_model_loading.py: transformers 5.23.
+Relies on `PreTrainedModel._from_config`, on `get_model_conversion_mapping` of conversion_mapping.py, and on
+`WeightConverter`, `WeightRenaming`, `rename_source_key` and `convert_and_load_state_dict_in_model` of
+core_model_loading.py: transformers 5.23.
 """
 
 from __future__ import annotations
@@ -21,6 +22,11 @@ from transformers.modeling_utils import LoadStateDictConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+
+def built(kind: Any, config: Any, dtype: torch.dtype) -> PreTrainedModel:
+    """A new model of a class, in a type."""
+    return kind._from_config(config, dtype=dtype)
 
 
 def targets(model: PreTrainedModel, names: Iterable[str]) -> dict[str, tuple[list[str], bool]]:

@@ -20,7 +20,7 @@ from torch import Tensor
 import factorformer
 from factorformer import compression, planning, recipes, registration
 from factorformer.compression import Report
-from factorformer.errors import DataError, MethodError, ModelError, OutputError
+from factorformer.errors import DataError, MethodError, OutputError
 from factorformer.files import check_output, output_directory, whole_file
 from factorformer.fitting import statistics as calibrate
 from factorformer.fitting.batches import Batch, Calibration, as_batches, fingerprint
@@ -28,7 +28,6 @@ from factorformer.fitting.matrices import fit_matrix
 from factorformer.fitting.moments import LayerStatistics
 from factorformer.fitting.recorder import Recorder
 from factorformer.hf import card
-from factorformer.hf.attachment import described
 from factorformer.hf.source import copy_companions, find, place_of_weights
 from factorformer.hf.tensors import read_sizes
 from factorformer.layers.quantization import quantize
@@ -106,8 +105,6 @@ def compress_checkpoint(
         raise DataError(f"method '{name}' needs calibration data ({recipe.needs}): pass batches, or use 'svd'")
     started, path = time.perf_counter(), find(str(source))
     model, stored = skeleton(path)
-    if described(model.config) is not None:
-        raise ModelError(f"'{path}' is compressed already: start from the dense model")
     options = {"int8": int8, "int4": int4, "rank_multiple": rank_multiple}
     plan = compression.plan(model, name, ratio, "blocks", include, exclude, **options)
     batches: list[Batch] = []

@@ -11,8 +11,9 @@ import safetensors
 import torch
 from torch import Tensor, nn
 
-from factorformer.errors import CheckpointError
+from factorformer.errors import CheckpointError, ModelError
 from factorformer.hf import layout, ties
+from factorformer.hf.attachment import described
 from factorformer.hf.checkpoint import choose, some
 from factorformer.hf.tensors import read_sizes
 from factorformer.streaming import _compat
@@ -101,19 +102,22 @@ def skeleton(path: Path) -> tuple[PreTrainedModel, Stored]:
 
     Raises:
         CheckpointError: no such model, one of code of its own, or files that do not fit.
+        ModelError: it is compressed already.
     """
     choice, folder = choose(path), layout.place(path).folder
     if choice.config is None:
         raise CheckpointError(f"the model in '{path}' is made by Python code of its own: it is not read block by block")
+    if described(choice.config) is not None:
+        raise ModelError(f"'{path}' is compressed already: start from the dense model")
     files = sorted(folder.glob("model*.safetensors"))
     if not files:
         raise CheckpointError(
             f"'{folder}' holds no model*.safetensors, from which alone a model is read block by block: save it anew "
             "with save_pretrained"
         )
-    kept = getattr(choice.config, "dtype", None)
+    dtype = getattr(choice.config, "dtype", None) or _type_in(files[0])
     with accelerate.init_empty_weights(include_buffers=False), torch.random.fork_rng(devices=[]):
-        model: Any = choice.loader._from_config(choice.config, dtype=kept or _type_in(files[0]))
+        model = _compat.built(choice.loader, choice.config, dtype)
     model.tie_weights()
     return model.eval(), Stored(model, files)
 

@@ -127,10 +127,11 @@ def heal(
         reading.check(teacher, data, held)
     judge = target.judge(teacher, *((tokenizer, held) if reading is None else (reading.tokenizer, reading.held)))
     closest = None if straight or ranks else Closest(model, output)
-    distance = math.inf
+    distance, measured = math.inf, 0
 
     def measure(step: int, seconds: float) -> dict[str, float]:
-        nonlocal distance
+        nonlocal distance, measured
+        measured += 1
         found, apart = judge(model, tokenizer, held)
         distance = math.inf if math.isnan(apart) else apart
         values = ", ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in found.items())
@@ -210,10 +211,10 @@ def heal(
             recompute=recompute,
         )
         trainer.add_callback(Points(trainer, progress, phase, saves=output is not None))
-        distance = math.inf  # of the end, once it is measured
+        distance, measured = math.inf, 0  # of the end, once it is measured
         try:
             history = finish(trainer, begun, steps)
-            if closest is not None and math.isinf(distance):  # it was over when it was interrupted
+            if closest is not None and not measured:  # it was over when it was interrupted
                 distance = judge(model, tokenizer, held)[1]
         finally:
             if straight is not None:
