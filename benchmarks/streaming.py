@@ -55,6 +55,7 @@ def make(path: Path, gigabytes: float, width: int) -> int:
     config.num_hidden_layers = -(-int(gigabytes * 1e9) // block)
     if not (path / "config.json").exists():
         path.mkdir(parents=True, exist_ok=True)
+        index: dict[str, str] = {}
         for place in range(config.num_hidden_layers):
             drawn = {
                 name.replace(".layers.0.", f".layers.{place}."): torch.randn(shape, dtype=torch.bfloat16) * 0.02
@@ -62,6 +63,8 @@ def make(path: Path, gigabytes: float, width: int) -> int:
                 if place == 0 or ".layers.0." in name
             }
             save_file(drawn, path / f"model-{place:05d}.safetensors", {"format": "pt"})
+            index |= dict.fromkeys(drawn, f"model-{place:05d}.safetensors")
+        (path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
         config.architectures = ["LlamaForCausalLM"]
         config.save_pretrained(path)
     return block

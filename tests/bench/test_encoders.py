@@ -93,6 +93,32 @@ def test_nothing_that_is_judged_by_is_learned(scripts: tuple[Any, Any], data: Pa
     assert all(100 <= len(text.split()) <= 200 for text in passages)
 
 
+def test_embeddings_of_other_dimensions_are_measured(scripts: tuple[Any, Any]) -> None:
+    """As those that static embeddings of fewer bytes have."""
+    encoders, _ = scripts
+    torch.manual_seed(0)
+    names = {"corpus": 40, "passages": 12, "first": 30, "second": 30, "banking77": 30, "sst2": 30}
+    judge = encoders.Judge.__new__(encoders.Judge)
+    judge.wanted = {name: torch.randn(count, 16) for name, count in names.items()}
+    judge.texts = {name: [str(place) for place in range(count)] for name, count in names.items()}
+    judge.same = [place % 2 for place in range(30)]
+    judge.classes = {name: ([], [place % 2 for place in range(30)]) for name in ("banking77", "sst2")}
+    for width, more in ((16, {"embedding_cosine", "passage_cosine"}), (8, set())):
+        found = judge.measure(lambda texts, width=width: torch.randn(len(texts), width))
+        assert {name for name in found if name.endswith("_cosine")} == more
+        assert 0 <= found["neighbour_recall"]["value"] < 0.7
+        assert "difference_value" in found["mrpc_auc"]
+
+
+def test_rivals_have_as_many_bytes_as_ours(scripts: tuple[Any, Any], tmp_path: Path) -> None:
+    encoders, _ = scripts
+    row = {"contestant": "factorformer", "model": "m", "ratio": 10.0, "bytes": 90}
+    rows = [{**row, "values": "int8"}, {**row, "values": "int4", "bytes": 80}, {**row, "values": "int4", "ratio": 20.0}]
+    (tmp_path / "rows.jsonl").write_text("".join(f"{json.dumps(each)}\n" for each in rows))
+    assert encoders._limit(tmp_path / "rows.jsonl", "m", 10.0) == 80
+    assert encoders._limit(tmp_path / "rows.jsonl", "m", 4.0) is None
+
+
 def test_a_picture_has_one_point_for_each_size(
     scripts: tuple[Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -565,5 +565,7 @@ def test_streaming(run: Any, base: Path, tables: Path, tmp_path: Path, monkeypat
             torch.testing.assert_close(model(**inputs).last_hidden_state, whole(**inputs).last_hidden_state)
     assert (tmp_path / "asked" / "1_Pooling").is_dir()
     assert json.loads((tmp_path / "asked" / "factorformer.json").read_text())["output"] == str(tmp_path / "asked")
+    done = run("compress", base, tmp_path / "kept", *options[2:], "--no-stream", "--json")
+    assert result_of(done)["method"] == "fisher"
     check(run("compress", base, tmp_path / "no", "--stream", "--scope", "all"), "--stream .* --scope all")
     check(run("compress", base, tmp_path / "no", "--stream", "--method", "fisher"), "--stream .* --method fisher")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as tf
+from safetensors.torch import load_file, save_file
 from tests.tiny import MODELS, logits, text
 from torch import Tensor
 
@@ -116,11 +118,23 @@ def interrupted(arguments: tuple[Any, ...], options: dict[str, Any], events: int
     return os.waitpid(child, 0)[1]
 
 
-@pytest.mark.parametrize("sequential", [False, True])
-def test_it_goes_on_after_being_killed(sequential: bool, llama: Path, tmp_path: Path) -> None:
+@pytest.fixture
+def mpnet(tmp_path: Path) -> Path:
+    """Whose blocks return tuples."""
+    sizes = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 64}
+    torch.manual_seed(0)
+    tf.MPNetModel(tf.MPNetConfig(**sizes, vocab_size=99)).save_pretrained(tmp_path / "mpnet")
+    return tmp_path / "mpnet"
+
+
+@pytest.mark.parametrize(("kind", "sequential"), [("llama", False), ("llama", True), ("mpnet", False)])
+def test_it_goes_on_after_being_killed(
+    kind: str, sequential: bool, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    path = request.getfixturevalue(kind)
     options = {"calibration": batches(), "sequential": sequential}
-    compress_checkpoint(llama, tmp_path / "whole", "whitened", 3, **options)
-    arguments = (llama, tmp_path / "parts", "whitened", 3)
+    compress_checkpoint(path, tmp_path / "whole", "whitened", 3, **options)
+    arguments = (path, tmp_path / "parts", "whitened", 3)
     ended, runs = -1, 0
     while ended != 0:
         ended = interrupted(arguments, options, 13)  # a block takes 11 of them
@@ -130,7 +144,7 @@ def test_it_goes_on_after_being_killed(sequential: bool, llama: Path, tmp_path: 
         assert runs < 9
     assert runs > 2
     assert contents(tmp_path / "parts") == contents(tmp_path / "whole")
-    assert sorted(part.name for part in tmp_path.iterdir()) == ["llama", "parts", "whole"]
+    assert sorted(part.name for part in tmp_path.iterdir()) == [kind, "parts", "whole"]
 
 
 def test_another_run_is_not_gone_on_with(llama: Path, tmp_path: Path) -> None:
@@ -168,15 +182,51 @@ def test_what_cannot_be(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
     compress_checkpoint(llama, output, "svd", 2, overwrite=True)
     with pytest.raises(ModelError, match="compressed already"):
         compress_checkpoint(output, tmp_path / "again", "svd", 2)
-    weights = next(llama.glob("*.safetensors"))
-    tensors = stored.Stored(stored.skeleton(llama)[0], [weights])
+    skeleton = stored.skeleton(llama)[0]
     monkeypatch.setattr(stored._compat, "targets", lambda model, names: {})
     with pytest.raises(CheckpointError, match="lack 30 weights of LlamaForCausalLM"):
-        stored.Stored(tensors.model, [weights])
+        stored.Stored(skeleton, stored.files_of(llama))
     monkeypatch.undo()
-    weights.rename(llama / "pytorch_model.bin")
-    with pytest.raises(CheckpointError, match=r"no model.*safetensors"):
+    tensors = load_file(llama / "model.safetensors")
+    name = "model.layers.0.mlp.up_proj.weight"
+    save_file({**tensors, name: tensors[name].to(torch.float8_e4m3fn)}, llama / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"up_proj.weight' is stored as F8_E4M3: start from .* full precision"):
         compress_checkpoint(llama, tmp_path / "again", "svd")
+    (llama / "model.safetensors").rename(llama / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match=r"neither model\.safetensors nor model\.safetensors\.index\.json"):
+        compress_checkpoint(llama, tmp_path / "again", "svd")
+    assert sorted(part.name for part in tmp_path.iterdir()) == ["broken", "llama", "out"]
+
+
+def test_files_are_those_that_transformers_reads(llama: Path, tmp_path: Path) -> None:
+    """Of an index, and of nothing beside them; and what says how to generate is kept."""
+    model = MODELS["mixtral"].build()
+    model.generation_config.update(eos_token_id=[2, 7], do_sample=True, top_p=0.5)
+    model.save_pretrained(tmp_path / "mixtral", max_shard_size="20KB")
+    assert len(list((tmp_path / "mixtral").glob("model-*.safetensors"))) > 3  # experts of a layer lie in several
+    shutil.copy(llama / "model.safetensors", tmp_path / "mixtral" / "model_old.safetensors")
+    compress_checkpoint(tmp_path / "mixtral", tmp_path / "out", "svd", MODELS["mixtral"].ratio)
+    small = tf.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    expected = as_a_whole(tmp_path / "mixtral", "svd", MODELS["mixtral"].ratio, "mixtral", None)
+    torch.testing.assert_close(logits(small, MODELS["mixtral"].inputs()), expected, rtol=1e-5, atol=1e-5)
+    assert small.generation_config.eos_token_id == [2, 7]
+    assert small.generation_config.top_p == 0.5
+
+
+def test_what_blocks_share_is_refused(llama: Path, tmp_path: Path) -> None:
+    """Whatever one hands to another beside hidden states: it would be lost."""
+
+    def with_more(model: Any) -> list[dict[str, Tensor]]:
+        common: dict[str, Tensor] = {}
+        for layer in model.model.layers:
+            layer.register_forward_pre_hook(
+                lambda _, args, kwargs: (args, {**kwargs, "common": common}), with_kwargs=True
+            )
+        return batches()
+
+    with pytest.raises(ModelError, match=r"layers\.1' of LlamaForCausalLM does not read what .* or reads more"):
+        compress_checkpoint(llama, tmp_path / "out", "whitened", 3, calibration=with_more)
+    assert [part.name for part in tmp_path.iterdir()] == ["llama"]
 
 
 def test_the_model_has_no_weights_but_those_of_a_block(llama: Path, tmp_path: Path) -> None:

@@ -277,9 +277,10 @@ Resume = Annotated[
     bool, typer.Option("--resume", help="Go on with an interrupted run of the same command, from its last checkpoint.")
 ]
 Stream = Annotated[
-    bool,
+    bool | None,
     typer.Option(
-        "--stream",
+        "--stream/--no-stream",
+        show_default=False,
         rich_help_panel="Models larger than memory",
         help="Hold one block of the model in memory at a time. So it is done without being asked where the weights "
         "take more than half of the memory that is free. A run that was interrupted goes on by itself.",

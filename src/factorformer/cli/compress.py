@@ -140,7 +140,7 @@ def compress(
     freeze_embeddings: FreezeEmbeddings = True,
     factors_only: FactorsOnly = False,
     gradient_checkpointing: Checkpointing = False,
-    stream: Stream = False,
+    stream: Stream = None,
     sequential: Sequential = False,
     device: Device = DeviceChoice.auto,
     resume: Resume = False,
@@ -200,6 +200,8 @@ def compress(
         note_unused(
             "without data", *read, "words", "max_length", "sequence_length", "batch_size", "calibration_rows", "seed"
         )
+    if not stream:
+        note_unused("without --stream", "sequential")
     from factorformer.cli._jobs.compress import CompressJob, run
     from factorformer.cli._jobs.unfinished import is_unfinished
     from factorformer.cli._texts import columns_of

@@ -8,7 +8,7 @@ behind are not reached. So one forward pass computes one block, and everything o
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, MutableMapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 
 Wrap = Callable[[Tensor], Any]
 """Hidden states as a block returns them."""
+
+BARE = 0
+"""The length of an output that is no tuple."""
 
 
 class Chain:
@@ -42,7 +45,8 @@ class Chain:
         self.model: Any = model
         self.names = find_blocks(model)
         self._blocks = [model.get_submodule(name) for name in self.names]
-        self._wraps: list[Wrap] = [lambda hidden: hidden] * len(self.names)
+        self.lengths: list[int] = [BARE] * len(self.names)
+        """Of the tuples that blocks return, as far as they are known."""
         self._check(batch)
 
     def begin(self, batch: Batch) -> Tensor:
@@ -73,7 +77,7 @@ class Chain:
 
         def here(*args: Any, **kwargs: Any) -> Any:
             output = type(block).forward(block, *args, **kwargs)
-            self._wraps[place] = _wrap_of(output)
+            self.lengths[place] = BARE if isinstance(output, Tensor) else len(output)
             found.append(output if isinstance(output, Tensor) else output[0])
             raise Reached
 
@@ -101,12 +105,18 @@ class Chain:
         )
 
     def _skipped(self, place: int, hidden: Tensor) -> Callable[..., Any]:
-        return lambda *_, **__: self._wraps[place](hidden)
+        length = self.lengths[place]
+        output = hidden if length == BARE else (hidden, *[None] * (length - 1))
+        return lambda *_, **__: output
 
     def _check(self, batch: Batch) -> None:
         """Passes in which no block computes anything; whether they return tuples is not known yet."""
         start, order = self.begin(batch), list(range(len(self._blocks)))
-        attempts = [self._passed(batch, start, wrap) for wrap in (lambda hidden: hidden, lambda hidden: (hidden, None))]
+        beside = torch.zeros(1)  # what else a block may return
+        attempts = [
+            self._passed(batch, start, beside, wrap)
+            for wrap in (lambda hidden: hidden, lambda hidden: (hidden, beside))
+        ]
         if any(called == order and all(read) for called, read in attempts):
             return
         called, read = max(attempts, key=lambda attempt: sum(attempt[1]))
@@ -119,19 +129,24 @@ class Chain:
             )
         place = read.index(False) if False in read else len(called) - 1
         raise ModelError(
-            f"the block '{self.names[place]}' of {kind} does not read what the one before it returned: it cannot be "
-            "compressed block by block on data; methods that need none can (svd)"
+            f"the block '{self.names[place]}' of {kind} does not read what the one before it returned, or reads more: "
+            "it cannot be compressed block by block on data; methods that need none can (svd)"
         )
 
-    def _passed(self, batch: Batch, start: Tensor, wrap: Wrap) -> tuple[list[int], list[bool]]:
-        """The blocks in the order in which they are called, and whether each reads what it should."""
+    def _passed(self, batch: Batch, start: Tensor, beside: Tensor, wrap: Wrap) -> tuple[list[int], list[bool]]:
+        """The blocks in the order in which they are called, and whether each reads what it should, and no more."""
         called: list[int] = []
         read: list[bool] = []
+        common: set[int] = set()  # what one block can leave in for another
 
         def pass_on(place: int) -> Callable[..., Any]:
             def forward(*args: Any, **kwargs: Any) -> Any:
+                given = (*args, *kwargs.values())
+                handed = {id(value) for value in given if isinstance(value, MutableMapping)}
+                more = any(value is beside for value in given) or bool(handed & common)
+                common.update(handed)
                 called.append(place)
-                read.append(place == 0 or any(value is start for value in (*args, *kwargs.values())))
+                read.append(not more and (place == 0 or any(value is start for value in given)))
                 return wrap(start)
 
             return forward
@@ -144,14 +159,6 @@ class Chain:
 
 def _hidden_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     return next(v for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.is_floating_point())
-
-
-def _wrap_of(output: Any) -> Wrap:
-    """How hidden states stand in an output like this one."""
-    if isinstance(output, Tensor):
-        return lambda hidden: hidden
-    rest = [None] * (len(output) - 1)
-    return lambda hidden: (hidden, *rest)
 
 
 @contextlib.contextmanager

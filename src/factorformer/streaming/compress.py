@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -67,6 +68,7 @@ def compress_checkpoint(
     sequential: bool = False,
     overwrite: bool = False,
     progress: Progress = silent,
+    beside: Callable[[Report, Path], None] | None = None,
 ) -> Report:
     """Compress the blocks of a model on disk, of which one at a time is in memory, into a model directory.
 
@@ -85,6 +87,7 @@ def compress_checkpoint(
         sequential: let blocks read what the compressed blocks before them make, in place of the original ones.
         overwrite: replace a model directory that is there, and an interrupted run with other arguments.
         progress: progress callback.
+        beside: writes further files into the directory before it appears.
 
     Raises:
         MethodError: a method that needs gradients, or all matrices at once.
@@ -115,13 +118,14 @@ def compress_checkpoint(
     arguments = {
         "plan": plan.to_dict(),
         "sequential": sequential,
+        "config": model.config.to_dict(),
         "source": [
             [file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in sorted(set(stored.files.values()))
         ],
-        "batches": [fingerprint(batch) for batch in batches],
-        "versions": [factorformer.__version__, torch.__version__],
+        "batches": [[fingerprint(batch), *map(_described, sorted(batch.items()))] for batch in batches],
+        "versions": [factorformer.__version__, torch.__version__, transformers.__version__],
     }
-    run = _Run(Path(output), json.loads(json.dumps(arguments)), overwrite=overwrite)
+    run = _Run(Path(output), json.loads(json.dumps(arguments, default=str)), overwrite=overwrite)
     job = _Job(model, stored, plan, batches, sequential, progress)
     check_output(output, overwrite=overwrite, inputs=(path,))
     chain = None
@@ -131,9 +135,20 @@ def compress_checkpoint(
     with locked(run.folder.with_name(f"{run.folder.name}.lock")), run.opened():
         _compress_blocks(job, run, chain)
         report = _report(job, run, name, started)
+        shutil.rmtree(run.assembled, ignore_errors=True)
+        _assemble(job, run, path, run.assembled)
+        if beside is not None:
+            beside(report, run.assembled)
         with output_directory(output, overwrite=overwrite, inputs=(path,)) as partial:
-            _assemble(job, run, path, partial)
+            for part in run.assembled.iterdir():
+                part.rename(partial / part.name)
     return report
+
+
+def _described(argument: tuple[str, Any]) -> str:
+    """An argument of a model without the values of tensors."""
+    name, value = argument
+    return f"{name} {tuple(value.shape)} {value.dtype}" if isinstance(value, Tensor) else f"{name} {value!r}"
 
 
 @dataclasses.dataclass
@@ -173,6 +188,7 @@ class _Run:
     def __init__(self, output: Path, arguments: Mapping[str, Any], *, overwrite: bool) -> None:
         self.output, self.arguments, self.overwrite = output, arguments, overwrite
         self.folder = output.parent / f".{output.name}.streaming"
+        self.assembled = self.folder / "assembled"
 
     @contextlib.contextmanager
     def opened(self) -> Iterator[None]:
@@ -190,9 +206,11 @@ class _Run:
             partial.write_text(json.dumps(self.arguments), encoding="utf-8")
         try:
             yield
-        except Exception:
+        except BaseException as error:
             if not self.tensors(0).exists():  # nothing to go on from
                 shutil.rmtree(self.folder, ignore_errors=True)
+            elif isinstance(error, KeyboardInterrupt):
+                raise KeyboardInterrupt("what is finished is kept: the same command goes on from there") from error
             raise
         shutil.rmtree(self.folder, ignore_errors=True)
 
@@ -219,7 +237,8 @@ class _Run:
     def keep(self, place: int, batch: int, hidden: Tensor) -> None:
         """What a block reads of a batch."""
         self.hidden(place).mkdir(exist_ok=True)
-        save_file({"hidden": hidden.contiguous()}, self.hidden(place) / f"{batch:05d}.safetensors")
+        with whole_file(self.hidden(place) / f"{batch:05d}.safetensors", "what a block reads") as partial:
+            save_file({"hidden": hidden.contiguous()}, partial)
 
     def read(self, place: int, batch: int) -> Tensor:
         """The same again."""
@@ -232,7 +251,10 @@ def _compress_blocks(job: _Job, run: _Run, chain: Chain | None) -> None:
         if not run.tensors(place).exists():
             _compress_block(job, run, chain, place, block)
         job.progress("compress block", place + 1, len(names))
-        _forget(job, block, _said(run, place)["dense"])
+        said = _said(run, place)
+        if chain is not None:
+            chain.lengths[place] = said["length"]
+        _forget(job, block, said["dense"])
 
 
 def _compress_block(job: _Job, run: _Run, chain: Chain | None, place: int, block: str) -> None:
@@ -260,7 +282,9 @@ def _compress_block(job: _Job, run: _Run, chain: Chain | None, place: int, block
             run.keep(place + 1, number, chain.run(place, batch, run.read(place, number)))
     tensors = {f"{block}.{name}": tensor.detach().contiguous() for name, tensor in module.state_dict().items()}
     with whole_file(run.said(place), "what became of a block") as partial:
-        partial.write_text(json.dumps({"errors": errors, "dense": dense}), encoding="utf-8")
+        length, few = None if chain is None else chain.lengths[place], calibrate.too_few_tokens(known)
+        said = {"errors": errors, "dense": dense, "length": length, "few": few}
+        partial.write_text(json.dumps(said), encoding="utf-8")
     with whole_file(run.tensors(place), "a compressed block") as partial:
         save_file(tensors, partial, {"format": "pt"})
     shutil.rmtree(run.hidden(place), ignore_errors=True)
@@ -319,6 +343,7 @@ def _report(job: _Job, run: _Run, method: str, started: float) -> Report:
     plan = dataclasses.replace(job.plan, entries=entries)
     errors = {name: error for block in said for name, error in block["errors"].items()}
     notes = tuple(f"left dense: {name}: {reason}" for name, reason in dense.items())
+    notes += tuple(dict.fromkeys(block["few"] for block in said if block["few"]))[:1]
     seconds = {"fit": time.perf_counter() - started}
     return Report(method, plan.scope, plan.original, plan.compressed, errors, seconds, plan, notes)
 
@@ -342,10 +367,13 @@ def _assemble(job: _Job, run: _Run, path: Path, directory: Path) -> None:
         job.stored.fill(part)
         held = job.model.state_dict()
         save_file({name: held[name].contiguous() for name in part}, file, {"format": "pt"})
+        del held
+        job.stored.empty(part)
     config.save_pretrained(weights)
-    if job.model.can_generate() and job.model.generation_config is not None:
-        job.model.generation_config.save_pretrained(weights)
     copy_companions(path, directory)
+    made = job.model.generation_config if job.model.can_generate() else None
+    if made is not None and not (weights / "generation_config.json").exists():
+        made.save_pretrained(weights)
     card.write(job.model, weights)
     index = {
         "metadata": {"total_size": sum(file.stat().st_size for file in files)},

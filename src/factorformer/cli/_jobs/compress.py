@@ -59,9 +59,14 @@ ROWS_TO_HEAL = 2048
 def run(job: CompressJob, *, resume: bool) -> Result:
     """Check, plan, fit, train, save, measure; a model that learns without labels leaves checkpoints."""
     started = time.perf_counter()
-    if job.stream or stream.is_too_large(job):
+    if job.stream:
+        if resume:
+            note("not used with --stream, which goes on by itself: --resume")
         return stream.run(job)
-    job = check(job)
+    chosen = check(job)
+    if job.stream is None and not resume and stream.is_too_large(job):
+        return stream.run(job)
+    job = chosen
     inputs = read_inputs(job)
     if not inputs.heals:
         if resume:

@@ -48,7 +48,7 @@ class CompressJob:
     settings: TrainingSettings
     healing: HealingSettings
     distill: str | None
-    stream: bool
+    stream: bool | None
     sequential: bool
     device: str
     overwrite: bool

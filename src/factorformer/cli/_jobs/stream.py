@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+from pathlib import Path
 
 import psutil
 from transformers import PreTrainedModel
 
-from factorformer.cli._inputs import update
+from factorformer.cli._inputs import off_target
 from factorformer.cli._jobs.compress_inputs import read_inputs
 from factorformer.cli._jobs.compress_options import CompressJob, check
 from factorformer.cli._options import note
 from factorformer.cli._texts import calibration_batches
-from factorformer.errors import MethodError
+from factorformer.compression import Report
+from factorformer.errors import FactorformerError, MethodError
+from factorformer.files import RESULT_FILE
 from factorformer.fitting.batches import Batch
 from factorformer.hf.layout import place
 from factorformer.hf.source import find
+from factorformer.layers.surgery import find_blocks
 from factorformer.progress import bars
 from factorformer.report import Result
 from factorformer.streaming import compress_checkpoint, streams
+from factorformer.streaming.stored import files_of, skeleton
 
 TOO_MUCH = 0.5
 """Part of the free memory beyond which weights are not read as a whole."""
@@ -26,18 +32,29 @@ TOO_MUCH = 0.5
 
 def is_too_large(job: CompressJob) -> bool:
     """Whether a model had better be compressed block by block, and can be; a note says so."""
-    if _refused(job):
+    if _refused(job) or job.device != "cpu":
         return False
-    folder = place(find(job.model)).folder
-    size = sum(file.stat().st_size for file in folder.glob("model*.safetensors"))
-    free = psutil.virtual_memory().available
-    if size <= TOO_MUCH * free:
+    path = find(job.model)
+    try:
+        files = set(files_of(place(path).folder).values())
+        size, free = sum(file.stat().st_size for file in files), psutil.virtual_memory().available
+        if size <= TOO_MUCH * free:
+            return False
+        model, _ = skeleton(path)
+    except FactorformerError:  # whatever is wrong is said where the model is read as a whole
+        return False
+    chains = {_list_of(block) for block in find_blocks(model)}
+    if job.calibration is not None and len(chains) > 1:  # those of an encoder-decoder, or of what sees
         return False
     note(
         f"the weights take {size / 1e9:.1f} GB, and {free / 1e9:.1f} GB of memory are free: compressed block by block, "
-        "as by --stream"
+        "as by --stream (--no-stream reads the model as a whole)"
     )
     return True
+
+
+def _list_of(block: str) -> str:
+    return block.rpartition(".")[0]
 
 
 def run(job: CompressJob) -> Result:
@@ -54,6 +71,10 @@ def run(job: CompressJob) -> Result:
         note(f"block by block, '{method}' is the default: others need gradients, or weigh all matrices at once")
         job = dataclasses.replace(job, method=method)
     job = check(job)
+    if job.device != "cpu":
+        note("block by block, models are compressed on the CPU")
+    if job.sequential and job.needs == "nothing":
+        note(f"not used by '{job.chosen}', which reads no text: --sequential")
     inputs = read_inputs(job)
 
     def batches(model: PreTrainedModel) -> list[Batch]:
@@ -66,8 +87,26 @@ def run(job: CompressJob) -> Result:
             )
         ]
 
+    results: list[Result] = []
+
+    def beside(report: Report, directory: Path) -> None:
+        warnings = [*report.notes, *filter(None, [off_target(report.plan)])]
+        for line in warnings:
+            note(line)
+        result = Result.of(
+            report.plan,
+            method=job.chosen,
+            metrics={},
+            seconds=report.seconds | {"total": sum(report.seconds.values())},
+            seed=None if inputs.tokenizer is None else job.settings.seed,
+            output=job.output,
+            warnings=warnings,
+        )
+        (directory / RESULT_FILE).write_text(json.dumps(result.to_dict(), indent=1) + "\n", encoding="utf-8")
+        results.append(result)
+
     with bars() as progress:
-        report = compress_checkpoint(
+        compress_checkpoint(
             inputs.path,
             job.output,
             job.method,
@@ -81,20 +120,9 @@ def run(job: CompressJob) -> Result:
             sequential=job.sequential,
             overwrite=job.overwrite,
             progress=progress,
+            beside=beside,
         )
-    for line in report.notes:
-        note(line)
-    result = Result.of(
-        report.plan,
-        method=job.chosen,
-        metrics={},
-        seconds=report.seconds | {"total": sum(report.seconds.values())},
-        seed=None if inputs.tokenizer is None else job.settings.seed,
-        output=job.output,
-        warnings=list(report.notes),
-    )
-    update(result)
-    return result
+    return results[0]
 
 
 def _refused(job: CompressJob) -> list[str]:
