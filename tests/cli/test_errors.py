@@ -43,7 +43,7 @@ COMMAND = [sys.executable, "-W", "ignore", "-c", "from factorformer.cli import m
         (["--label", "label"], "--train, --eval.*--calibration"),
         (["--regression"], "--label"),
         (["--calibration", "nulls.jsonl"], "nulls.jsonl', line 2, column 'text': no text"),
-        (["--calibration", "long.txt"], r"'long\.txt'.*42 tokens.*24 positions"),
+        (["--calibration", "long.txt", "--max-length", "64"], r"'long\.txt'.*42 tokens.*24 positions"),
         (["--eval", "train.jsonl", "--label", "label"], "classification head"),
         (["--train", "texts.txt", "--distill", "nowhere/else"], "nowhere/else"),
         (["--plan", "nothing.json"], r"plan.*nothing\.json"),

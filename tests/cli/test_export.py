@@ -187,11 +187,12 @@ def test_where_other_programs_look(run: Any, base_copy: Path, tmp_path: Path) ->
     check_output(base_copy, overwrite=True)  # nothing of it is anybody else's
 
 
-def test_ways_that_a_model_does_not_have_are_left_out(run: Any, tmp_path: Path) -> None:
+def test_ways_that_a_model_does_not_have_are_left_out(run: Any, base: Path, tmp_path: Path) -> None:
     """Layers of a kind that does not run in one call; and a file beside that is there already is one way more."""
     sizes = {"vocab_size": 120, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     model = transformers.BertModel(transformers.BertConfig(**sizes, intermediate_size=64, hidden_act="relu"))
     model.save_pretrained(tmp_path / "relu")
+    AutoTokenizer.from_pretrained(base).save_pretrained(tmp_path / "relu")
     for ways, options in ((3, ()), (4, ("--int8",))):
         done = run("export", tmp_path / "relu", *options, "--json")
         times = {name for name in json.loads(done.stdout)["metrics"] if name.startswith("milliseconds_")}

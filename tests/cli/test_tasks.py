@@ -301,7 +301,7 @@ def test_everything_is_checked_before_weights_are_read(
     ]
     texts = ("--train", "texts.txt", "--distill", base)
     compressing: list[tuple[Path, tuple[Any, ...], str]] = [
-        (base, ("--calibration", "long.txt"), "42 tokens"),
+        (base, ("--calibration", "long.txt", "--max-length", 64), "42 tokens"),
         (base, (*texts, "--eval", "two.txt"), "at least 3"),
         (base, (*texts, "--eval", "nulls.jsonl"), "line 2, column 'text'"),
         (base, ("--train", "two.txt", "--distill", base), "--eval"),

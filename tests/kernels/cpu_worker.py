@@ -445,17 +445,17 @@ def check_out_of_memory() -> None:
     query, keys = torch.randn(1, 2, 1, 1), torch.randn(1, 2, 2**22, 1)
     x, weight = torch.randn(5, 4_000_000), torch.randn(1, 4_000_000)
     torch.set_num_threads(2)
-    encoder, rows, starts = small_encoder(), torch.arange(2**18), torch.tensor([0, 2**18])
-    states = torch.zeros(2**18, 4)
+    encoder, rows, starts = small_encoder(), torch.arange(2**20), torch.tensor([0, 2**20])
+    states, made = torch.zeros(2**20, 4), torch.zeros(2**20, 4)
     cpu.attention(query, keys[:, :, :5], keys[:, :, :5], None, 1.0)  # threads have their stacks from now on
     size = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
     before = resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (size + 2**23, before[1]))
     failed = 0
     for product in (
+        lambda: cpu.encode(encoder._fields, states, rows, starts, made),
         lambda: cpu.attention(query, keys, keys, None, 1.0),
         lambda: cpu.chain(x, [weight], [None], [False], None),
-        lambda: encoder(states, rows, starts),
     ):
         try:
             product()
