@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import math
@@ -15,13 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 import factorformer
 from factorformer import compression, planning, recipes, registration
 from factorformer.compression import Report
-from factorformer.errors import DataError, MethodError, OutputError
+from factorformer.errors import DataError, MethodError
 from factorformer.files import check_output, output_directory, whole_file
 from factorformer.fitting import statistics as calibrate
 from factorformer.fitting.batches import Batch, Calibration, as_batches, fingerprint
@@ -37,6 +36,7 @@ from factorformer.planning import Entry, Plan
 from factorformer.progress import Progress, silent
 from factorformer.streaming.chain import Chain
 from factorformer.streaming.stored import Stored, skeleton
+from factorformer.streaming.unfinished import Run
 from factorformer.tasks.checkpoints import locked
 
 if TYPE_CHECKING:
@@ -125,7 +125,7 @@ def compress_checkpoint(
         "batches": [[fingerprint(batch), *map(_described, sorted(batch.items()))] for batch in batches],
         "versions": [factorformer.__version__, torch.__version__, transformers.__version__],
     }
-    run = _Run(Path(output), json.loads(json.dumps(arguments, default=str)), overwrite=overwrite)
+    run = Run(Path(output), json.loads(json.dumps(arguments, default=str)), overwrite=overwrite)
     job = _Job(model, stored, plan, batches, sequential, progress)
     check_output(output, overwrite=overwrite, inputs=(path,))
     chain = None
@@ -176,76 +176,7 @@ class _Job:
         return [entry for entry in self.plan.factorized if entry.matrix.name.startswith(f"{block}.")]
 
 
-class _Run:
-    """An unfinished run on disk: a file of tensors for each finished block, and the hidden states that the next reads.
-
-    Args:
-        output: the directory that is made in the end.
-        arguments: by which a run is known to be the same.
-        overwrite: whether a run with other arguments may be deleted.
-    """
-
-    def __init__(self, output: Path, arguments: Mapping[str, Any], *, overwrite: bool) -> None:
-        self.output, self.arguments, self.overwrite = output, arguments, overwrite
-        self.folder = output.parent / f".{output.name}.streaming"
-        self.assembled = self.folder / "assembled"
-
-    @contextlib.contextmanager
-    def opened(self) -> Iterator[None]:
-        """The folder, with what an interrupted run of the same arguments has left; gone after success."""
-        file = self.folder / "arguments.json"
-        if self.folder.exists() and not self._is_same(file):
-            if not self.overwrite:
-                raise OutputError(
-                    f"an interrupted run for '{self.output}' had other arguments or another model: repeat it as it "
-                    f"was, or start over with overwrite (which deletes '{self.folder}')"
-                )
-            shutil.rmtree(self.folder)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with whole_file(file, "the arguments of the run") as partial:
-            partial.write_text(json.dumps(self.arguments), encoding="utf-8")
-        try:
-            yield
-        except BaseException as error:
-            if not self.tensors(0).exists():  # nothing to go on from
-                shutil.rmtree(self.folder, ignore_errors=True)
-            elif isinstance(error, KeyboardInterrupt):
-                raise KeyboardInterrupt("what is finished is kept: the same command goes on from there") from error
-            raise
-        shutil.rmtree(self.folder, ignore_errors=True)
-
-    def _is_same(self, file: Path) -> bool:
-        if not any(self.folder.iterdir()):
-            return True
-        try:
-            return json.loads(file.read_text(encoding="utf-8")) == self.arguments
-        except (OSError, ValueError):
-            return False
-
-    def tensors(self, place: int) -> Path:
-        """The file of a finished block."""
-        return self.folder / f"block-{place:05d}.safetensors"
-
-    def said(self, place: int) -> Path:
-        """What is known of a finished block beside its tensors."""
-        return self.folder / f"block-{place:05d}.json"
-
-    def hidden(self, place: int) -> Path:
-        """The folder of what a block reads."""
-        return self.folder / f"hidden-{place:05d}"
-
-    def keep(self, place: int, batch: int, hidden: Tensor) -> None:
-        """What a block reads of a batch."""
-        self.hidden(place).mkdir(exist_ok=True)
-        with whole_file(self.hidden(place) / f"{batch:05d}.safetensors", "what a block reads") as partial:
-            save_file({"hidden": hidden.contiguous()}, partial)
-
-    def read(self, place: int, batch: int) -> Tensor:
-        """The same again."""
-        return load_file(self.hidden(place) / f"{batch:05d}.safetensors")["hidden"]
-
-
-def _compress_blocks(job: _Job, run: _Run, chain: Chain | None) -> None:
+def _compress_blocks(job: _Job, run: Run, chain: Chain | None) -> None:
     names = find_blocks(job.model)
     for place, block in enumerate(names):
         if not run.tensors(place).exists():
@@ -257,7 +188,7 @@ def _compress_blocks(job: _Job, run: _Run, chain: Chain | None) -> None:
         _forget(job, block, said["dense"])
 
 
-def _compress_block(job: _Job, run: _Run, chain: Chain | None, place: int, block: str) -> None:
+def _compress_block(job: _Job, run: Run, chain: Chain | None, place: int, block: str) -> None:
     """Read, measure, fit, write: what is left is the file of the block, and what the next one reads."""
     module = job.model.get_submodule(block)
     job.stored.fill(name for name in job.stored.names if name.startswith(f"{block}."))
@@ -290,7 +221,7 @@ def _compress_block(job: _Job, run: _Run, chain: Chain | None, place: int, block
     shutil.rmtree(run.hidden(place), ignore_errors=True)
 
 
-def _measure(job: _Job, run: _Run, chain: Chain, place: int, names: Sequence[str]) -> Mapping[str, LayerStatistics]:
+def _measure(job: _Job, run: Run, chain: Chain, place: int, names: Sequence[str]) -> Mapping[str, LayerStatistics]:
     """Second moments of what the layers of a block read; what it makes of hidden states is kept for the next one."""
     recorder, done = Recorder(job.model, names), 0
 
@@ -313,7 +244,7 @@ def _measure(job: _Job, run: _Run, chain: Chain, place: int, names: Sequence[str
     return recorder.statistics()
 
 
-def _said(run: _Run, place: int) -> dict[str, Any]:
+def _said(run: Run, place: int) -> dict[str, Any]:
     return json.loads(run.said(place).read_text(encoding="utf-8"))
 
 
@@ -330,7 +261,7 @@ def _forget(job: _Job, block: str, dense: Mapping[str, str]) -> None:
         replace_module(job.model, old, new)
 
 
-def _report(job: _Job, run: _Run, method: str, started: float) -> Report:
+def _report(job: _Job, run: Run, method: str, started: float) -> Report:
     """What became of the plan."""
     said = [_said(run, place) for place in range(len(find_blocks(job.model)))]
     dense = {name: reason for block in said for name, reason in block["dense"].items()}
@@ -348,7 +279,7 @@ def _report(job: _Job, run: _Run, method: str, started: float) -> Report:
     return Report(method, plan.scope, plan.original, plan.compressed, errors, seconds, plan, notes)
 
 
-def _assemble(job: _Job, run: _Run, path: Path, directory: Path) -> None:
+def _assemble(job: _Job, run: Run, path: Path, directory: Path) -> None:
     """A model directory of finished blocks, of all tensors outside of them, and of what lies beside the weights."""
     weights = directory / place_of_weights(path)
     weights.mkdir(parents=True, exist_ok=True)
