@@ -16,9 +16,7 @@ from transformers import AutoModel, PretrainedConfig, PreTrainedModel, PreTraine
 
 from factorformer.cli._options import note
 from factorformer.errors import DataError
-from factorformer.hf.source import (
-    most_tokens,
-)
+from factorformer.hf.source import most_tokens
 from factorformer.tasks import windows
 from factorformer.tasks.classification import is_causal
 from factorformer.tasks.data import (

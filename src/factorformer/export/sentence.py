@@ -20,6 +20,9 @@ from factorformer.training.distillation import mean_pool
 
 MODES = ("cls", "max", "mean", "mean_sqrt_len_tokens", "weightedmean", "lasttoken")
 
+ENDLESS = 10**6
+"""Tokens from which on a tokenizer says that it cuts nothing."""
+
 ACTIVATIONS = "torch.nn.modules."
 """Where the activation of a `Dense` module has to come from."""
 
@@ -166,10 +169,6 @@ def find_layout(model: str) -> Layout:
         CheckpointError, ExportError: as from `read_layout`.
     """
     return read_layout(find(model))
-
-
-ENDLESS = 10**6
-"""Tokens from which on a tokenizer says that it cuts nothing."""
 
 
 def read_layout(directory: Path, *, alone: bool = True) -> Layout:

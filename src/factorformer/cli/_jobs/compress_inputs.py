@@ -168,9 +168,8 @@ def read_inputs(job: CompressJob) -> Inputs:
             least = 1 if isinstance(target, NextTokens) else 3
             data["train"], data["evaluation"] = hold_out(data["train"], seed, least=least)
             data["train"] = without(data["train"], data["evaluation"])
-            if "calibration" in data and _is_same(
-                job.calibration, job.train
-            ):  # what is measured on is not calibrated on
+            # What is measured on is not calibrated on.
+            if "calibration" in data and _is_same(job.calibration, job.train):
                 data["calibration"] = data["train"]
         if labels is None and "evaluation" in data:
             check_measurable(config, data["evaluation"], job.evaluation or job.train or "")

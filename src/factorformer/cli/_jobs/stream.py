@@ -80,12 +80,8 @@ def run(job: CompressJob) -> Result:
     def batches(model: PreTrainedModel) -> list[Batch]:
         assert inputs.tokenizer is not None
         assert inputs.calibration is not None
-        size = job.settings.batch_size
-        return [
-            *calibration_batches(
-                model, inputs.tokenizer, inputs.calibration, job.calibration_rows, job.settings.seed, size
-            )
-        ]
+        rows, seed, size = job.calibration_rows, job.settings.seed, job.settings.batch_size
+        return [*calibration_batches(model, inputs.tokenizer, inputs.calibration, rows, seed, size)]
 
     results: list[Result] = []
 
