@@ -120,6 +120,13 @@ def test_nothing_takes_it_for_the_original(tmp_path: Path, monkeypatch: pytest.M
         factorformer.load(tmp_path / "plain")
 
 
+def test_what_does_not_load_again_is_no_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linear, "SOURCE", "raise KeyError('gone')\n" + linear.SOURCE)
+    with pytest.raises(ExportError, match=r"LowRankRoberta.* does not load: .*gone"):
+        linear.export(compressed("roberta"), tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
 def test_what_is_not_of_low_rank_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ExportError, match="has no layer of low rank"):
         linear.export(MODELS["bert"].build(), tmp_path / "plain")

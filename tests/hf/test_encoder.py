@@ -6,6 +6,8 @@ import copy
 import functools
 import inspect
 import pickle
+import types
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,11 +19,14 @@ from torch import Tensor, nn
 
 import factorformer
 from factorformer.errors import FactorformerWarning, ModelError
-from factorformer.hf.encoder import FusedForward, FusedModel
+from factorformer.hf import fused
+from factorformer.hf.encoder import FusedForward, FusedModel, _allowed
 from factorformer.hf.encoder_layout import stacks_of
 from factorformer.hf.fused import fuse
-from factorformer.kernels import cpu
+from factorformer.kernels import Dense, cpu
 from factorformer.kernels.encoder import Encoder
+from factorformer.layers.nn import FactorizedMatrix
+from factorformer.structures import LowRank
 
 SIZES = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 80}
 OTHERS = {"vocab_size": 99, "max_position_embeddings": 520}
@@ -305,6 +310,70 @@ def test_weights_that_change(bert: tf.PreTrainedModel, calls: list[int]) -> None
     assert len(calls) == tried + 5
 
 
+def test_rounding_that_begins(bert: tf.PreTrainedModel) -> None:
+    factorformer.compress(bert, factorformer.plan(bert, "svd", ratio=2))
+    inputs, twin = batch(2, 7, padded=False), fuse(copy.deepcopy(bert))
+    before = states(twin, inputs)
+    for each in (bert, twin):
+        for layer in each.modules():
+            if isinstance(layer, FactorizedMatrix):
+                layer.fake_quantize(4)
+    torch.testing.assert_close(states(twin, inputs), states(bert, inputs), rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(states(twin, inputs), before, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("columns", [True, False])
+def test_structures_that_the_kernels_cannot_read(
+    bert: tf.PreTrainedModel, columns: bool, calls: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of others: matrices that are stored as their transpose, or more of them than kernels multiply in one go."""
+    factorformer.compress(bert, factorformer.plan(bert, "svd", ratio=2))
+    inputs, chain = batch(2, 7, padded=False), LowRank.chain
+    expected = states(bert, inputs)
+
+    def other(self: LowRank, factors: Any) -> list[Dense]:
+        *first, last = chain(self, factors)
+        if columns:
+            return [*first, Dense(last.weight.T.contiguous(), columns=True)]
+        return [*first, *(Dense(torch.eye(last.weight.shape[1])) for _ in range(cpu.LONGEST)), last]
+
+    monkeypatch.setattr(LowRank, "chain", other)
+    fuse(bert)
+    tried = len(calls)
+    torch.testing.assert_close(states(bert, inputs), expected, rtol=1e-4, atol=1e-4)
+    assert len(calls) == tried + 1
+
+
+def test_embeddings_that_somebody_changed(bert: tf.PreTrainedModel, calls: list[int]) -> None:
+    inputs, twin = batch(2, 7, padded=False), fuse(copy.deepcopy(bert))
+    for each in (bert, twin):
+        each.embeddings.LayerNorm = nn.Identity()
+    tried = len(calls)
+    torch.testing.assert_close(states(twin, inputs), states(bert, inputs), rtol=1e-4, atol=1e-4)
+    assert len(calls) == tried + 1
+    hook = twin.embeddings.register_forward_hook(lambda module, args, output: output.double())
+    with pytest.raises(RuntimeError, match="dtype"):  # as torch does
+        states(twin, inputs)
+    hook.remove()
+    torch.testing.assert_close(states(twin, inputs), states(bert, inputs), rtol=1e-4, atol=1e-4)
+
+
+def test_masks_elsewhere_are_not_read() -> None:
+    assert _allowed(torch.ones(1, 1, 1, 4, dtype=torch.bool), 1, 4) is not None
+    assert _allowed(torch.ones(1, 1, 1, 4, dtype=torch.bool, device="meta"), 1, 4) is None
+
+
+def test_it_is_made_a_method_once_more(bert: tf.PreTrainedModel, calls: list[int]) -> None:
+    """As accelerate does when it unwraps a model."""
+    inputs = batch(2, 7, padded=False)
+    expected, tried = states(fuse(bert), inputs), len(calls)
+    bert.forward = types.MethodType(bert.forward, bert)
+    assert torch.equal(states(bert, inputs), expected)
+    with torch.no_grad():
+        assert torch.equal(bert(inputs["input_ids"], inputs["attention_mask"])[0], expected)
+    assert len(calls) == tried + 2
+
+
 def test_a_fused_optimizer(bert: tf.PreTrainedModel) -> None:
     """Whose writes no tensor counts."""
     inputs = batch(2, 7, padded=False)
@@ -437,6 +506,24 @@ def test_rounding_that_a_random_batch_magnifies(bert: tf.PreTrainedModel) -> Non
         twin = fuse(copy.deepcopy(bert), products)
         assert stacks_of(twin)
         assert (states(twin, inputs) - exact)[mask].norm() > least * exact[mask].norm()
+
+
+def test_a_type_that_is_refused_leaves_others(bert: tf.PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fused, "ROUGHLY", 0.0)
+    with pytest.warns(FactorformerWarning, match="rounding to int8 would change"):
+        fuse(bert, "int8")
+    monkeypatch.undo()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fuse(bert, "bfloat16")
+    (stack,) = stacks_of(bert)
+    assert isinstance(stack.forward, FusedForward)
+
+
+def test_what_is_no_number_is_no_agreement() -> None:
+    one = torch.ones(2)
+    assert fused._deviation([one, one], [one, one]) == 0
+    assert fused._deviation([one, one], [one, one * float("nan")]) == float("inf")
 
 
 def test_time_is_told(bert: tf.PreTrainedModel) -> None:

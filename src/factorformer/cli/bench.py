@@ -112,8 +112,9 @@ def bench(
     ratios are taken within each round. 'speed-up' is the time of the first --against over that of the model, and its
     quartiles tell how sure it is. Peak memory and the time to load are taken in a new process for each model.
 
-    A variant before a model chooses its route: [bold]fused:[/bold] with attention and activations by the package's own
-    kernels as well, [bold]compile:[/bold] through torch.compile, [bold]bf16:[/bold] in bfloat16, [bold]int8:[/bold] in
+    A variant before a model chooses its route: [bold]fused:[/bold] by `factorformer.fuse`, with all layers in one call
+    where it knows them, [bold]fused-int8:[/bold] and [bold]fused-bf16:[/bold] with their products in these types,
+    [bold]compile:[/bold] through torch.compile, [bold]bf16:[/bold] in bfloat16, [bold]int8:[/bold] in
     torch's dynamic int8, [bold]torchao-int8:[/bold] in torchao's (both of dense models only), [bold]onnx:[/bold] and
     [bold]openvino:[/bold] for the file of a directory that holds other weights as well. They can be combined, such as
     compile:bf16:small/.

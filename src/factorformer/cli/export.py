@@ -5,12 +5,15 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from factorformer.cli._options import MODELS, AsJson, Overwrite, TextColumns, emit, note
 from factorformer.errors import MethodError, one_line
+
+if TYPE_CHECKING:
+    from factorformer.export.sentence import Layout
 
 Exported = Annotated[str, typer.Argument(metavar="DIR", show_default=False, help=MODELS)]
 To = Annotated[
@@ -157,7 +160,7 @@ def export(
     metrics = {"file_bytes": done.file_bytes, "deviation": done.deviation}
     metrics |= {} if done.cosine is None else {"cosine": done.cosine}
     file = shown / exporter.FILES[-1]
-    files = {"file": file, **_beside_it(model, layout.source, file)}
+    files = {"file": file, **_beside_it(model, layout, file)}
     if timing and (times := _times(model, files)):
         fastest, (batch, tokens) = min(times, key=lambda name: times[name]), TIMED
         called = WAYS.get(fastest) or f"'{files[fastest]}'"
@@ -166,17 +169,18 @@ def export(
     emit(Result.of(costs, metrics=metrics, seconds=seconds, output=str(shown)), as_json=as_json)
 
 
-def _beside_it(model: str, source: Path, file: Path) -> dict[str, Path]:
-    """Files of other exports of the same model, under the names that they have by default."""
+def _beside_it(model: str, layout: Layout, file: Path) -> dict[str, Path]:
+    """Files of other exports of the same model, where they lie by default; none that are older than its weights."""
     from factorformer.export import onnx, openvino
 
-    names = {"onnx": onnx.FILES[-1], "openvino": openvino.FILES[-1]}
-    found = {
-        f"{to}{end}".replace("-", "_"): _beside(model, source, f"-{to}{end}") / name
-        for to, name in names.items()
-        for end in ("", "-int8")
-    }
-    return {name: path for name, path in found.items() if path.is_file() and path.resolve() != file.resolve()}
+    found: dict[str, Path] = {}
+    for to, exporter in (("onnx", onnx), ("openvino", openvino)):
+        for end in ("", "-int8"):
+            found[f"{to}{end}".replace("-", "_")] = _beside(model, layout.source, f"-{to}{end}") / exporter.FILES[-1]
+        found[f"{to}_inside"] = layout.transformer / exporter.FOLDER / exporter.FILES[-1]
+    made = max((weights.stat().st_mtime for weights in layout.source.rglob("*.safetensors")), default=0.0)
+    there = {name: path for name, path in found.items() if path.is_file() and path.resolve() != file.resolve()}
+    return {name: path for name, path in there.items() if path.stat().st_mtime >= made}
 
 
 def _times(model: str, files: Mapping[str, Path]) -> dict[str, float]:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
-from factorformer.errors import ExportError
+from factorformer.errors import ExportError, one_line
 from factorformer.files import check_output, output_directory
 from factorformer.hf import compat
 from factorformer.hf.attachment import detach
@@ -249,6 +249,8 @@ def _deviation(directory: Path, name: str, batch: Mapping[str, Tensor], expected
     try:
         exec(compile((directory / FILE).read_text(encoding="utf-8"), module.__file__, "exec"), vars(module))
         found = _output(getattr(module, name).from_pretrained(directory).eval(), batch)
+    except Exception as error:  # of transformers, which has checks of its own
+        raise ExportError(f"the checkpoint of {name} does not load: {one_line(error)}") from error
     finally:
         del sys.modules[module.__name__]
     deviation = float((found - expected).norm() / expected.norm().clamp_min(torch.finfo(torch.float32).tiny))

@@ -21,8 +21,9 @@ from transformers.utils.generic import ModelOutput
 from factorformer.hf import compat
 from factorformer.hf.encoder_layout import MODELS, kind_of, layers_of, stacks_of
 from factorformer.kernels import Dense, served
-from factorformer.kernels.encoder import Encoder, EncoderLayer, Linear, Norm, Products
+from factorformer.kernels.encoder import Encoder, EncoderLayer, Linear, Norm, Products, readable
 from factorformer.layers._compat import Snapshot
+from factorformer.layers.factorized_matrix import Mode
 from factorformer.layers.nn import FactorizedLinear
 
 PLAIN = ("models.mpnet.", "models.distilbert.")
@@ -67,7 +68,8 @@ def _linear(layer: nn.Linear | FactorizedLinear) -> Linear:
     if isinstance(layer, nn.Linear):
         return Linear([Dense(layer.weight)], layer.bias)
     matrices = layer.spec.chain(layer.multiplied)
-    return Linear(matrices or [Dense(layer.to_dense())], layer.bias)
+    known = matrices and readable(matrices, layer.in_features, layer.out_features)
+    return Linear(matrices if known else [Dense(layer.to_dense())], layer.bias)
 
 
 class FusedForward:
@@ -156,7 +158,8 @@ class FusedForward:
     def _ready(self, length: int) -> Encoder | None:
         """The encoder, made of the weights as they are; None where it cannot be, or single layers are watched."""
         made = self._made
-        if made is None or not made.of.holds() or (made.encoder.reach and made.encoder.reach < length):
+        short = made is not None and 0 < made.encoder.reach < length
+        if made is None or short or not made.of.holds() or made.rounded != _rounding(made.factorized):
             self._made = made = self._make(length)
         if made is None or made.of.hooked(CAPTURING) or any(layer.form is not None for layer in made.factorized):
             return None
@@ -180,7 +183,8 @@ class FusedForward:
             bias = self.stack.relative_attention_bias(self.stack.relative_position_bucket(ahead)).T
         encoder = Encoder([_layer(parts) for parts in layers], layers[0]["heads"], self.products, bias)
         inside = [module for module in self.stack.modules() if module is not self.stack]
-        return _Made(encoder, made_of, factorized, inside, [module for module in inside if type(module) not in ALIKE])
+        dropping = [module for module in inside if type(module) not in ALIKE]
+        return _Made(encoder, made_of, factorized, _rounding(factorized), inside, dropping)
 
 
 class FusedModel:
@@ -210,8 +214,11 @@ class FusedModel:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(**state)
 
-    def __call__(self, input_ids: Any = None, attention_mask: Any = None, *rest: Any, **others: Any) -> Any:
-        """As the forward pass of the module."""
+    def __call__(self, *args: Any, **others: Any) -> Any:
+        """As the forward pass of the module, also where it is made a method of it once more, as accelerate does."""
+        return self._run(*(args[1:] if args and args[0] is self.model else args), **others)
+
+    def _run(self, input_ids: Any = None, attention_mask: Any = None, *rest: Any, **others: Any) -> Any:
         found = None if rest else self._output(input_ids, attention_mask, others)
         if found is None:
             return type(self.model).forward(self.model, input_ids, attention_mask, *rest, **others)
@@ -232,17 +239,19 @@ class FusedModel:
             return None
         if getattr(config, "is_decoder", False) or not isinstance(ids, Tensor) or ids.dim() != 2:
             return None
-        if mask is not None and not (isinstance(mask, Tensor) and mask.shape == ids.shape):
+        if mask is not None and not (isinstance(mask, Tensor) and mask.is_cpu and mask.shape == ids.shape):
             return None
         whole = None if mask is None else mask[:, None, None].bool()
-        ready = self.layers.ready(model.embeddings.LayerNorm.weight, (ids.shape[0], ids.shape[1]), whole)
+        ready = self.layers.ready(next(stack.parameters()), (ids.shape[0], ids.shape[1]), whole)
         if ready is None:
             return None
         x = model.embeddings(input_ids=ids, **types)
         if hasattr(model, "embeddings_project"):  # ELECTRA's
             x = model.embeddings_project(x)
         encoder, rows, starts = ready
-        y = encoder(x.reshape(-1, encoder.width).contiguous(), rows, starts).view(*ids.shape, encoder.width)
+        if not served(x) or x.shape != (*ids.shape, encoder.width):  # somebody has changed the embeddings
+            return None
+        y = encoder(x.reshape(-1, encoder.width).contiguous(), rows, starts).view(x.shape)
         plain = kind_of(model).startswith(PLAIN)
         if not hasattr(model, "pooler"):
             return (BaseModelOutput if plain else BaseModelOutputWithPastAndCrossAttentions)(last_hidden_state=y)
@@ -262,8 +271,14 @@ class _Made(NamedTuple):
     encoder: Encoder
     of: Snapshot
     factorized: Sequence[FactorizedLinear]
+    rounded: Sequence[tuple[Mode, int]]
     inside: Sequence[nn.Module]
     dropping: Sequence[nn.Module]
+
+
+def _rounding(layers: Sequence[FactorizedLinear]) -> list[tuple[Mode, int]]:
+    """How factors are stored, and rounded where they are multiplied."""
+    return [(layer.mode, layer.bits) for layer in layers]
 
 
 def _tensors(module: nn.Module) -> Iterator[Tensor]:
@@ -291,7 +306,7 @@ def _in_one_piece(allowed: Tensor) -> bool:
 
 def _allowed(mask: Any, batch: int, length: int) -> Tensor | None:
     """Which tokens are real, `(batch, length)`; None where queries see different ones, or some more than others."""
-    if not isinstance(mask, Tensor) or not (mask.dtype == torch.bool or mask.is_floating_point()):
+    if not isinstance(mask, Tensor) or not mask.is_cpu or not (mask.dtype == torch.bool or mask.is_floating_point()):
         return None
     if mask.dim() != 4 or mask.shape[0] not in (1, batch) or mask.shape[1] != 1 or mask.shape[3] != length:
         return None

@@ -12,6 +12,7 @@ import ast
 import contextlib
 import functools
 import inspect
+import math
 import sys
 import warnings
 from collections.abc import Iterator, Mapping
@@ -194,8 +195,9 @@ def _set_stacks(model: PreTrainedModel, products: Products | None) -> set[nn.Mod
         asked = f", nor its products in {products}" if products else ""
         _say(f"{type(model).__name__} does not run in one call{asked}: {reason}")
     stacks = [module for module, forward in forwards.items() if isinstance(forward, FusedForward)]
+    inside = {module for stack in stacks for module in stack.modules()}
     if not stacks:
-        return set()
+        return inside
     earlier = {module: vars(module).pop("forward", None) for module in forwards}
     exact = _outputs_with(model, {stack: _Exactly(stack) for stack in stacks})
     apart, limit = _deviation(exact, _outputs_with(model, forwards_of(model, "float32"))), DEVIATION
@@ -209,10 +211,10 @@ def _set_stacks(model: PreTrainedModel, products: Products | None) -> set[nn.Mod
             if forward is not None:
                 module.forward = forward
         _say(f"the layers of {type(model).__name__} are not run in one call: {differ}")
-        return set()
+        return inside  # which stay as they are, and may run in one call of another type
     for module, forward in forwards.items():
         module.forward = forward
-    return {module for stack in stacks for module in stack.modules()}
+    return inside
 
 
 class _Aside(TorchDispatchMode):
@@ -332,9 +334,8 @@ def _tensors(output: Any) -> Iterator[Tensor]:
 def _deviation(before: list[Tensor] | None, after: list[Tensor] | None) -> float:
     if before is None or after is None or [t.shape for t in before] != [t.shape for t in after]:
         return float("inf")
-    return max(
-        (float((b - a).norm() / b.norm().clamp_min(1e-12)) for b, a in zip(before, after, strict=True)), default=0
-    )
+    apart = [float((b - a).norm() / b.norm().clamp_min(1e-12)) for b, a in zip(before, after, strict=True)]
+    return float("inf") if any(map(math.isnan, apart)) else max(apart, default=0.0)
 
 
 def _fuse_pair(module: nn.Module) -> None:

@@ -31,6 +31,10 @@ PAIRED = cpu.variant() in ("avx512_bf16", "amx", "amx_emulated")
 _TILE = 16 if cpu.variant() in ("amx", "amx_emulated") else 1
 """Words and rows of which tiles are made."""
 
+WORTH = 2**16
+"""Words of a layer's matrices for which one more thread is worth waiting for, with each vector of tokens: ten
+microseconds of products, where a thread waits for the others some twenty times in a layer."""
+
 PHASES = ("products", "rounding", "norms", "attention", "moving", "waiting")
 """What time is spent on; products with bias, residual and GELU."""
 
@@ -68,8 +72,15 @@ class EncoderLayer(NamedTuple):
     after_products: Norm
 
 
+def readable(matrices: Sequence[Dense], inner: int, out: int) -> bool:
+    """Whether the kernels read a chain of matrices that make `out` values of `inner`."""
+    sizes = [inner, *(size for matrix in matrices for size in reversed(matrix.weight.shape)), out]
+    fits = all(a == b for a, b in zip(sizes[::2], sizes[1::2], strict=True))
+    return fits and len(matrices) <= cpu.LONGEST and not any(matrix.columns for matrix in matrices)
+
+
 class Encoder:
-    """A stack of encoder layers as the compiled kernels read it: a copy of its weights.
+    """A stack of encoder layers as the compiled kernels read it, of weights that stay where they are or copies of them.
 
     Args:
         layers: all of one width.
@@ -83,7 +94,7 @@ class Encoder:
         self, layers: Sequence[EncoderLayer], heads: int, products: Products | None, bias: Tensor | None = None
     ) -> None:
         self._kept: list[Tensor] = []
-        self._between, self._deepest = 1, 1
+        self._between, self._deepest, self._read = 1, 1, 0
         self.exact = True
         """Whether all products are made in float32, and attention with them."""
         self.width = layers[0].query.matrices[0].weight.shape[1]
@@ -109,6 +120,7 @@ class Encoder:
             self.reach,
             self.exact,
             0,
+            max(self._read // (WORTH * len(layers)), 1),
             *numbers,
         ]
         self._fields = (ctypes.c_int64 * len(numbers))(*numbers)
@@ -150,10 +162,12 @@ class Encoder:
         count = len(linear.matrices)
         for place, matrix in enumerate(linear.matrices):
             kind: Products = products or ("float32" if matrix.scales is None else "int8")
+            kind = "float32" if matrix.weight.shape[1] > cpu.WIDEST else kind  # sums of integers would not fit
             numbers += self._packed(matrix, kind, scale if place == count - 1 else 1.0)
             out, inner = matrix.weight.shape
             self.exact &= kind == "float32"
             self._deepest = max(self._deepest, _words(inner, kind))
+            self._read += out * _words(inner, kind)
             if place < count - 1:
                 self._between = max(self._between, out)
         numbers += [0] * (7 * (cpu.LONGEST - count))

@@ -717,7 +717,8 @@ int32_t encode(const Encoder *encoder, const float *x, const int64_t *rows, cons
     const Encoder &e = *encoder;
     int64_t longest = 0;
     for (int64_t s = 0; s < sequences; ++s) longest = std::max(longest, starts[s + 1] - starts[s]);
-    const int64_t tokens = starts[sequences], threads = omp_get_max_threads();
+    const int64_t tokens = starts[sequences], vectors = (tokens + LANES - 1) / LANES;
+    const int64_t threads = std::max<int64_t>(1, std::min<int64_t>(omp_get_max_threads(), vectors * e.threads));
     const int64_t target = std::max(longest, std::min(TOGETHER, (tokens / threads + LANES - 1) / LANES * LANES));
     // Waves of whole sequences, as many tokens as may go together; together they work where a thread would have more
     // than its part.
@@ -741,8 +742,9 @@ int32_t encode(const Encoder *encoder, const float *x, const int64_t *rows, cons
     Rooms together{};
     Wave whole{starts, sequences, 0, nullptr, nullptr};
     if (shared && !(take_room(e, common[0], together.shared) && take_wave(e, common[1], tokens, whole))) return NO_MEMORY;
+    // Others wait in the end: teams of changing sizes would end threads, and begin them anew.
 #pragma omp parallel
-    {
+    if (omp_get_thread_num() < threads) {
         static thread_local Scratch own[4];
         Watch watch(e.spent != nullptr);
         const Tiles tiles;
@@ -750,7 +752,8 @@ int32_t encode(const Encoder *encoder, const float *x, const int64_t *rows, cons
         Rooms rooms = together;
         bool enough = take_head(e, own[0], longest, rooms.head) && take_room(e, own[1], rooms.own);
         if (shared) {
-            const Crew crew{&meeting, omp_get_num_threads(), omp_get_thread_num(), &watch};
+            const int size = static_cast<int>(std::min<int64_t>(omp_get_num_threads(), threads));
+            const Crew crew{&meeting, size, omp_get_thread_num(), &watch};
             outcome.allows(enough);
             crew.meet();
             if (!outcome.code) encode_wave(e, whole, rows, x, y, crew, rooms);

@@ -60,6 +60,7 @@ struct Encoder {
     const float *bias; // of scores, by how far the query is behind the key, (heads, 2 reach + 1); null where there is none
     int64_t reach, exact; // whether attention is to be as exact as floats are
     int64_t *spent; // nanoseconds of all threads, added to by what they were spent on; null where nobody asks
+    int64_t threads; // that each vector of tokens is worth
     const int64_t *fields; // of all layers
 };
 

@@ -170,7 +170,7 @@ EXPORT void factorformer_round_rows(const float *x, int64_t rows, int64_t width,
 EXPORT int32_t factorformer_encode(const int64_t *f, const float *x, const int64_t *rows, const int64_t *starts,
                                    int64_t sequences, float *y) {
     const Encoder e = {f[0], f[1], f[2], f[3], f[4], f[5], reinterpret_cast<const float *>(f[6]), f[7], f[8],
-                       reinterpret_cast<int64_t *>(f[9]), f + 10};
+                       reinterpret_cast<int64_t *>(f[9]), f[10], f + 11};
     return table->encode(&e, x, rows, starts, sequences, y);
 }
 
