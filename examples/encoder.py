@@ -10,7 +10,6 @@ what it takes to keep what the encoder is used for.
 import sys
 from pathlib import Path
 
-import datasets
 import torch
 from transformers import AutoModel, AutoTokenizer
 
@@ -19,7 +18,7 @@ from factorformer.export.sentence import find_layout
 from factorformer.hf import minilm
 from factorformer.hf.source import copy_companions
 from factorformer.layers.modes import has_bfloat16_products
-from factorformer.tasks.data import Columns, batches, count_tokens, encode, hold_out, sample
+from factorformer.tasks.data import Columns, batches, count_tokens, encode, hold_out, read, sample, unlike
 from factorformer.tasks.docstrings import stdlib_docstrings
 from factorformer.tasks.targets import Embeddings
 
@@ -30,13 +29,14 @@ if output.exists():
     sys.exit(f"'{output}' exists already: move it")
 layout = find_layout(sys.argv[1] if len(sys.argv) > 1 else str(minilm.directory()))
 if len(sys.argv) > 2:
-    texts = [line for line in Path(sys.argv[2]).read_text(encoding="utf-8").splitlines() if line.strip()]
+    texts = read(sys.argv[2], Columns(("text",)))
 else:
-    texts = list(stdlib_docstrings()["train"]["text"])
+    texts = stdlib_docstrings()["train"].select_columns("text")
 tokenizer = AutoTokenizer.from_pretrained(layout.transformer)
 original, model = (AutoModel.from_pretrained(layout.transformer, dtype=torch.float32).eval() for _ in range(2))
-data = encode(tokenizer, datasets.Dataset.from_dict({"text": texts}), Columns(("text",)))
+data = encode(tokenizer, texts, Columns(("text",)))
 data, held = hold_out(data, seed=0)  # to compare on, and neither to fit nor to learn
+data = data.select(unlike(data, held))
 
 options = {"calibration": list(batches(tokenizer, sample(data, CALIBRATED))), "token_counts": None}
 options["token_counts"] = count_tokens([data], model.get_input_embeddings().num_embeddings)

@@ -352,6 +352,66 @@ def test_the_example_does_what_the_command_does(
         runpy.run_path(str(ROOT / "examples" / "encoder.py"))
 
 
+def test_texts_are_read_as_the_directory_says(
+    run: Any, command: tuple[Any, ...], base: Path, base_copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = {"prompts": {"query": "the good ", "passage": "a "}, "default_prompt_name": "query"}
+    (base_copy / "config_sentence_transformers.json").write_text(json.dumps(said))
+    (base_copy / "sentence_bert_config.json").write_text('{"max_seq_length": 99, "do_lower_case": true}')
+    text = tmp_path / "text.txt"
+    text.write_text("".join(f"{word} BOOK\n" for word in ("Bad", "FINE", "poor")) * 10 + "book " * 40)
+    arguments = [{base: base_copy, command[4]: text}.get(part, part) for part in command]
+    seen: list[list[int]] = []
+
+    def remember(model: Any, teacher: Any, data: Any, *args: Any, **kwargs: Any) -> list[dict[str, float]]:
+        seen.extend(data["input_ids"])
+        return [{"seconds": 0.0}]
+
+    with monkeypatch.context() as patched:
+        patched.setattr(job, "heal", remember)
+        done = run(*arguments)
+    assert "texts begin with 'the good '" in done.stderr
+    assert "1 of 31 rows have 24 tokens or more" in done.stderr  # which are all that there are positions for
+    tokenizer = load_tokenizer(base)
+    known = {tuple(tokenizer(f"the good {word} book")["input_ids"]) for word in ("bad", "fine", "poor")}
+    assert {tuple(ids) for ids in seen if len(ids) < 24} <= known
+    measured = run("evaluate", tmp_path / "small", "--against", base_copy, "--data", text, "--json")
+    assert measured.stderr.count("texts begin with 'the good '") == 2
+    done = run(*arguments, "--trim-vocabulary", text, "--epochs", 1, "--overwrite")
+    assert done.exit_code == 0, done.stderr
+    kept = load_tokenizer(tmp_path / "small").get_vocab()
+    assert {"the", "good", "a", "bad", "book"} <= kept.keys()
+    assert "film" not in kept
+
+
+def test_a_teacher_of_other_tokens_is_refused(run: Any, command: tuple[Any, ...], base: Path, base_copy: Path) -> None:
+    tokenizer = tf.BertTokenizer(vocab={word: place for place, word in enumerate([*WORDS[:5], *WORDS[:4:-1]])})
+    tokenizer.save_pretrained(base_copy)
+    arguments = [*command[:6], base_copy, *command[7:]]
+    check(run(*arguments, "--epochs", 1), "the teacher .*copy' knows other tokens than the model")
+
+
+def test_rerankers_read_what_they_can(run: Any, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+    config = tf.BertConfig(vocab_size=len(WORDS), max_position_embeddings=300, num_labels=1, **sizes)
+    tf.BertForSequenceClassification(config).save_pretrained(tmp_path / "scorer")
+    load_tokenizer(base).save_pretrained(tmp_path / "scorer")
+    seen: list[int] = []
+
+    def remember(model: Any, teacher: Any, data: Any, *args: Any, **kwargs: Any) -> list[dict[str, float]]:
+        seen.extend(data["length"])
+        return [{"seconds": 0.0}]
+
+    monkeypatch.setattr(job, "heal", remember)
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"q": "a film", "p": "the book " * n}) + "\n" for n in range(100, 150)))
+    pairs = ("--train", rows, "--text", "q", "--text", "p", "--distill", tmp_path / "scorer")
+    done = run("compress", tmp_path / "scorer", tmp_path / "small", *pairs, "--ratio", 2, "--calibration-rows", 8)
+    assert done.exit_code == 0, done.stderr
+    assert max(seen) == 300
+    assert min(seen) > 200
+
+
 def test_two_columns_of_an_encoder_are_two_texts(
     run: Any, command: tuple[Any, ...], tables: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -123,7 +123,7 @@ def test_other_budgets(run: Any, base: Path, tables: Path, tmp_path: Path) -> No
         (["plan", "--method", "svd", "--budget", "flops"], "flops.*method"),
         (["plan", "--method", "auto", "--calibration", "nothing.txt"], r"nothing\.txt"),
         (["plan", "--method", "auto", "--calibration", "train.jsonl", "--text", "txt"], r"train\.jsonl.*column 'txt'"),
-        (["plan", "--method", "auto", "--calibration", "long.txt"], r"long\.txt.* 42 tokens"),
+        (["plan", "--method", "auto", "--max-length", "128", "--calibration", "long.txt"], r"long\.txt.* 42 tokens"),
         (["plan", "--method", "auto", "--ratio", "1000"], "ask for at most"),
         (["plan", "--method", "auto", "--share", "inputs"], "'auto'.*structure"),
         (["compress", "--method", "auto"], "'auto'.*text"),

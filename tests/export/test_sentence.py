@@ -17,7 +17,7 @@ from torch import nn
 
 from factorformer.errors import CheckpointError, ExportError
 from factorformer.export.onnx import export
-from factorformer.export.sentence import Layout, Normalize, Pooling, Projection, read_layout, read_longest
+from factorformer.export.sentence import Layout, Normalize, Pooling, Projection, read_layout, read_longest, read_writing
 
 TRANSFORMER = {"type": "sentence_transformers.models.Transformer", "path": ""}
 POOLING = {"type": "sentence_transformers.models.Pooling", "path": "1_Pooling"}
@@ -90,6 +90,21 @@ def test_pooling_of_a_layout_takes_16_bits_and_passes_gradients(tmp_path: Path) 
 def test_pooling_that_is_not_known(tmp_path: Path, modules: Any, config: dict[str, Any], message: str) -> None:
     with pytest.raises(ExportError, match=message):
         read_layout(layout(tmp_path, modules, config))
+
+
+def test_prompts_that_are_pooled_or_not(tmp_path: Path) -> None:
+    """What is given to a model begins with a default prompt alone: without one, there is nothing to leave out."""
+    found = layout(tmp_path, [TRANSFORMER, POOLING], {"pooling_mode": "cls", "include_prompt": False})
+    said = found / "config_sentence_transformers.json"
+    assert read_layout(found, alone=False).pooling is not None
+    assert read_writing(found)("A text") == "A text"
+    said.write_text(json.dumps({"prompts": {"query": "q: ", "none": ""}, "default_prompt_name": None}))
+    assert read_layout(found, alone=False).pooling is not None
+    assert read_writing(found).prompts == ("q: ",)
+    said.write_text(json.dumps({"prompts": {"query": "q: "}, "default_prompt_name": "query"}))
+    assert read_writing(found)("A text") == "q: A text"
+    with pytest.raises(ExportError, match="leaves prompts out"):
+        read_layout(found, alone=False)
 
 
 @pytest.mark.parametrize("content", ["{", "[1]", '[{"type": "Pooling"}]'])

@@ -580,6 +580,9 @@ def test_batches_hold_every_row_once(tokenizer: tf.PreTrainedTokenizerBase, leng
     seen = [data["length"][row] for row in order]
     assert seen == sorted(seen, reverse=True)
     assert len(list(batches(tokenizer, data, size))) == -(-len(texts) // size)
+    bounded = list(batches(tokenizer, data, size, 24))
+    assert sum(len(batch["input_ids"]) for batch in bounded) == len(texts)
+    assert all(len(batch["input_ids"]) == 1 or batch["input_ids"].numel() <= 24 for batch in bounded)
 
 
 def test_batches_carry_labels(tokenizer: tf.PreTrainedTokenizerBase) -> None:

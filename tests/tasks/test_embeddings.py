@@ -125,6 +125,10 @@ def test_pairs_by_classes_and_by_scores() -> None:
         (1, 0),
         ("10", "9"),
         ("notable", "minor"),
+        ("similar", "unrelated"),
+        ("entailment", "neutral"),
+        ("duplicate", "unique"),
+        ("match", "not a match"),
     ],
 )
 def test_which_class_means_the_same(same: object, other: object) -> None:

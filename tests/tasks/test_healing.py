@@ -18,9 +18,10 @@ from torch import Tensor
 import factorformer
 from factorformer.errors import DataError, DivergedError, ModelError, OutputError
 from factorformer.layers.quantization import quantize
-from factorformer.tasks import healing, language_modelling
+from factorformer.tasks import healing, healing_trainer, language_modelling
 from factorformer.tasks.evaluation import compare_embeddings, embed
 from factorformer.tasks.healing import HealingSettings, Reading, heal
+from factorformer.tasks.healing_trainer import HealingTrainer
 from factorformer.tasks.targets import Embeddings, NextTokens, Predictions
 from factorformer.training.distillation import mean_pool
 
@@ -81,6 +82,46 @@ def test_embeddings_get_closer(
     assert steps[-1] == ("train", steps[-1][2], steps[-1][2])
     assert all(torch.equal(tensor, state[name]) for name, tensor in teacher.state_dict().items())
     assert not student.training
+
+
+def test_long_texts_go_forward_in_parts(
+    teacher: tf.PreTrainedModel,
+    tokenizer: tf.PreTrainedTokenizerBase,
+    plain: datasets.Dataset,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Which changes nothing but the memory."""
+    learned, calls, settings = [], [], dataclasses.replace(FAST, epochs=1, learning_rate=1e-4)
+    for most in (10**6, 20):
+        monkeypatch.setattr(healing_trainer, "AT_ONCE", most)
+        student = compressed(teacher)
+        count = student.register_forward_hook(lambda *_, most=most: calls.append(most))
+        heal(student, teacher, plain, settings, tokenizer=tokenizer, held=plain)
+        count.remove()
+        learned.append(embed(student, tokenizer, plain))
+    torch.testing.assert_close(learned[1], learned[0], rtol=1e-3, atol=1e-3)
+    assert calls.count(20) > 1.5 * calls.count(10**6)
+
+
+def test_few_steps_reach_their_rate(
+    teacher: tf.PreTrainedModel,
+    tokenizer: tf.PreTrainedTokenizerBase,
+    plain: datasets.Dataset,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    rates: list[float] = []
+    step = HealingTrainer.training_step
+
+    def watched(self: HealingTrainer, *args: Any, **kwargs: Any) -> torch.Tensor:
+        assert self.optimizer is not None
+        rates.append(self.optimizer.param_groups[0]["lr"])
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(HealingTrainer, "training_step", watched)
+    settings = dataclasses.replace(FAST, batch_size=math.ceil(len(plain) / 2), epochs=4, learning_rate=1e-3)
+    heal(compressed(teacher), teacher, plain, settings, tokenizer=tokenizer, held=plain)
+    assert len(rates) == 8
+    assert max(rates) > 0.8e-3
 
 
 def test_a_training_that_harms_is_undone(

@@ -79,7 +79,9 @@ def off_target(plan: Plan) -> str | None:
     return f"{asked}: with all matrices in integers the model takes no more than that"
 
 
-def check_teacher(name: str, student: PretrainedConfig, head: Head | None, target: Target | None = None) -> None:
+def check_teacher(
+    name: str, student: PretrainedConfig, head: Head | None, target: Target | None = None, own: Path | None = None
+) -> None:
     """Compare a teacher with the model that is to follow it, by their configurations.
 
     Args:
@@ -87,6 +89,7 @@ def check_teacher(name: str, student: PretrainedConfig, head: Head | None, targe
         student: of the model.
         head: for the labels of the task; None for plain text.
         target: what is learned without labels; None for all hidden states.
+        own: the directory of the model, whose tokenizer is compared; None to compare none.
 
     Raises:
         ModelError: the two do not fit together, or are encoder-decoders; the message says where.
@@ -97,6 +100,9 @@ def check_teacher(name: str, student: PretrainedConfig, head: Head | None, targe
         theirs, ours = getattr(teacher, field, None), getattr(student, field, None)
         if theirs != ours:
             raise ModelError(f"the teacher '{name}' does not fit the model: its {field} is {theirs}, not {ours}")
+    place = find(name)
+    if own is not None and place != own and load_tokenizer(place).get_vocab() != load_tokenizer(own).get_vocab():
+        raise ModelError(f"the teacher '{name}' knows other tokens than the model, and could not read what that reads")
     if head is None and not isinstance(target, Predictions):
         return
     known = head_labels(teacher)

@@ -243,6 +243,18 @@ LENGTH = 128
 
 MaxLength = Annotated[int, data_option("--max-length", min=2, max=LARGEST, help="Tokens after which a text is cut.")]
 
+ReadLength = Annotated[
+    int | None,
+    data_option(
+        "--max-length",
+        min=2,
+        max=LARGEST,
+        show_default=False,
+        help="Tokens after which a text is cut. By default 128; of embeddings and scores without labels where "
+        "sentence-transformers does.",
+    ),
+]
+
 SequenceLength = Annotated[
     int | None,
     data_option(

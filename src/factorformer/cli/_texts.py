@@ -14,12 +14,15 @@ import torch
 from torch import Tensor
 from transformers import AutoModel, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from factorformer.cli._options import note
+from factorformer.cli._options import LENGTH, note
 from factorformer.errors import DataError
+from factorformer.export.sentence import Writing, read_longest
+from factorformer.hf.layout import place
 from factorformer.hf.source import most_tokens
 from factorformer.tasks import windows
 from factorformer.tasks.classification import is_causal
 from factorformer.tasks.data import (
+    AT_ONCE,
     Columns,
     Labels,
     batches,
@@ -139,6 +142,20 @@ def _with_lines(path: Path, message: str) -> str:
     return re.sub(place, lambda found: rows.where(int(found[1]) - 1), message)
 
 
+def longest_of(path: Path, config: PretrainedConfig, asked: int | None) -> int:
+    """Tokens after which texts are cut: unless told otherwise where sentence-transformers cuts those of a directory."""
+    skeleton = _skeleton(config)
+    known = (read_longest(place(path).folder), None if skeleton is None else most_tokens(skeleton))
+    return asked or min((tokens for tokens in known if tokens is not None), default=LENGTH)
+
+
+def written(rows: datasets.Dataset, columns: Columns, writing: Writing) -> datasets.Dataset:
+    """Rows whose texts are what sentence-transformers makes of them."""
+    if not writing.prompt and not writing.lower:
+        return rows
+    return datasets.Dataset.from_dict({name: [writing(str(text)) for text in rows[name]] for name in columns.text})
+
+
 def _skeleton(config: PretrainedConfig) -> PreTrainedModel | None:
     """A model without weights, to be asked for its sizes; None for one that cannot be made without them."""
     try:
@@ -165,7 +182,7 @@ def calibration_batches(
         data: encoded rows, or windows.
         rows: at most; None for `usual`, or for windows as many as hold `CALIBRATED` tokens.
         seed: of the choice.
-        batch_size: rows together, at most; of windows no more than hold `TOGETHER` tokens.
+        batch_size: rows together, at most; no more than hold so many tokens as are read together.
         usual: see `rows`.
 
     Raises:
@@ -177,5 +194,5 @@ def calibration_batches(
         batch_size = min(batch_size, windows.together(model.config, longest, LOGITS))
         if (rows or usual) < len(data):
             note(f"calibrated on {rows or usual:,} windows of them, drawn at random")
-    made = batches(tokenizer, sample(data, rows or usual, seed), batch_size)
+    made = batches(tokenizer, sample(data, rows or usual, seed), batch_size, AT_ONCE)
     return [batch if "labels" in batch else with_decoder_inputs(model, batch) for batch in made]

@@ -34,6 +34,7 @@ from factorformer.cli._options import (
     Overwrite,
     RankMultiple,
     Ratio,
+    ReadLength,
     Regression,
     Resume,
     Scope,
@@ -62,16 +63,6 @@ LearningRate = Annotated[
         callback=finite,
         help="Peak of the learning rate. By default 1e-4; for a model that learns without labels up to 5e-4, "
         "less for one that is near to the original already, wider than 384, or deeper than 6 layers.",
-    ),
-]
-LearnedLength = Annotated[
-    int | None,
-    data_option(
-        "--max-length",
-        min=2,
-        max=LARGEST,
-        show_default=False,
-        help="Tokens after which a text is cut. By default 128, and of embeddings where sentence-transformers does.",
     ),
 ]
 RowsToFit = Annotated[
@@ -129,7 +120,7 @@ def compress(
     words: Words = False,
     label: LabelColumn = None,
     regression: Regression = False,
-    max_length: LearnedLength = None,
+    max_length: ReadLength = None,
     sequence_length: SequenceLength = None,
     epochs: Epochs = 3.0,
     minutes: Minutes = None,

@@ -23,12 +23,12 @@ from factorformer.cli._options import (
     Include,
     Int4,
     Int8,
-    MaxLength,
     Method,
     Model,
     Overwrite,
     RankMultiple,
     Ratio,
+    ReadLength,
     Scope,
     Seed,
     SequenceLength,
@@ -64,7 +64,7 @@ def plan(
     calibration_rows: CalibrationRows = None,
     text: TextColumns = None,
     words: Words = False,
-    max_length: MaxLength = LENGTH,
+    max_length: ReadLength = None,
     sequence_length: SequenceLength = None,
     seed: Seed = 0,
     device: Device = DeviceChoice.auto,
@@ -96,10 +96,21 @@ def plan(
     if output is not None:
         check_file(output, overwrite=overwrite, inputs=(model, calibration))
         _check_is_plan(output)
+    import datasets
+
     from factorformer import compression, recipes
     from factorformer.bench.layers import slower_than_dense
     from factorformer.cli._inputs import check_dense, find_pooling, off_target, predictions
-    from factorformer.cli._texts import calibration_batches, columns_of, encode_text, plain_columns, read_text
+    from factorformer.cli._texts import (
+        calibration_batches,
+        columns_of,
+        encode_text,
+        longest_of,
+        plain_columns,
+        read_text,
+        written,
+    )
+    from factorformer.export.sentence import read_writing
     from factorformer.fitting.statistics import too_few_tokens
     from factorformer.hf.source import find, load_model, load_tokenizer, read_config
     from factorformer.progress import bars
@@ -135,7 +146,10 @@ def plan(
             note_unused("of language models", "max_length", "words")
         else:
             note_unused("but for causal language models", "sequence_length")
-        lengths = {"max_length": max_length, "sequence_length": sequence_length}
+        longest = max_length or LENGTH
+        if isinstance(found, datasets.Dataset) and head_labels(config) is None:  # as `compress` reads it
+            longest, found = longest_of(path, config, max_length), written(found, columns, read_writing(path))
+        lengths = {"max_length": longest, "sequence_length": sequence_length}
         rows = encode_text(calibration, found, columns, tokenizer, config, **lengths)
     loaded = load_model(path, device=place_of(device))
     if tokenizer is not None and rows is not None:

@@ -180,7 +180,8 @@ def read_layout(directory: Path, *, alone: bool = True) -> Layout:
 
     Raises:
         CheckpointError: a description or weights that cannot be read.
-        ExportError: modules, modes or activations that the export does not know.
+        ExportError: modules, modes or activations that the export does not know, or a default prompt that is not to be
+            pooled.
     """
     file = directory / "modules.json"
     if not file.is_file():
@@ -196,16 +197,15 @@ def read_layout(directory: Path, *, alone: bool = True) -> Layout:
         )
     active = [(name, folder) for name, folder in modules[2:] if name != "Dropout"]  # which acts in training alone
     after = tuple(Normalize() if name == "Normalize" else _projection(folder) for name, folder in active)
-    pooling = dataclasses.replace(_pooling(modules[1][1] / "config.json", alone=alone), after=after)
+    sees = not alone and not read_writing(directory).prompt
+    pooling = dataclasses.replace(_pooling(modules[1][1] / "config.json", prompts=sees), after=after)
     return Layout(directory, modules[0][1], pooling)
 
 
-def _pooling(file: Path, *, alone: bool) -> Pooling:
+def _pooling(file: Path, *, prompts: bool) -> Pooling:
     config = layout.read_json(file)
-    if config.get("include_prompt") is False and alone:
-        raise ExportError(
-            f"'{file}' leaves prompts out of the pooling, which an exported file cannot: it sees tokens alone"
-        )
+    if config.get("include_prompt") is False and not prompts:
+        raise ExportError(f"'{file}' leaves prompts out of the pooling, of which tokens alone do not tell")
     mode = config.get("pooling_mode")
     if mode is None:
         mode = [name for key, name in _OLD_NAMES.items() if config.get(key)]
@@ -239,6 +239,42 @@ def _projection(folder: Path) -> Projection:
     except (OSError, KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
         raise CheckpointError(f"cannot read the Dense module '{folder}': {error}") from error
     return projection.requires_grad_(False)
+
+
+@dataclasses.dataclass(frozen=True)
+class Writing:
+    """What sentence-transformers makes of a text before the tokenizer reads it.
+
+    Args:
+        prompt: that every text begins with.
+        lower: whether texts are put into lower case.
+        prompts: all that the directory names, for one kind of text or another.
+    """
+
+    prompt: str = ""
+    lower: bool = False
+    prompts: tuple[str, ...] = ()
+
+    def __call__(self, text: str) -> str:
+        """The text as it is read."""
+        return self.cased(f"{self.prompt}{text}")
+
+    def cased(self, text: str) -> str:
+        """A part of a text in its case."""
+        return text.lower() if self.lower else text
+
+
+def read_writing(directory: Path) -> Writing:
+    """What a directory says of texts; nothing, if it is not of sentence-transformers."""
+    if not (directory / layout.MODULES).is_file():
+        return Writing()
+    file = directory / "config_sentence_transformers.json"
+    said = layout.read_json(file) if file.is_file() else {}
+    prompts = {name: str(prompt) for name, prompt in (said.get("prompts") or {}).items() if prompt}
+    chosen = prompts.get(said.get("default_prompt_name") or "", "")
+    _, transformer = next(iter(layout.modules(directory)), ("", ""))
+    settings = [layout.read_json(file) for file in (directory / transformer).glob("sentence_*_config.json")]
+    return Writing(chosen, any(bool(each.get("do_lower_case")) for each in settings), tuple(prompts.values()))
 
 
 def read_longest(directory: Path) -> int | None:

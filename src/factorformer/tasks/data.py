@@ -27,6 +27,7 @@ from factorformer.tasks.labels import TASKS, Labels
 from factorformer.tasks.tables import Columns, read
 
 __all__ = [
+    "AT_ONCE",
     "Columns",
     "Labels",
     "batches",
@@ -39,6 +40,7 @@ __all__ = [
     "indexed_batches",
     "read",
     "sample",
+    "unlike",
     "with_decoder_inputs",
 ]
 
@@ -117,26 +119,45 @@ def collator(
     return kind(tokenizer, pad_to_multiple_of=multiple)
 
 
+AT_ONCE = 2**13
+"""Tokens, padding included, that go forward and back together, however many rows are asked for: by these the memory of
+an encoder of long texts stays what it is for sentences."""
+
+
 def batches(
-    tokenizer: PreTrainedTokenizerBase, data: datasets.Dataset, batch_size: int = 32
+    tokenizer: PreTrainedTokenizerBase, data: datasets.Dataset, batch_size: int = 32, tokens: int | None = None
 ) -> Iterator[dict[str, Tensor]]:
     """Padded batches of encoded rows, sorted by length so that little is padded; the order is not that of the rows."""
-    for _, batch in indexed_batches(tokenizer, data, batch_size):
+    for _, batch in indexed_batches(tokenizer, data, batch_size, tokens):
         yield batch
 
 
 def indexed_batches(
-    tokenizer: PreTrainedTokenizerBase | None, data: datasets.Dataset, batch_size: int = 32
+    tokenizer: PreTrainedTokenizerBase | None,
+    data: datasets.Dataset,
+    batch_size: int = 32,
+    tokens: int | None = None,
 ) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
-    """As `batches`, with the row numbers of each batch; without a tokenizer rows are stacked in their order."""
+    """As `batches`, with the row numbers of each batch; without a tokenizer rows are stacked in their order.
+
+    Args:
+        tokenizer: of the model.
+        data: encoded rows.
+        batch_size: rows of a batch, at most.
+        tokens: of a batch, padding included, unless a single row has more; None for any number.
+    """
     collate, order, inputs = collator(tokenizer, data), list(range(len(data))), data
+    lengths: Sequence[int] = [1] * len(data)
     if "length" in data.column_names:
-        lengths: Sequence[int] = data["length"][:]
+        lengths = data["length"][:]
         order.sort(key=lambda row: lengths[row], reverse=True)
         inputs = data.remove_columns("length")
-    for start in range(0, len(order), batch_size):
-        chosen = order[start : start + batch_size]
+    start = 0
+    while start < len(order):
+        most = batch_size if tokens is None else min(batch_size, max(tokens // max(lengths[order[start]], 1), 1))
+        chosen = order[start : start + most]
         yield chosen, dict(collate([inputs[row] for row in chosen]))
+        start += most
 
 
 def sample(data: datasets.Dataset, rows: int, seed: int = 0) -> datasets.Dataset:
@@ -173,13 +194,12 @@ def hold_out(
     return data.select(order[rows:]), data.select(order[:rows])
 
 
-def without(data: datasets.Dataset, others: datasets.Dataset) -> datasets.Dataset:
+def unlike(data: datasets.Dataset, others: datasets.Dataset) -> list[int]:
     """Encoded rows that are not among others, where texts occur several times; all of them if none would be left."""
-    if not {"input_ids"} <= {*data.column_names} & {*others.column_names}:
-        return data
+    if "input_ids" not in data.column_names or "input_ids" not in others.column_names:
+        return list(range(len(data)))
     known = {tuple(ids) for ids in others["input_ids"]}
-    left = [row for row, ids in enumerate(data["input_ids"]) if tuple(ids) not in known]
-    return data.select(left) if left and len(left) < len(data) else data
+    return [row for row, ids in enumerate(data["input_ids"]) if tuple(ids) not in known] or list(range(len(data)))
 
 
 CHUNK = 10_000

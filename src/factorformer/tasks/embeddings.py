@@ -182,18 +182,29 @@ def pairs(
     }
 
 
+DENIAL = re.compile(r"(no|non|not)(\b|_)|un|dis|irr|differ|neutral|contra")
+"""What names of classes begin with that say that two texts do not mean the same."""
+
+
 def same_class(labels: Sequence[Any]) -> Any | None:
     """Of two classes of pairs, the one that says that both texts mean the same; None if they are scores.
 
-    Of numbers it is the larger one. Of names it is the one that sorts last (`yes`, `same`, `true`), unless that denies
-    the other, as `not_equivalent`, `non-paraphrase` and `unrelated` do.
+    Of numbers it is the larger one. Of names it is the one that does not deny the other, as `not_equivalent`,
+    `unrelated` and `different` do, and else the one that sorts last (`yes`, `same`, `true`).
+
+    >>> same_class(["unrelated", "paraphrase"]), same_class(["no", "yes"]), same_class([0, 1])
+    ('paraphrase', 'yes', 1)
     """
     values = sorted(set(labels), key=lambda label: (_number(label) is None, _number(label), str(label).casefold()))
     if len(values) != 2:
         return None
     first, last = (str(value).casefold() for value in values)
-    denies = _number(values[1]) is None and (last.endswith(first) or re.match(r"(no|non|not)(\b|_)", last))
-    return values[0] if denies else values[1]
+    named = _number(values[1]) is None
+    denies = [
+        bool(DENIAL.match(name)) or (name.endswith(other) and len(name) > len(other))
+        for name, other in ((first, last), (last, first))
+    ]
+    return values[0] if named and denies == [False, True] else values[1]
 
 
 def _number(label: Any) -> float | None:

@@ -27,7 +27,7 @@ from factorformer.layers.nn import FactorizedMatrix
 from factorformer.progress import Progress, silent
 from factorformer.tasks.checkpoints import FILES, check_same_run, last_checkpoint, locked
 from factorformer.tasks.closest import Closest
-from factorformer.tasks.data import check_lengths, collator, hold_out
+from factorformer.tasks.data import check_lengths, collator, hold_out, unlike
 from factorformer.tasks.healing_trainer import ROW, HealingSettings, HealingTrainer, Points, Reading
 from factorformer.tasks.language_modelling import padding_right
 from factorformer.tasks.reproducible import finish
@@ -114,6 +114,7 @@ def heal(
         raise DataError("rows are transformed when they are read (with_transform), and cannot be numbered: use map")
     if held is None:
         data, held = hold_out(data, settings.seed, "held=", 3 if target.remembers else 1)
+        data = data.select(unlike(data, held))
     _check_trainable(model)
     if ranks is not None and settings.factors_only:
         raise MethodError("ranks are found in whole matrices, which are no factors yet: leave factors_only out")

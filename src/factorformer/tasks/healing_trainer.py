@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from factorformer.errors import DataError
 from factorformer.hf.compat import use_one_gpu
 from factorformer.progress import Progress
-from factorformer.tasks.data import check_lengths, collator
+from factorformer.tasks.data import AT_ONCE, check_lengths, collator
 from factorformer.tasks.reproducible import ReproducibleTrainer
 from factorformer.tasks.targets import Target
 from factorformer.tasks.trainer import Settings
@@ -26,7 +26,7 @@ ROW = "row"
 """The column of the number of a row, by which what the original made of it is remembered."""
 
 WARMING = 20
-"""Steps in which the learning rate rises at least, however short the training: the first ones of Adam are as long
+"""Steps in which the learning rate rises at least, but for trainings of few: the first ones of Adam are as long
 whatever gradients say."""
 
 REMEMBERED = 2**32
@@ -120,6 +120,8 @@ class HealingTrainer(ReproducibleTrainer):
         self.follow(teacher)
         self.target, self.settings, self.measure, self.reading = target, settings, measure, reading
         self.one_call, self.recompute = one_call, recompute
+        self.share = 1.0
+        """What part of a batch goes forward and back at a time."""
         self.remembered: Tensor | None = None
         self.known = torch.zeros(rows, dtype=torch.bool)
         use_one_gpu(self.args)  # several would each need their part of what is remembered
@@ -130,6 +132,20 @@ class HealingTrainer(ReproducibleTrainer):
         if self.settings.minutes is not None:
             return min(self.clock.seconds / (60 * self.settings.minutes), 1.0)
         return self.state.global_step / max(self.state.max_steps, 1)
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
+        """A batch, in parts where its texts are long, whose gradients add up to the same."""
+        rows, ids = len(inputs[ROW]), inputs.get("input_ids")
+        most = rows if ids is None or not self.target.remembers else max(AT_ONCE // ids.shape[1], 1)
+        total = torch.zeros((), device=self.args.device)
+        try:
+            for first in range(0, rows, most):
+                part = {name: value[first : first + most] for name, value in inputs.items()}
+                self.share = len(part[ROW]) / rows
+                total += super().training_step(model, part, *args, **kwargs)
+        finally:
+            self.share = 1.0
+        return total
 
     def compute_loss(
         self,
@@ -147,7 +163,7 @@ class HealingTrainer(ReproducibleTrainer):
         rows = known.pop(ROW).cpu()
         with self._products():
             found = self.target.read(student, known)
-        loss = self.target.loss(found, self._wanted(rows, known), known)
+        loss = self.target.loss(found, self._wanted(rows, known), known) * self.share
         return (loss, {"outputs": found}) if return_outputs else loss
 
     def _products(self) -> contextlib.AbstractContextManager[object]:
@@ -181,10 +197,12 @@ class HealingTrainer(ReproducibleTrainer):
             optimizer = optimizer or self.optimizer
             assert isinstance(optimizer, torch.optim.Optimizer)
             warmup = max(self.settings.warmup, 1e-6)
+            few = num_training_steps // 4 if self.settings.minutes is None else WARMING
+            warming = max(min(WARMING, few), 1)
 
             def rate(step: int) -> float:
                 part = self.part
-                return max(min((part + warmup / 100) / warmup, (1 - part) / (1 - warmup), (step + 1) / WARMING), 0.0)
+                return max(min((part + warmup / 100) / warmup, (1 - part) / (1 - warmup), (step + 1) / warming), 0.0)
 
             self.lr_scheduler = LambdaLR(optimizer, rate)
         assert isinstance(self.lr_scheduler, LambdaLR)

@@ -17,13 +17,21 @@ from factorformer.cli._inputs import check_dense, check_speaks_alike, check_teac
 from factorformer.cli._jobs.compress_options import CompressJob
 from factorformer.cli._measure import check_measurable
 from factorformer.cli._options import LENGTH, note
-from factorformer.cli._texts import about, encode_table, encode_text, plain_columns, read_table, read_text
+from factorformer.cli._texts import (
+    about,
+    encode_table,
+    encode_text,
+    longest_of,
+    plain_columns,
+    read_table,
+    read_text,
+    written,
+)
 from factorformer.errors import DataError
-from factorformer.export.sentence import read_longest
-from factorformer.hf.layout import place
+from factorformer.export.sentence import Writing, read_writing
 from factorformer.hf.source import find, load_tokenizer, read_config
 from factorformer.tasks.classification import Head, check_head, find_head, head_labels, is_causal, labels_for
-from factorformer.tasks.data import Columns, Labels, count_tokens, encode, hold_out, sample, without
+from factorformer.tasks.data import Columns, Labels, count_tokens, encode, hold_out, sample, unlike
 from factorformer.tasks.healing import Reading
 from factorformer.tasks.targets import Embeddings, NextTokens, Predictions, Remembered, Target
 from factorformer.tasks.vocabulary import trimmed_tokenizer, used_tokens
@@ -114,7 +122,7 @@ def read_inputs(job: CompressJob) -> Inputs:
     columns: dict[str, Columns] = {name: job.columns for name in sources if labelled.get(name) is not None}
     tables = {name: read_table(sources[name], job.columns) for name in columns}
     texts: dict[str, Any] = {}
-    for name in sources.keys() - columns.keys():
+    for name in [name for name in sources if name not in tables]:
         columns[name] = plain_columns(sources[name], job.columns)
         texts[name] = read_text(sources[name], columns[name], config)
     labels, head = _task(job, path, config, tables)
@@ -134,18 +142,27 @@ def read_inputs(job: CompressJob) -> Inputs:
         if isinstance(target, NextTokens):
             check_speaks_alike(job.distill, config, path)
         else:
-            check_teacher(job.distill, config, head, target)
+            check_teacher(job.distill, config, head, target, None if target is None else path)
     if isinstance(target, Predictions) and config.num_labels == 1 and all(len(c.text) == 1 for c in columns.values()):
         note(
             "the model gives one score, and the text has one column: if it scores pairs, as rerankers do, name the "
             "columns of both texts by --text"
         )
-    longest = job.max_length or LENGTH
+    longest, writing = job.max_length or LENGTH, Writing()
+    if isinstance(target, Remembered):
+        longest = longest_of(path, config, job.max_length)
     if isinstance(target, Embeddings):
-        longest = job.max_length or read_longest(place(path).folder) or LENGTH
+        writing = read_writing(path)
+        texts = {name: written(rows, columns[name], writing) for name, rows in texts.items()}
+        if writing.prompt:
+            note(f"texts begin with {writing.prompt!r}, as the directory of the model says")
     apart = isinstance(target, Embeddings) and any(len(c.text) > 1 for c in columns.values())
     if apart:
         note("the texts of the two columns are embedded each by itself")
+
+    left: list[int] | None = (
+        None  # of the rows that are learned, what is not measured on, be it read by one or the other
+    )
 
     def encoded(tokenizer: PreTrainedTokenizerBase, names: Collection[str]) -> dict[str, datasets.Dataset]:
         data: dict[str, datasets.Dataset] = {}
@@ -163,14 +180,19 @@ def read_inputs(job: CompressJob) -> Inputs:
             data[name] = datasets.concatenate_datasets(
                 [encode_text(source, texts[name], c, tokenizer, config, **lengths) for c in each]
             )
-        seed = job.settings.seed
-        if label is None and job.train is not None and job.evaluation is None:
-            least = 1 if isinstance(target, NextTokens) else 3
-            data["train"], data["evaluation"] = hold_out(data["train"], seed, least=least)
-            data["train"] = without(data["train"], data["evaluation"])
-            # What is measured on is not calibrated on.
-            if "calibration" in data and _is_same(job.calibration, job.train):
-                data["calibration"] = data["train"]
+        nonlocal left
+        seed, same = job.settings.seed, _is_same(job.calibration, job.train)
+        if label is None and "train" in data:
+            if job.evaluation is None:
+                least = 1 if isinstance(target, NextTokens) else 3
+                data["train"], data["evaluation"] = hold_out(data["train"], seed, least=least)
+            if left is None:
+                left = unlike(data["train"], data["evaluation"])
+                if (twice := len(data["train"]) - len(left)) and job.evaluation is not None:
+                    note(f"{twice:,} rows of --train are among those of --eval too, and not learned")
+            data["train"] = data["train"].select(left)
+            if "calibration" in data and same:
+                data["calibration"] = data["train"]  # what is measured on is not calibrated on
         if labels is None and "evaluation" in data:
             check_measurable(config, data["evaluation"], job.evaluation or job.train or "")
             speaks = isinstance(target, NextTokens)
@@ -188,9 +210,16 @@ def read_inputs(job: CompressJob) -> Inputs:
             both = [name for name in read if name == "evaluation" or (name == "train" and target is not None)]
             whole = encoded(tokenizer, both)
             original = OriginalInputs(tokenizer, whole.get("train"), whole.get("evaluation"))
-        tokenizer, kept = _trimmed(load_tokenizer(path), job, config)
+        tokenizer, kept = _trimmed(load_tokenizer(path), job, config, writing)
     if tokenizer is not None:
         data = encoded(tokenizer, read)
+    for name in ("train", "evaluation") if original is not None else ():
+        theirs, ours = getattr(original, name), data.get(name)
+        if theirs is not None and ours is not None and len(theirs) != len(ours):
+            raise DataError(
+                f"the {name} data has {len(theirs):,} texts for the original and {len(ours):,} for the trimmed "
+                "vocabulary, of which some are nothing: leave out rows without text"
+            )
     return Inputs(
         path,
         tokenizer,
@@ -213,20 +242,24 @@ def _is_same(one: str | None, other: str | None) -> bool:
 
 
 def _trimmed(
-    tokenizer: PreTrainedTokenizerBase, job: CompressJob, config: PretrainedConfig
+    tokenizer: PreTrainedTokenizerBase, job: CompressJob, config: PretrainedConfig, writing: Writing
 ) -> tuple[PreTrainedTokenizerBase, Tensor]:
-    """The tokenizer without the tokens that a text never uses, and the numbers of those that are left."""
+    """The tokenizer without tokens that neither a text nor a prompt uses, and the numbers of those that are left."""
     source = job.trim_vocabulary or ""
     columns = plain_columns(source, job.columns)
     read = read_text(source, columns, config)
     reads = copy.deepcopy(tokenizer)  # which remembers where it cut texts last
     with about(source):
         if isinstance(read, datasets.Dataset):
-            texts = [encode(reads, read, Columns((column,)), max_length=None) for column in columns.text]
+            rows = written(read, columns, writing)
+            texts = [encode(reads, rows, Columns((column,)), max_length=None) for column in columns.text]
+            if writing.prompts:
+                prompts = datasets.Dataset.from_dict({"text": [*map(writing.cased, writing.prompts)]})
+                texts.append(encode(reads, prompts, Columns(("text",)), max_length=None))
         else:
             texts = [windows(reads, read, sequence_length(config, job.sequence_length))]
             note("the original is measured without the other tokens as well")
-    kept = used_tokens(tokenizer, count_tokens(texts, len(tokenizer)))
+    kept = used_tokens(tokenizer, count_tokens(texts, max(tokenizer.get_vocab().values()) + 1))
     note(f"vocabulary: {len(kept):,} of {len(tokenizer):,} tokens are kept")
     return trimmed_tokenizer(tokenizer, kept), kept
 

@@ -12,10 +12,10 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from factorformer.cli._inputs import find_pooling
-from factorformer.cli._options import LENGTH, note
-from factorformer.cli._texts import about, encode_table, read_table
+from factorformer.cli._options import note
+from factorformer.cli._texts import about, encode_table, longest_of, read_table, written
 from factorformer.errors import DataError, ModelError
-from factorformer.export.sentence import read_longest
+from factorformer.export.sentence import read_writing
 from factorformer.files import short_names
 from factorformer.hf.source import find, load_model, load_tokenizer, read_config
 from factorformer.progress import Progress, bars
@@ -91,7 +91,9 @@ class _Encoder:
                 "COLUMN; --against is for encoders without one"
             )
         self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(self.path)
-        self.layout = find_pooling(self.path)
+        self.layout, self.writing = find_pooling(self.path), read_writing(self.path)
+        if self.writing.prompt:
+            note(f"'{name}': texts begin with {self.writing.prompt!r}, as its directory says")
         self.device = device
         self.model: PreTrainedModel | None = None
 
@@ -104,7 +106,7 @@ class _Encoder:
         """`(rows, width)` of the texts, or of both texts of each pair."""
         model, found = self.load(), []
         for column, texts in zip(table.columns.text, table.texts, strict=True):
-            rows = datasets.Dataset.from_dict({column: texts})
+            rows = written(datasets.Dataset.from_dict({column: texts}), Columns((column,)), self.writing)
             encoded = encode_table(
                 table.source, rows, Columns((column,)), self.tokenizer, None, max_length, self.config
             )
@@ -130,8 +132,8 @@ def evaluate_embeddings(job: EmbeddingJob) -> Result:
     for one, other in (encoders, encoders[::-1]):
         if one.layout.pooling is None and other.layout.pooling is not None:
             note(f"'{one.name}' says nothing of pooling: pooled as '{other.name}' is")
-            one.layout = dataclasses.replace(one.layout, pooling=other.layout.pooling)
-    longest = job.max_length or read_longest(encoders[0].layout.transformer) or LENGTH
+            one.layout, one.writing = dataclasses.replace(one.layout, pooling=other.layout.pooling), other.writing
+    longest = longest_of(encoders[0].path, encoders[0].config, job.max_length)
     metrics: dict[str, float] = {}
     started = time.perf_counter()
     with bars() as progress:

@@ -31,7 +31,7 @@ from factorformer.progress import Progress, bars
 from factorformer.report import Result, inventory, latency
 from factorformer.report.result import BEFORE
 from factorformer.tasks.classification import load_classifier
-from factorformer.tasks.data import Columns, Labels, batches, count_tokens, encode, hold_out, sample
+from factorformer.tasks.data import Columns, Labels, batches, count_tokens, encode, hold_out, sample, unlike
 from factorformer.tasks.docstrings import stdlib_docstrings
 from factorformer.tasks.evaluation import evaluate
 from factorformer.tasks.finetuning import TrainingSettings, train
@@ -134,6 +134,7 @@ def demonstrate_encoder(target: Path, *, overwrite: bool) -> Result:
     settings = HealingSettings(minutes=ENCODER_MINUTES, precision="bf16" if has_bfloat16_products() else "fp32")
     data = encode(tokenizer, rows["train"].select_columns("text"), Columns(("text",)), max_length=MAX_LENGTH)
     data, held = hold_out(data, settings.seed)
+    data = data.select(unlike(data, held))
     texts = list(batches(tokenizer, sample(data, CALIBRATION_ROWS, settings.seed), BATCH_SIZE))
     counts = count_tokens([data], small.config.vocab_size)
     seconds: dict[str, float] = {}
