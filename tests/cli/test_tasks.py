@@ -110,6 +110,54 @@ def test_any_number_of_labels(run: Any, base: Path, topics: Path, tmp_path: Path
     assert metrics(run("compress", tmp_path / "dense", tmp_path / "small", "--ratio", 2, *training))["micro_f1"] > 0.9
 
 
+@pytest.fixture
+def questions(tmp_path: Path) -> Path:
+    """Which word stands before the thing that is asked for? In some contexts longer than a window, in some nowhere."""
+    rows = []
+    for one in GOOD:
+        for two in BAD:
+            context = f"the {one} film and the {two} book"
+            for thing, word in (("film", one), ("book", two)):
+                rows.append((thing, context, [word]))
+        rows.append(("book", f"the {one} film", []))
+    data = [
+        {"question": q, "context": c, "answers": {"text": a, "answer_start": [c.index(t) for t in a]}}
+        for q, c, a in rows
+    ]
+    return write(tmp_path / "questions.jsonl", data)
+
+
+def test_questions_are_answered_from_contexts(run: Any, base: Path, questions: Path, tmp_path: Path) -> None:
+    columns = ("--text", "question", "--text", "context", "--label", "answers", "--max-length", 9)
+    training = ("--train", questions, "--eval", questions, *columns, "--json")
+    done = run("finetune", base, tmp_path / "dense", *training, *FAST[2:], "--epochs", 25)
+    first = metrics(done)
+    assert "windows of at most 9 tokens" in done.stderr
+    assert set(first) == {"exact_match", "f1", "loss"}
+    assert first["exact_match"] > 0.9
+    model = tf.AutoModelForQuestionAnswering.from_pretrained(tmp_path / "dense")
+    assert type(model).__name__ == "BertForQuestionAnswering"
+    assert metrics(run("evaluate", tmp_path / "dense", "--data", questions, *columns, "--json")) == first
+    training = (*training, *HEALED, "--distill", tmp_path / "dense")
+    small = metrics(run("compress", tmp_path / "dense", tmp_path / "small", "--ratio", 2, *training))
+    assert small["original_f1"] == first["f1"]
+    assert small["f1"] > 0.7
+    assert type(factorformer.load(tmp_path / "small")).__name__ == "BertForQuestionAnswering"
+    options = ("--ratio", 2, "--calibration", questions, "--json")
+    metrics(run("compress", tmp_path / "dense", tmp_path / "fisher", "--method", "fwsvd", *options, *columns))
+    # Answers that are texts are looked for in the context.
+    table = [json.loads(line) for line in questions.read_text().splitlines()]
+    plain = [{**row, "answers": row["answers"]["text"][0]} for row in table if row["answers"]["text"]]
+    found = metrics(
+        run("evaluate", tmp_path / "dense", "--data", write(tmp_path / "p.jsonl", plain), *columns, "--json")
+    )
+    assert found["exact_match"] > 0.9
+    wrong = write(tmp_path / "wrong.jsonl", [{**plain[0], "answers": "nowhere"}])
+    refused = run("evaluate", tmp_path / "dense", "--data", wrong, *columns)
+    assert refused.exit_code == 2
+    assert "line 1: the answer 'nowhere' is not in the context" in refused.stderr
+
+
 def test_heads_for_another_task_are_refused(
     run: Any, base: Path, trained: Path, tags: Path, topics: Path, tables: Path, tmp_path: Path
 ) -> None:
@@ -131,14 +179,14 @@ def test_heads_for_another_task_are_refused(
         (tagger, one_label, "BertForTokenClassification"),
         (trained, ("--train", topics, "--label", "label"), "multi-label"),
         (trained, words, "every word"),
-        (answers, one_label, "BertForQuestionAnswering"),
+        (answers, one_label, "--text question"),
         (decoder, one_label, "BertLMHeadModel"),
     ):
         for command in ("finetune", "compress"):
             done = run(command, model, tmp_path / "out", *options)
             assert done.exit_code == 2
             assert offender in done.stderr.splitlines()[-1]
-    for model, offender in ((several, "multi-label"), (tagger, "every word"), (answers, "BertForQuestionAnswering")):
+    for model, offender in ((several, "multi-label"), (tagger, "every word"), (answers, "--text question")):
         done = run("evaluate", model, "--data", labelled)
         assert done.exit_code == 2
         assert offender in done.stderr
@@ -158,6 +206,26 @@ def translator(base: Path, tmp_path: Path) -> Callable[..., Path]:
         return tmp_path / name
 
     return make
+
+
+def test_texts_are_written_for_texts(run: Any, translator: Callable[..., Path], tables: Path, tmp_path: Path) -> None:
+    source = translator("T5ForConditionalGeneration")
+    tf.AutoTokenizer.from_pretrained(source, eos_token="[SEP]").save_pretrained(source)
+    rows = [{"text": f"{a} {b}", "other": f"{b} {a} {b}"} for a in (*GOOD, *BAD) for b in ("film", "book")]
+    pairs = write(tmp_path / "pairs.jsonl", rows)
+    training = ("--train", pairs, "--eval", pairs, "--label", "other", "--json")
+    first = metrics(run("finetune", source, tmp_path / "dense", *training, *FAST[2:], "--epochs", 40))
+    assert set(first) == {"loss", "perplexity", "token_accuracy", "bleu", "chrf"}
+    assert first["chrf"] > 90
+    assert metrics(run("evaluate", tmp_path / "dense", "--data", pairs, "--label", "other", "--json")) == first
+    training = (*training, *HEALED, "--distill", tmp_path / "dense")
+    small = metrics(run("compress", tmp_path / "dense", tmp_path / "small", "--ratio", 2, *training))
+    assert small["original_chrf"] == pytest.approx(first["chrf"])
+    assert small["chrf"] > 50
+    assert type(factorformer.load(tmp_path / "small")).__name__ == "T5ForConditionalGeneration"
+    refused = run("finetune", source, tmp_path / "out", "--train", pairs, "--text", "text", "--text", "other")
+    assert refused.exit_code == 2
+    assert "column 'label'" in refused.stderr
 
 
 def test_encoder_decoders(run: Any, translator: Callable[..., Path], tables: Path, tmp_path: Path) -> None:
@@ -293,7 +361,7 @@ def test_everything_is_checked_before_weights_are_read(
         (base, (*train, *label, "--distill", "nowhere/else"), "nowhere/else"),
         (base, (*train, *label, "--distill", base), "no sequence-classification head"),
         (trained, (*train, *label, "--distill", other), "hidden_size is 64"),
-        (answers, (*train, *label), "BertForQuestionAnswering"),
+        (answers, (*train, *label), "--text question"),
         (trained, ("--train", topics, *label), "multi-label"),
         (trained, ("--train", tags, "--text", "words", "--label", "tags", "--words"), "every word"),
         (base, (*train, *label, "--epochs", "inf"), "epochs"),
@@ -319,7 +387,7 @@ def test_everything_is_checked_before_weights_are_read(
         (trained, ("--data", "unseen.jsonl"), "never"),
         (trained, ("--data", "train.jsonl", "--text", "nothing"), "nothing"),
         (trained, ("--data", "nulls.jsonl"), "no column 'label'"),
-        (answers, ("--data", "train.jsonl"), "BertForQuestionAnswering"),
+        (answers, ("--data", "train.jsonl"), "--text question"),
     ]
     output = tmp_path / "out"
     calls = [(command, *case) for command in ("finetune", "compress") for case in both]

@@ -95,7 +95,7 @@ def check_teacher(
         ModelError: the two do not fit together, or are encoder-decoders; the message says where.
     """
     teacher = read_config(find(name))
-    check_can_follow(student)
+    check_can_follow(student, labelled=head is not None)
     for field in ("vocab_size", "hidden_size", "num_hidden_layers") if target is None else target.fields:
         theirs, ours = getattr(teacher, field, None), getattr(student, field, None)
         if theirs != ours:

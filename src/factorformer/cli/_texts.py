@@ -115,12 +115,14 @@ def encode_table(
     with about(source):
         encoded = encode(tokenizer, rows, columns, labels, max_length)
     cut = sum(length >= max_length for length in encoded["length"])
-    if cut:
+    if labels is not None and labels.kind == "answers":
+        note(f"'{source}': {len(rows):,} questions, in {len(encoded):,} windows of at most {max_length:,} tokens")
+    elif cut:
         note(f"'{source}': {cut:,} of {len(encoded):,} rows have {max_length:,} tokens or more, and are cut there")
     skeleton = _skeleton(config)
     if skeleton is not None:
         check_lengths(skeleton, encoded, f"'{source}'")
-    if labels is not None and labels.kind != "tokens":
+    if labels is not None and labels.kind not in ("tokens", "text"):
         check_ends(config, encoded, f"'{source}'")
     return encoded
 

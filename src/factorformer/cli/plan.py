@@ -115,7 +115,7 @@ def plan(
     from factorformer.hf.source import find, load_model, load_tokenizer, read_config
     from factorformer.progress import bars
     from factorformer.report import Result
-    from factorformer.tasks.classification import head_labels, is_causal
+    from factorformer.tasks.classification import embeds, is_causal
     from factorformer.tasks.data import check_lengths
     from factorformer.tasks.targets import Embeddings
 
@@ -147,7 +147,7 @@ def plan(
         else:
             note_unused("but for causal language models", "sequence_length")
         longest = max_length or LENGTH
-        if isinstance(found, datasets.Dataset) and head_labels(config) is None:  # as `compress` reads it
+        if isinstance(found, datasets.Dataset) and embeds(config):  # as `compress` reads it
             longest, found = longest_of(path, config, max_length), written(found, columns, read_writing(path))
         lengths = {"max_length": longest, "sequence_length": sequence_length}
         rows = encode_text(calibration, found, columns, tokenizer, config, **lengths)
@@ -162,7 +162,7 @@ def plan(
         note(f"method: {chosen} (the default with calibration data)")
     if budget is not None and budget.value == "milliseconds":
         note(f"milliseconds are those of this machine's {loaded.device.type}")
-    pooled = calibration is not None and not is_causal(config) and head_labels(config) is None
+    pooled = calibration is not None and not is_causal(config) and embeds(config)
     shown = Embeddings(find_pooling(path).pooler).shown(loaded) if pooled else contextlib.nullcontext()
     with bars() as progress, shown:
         made = compression.plan(

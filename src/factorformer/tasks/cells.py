@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import operator
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import datasets
@@ -18,6 +18,10 @@ NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 
 NO_NUMBER = {"nan", "inf", "infinity", "na", "n/a", "null", "none"}
 """What programs write, in any case and with any sign, where a number is missing."""
+
+
+ANSWERS = ("text", "answer_start")
+"""What the answers to a question are said by: lists of texts, and of where they begin in the context."""
 
 
 def row_name(row: int) -> str:
@@ -69,7 +73,10 @@ def check_texts(values: Iterable[Any], source: str, column: str, where: Callable
 
 
 def check_label_cells(values: Iterable[Any], source: str, column: str, where: Callable[[int], str]) -> None:
-    """Raise `DataError` unless all cells are names or numbers, or all are lists of these; arguments as above."""
+    """Raise `DataError` unless all cells are names or numbers, lists of these, or answers; arguments as above."""
+    if any(isinstance(value, Mapping) for value in values):
+        check_answers(values, source, column, where)
+        return
     for row, value in enumerate(values):
         for item in value if isinstance(value, list) else [value]:
             place = f"{source}, {where(row)}, column '{column}'"
@@ -82,6 +89,19 @@ def check_label_cells(values: Iterable[Any], source: str, column: str, where: Ca
             _check_storable(item, place)
     check_kind(values, source, column, where)
     _check_numbers(values, source, column, where)
+
+
+def check_answers(values: Iterable[Any], source: str, column: str, where: Callable[[int], str]) -> None:
+    """Raise `DataError` unless all cells are answers as SQuAD writes them, none among them; arguments as above."""
+    for row, value in enumerate(values):
+        fields = [value.get(name) for name in ANSWERS] if isinstance(value, Mapping) else [None, None]
+        texts, starts = ([None] if not isinstance(field, list) else field for field in fields)
+        right = all(isinstance(t, str) and t for t in texts) and all(isinstance(s, int) and s >= 0 for s in starts)
+        if not right or len(texts) != len(starts):
+            raise DataError(
+                f"{source}, {where(row)}, column '{column}': answers are an object of two lists of equal length, "
+                f"{' and '.join(ANSWERS)}; got {described(value)}"
+            )
 
 
 def _check_numbers(values: Iterable[Any], source: str, column: str, where: Callable[[int], str]) -> None:

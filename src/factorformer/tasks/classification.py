@@ -12,16 +12,19 @@ import torch
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_MASKED_LM_MAPPING,
+    MODEL_FOR_QUESTION_ANSWERING_MAPPING,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
     MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING,
     MODEL_MAPPING,
+    AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
     PretrainedConfig,
     PreTrainedModel,
 )
 
-from factorformer.errors import DataError, ModelError
+from factorformer.errors import DataError, ModelError, require
 from factorformer.hf.source import from_pretrained, load_model, load_tokenizer, read_config, ready, refuse
 from factorformer.tasks.labels import TASKS, Kind, Labels
 from factorformer.tasks.trainer import seeded
@@ -118,14 +121,15 @@ def load_classifier(
     head = find_head(path, labels, config)
     if head.trained:
         return Classifier(load_model(path, dtype, device, whole=True), head)
-    config.num_labels = max(len(labels.names), 1)
+    config.num_labels = 2 if labels.kind == "answers" else max(len(labels.names), 1)  # where they begin and end
     if labels.names:
         config.id2label = dict(enumerate(labels.names))
         config.label2id = {name: i for i, name in enumerate(labels.names)}
     config.problem_type = PROBLEMS.get(labels.kind)
     if config.pad_token_id is None:
         config.pad_token_id = load_tokenizer(path).pad_token_id
-    auto = AutoModelForTokenClassification if labels.kind == "tokens" else AutoModelForSequenceClassification
+    heads: dict[str, Any] = {"tokens": AutoModelForTokenClassification, "answers": AutoModelForQuestionAnswering}
+    auto = heads.get(labels.kind, AutoModelForSequenceClassification)
     with seeded(seed):
         model, info = from_pretrained(auto, path, config=config, dtype=dtype or "auto", ignore_mismatched_sizes=True)
     inside = f"{model.base_model_prefix}."
@@ -136,8 +140,12 @@ def load_classifier(
 
 
 def head_labels(config: PretrainedConfig) -> Labels | None:
-    """What the classification head of a saved model predicts; None if it has no such head."""
+    """What the head of a saved model predicts, or the model writes; None if it has no such head."""
     names = tuple(name for _, name in sorted((config.id2label or {}).items()))
+    if _class_name(config).endswith("ForQuestionAnswering"):
+        return Labels("answers")
+    if writes(config):
+        return Labels("text")
     if _class_name(config).endswith("ForTokenClassification"):
         return Labels("tokens", names)
     if not _class_name(config).endswith("ForSequenceClassification"):
@@ -179,6 +187,36 @@ def labels_for(head: Labels, rows: datasets.Dataset, column: str) -> Labels:
         raise
 
 
+def embeds(config: PretrainedConfig) -> bool:
+    """Whether a saved model is used for its hidden states: it has no head, or one by which it writes texts."""
+    head = head_labels(config)
+    return head is None or head.kind == "text"
+
+
+def writes(config: PretrainedConfig) -> bool:
+    """Whether a saved model is an encoder-decoder that writes a text for a text."""
+    known = _names_of(MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING, config)
+    return config.is_encoder_decoder and _class_name(config) in known
+
+
+def labels_of(
+    config: PretrainedConfig, rows: datasets.Dataset, column: str, *, regression: bool = False, words: bool = False
+) -> Labels:
+    """What the labels of training data mean to a saved model: texts to one that writes, and else see `Labels.of`.
+
+    Raises:
+        DataError: as from `Labels.of`.
+        MissingPackageError: texts are to be compared, and sacreBLEU is not installed.
+    """
+    own = head_labels(config)
+    if own is not None and own.kind in ("answers", "text"):
+        if own.kind == "text":
+            require("translation")
+        own.ids(rows, column)
+        return own
+    return Labels.of(rows, column, regression, words)
+
+
 def is_causal(config: PretrainedConfig) -> bool:
     """Whether a saved model goes on with a text, token by token, without an encoder."""
     name = _class_name(config)
@@ -205,12 +243,14 @@ def _check_headless(path: Path, config: PretrainedConfig, labels: Labels | None)
         advice = "measure it on plain text" if is_causal(config) else "measure it with its own tools"
         raise ModelError(
             f"'{path}' is a {name}: labels are for classifiers of texts (ForSequenceClassification) and of words "
-            f"(ForTokenClassification), and for models without a head, which get one; {advice}, or save its base model "
-            "(`AutoModel`) to train a head on that"
+            "(ForTokenClassification), for models that answer questions or write texts for texts, and for models "
+            f"without a head, which get one; {advice}, or save its base model (`AutoModel`) to train a head on that"
         )
-    mapping = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
+    mapping: Any = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
     if labels is not None and labels.kind == "tokens":
         mapping = MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING
+    elif labels is not None and labels.kind == "answers":
+        mapping = MODEL_FOR_QUESTION_ANSWERING_MAPPING
     if labels is not None and type(config) not in mapping and not hasattr(config, "auto_map"):
         raise ModelError(f"'{path}' ({config.model_type}) has no head in transformers for {TASKS[labels.kind]}")
 

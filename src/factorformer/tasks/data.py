@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from transformers import (
-    DataCollatorForTokenClassification,
+    DataCollatorForSeq2Seq,
     DataCollatorWithPadding,
     PretrainedConfig,
     PreTrainedModel,
@@ -22,8 +22,9 @@ from transformers import (
 from factorformer.errors import DataError, ModelError
 from factorformer.hf.source import most_tokens
 from factorformer.layers.embeddings import embeddings_of
+from factorformer.tasks import answers, translation
 from factorformer.tasks.cells import row_name
-from factorformer.tasks.labels import TASKS, Labels
+from factorformer.tasks.labels import IGNORED, TASKS, Labels
 from factorformer.tasks.tables import Columns, read
 
 __all__ = [
@@ -44,8 +45,11 @@ __all__ = [
     "with_decoder_inputs",
 ]
 
-IGNORED = -100
-"""The label of a token that has none."""
+ENDLESS = 10**6
+"""Tokens after which no text is cut."""
+
+BESIDE = ("length", "reference", "example", "context", "answers", "offsets")
+"""Columns of encoded rows that models do not read."""
 
 
 def encode(
@@ -58,7 +62,8 @@ def encode(
     """Token ids of every row, with `labels` where the task has them, and `length` for bucketing.
 
     The first token of a word carries its label, the others none (-100). Plain texts without a single token are left
-    out.
+    out. Of questions and contexts there is a row for each window (see `answers.encode`). Where a text belongs to each
+    text, `labels` are its tokens, and `reference` is the text itself.
 
     Args:
         tokenizer: of the model.
@@ -76,6 +81,10 @@ def encode(
     if labels is not None and (labels.kind == "tokens") != words:
         needed = "a list of words (say --words)" if labels.kind == "tokens" else "a string"
         raise DataError(f"the task is {TASKS[labels.kind]}: a cell of column '{columns.text[0]}' has to be {needed}")
+    if labels is not None and labels.kind == "text":
+        return _encode_pairs(tokenizer, rows, columns, max_length)
+    if labels is not None and labels.kind == "answers":
+        return _encode_answers(tokenizer, rows, columns, labels, max_length)
     if words and not tokenizer.is_fast:
         raise ModelError(f"{type(tokenizer).__name__} does not tell which word a token is of: a fast tokenizer does")
     texts: Any = [[v if isinstance(v, list) else str(v) for v in rows[column]] for column in columns.text]
@@ -98,6 +107,32 @@ def encode(
     return data.select(sorted(set(range(len(data))) - set(empty)))
 
 
+def _encode_pairs(
+    tokenizer: PreTrainedTokenizerBase, rows: datasets.Dataset, columns: Columns, max_length: int | None
+) -> datasets.Dataset:
+    if len(columns.text) != 1 or columns.label is None:
+        raise DataError(f"the task is {TASKS['text']}: give one text column, and --label for the other text")
+    sides = [[str(cell) for cell in rows[name]] for name in (*columns.text, columns.label)]
+    encoded = translation.encode(list(zip(*sides, strict=True)), tokenizer, max_length or ENDLESS)
+    return encoded.add_column("reference", sides[1])  # pyright: ignore[reportCallIssue]
+
+
+def _encode_answers(
+    tokenizer: PreTrainedTokenizerBase,
+    rows: datasets.Dataset,
+    columns: Columns,
+    labels: Labels,
+    max_length: int | None,
+) -> datasets.Dataset:
+    if len(columns.text) != 2 or columns.label is None:
+        raise DataError(
+            f"the task is {TASKS['answers']}: give the columns of the question and of the context, as in --text "
+            "question --text context --label answers"
+        )
+    questions, contexts = ([str(cell) for cell in rows[name]] for name in columns.text)
+    return answers.encode(tokenizer, questions, contexts, labels.ids(rows, columns.label), max_length or ENDLESS)
+
+
 def _aligned(words: Sequence[int | None], labels: Sequence[int]) -> list[int]:
     """The label of each token: that of its word for the first token of a word."""
     before = [None, *words[:-1]]
@@ -107,15 +142,15 @@ def _aligned(words: Sequence[int | None], labels: Sequence[int]) -> list[int]:
 def collator(
     tokenizer: PreTrainedTokenizerBase | None, data: datasets.Dataset, multiple: int | None = None
 ) -> Callable[[Any], Any]:
-    """What pads rows of encoded data to a batch, of a length that is a multiple; labels of words with them.
+    """What pads rows of encoded data to a batch, of a length that is a multiple; lists of labels with them.
 
     Rows of other inputs, such as images, are stacked, and need no tokenizer.
     """
     if tokenizer is None:
         return default_data_collator
     labels = data.features.get("labels")
-    by_word = isinstance(labels, datasets.List) and labels.feature.dtype.startswith("int")
-    kind = DataCollatorForTokenClassification if by_word else DataCollatorWithPadding
+    several = isinstance(labels, datasets.List) and labels.feature.dtype.startswith("int")
+    kind = DataCollatorForSeq2Seq if several else DataCollatorWithPadding  # which pads labels by themselves
     return kind(tokenizer, pad_to_multiple_of=multiple)
 
 
@@ -151,7 +186,7 @@ def indexed_batches(
     if "length" in data.column_names:
         lengths = data["length"][:]
         order.sort(key=lambda row: lengths[row], reverse=True)
-        inputs = data.remove_columns("length")
+        inputs = data.remove_columns([name for name in BESIDE if name in data.column_names])
     start = 0
     while start < len(order):
         most = batch_size if tokens is None else min(batch_size, max(tokens // max(lengths[order[start]], 1), 1))

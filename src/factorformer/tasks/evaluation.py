@@ -20,9 +20,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from factorformer.errors import DataError, ModelError
 from factorformer.layers.modes import fast_float32
 from factorformer.progress import Progress, silent
-from factorformer.tasks.data import IGNORED, indexed_batches
+from factorformer.tasks import answers, translation
+from factorformer.tasks.data import indexed_batches
 from factorformer.tasks.embeddings import neighbour_recall, unit
-from factorformer.tasks.labels import Labels
+from factorformer.tasks.labels import IGNORED, Labels
 from factorformer.training.distillation import logit_loss, mean_pool
 
 Pool = Callable[[Float[Tensor, "rows tokens width"], Bool[Tensor, "rows tokens"]], Float[Tensor, "rows pooled"]]
@@ -114,6 +115,10 @@ def evaluate(
         DataError: nothing to evaluate on.
         ModelError: predictions that are NaN or infinite.
     """
+    if labels.kind == "answers":
+        return answers.measure(model, data, indexed_batches(tokenizer, data), progress, phase)
+    if labels.kind == "text":
+        return translation.measure(model, tokenizer, data, progress, phase)
     if labels.kind == "tokens":
         logits, references = predict_words(model, tokenizer, data, progress=progress, phase=phase)
     else:

@@ -21,7 +21,9 @@ from transformers import (
 from factorformer.errors import DataError, ModelError
 from factorformer.hf.callbacks import moving
 from factorformer.progress import Progress, silent
-from factorformer.tasks.data import IGNORED, collator
+from factorformer.tasks.classification import writes
+from factorformer.tasks.data import collator
+from factorformer.tasks.labels import IGNORED
 from factorformer.tasks.trainer import FastTrainer, Settings, Watch, frozen_embeddings, run, seeded
 from factorformer.training.distillation import (
     WITHOUT_LABELS,
@@ -33,6 +35,12 @@ from factorformer.training.distillation import (
 )
 from factorformer.training.dynamic_rank import DynamicRank
 from factorformer.training.straight_through import StraightThrough
+
+ENDS = ("start_logits", "end_logits")
+"""Outputs of a model that answers questions."""
+
+LEAST = -1e4
+"""A logit of what cannot be."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,13 +81,19 @@ class DistillationTrainer(FastTrainer):
         wants_hidden = weights.hidden > 0 or weights.pooled > 0
         outputs = model(**inputs, output_hidden_states=wants_hidden)
         with torch.no_grad():
-            unlabelled = {key: value for key, value in inputs.items() if key != "labels"}
-            target = self.teacher(**unlabelled, output_hidden_states=wants_hidden)
+            # A decoder reads the labels, one token late.
+            reads = self.teacher.config.is_encoder_decoder
+            known = {key: value for key, value in inputs.items() if key != "labels" or reads}
+            target = self.teacher(**known, output_hidden_states=wants_hidden)
         mask = inputs["attention_mask"].bool()
         terms = []
         if weights.labels > 0:
             terms.append(weights.labels * outputs.loss)
-        if weights.logits > 0:
+        if weights.logits > 0 and "start_logits" in outputs:
+            pairs = [(outputs[name].masked_fill(~mask, LEAST), target[name].masked_fill(~mask, LEAST)) for name in ENDS]
+            losses = [logit_loss(*pair, weights.temperature) for pair in pairs]
+            terms.append(weights.logits * torch.stack(losses).mean())
+        elif weights.logits > 0:
             logits, wanted = outputs.logits, target.logits
             if logits.dim() == 3:  # of every token: those that have a label count
                 counted = inputs["labels"] != IGNORED if "labels" in inputs else mask
@@ -87,7 +101,10 @@ class DistillationTrainer(FastTrainer):
             several = self.teacher.config.problem_type == "multi_label_classification"
             terms.append(weights.logits * logit_loss(logits, wanted, weights.temperature, several))
         if weights.hidden > 0:
-            terms.append(weights.hidden * hidden_loss(outputs.hidden_states, target.hidden_states, mask))
+            masks = {"hidden_states": mask, "encoder_hidden_states": mask}
+            masks |= {"decoder_hidden_states": inputs["labels"] != IGNORED} if reads else {}
+            losses = [hidden_loss(outputs[name], target[name], masks[name]) for name in masks if name in outputs]
+            terms.append(weights.hidden * torch.stack(losses).mean())
         if weights.pooled > 0:
             mine, theirs = outputs.hidden_states[-1], target.hidden_states[-1]
             terms.append(weights.pooled * pooled_loss(mean_pool(mine, mask), mean_pool(theirs, mask)))
@@ -95,12 +112,12 @@ class DistillationTrainer(FastTrainer):
         return (loss, outputs) if return_outputs else loss
 
 
-def check_can_follow(student: PretrainedConfig) -> None:
-    """Raise `ModelError` for a model that cannot learn from a teacher."""
-    if student.is_encoder_decoder:
+def check_can_follow(student: PretrainedConfig, *, labelled: bool) -> None:
+    """Raise `ModelError` for a model that cannot learn from a teacher: encoder-decoders, unless they write texts."""
+    if student.is_encoder_decoder and not (labelled and writes(student)):
         raise ModelError(
-            f"the model ({student.model_type}) is an encoder and a decoder: distillation is not defined for it, train "
-            "without a teacher"
+            f"the model ({student.model_type}) is an encoder and a decoder: distillation is defined for those that "
+            "write a text for each text of labelled data, train without a teacher"
         )
 
 
@@ -141,11 +158,11 @@ def train(
         DivergedError: the loss became NaN or infinite.
         ModelError: a teacher for an encoder-decoder.
     """
-    labelled = "labels" in data.column_names
+    labelled = not {"labels", "start_positions"}.isdisjoint(data.column_names)
     if not labelled and teacher is None:
         raise DataError("training needs labels or a teacher: give a label column or --distill")
     if teacher is not None:
-        check_can_follow(model.config)
+        check_can_follow(model.config, labelled=labelled)
     weights = distillation or (DistillationWeights() if labelled else WITHOUT_LABELS)
     acting: list[TrainerCallback] = [Watch(progress, phase), *moving(straight, ranks)]
     frozen = settings.freeze_embeddings and (ranks is None or not ranks.holds(model.get_input_embeddings()))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import datasets
@@ -14,13 +14,18 @@ from factorformer.errors import DataError
 from factorformer.tasks.cells import NUMBER, check_labels, class_label
 from factorformer.tasks.reading import described
 
-Kind = Literal["classification", "regression", "multi_label", "tokens"]
+Kind = Literal["classification", "regression", "multi_label", "tokens", "answers", "text"]
+
+IGNORED = -100
+"""The label of a token that has none."""
 
 TASKS: dict[Kind, str] = {
     "classification": "one label a text",
     "regression": "a score for a text",
     "multi_label": "any number of labels a text (multi-label)",
     "tokens": "a label for every word",
+    "answers": "the part of a context that answers a question",
+    "text": "a text for each text",
 }
 
 
@@ -29,9 +34,9 @@ class Labels:
     """The meaning of the labels of a task.
 
     Args:
-        kind: what is predicted: one of several classes of a text, a number, any number of classes of a text, or a class
-            of every word.
-        names: class names in the order of their ids; empty for regression.
+        kind: what is predicted: one of several classes of a text, a number, any number of classes of a text, a class of
+            every word, a part of a context, or a text.
+        names: class names in the order of their ids; empty where there are none.
     """
 
     kind: Kind
@@ -42,7 +47,7 @@ class Labels:
         """Read the labels of training data.
 
         Fractional numbers, also those written as strings, mean regression; lists mean several classes a text, or one a
-        word; everything else means classes.
+        word; objects are answers; everything else means classes.
 
         Args:
             rows: a table.
@@ -55,6 +60,8 @@ class Labels:
         """
         check_labels(rows, column)
         values = list(rows[column])
+        if any(isinstance(value, Mapping) for value in values):
+            return cls("answers")
         lists = any(isinstance(value, list) for value in values)
         feature = class_label(rows.features[column])
         kind: Kind = "classification" if not lists else "tokens" if words else "multi_label"
@@ -75,6 +82,8 @@ class Labels:
     def ids(self, rows: datasets.Dataset, column: str) -> list[Any]:
         """Labels as the model wants them: an id, a number, a 0 or 1 for each class, or a list with an id for each word.
 
+        Answers and texts are left as they are: where the one lie, and what tokens the others have, `data.encode` finds.
+
         Raises:
             DataError: a label that training has not seen, one that is missing, that is not a number in a regression
                 task, or a list where the task has none, or the other way round.
@@ -82,6 +91,8 @@ class Labels:
         check_labels(rows, column)
         values = list(rows[column])
         self._check_shape(values, column)
+        if self.kind in ("answers", "text"):
+            return values
         if self.kind == "regression":
             return [_number(value, row, column) for row, value in enumerate(values)]
         feature = class_label(rows.features[column])
@@ -109,12 +120,18 @@ class Labels:
         return found
 
     def _check_shape(self, values: Sequence[Any], column: str) -> None:
-        lists = self.kind in ("multi_label", "tokens")
-        wrong = next((row for row, value in enumerate(values) if isinstance(value, list) != lists), None)
+        kinds: dict[str, tuple[str, tuple[type, ...]]] = {
+            "multi_label": ("a list", (list,)),
+            "tokens": ("a list", (list,)),
+            "answers": ("answers, or a text", (Mapping, str)),
+            "text": ("a text", (str, int, float)),
+        }
+        belongs, types = kinds.get(self.kind, ("one value", (str, int, float)))
+        wrong = next((row for row, value in enumerate(values) if not isinstance(value, types)), None)
         if wrong is not None:
             raise DataError(
-                f"column '{column}', row {wrong + 1}: the task is {TASKS[self.kind]}: "
-                f"{'a list' if lists else 'one value'} belongs here, not {described(values[wrong])}"
+                f"column '{column}', row {wrong + 1}: the task is {TASKS[self.kind]}: {belongs} belongs here, not "
+                f"{described(values[wrong])}"
             )
 
     def __str__(self) -> str:

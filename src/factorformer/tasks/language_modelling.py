@@ -24,7 +24,7 @@ from factorformer.errors import DataError, ModelError
 from factorformer.layers.modes import evaluating, fast_float32
 from factorformer.progress import Progress, silent
 from factorformer.tasks.architectures import Task
-from factorformer.tasks.data import IGNORED
+from factorformer.tasks.labels import IGNORED
 from factorformer.tasks.tokenization import CHUNK, token_ids
 from factorformer.training.distillation import logit_loss
 

@@ -14,6 +14,7 @@ from transformers import DataCollatorWithPadding, PreTrainedModel, PreTrainedTok
 from factorformer.errors import DataError
 from factorformer.layers.modes import evaluating, fast_float32
 from factorformer.progress import Progress, silent
+from factorformer.tasks import language_modelling
 from factorformer.tasks.reading import read_lines
 from factorformer.tasks.tokenization import token_ids
 
@@ -103,6 +104,20 @@ def translate(
         phase: name of the phase reported to `progress`.
     """
     ids = tokenizer(list(texts), truncation=True, max_length=max_length)["input_ids"] if texts else []
+    return write(model, tokenizer, ids, beams, max_length, batch, progress, phase)
+
+
+def write(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    ids: Sequence[Sequence[int]],
+    beams: int,
+    max_length: int,
+    batch: int = 64,
+    progress: Progress = silent,
+    phase: str = "translate",
+) -> list[str]:
+    """As `translate`, of texts that are tokens already."""
     order = sorted(range(len(ids)), key=lambda row: len(ids[row]), reverse=True)
     collate, generate = DataCollatorWithPadding(tokenizer), cast(Any, model).generate
     result = [""] * len(ids)
@@ -121,6 +136,34 @@ def translate(
                 result[row] = text.strip()
             progress(phase, start + len(rows), len(order))
     return result
+
+
+def measure(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    data: datasets.Dataset,
+    progress: Progress = silent,
+    phase: str = "evaluate",
+) -> dict[str, float]:
+    """How well an encoder-decoder writes the text that belongs to each text.
+
+    Args:
+        model: writes with as many beams as its own settings say, up to twice the longest reference.
+        tokenizer: of it.
+        data: from `encode`, with a column `reference`.
+        progress: told of `phase`, and how many texts are done.
+        phase: see there.
+
+    Returns:
+        `loss` (nats a token, with the reference before it), `perplexity` and `token_accuracy`; `bleu` and `chrf`.
+    """
+    rows = data.select_columns(["input_ids", "labels", "length"])
+    metrics = language_modelling.predict(model, tokenizer, rows, "translation", progress=progress, phase=phase)
+    beams = getattr(model.generation_config, "num_beams", None) or 1
+    longest = 2 * max(map(len, data["labels"]))
+    texts = write(model, tokenizer, data["input_ids"], beams, longest, 32, progress, f"{phase}: write")
+    scores = bleu(texts, data["reference"])
+    return metrics | {name: score for name, score in scores.items() if not isinstance(score, str)}
 
 
 def bleu(hypotheses: Sequence[str], references: Sequence[str]) -> dict[str, float | str]:

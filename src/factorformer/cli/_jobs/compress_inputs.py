@@ -30,7 +30,7 @@ from factorformer.cli._texts import (
 from factorformer.errors import DataError
 from factorformer.export.sentence import Writing, read_writing
 from factorformer.hf.source import find, load_tokenizer, read_config
-from factorformer.tasks.classification import Head, check_head, find_head, head_labels, is_causal, labels_for
+from factorformer.tasks.classification import Head, check_head, find_head, head_labels, is_causal, labels_for, labels_of
 from factorformer.tasks.data import Columns, Labels, count_tokens, encode, hold_out, sample, unlike
 from factorformer.tasks.healing import Reading
 from factorformer.tasks.targets import Embeddings, NextTokens, Predictions, Remembered, Target
@@ -269,7 +269,7 @@ def _target(path: Path, config: PretrainedConfig, teacher: str | None) -> Target
     if is_causal(config):
         return NextTokens()
     head = head_labels(config)
-    if head is not None and head.kind != "tokens":
+    if head is not None and head.kind in ("classification", "regression", "multi_label"):
         return Predictions(independent=head.kind == "multi_label")
     ours = find_pooling(path)
     theirs = ours if teacher is None else find_pooling(find(teacher))
@@ -289,6 +289,7 @@ def _task(
     with about(getattr(job, name)):
         if name != "train":
             return labels_for(check_head(path, config), tables[name], label), None
-        head = find_head(path, Labels.of(tables[name], label, job.regression, job.columns.words), config)
+        found = labels_of(config, tables[name], label, regression=job.regression, words=job.columns.words)
+        head = find_head(path, found, config)
     note_new_head(head)
     return head.labels, head

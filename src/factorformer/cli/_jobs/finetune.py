@@ -11,8 +11,8 @@ from factorformer.hf.source import find, load_tokenizer, read_config
 from factorformer.layers.quantization import hold_floats, quantize
 from factorformer.progress import bars
 from factorformer.report import Result, inventory
-from factorformer.tasks.classification import find_head, load_classifier
-from factorformer.tasks.data import Columns, Labels, check_lengths
+from factorformer.tasks.classification import find_head, labels_of, load_classifier
+from factorformer.tasks.data import Columns, check_lengths
 from factorformer.tasks.evaluation import evaluate
 from factorformer.tasks.finetuning import TrainingSettings, train
 from factorformer.tasks.trainer import in_full_precision
@@ -40,7 +40,8 @@ def run(
     rows = read_table(train_file, columns)
     eval_rows = None if eval_file is None else read_table(eval_file, columns)
     with about(train_file):
-        head = find_head(path, Labels.of(rows, label, regression, columns.words), config)
+        labels = labels_of(config, rows, label, regression=regression, words=columns.words)
+        head = find_head(path, labels, config)
     note_new_head(head)
     if distill is not None:
         check_teacher(distill, config, head)
