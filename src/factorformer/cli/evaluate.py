@@ -82,8 +82,9 @@ def evaluate(
 
     Classes: accuracy, macro-F1 (the mean over classes, each counting the same), Matthews correlation, and with two
     classes the F1 of the second. Several classes a text: micro- and macro-F1 and the accuracy of whole sets. Classes of
-    words: accuracy and macro-F1. Regression: Pearson and Spearman correlation and mean squared error. What the labels
-    mean is read from the model's configuration.
+    words: accuracy and macro-F1. Regression: Pearson and Spearman correlation and mean squared error. Answers from a
+    context (--text question --text context --label answers): exact match and F1 of words. Texts that an encoder-decoder
+    writes: loss and perplexity of tokens, BLEU and chrF. What the labels mean is read from the model's configuration.
 
     Causal language models: texts are joined and cut into windows of --sequence-length tokens; a text file is one
     document, and so is each row of other data, or each conversation of a column of messages. The mean loss of a token

@@ -62,19 +62,23 @@ def finetune(
     Hugging Face model directory with the tokenizer, and the result as factorformer.json.
 
     Labels decide the task: names or whole numbers are classes of a text, fractions a regression, lists any number of
-    classes of a text, and with --words a class of every word (JSONL or Parquet hold lists). A model that has a head for
-    another task is refused.
+    classes of a text, and with --words a class of every word (JSONL or Parquet hold lists). Objects with lists 'text' and
+    'answer_start', as in SQuAD, are answers to a question from its context, and an encoder-decoder that writes, such as
+    T5, learns to write the label for the text. A model that has a head for another task is refused.
 
     Metrics are accuracy, macro-F1, Matthews correlation (and the F1 of the second of two classes); for a regression
     Pearson and Spearman correlation and mean squared error; for several classes a text micro- and macro-F1 and the
-    accuracy of whole sets; for words accuracy and macro-F1. The model is saved before it is measured, in the precision
-    that it came in.
+    accuracy of whole sets; for words accuracy and macro-F1; for answers exact match and F1 of words; for texts BLEU,
+    chrF and perplexity. The model is saved before it is measured, in the precision that it came in.
 
     \b
     [bold]Examples[/bold]
       factorformer finetune minilm dense/ --train train.tsv --eval dev.tsv
       factorformer finetune minilm pairs/ --train mrpc.jsonl \\
           --text sentence1 --text sentence2 --label same
+      factorformer finetune bert/ answers/ --train squad.jsonl \\
+          --text question --text context --label answers --max-length 384
+      factorformer finetune t5/ translator/ --train pairs.tsv --text de --label en
     """
     from factorformer.files import check_output
 
