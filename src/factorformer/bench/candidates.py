@@ -6,7 +6,7 @@ import dataclasses
 import importlib.util
 import json
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -262,8 +262,8 @@ def _load_onnx(candidate: Candidate, threads: int) -> Runner:
         session = onnxruntime.InferenceSession(str(candidate.path), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # of many types, for files that are no models and for operators that it does not know
         raise ModelError(f"cannot load '{candidate.name}': {one_line(error)}") from error
-    names = [item.name for item in session.get_inputs()]
-    return _runner(candidate, names, lambda feed: lambda: session.run(None, feed))
+    inputs = {item.name: item.shape for item in session.get_inputs()}
+    return _runner(candidate, inputs, lambda feed: lambda: session.run(None, feed))
 
 
 def _load_openvino(candidate: Candidate, threads: int) -> Runner:
@@ -277,16 +277,22 @@ def _load_openvino(candidate: Candidate, threads: int) -> Runner:
     except Exception as error:  # of types of its own
         raise ModelError(f"cannot load '{candidate.name}': {one_line(error)}") from error
     request: Any = compiled.create_infer_request()
-    names = [item.get_any_name() for item in compiled.inputs]
+    inputs = dict.fromkeys((item.get_any_name() for item in compiled.inputs), ())
     # A view of the output in place of a copy: nobody reads it here.
-    return _runner(candidate, names, lambda feed: lambda: request.infer(feed, share_outputs=True))
+    return _runner(candidate, inputs, lambda feed: lambda: request.infer(feed, share_outputs=True))
 
 
 def _runner(
-    candidate: Candidate, names: Sequence[str], bind: Callable[[dict[str, Any]], Callable[[], object]]
+    candidate: Candidate,
+    inputs: Mapping[str, Sequence[Any]],
+    bind: Callable[[dict[str, Any]], Callable[[], object]],
 ) -> Runner:
-    """A file with these inputs, and what runs it on arrays of them."""
+    """A file with inputs of these names and sizes, and what runs it on arrays of them, of texts from their start."""
+    from factorformer.export.task import PAST
+
     known = {"input_ids", "attention_mask", "token_type_ids", "position_ids"}
+    past = {name: size for name, size in inputs.items() if name.startswith(PAST) and len(size) == 4}
+    names = [name for name in inputs if name not in past]
     if "input_ids" not in names or set(names) - known:
         raise ModelError(
             f"'{candidate.name}' reads {', '.join(names)}: only models of input_ids (and {', '.join(sorted(known))}) "
@@ -301,7 +307,8 @@ def _runner(
             "token_type_ids": torch.zeros_like(ids),
             "position_ids": torch.arange(ids.shape[1]).expand_as(ids),
         }
-        return bind({name: numpy.ascontiguousarray(values[name].numpy()) for name in names})
+        values |= {name: torch.zeros(len(ids), size[1], 0, size[3]) for name, size in past.items()}
+        return bind({name: numpy.ascontiguousarray(values[name].numpy()) for name in inputs})
 
     return Runner(prepare, config.get("vocab_size", VOCABULARY), config.get("pad_token_id"), None)
 

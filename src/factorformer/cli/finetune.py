@@ -62,9 +62,9 @@ def finetune(
     Hugging Face model directory with the tokenizer, and the result as factorformer.json.
 
     Labels decide the task: names or whole numbers are classes of a text, fractions a regression, lists any number of
-    classes of a text, and with --words a class of every word (JSONL or Parquet hold lists). Objects with lists 'text' and
-    'answer_start', as in SQuAD, are answers to a question from its context, and an encoder-decoder that writes, such as
-    T5, learns to write the label for the text. A model that has a head for another task is refused.
+    classes of a text, and with --words a class of every word (JSONL or Parquet hold lists). Objects with lists 'text'
+    and 'answer_start', as in SQuAD, are answers to a question from its context, and an encoder-decoder that writes,
+    such as T5, learns to write the label for the text. A model that has a head for another task is refused.
 
     Metrics are accuracy, macro-F1, Matthews correlation (and the F1 of the second of two classes); for a regression
     Pearson and Spearman correlation and mean squared error; for several classes a text micro- and macro-F1 and the

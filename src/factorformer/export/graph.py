@@ -178,8 +178,12 @@ def _multiply_in_int8(
     product = _node(node, "MatMulInteger", [codes, matrix, zero])
     product = _node(node, "Cast", [product], [ir.AttrInt64("to", ir.DataType.FLOAT)])
     product = _node(node, "Mul", [product, _node(node, "Mul", [scale, scales])])
-    ir.convenience.replace_all_uses_with(node.outputs[0], product)
+    before = node.outputs[0]
+    name, product.type, product.shape = before.name, before.type, before.shape
+    ir.convenience.replace_all_uses_with(before, product, replace_graph_outputs=True)
     model.graph.remove(node, safe=True)
+    if product.is_graph_output():
+        before.name, product.name = None, name
     return left, product
 
 

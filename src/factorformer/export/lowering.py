@@ -133,8 +133,9 @@ def _causal_mask(**arguments: Any) -> Tensor:
     """As `whole_mask`, where padding attends to itself: on the left it has no token before it, and what attends to
     nothing is NaN, which a weight of 0 does not hide from others."""
     mask = whole_mask(**arguments)
-    places = torch.arange(mask.shape[-1], device=mask.device)
-    return mask | (places[:, None] == places)
+    new, all_ = mask.shape[-2:]  # the last ones of all, where others are in a cache
+    places = torch.arange(all_, device=mask.device)
+    return mask | (places[:new, None] + (all_ - new) == places)
 
 
 def table() -> dict[Callable[..., Any], Callable[..., Any]]:

@@ -62,8 +62,9 @@ def export(
     half precision as such; products are made in float32, and with `int8` in int8.
 
     Args:
-        model: an encoder of text, or a decoder used as one, with a head that gives logits or without one; or its
-            directory, a name on the Hub, or `minilm`. It is left as it is.
+        model: an encoder of text, or a decoder used as one, with a head that gives logits or without one; or a causal
+            language model, which reads and puts out keys and values of the tokens before, to go on with; or the
+            directory of one, a name on the Hub, or `minilm`. It is left as it is.
         path: the directory to make; it appears complete or not at all. None puts a folder `onnx` into the directory
             of the model, as sentence-transformers, text-embeddings-inference and fastembed look for it; of an encoder
             the file puts out hidden states then, of which these make embeddings.
@@ -124,9 +125,9 @@ def translate(subject: Subject) -> ir.Model:
                 task,
                 tuple(example),
                 dynamo=True,
-                dynamic_shapes=(tuple({0: "batch", 1: "length"} for _ in task.names),),
+                dynamic_shapes=(tuple(task.shapes),),
                 input_names=task.names,
-                output_names=[task.output],
+                output_names=task.outputs,
                 opset_version=OPSET,
                 custom_translation_table=lowering.table(),
                 optimize=False,
@@ -167,7 +168,7 @@ def _save(
         ExportError: by more than the tolerance.
     """
     write(model, file)
-    found = [outputs[0] for outputs in _run(file, subject, sample.feeds(subject.task.names))]
+    found = _run(file, subject, sample.feeds(subject.task.names))
     return sample.compare(found, tolerance, f"{subject.kind} cannot be exported: ONNX Runtime")
 
 

@@ -18,13 +18,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from factorformer.errors import DataError, ExportError, one_line
 from factorformer.export import onnx
 from factorformer.export.sentence import Pooling
 from factorformer.export.subject import LOSS_INT8, TOLERANCE, Batch, Exported, Sample, Subject, Text, prepare
+from factorformer.export.task import Continuation
 
 FILES = "openvino_model.bin", "openvino_model.xml"
 """Weights, and the graph that reads them."""
@@ -87,6 +87,10 @@ def export(
     if int8 and not texts:
         raise DataError("scales of int8 in OpenVINO do not change at run time: give text to calibrate them on")
     subject = prepare(model, path, FOLDER, FILES, tokenizer=tokenizer, pooling=pooling, overwrite=overwrite)
+    if isinstance(subject.task, Continuation):
+        raise ExportError(
+            f"{subject.kind} goes on with texts: export it to ONNX, which keeps what it has read (--to onnx)"
+        )
     drawn, spoken = subject.random(), subject.spoken(texts) if int8 else None
     calibration = subject.read(texts[:SENTENCES], ROWS) if int8 else []
     if int8 and not calibration:
@@ -158,7 +162,7 @@ def _compare(
     try:
         run: Any = openvino.Core().compile_model(graph, "CPU", dict(settings))
         feeds = [{name: tensor.numpy() for name, tensor in feed.items()} for feed in sample.feeds(subject.task.names)]
-        found: list[Tensor] = [torch.from_numpy(run(feed)[0].copy()) for feed in feeds]
+        found = [[torch.from_numpy(run(feed)[0].copy())] for feed in feeds]
     except Exception as error:  # of types of its own
         raise ExportError(f"OpenVINO cannot run the exported {subject.kind}: {one_line(error)}") from error
     return sample.compare(found, tolerance, f"{subject.kind} cannot be exported: OpenVINO")

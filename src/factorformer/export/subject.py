@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from factorformer.errors import ExportError, OutputError
 from factorformer.export import lowering
 from factorformer.export.sentence import Layout, Pooling, find_layout, read_longest
-from factorformer.export.task import HEADS, Task, input_names
+from factorformer.export.task import HEADS, Continuation, Task, task_of
 from factorformer.files import check_files, check_output, output_directory, output_files
 from factorformer.hf.checkpoint import choose
 from factorformer.hf.layout import place
@@ -45,7 +45,7 @@ Text = str | tuple[str, str]
 """What a model reads: a text, or two."""
 
 Batch = list[Tensor]
-"""The inputs of a model, in order of their names, int64 of `(rows, length)` each."""
+"""The inputs of a model, in order of their names, tokens and their mask first, int64 of `(rows, length)`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,8 +55,8 @@ class Exported:
     Args:
         path: the directory.
         file_bytes: of the graph and its weights.
-        inputs: names of its inputs, int64 of `(batch, length)` each.
-        output: the name of its output: `logits`, `last_hidden_state` or `sentence_embedding`.
+        inputs: names of its inputs, int64 of `(batch, length)` each, but for keys and values of a language model.
+        output: the name of its (first) output: `logits`, `last_hidden_state` or `sentence_embedding`.
         deviation: from torch, the norm of the difference relative to that of the output, of the worse of two batches:
             of random tokens, or of text where products are in int8.
         cosine: of the outputs and torch's, the mean over the rows of the worse batch; None where an output is a number.
@@ -75,28 +75,31 @@ class Sample:
     """Inputs of a model, and what torch makes of them.
 
     Args:
-        batches: of inputs.
-        expected: the output of each.
+        batches: of inputs, tokens and their mask first.
+        expected: the outputs of each.
     """
 
     batches: list[Batch]
-    expected: list[Tensor]
+    expected: list[tuple[Tensor, ...]]
 
     def feeds(self, names: Sequence[str]) -> list[dict[str, Tensor]]:
         """The inputs by name."""
         return [dict(zip(names, batch, strict=True)) for batch in self.batches]
 
-    def compare(self, found: Sequence[Tensor], tolerance: float, what: str) -> tuple[float, float | None]:
-        """Deviation and cosine of outputs, of the worse batch; padding does not count.
+    def compare(self, found: Sequence[Sequence[Tensor]], tolerance: float, what: str) -> tuple[float, float | None]:
+        """Deviation of outputs, and cosine of the first, of the worse batch; padding does not count.
 
         Raises:
             ExportError: they deviate by more than the tolerance; `what` names the model and its runtime.
         """
-        masks = [batch[1] for batch in self.batches]
-        pairs = [(_real(a, m), _real(b, m)) for a, b, m in zip(found, self.expected, masks, strict=True)]
-        wide = [(a.float(), b.float()) for a, b in pairs if a.shape[-1] > 1]
+        pairs = [
+            [(_real(a, batch), _real(b, batch)) for a, b in zip(outputs, wanted, strict=True)]
+            for outputs, wanted, batch in zip(found, self.expected, self.batches, strict=True)
+        ]
+        wide = [(a.float(), b.float()) for (a, b), *_ in pairs if a.shape[-1] > 1]
         cosines = [float(torch.cosine_similarity(a, b, dim=-1).mean()) for a, b in wide]
-        return checked(pairs, tolerance, f"{what} deviates from torch"), min(cosines, default=None)
+        every = [pair for outputs in pairs for pair in outputs]
+        return checked(every, tolerance, f"{what} deviates from torch"), min(cosines, default=None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,7 +115,7 @@ class Subject:
         overwrite: replace what is there.
     """
 
-    task: Task
+    task: Task | Continuation
     tokenizer: PreTrainedTokenizerBase | None
     dtype: torch.dtype
     path: Path
@@ -127,14 +130,18 @@ class Subject:
     def sample(self, batches: list[Batch]) -> Sample:
         """What the model makes of inputs now; it is not to be changed before."""
         with torch.no_grad():
-            return Sample(batches, [self.task(*batch) for batch in batches])
+            made = [self.task(*batch) for batch in batches]
+        return Sample(batches, [each if isinstance(each, tuple) else (each,) for each in made])
 
     def random(self) -> Sample:
         """Of random tokens, padded on the right and on the left."""
         return self.sample([self.draw(*shape, seed) for seed, shape in enumerate(SHAPES)])
 
     def draw(self, rows: int, length: int, seed: int) -> Batch:
-        """Random tokens, all rows but the first padded, each to another length; on the left where the seed is odd."""
+        """Random tokens, all rows but the first padded, each to another length; on the left where the seed is odd.
+
+        Of a model that goes on with a text half of the tokens are known already, but for the first seed.
+        """
         config, draws = self.task.model.config, torch.Generator().manual_seed(seed)
         longest = getattr(config, "max_position_embeddings", None)
         if longest is not None:  # models that count positions from behind the padding token have fewer of them
@@ -151,18 +158,19 @@ class Subject:
         if "token_type_ids" in self.task.names:
             given["token_type_ids"] = torch.zeros_like(ids)
             given["token_type_ids"][:, length // 2 :] = 1
-        return [given[name] for name in self.task.names]
+        return self.task.complete(given, length // 2 if seed else 0)
 
     def read(self, texts: Sequence[Text], rows: int) -> list[Batch]:
         """Batches of text, so many rows in each; none without a tokenizer."""
         if self.tokenizer is None:
             return []
-        found, names = [], self.task.names
+        found = []
         longest = min(self.tokenizer.model_max_length, most_tokens(self.task.model) or LONGEST, LONGEST)
         for first in range(0, len(texts), rows):
             part: Any = list(texts[first : first + rows])  # a tokenizer takes tuples for pairs
             batch = self.tokenizer(part, padding=True, truncation=True, max_length=longest, return_tensors="pt")
-            found.append([batch.get(name, torch.zeros_like(batch["input_ids"])) for name in names])
+            ids = batch["input_ids"]
+            found.append(self.task.complete({"token_type_ids": torch.zeros_like(ids), **batch}, 0))
         return found
 
     def spoken(self, texts: Sequence[Text] | None) -> Sample:
@@ -205,6 +213,8 @@ class Subject:
         if hasattr(config, "quantization_config"):
             del config.quantization_config
         config.save_pretrained(directory)
+        if isinstance(self.task, Continuation) and self.task.model.generation_config is not None:
+            self.task.model.generation_config.save_pretrained(directory)
         if self.tokenizer is not None:
             self.tokenizer.save_pretrained(directory)
 
@@ -230,7 +240,7 @@ def check_exportable(layout: Layout) -> None:
             with torch.device("meta"):
                 skeleton = kind(choice.config)
             head = kind.__name__.endswith(HEADS)
-            Task(skeleton, input_names(skeleton, None), None if head else layout.pooling)
+            task_of(skeleton, None, None if head else layout.pooling)
         except ExportError as error:
             refused.append(error)
             continue
@@ -307,7 +317,7 @@ def prepare(
     dtype = whole.dtype
     whole.to(device="cpu", dtype=torch.float32).eval().requires_grad_(False)  # pyright: ignore[reportCallIssue]
     lowering.freeze(whole, quantized=True)
-    task = Task(whole, input_names(whole, tokenizer), pooling)
+    task = task_of(whole, tokenizer, pooling)
     return Subject(task, tokenizer, dtype, Path(path), inside, overwrite)
 
 
@@ -321,6 +331,9 @@ def checked(pairs: Sequence[tuple[Tensor, Tensor]], tolerance: float, what: str)
     return deviation
 
 
-def _real(output: Tensor, mask: Tensor) -> Tensor:
+def _real(output: Tensor, batch: Batch) -> Tensor:
     """What is put out for tokens, without that for padding."""
-    return output[mask.bool()] if output.shape[:-1] == mask.shape else output
+    ids, mask = batch[0], batch[1].bool()
+    if output.dim() == 4 and (output.shape[0], output.shape[2]) == mask.shape:  # keys or values, by heads
+        return output.transpose(1, 2)[mask]
+    return output[mask[:, -ids.shape[1] :]] if output.shape[:-1] == ids.shape else output
