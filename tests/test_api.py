@@ -36,6 +36,7 @@ ORDER = [
     "errors",
     "registration",
     "files",
+    "processes",
     "progress",
     "kernels",
     "structures",

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 
+from factorformer import processes
+
 Progress = Callable[[str, int, int | None], None]
 """Called with the name of a phase, the steps done, and their total if it is known."""
 
@@ -16,7 +18,7 @@ def silent(phase: str, done: int, total: int | None) -> None:
 @contextlib.contextmanager
 def bars(*, enabled: bool = True) -> Iterator[Progress]:
     """One progress bar for each phase, on standard error so that results stay alone on standard output."""
-    if not enabled:
+    if not enabled or not processes.is_first():
         yield silent
         return
     from rich.console import Console

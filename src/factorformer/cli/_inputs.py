@@ -11,6 +11,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from factorformer import processes
 from factorformer.cli._options import note
 from factorformer.errors import ExportError, FactorformerError, ModelError, OutputError
 from factorformer.export.sentence import Layout, read_layout
@@ -193,6 +194,8 @@ def save(
         history: how ranks moved in training, written beside the model, if given.
     """
     assert result.output is not None
+    if not processes.is_first():
+        return
     with output_directory(result.output, overwrite=overwrite, inputs=(companions,)) as partial:
         weights = partial if companions is None else partial / place_of_weights(companions)
         write(result, model, partial, tokenizer=tokenizer, weights=weights)
@@ -245,5 +248,7 @@ def saved(output: str, what: str) -> Iterator[None]:
 def update(result: Result) -> None:
     """Write a result over the one that lies in its output directory."""
     assert result.output is not None
+    if not processes.is_first():
+        return
     with whole_file(Path(result.output) / RESULT_FILE, "the result") as partial:
         partial.write_text(json.dumps(result.to_dict(), indent=1) + "\n", encoding="utf-8")

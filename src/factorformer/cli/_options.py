@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from factorformer import processes
 from factorformer.errors import MethodError
 
 if TYPE_CHECKING:
@@ -388,12 +389,15 @@ def place_of(device: DeviceChoice) -> str:
 
 
 def note(text: str) -> None:
-    """Print something beside the result on standard error."""
-    typer.echo(text, err=True)
+    """Print something beside the result on standard error, in one process of several."""
+    if processes.is_first():
+        typer.echo(text, err=True)
 
 
 def emit(result: Result, *, as_json: bool, each: bool = False) -> None:
     """Print a result on standard output, as JSON or as tables, with a line for each matrix or for each role."""
+    if not processes.is_first():
+        return
     if as_json:
         emit_json(result.to_dict())
         return

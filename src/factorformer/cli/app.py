@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import time
 from collections.abc import Callable
 from typing import Annotated, Any
 
@@ -11,6 +12,7 @@ import typer
 from safetensors import SafetensorError
 from typer.core import TyperGroup
 
+from factorformer import processes
 from factorformer.cli._given import given
 from factorformer.cli._notes import notes
 from factorformer.cli._options import quiet
@@ -27,6 +29,12 @@ from factorformer.cli.train import train
 from factorformer.errors import FactorformerError, MethodError
 from factorformer.hf.trust import trusting
 
+DIVIDED = ("plan", "compress")
+"""Commands that several processes do together."""
+
+PATIENCE = 3.0
+"""Seconds before another process than the first tells of an error: one that all have met ends it meanwhile."""
+
 ERROR, INTERRUPTED = 2, 130
 """Exit codes; usage errors have code 2 as well."""
 
@@ -40,10 +48,13 @@ class Commands(TyperGroup):
             return super().invoke(ctx)
         except (FactorformerError, OSError, SafetensorError) as error:
             # A full disk is an OSError from Python, and a SafetensorError from the writer of weights.
+            if not processes.is_first():
+                time.sleep(PATIENCE)
             typer.echo(f"error: {' '.join(str(error).split())}", err=True)
             raise typer.Exit(ERROR) from error
         except KeyboardInterrupt as error:
-            typer.echo(f"interrupted; {str(error) or 'nothing was written'}", err=True)
+            if processes.is_first():
+                typer.echo(f"interrupted; {str(error) or 'nothing was written'}", err=True)
             raise typer.Exit(INTERRUPTED) from error
 
 
@@ -108,7 +119,12 @@ def _prepared(command: Callable[..., None]) -> Callable[..., None]:
             value = options.get(name)
             if value == "" or (isinstance(value, list) and "" in value):
                 raise MethodError(f"{option} is empty: give a value, or leave it out")
-        with trusting(trust_remote_code), quiet(), notes(), given(written):
+        if processes.started() > 1 and command.__name__ not in DIVIDED:
+            raise MethodError(
+                f"'{command.__name__}' is done by one process, and {processes.started()} were started: those of "
+                f"torchrun divide {' and '.join(DIVIDED)}"
+            )
+        with processes.joined(), trusting(trust_remote_code), quiet(), notes(), given(written):
             command(**options)
 
     run.__signature__ = signature.replace(parameters=parameters)  # pyright: ignore[reportAttributeAccessIssue]

@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from factorformer import processes
 from factorformer.cli._given import note_unused
 from factorformer.cli._options import (
     LENGTH,
@@ -187,7 +188,7 @@ def plan(
     warnings = slower_than_dense(made.entries, loaded.device)
     for line in warnings:
         note(f"slower: {line}")
-    if output is not None:
+    if output is not None and processes.is_first():
         made.save(output)
     result = Result.of(
         made,

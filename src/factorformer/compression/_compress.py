@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from factorformer import planning, recipes
+from factorformer import planning, processes, recipes
 from factorformer.compression._replacement import check_fits, replace_matrices, replace_weights
 from factorformer.compression._report import Report
 from factorformer.errors import DataError, ModelError
@@ -156,11 +157,17 @@ def _fit_in_order(
         replaced[f"{name}.weight"] = dense.T if is_transposed(layer) else dense
         progress("fit", len(fitted), len(plan.factorized))
 
-    def fit(name: str, target: Tensor, root: Tensor) -> Tensor:
-        matrix, spec = entries[name].matrix, entries[name].spec
+    begun = bool(fitted)
+
+    def fit(name: str, target: Tensor | None, root: Tensor | None) -> Tensor | None:
+        nonlocal begun
+        matrix, spec, before = entries[name].matrix, entries[name].spec, begun
+        begun |= spec is not None
+        if target is None or root is None:  # another process does it
+            return None
         target = target.to(model.get_submodule(name).get_parameter("weight").dtype)
         if spec is None:
-            if not fitted:  # nothing before it has an error
+            if not before:  # nothing before it has an error
                 return dense_weight(model.get_submodule(name))
             refitted[name] = target
             return target
@@ -169,7 +176,7 @@ def _fit_in_order(
         return dense
 
     fit_sequentially(model, entries, batches, fit, replaced)
-    return fitted, errors, refitted
+    return processes.merged(fitted), processes.merged(errors), processes.merged(refitted)
 
 
 def _out_of_order(plan: Plan, fitted: Collection[str]) -> tuple[str, ...]:
@@ -200,21 +207,23 @@ def _fit(
 ) -> tuple[dict[str, Factors], dict[str, float]]:
     """Factors and error of every matrix that a plan factorizes; those that share some are fitted together."""
     sharing = plan.sharing
-    for entry in plan.factorized:
+    left = [
+        entry
+        for entry in plan.factorized
+        if entry.matrix.name not in fitted and (entry.matrix.name in sharing or entry.shares is None)
+    ]
+    for entry in processes.own(left, lambda entry: math.prod(entry.matrix.shape) * min(entry.matrix.shape)):
         name = entry.matrix.name
-        if name in fitted:
-            continue
         if name in sharing:
             for member, (factors, error) in fit_group(
                 model, _planned(sharing[name]), statistics, stored=stored
             ).items():
                 fitted[member], errors[member] = factors, error
-        elif entry.shares is None:
+        else:
             assert entry.spec is not None
             fitted[name], errors[name] = fit_matrix(model, entry.matrix, entry.spec, statistics, stored=stored)
-        else:
-            continue
         progress("fit", len(fitted), len(plan.factorized))
+    fitted, errors = processes.merged(fitted), processes.merged(errors)
     return fitted, {entry.matrix.name: errors[entry.matrix.name] for entry in plan.factorized}
 
 

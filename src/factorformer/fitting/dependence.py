@@ -15,12 +15,14 @@ Eschenhagen et al. (NeurIPS 2023); George et al. (NeurIPS 2018) have a scale for
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
+from factorformer import processes
 from factorformer.fitting.batches import Batch, fingerprint, real_mask
 from factorformer.fitting.gradient_recorders import FisherRecorder
 from factorformer.fitting.metric import Metric
@@ -70,8 +72,9 @@ def with_dependence(
     """
     recorder = _DependenceRecorder(model, statistics, new_head)
     with recorder.attached():
-        for batch in batches:
+        for batch in processes.own(batches):
             recorder.run(batch)
+    recorder.join()
     return {
         name: dataclasses.replace(known, dependence=recorder.dependence(name)) for name, known in statistics.items()
     }
@@ -84,6 +87,10 @@ class _Sums:
     inputs: float = 0.0
     gradients: float = 0.0
     count: int = 0
+
+    def plus(self, other: _Sums) -> _Sums:
+        """Of both."""
+        return _Sums(self.inputs + other.inputs, self.gradients + other.gradients, self.count + other.count)
 
 
 class _DependenceRecorder(FisherRecorder):
@@ -113,6 +120,19 @@ class _DependenceRecorder(FisherRecorder):
         self._gradients: dict[str, Tensor] = {}
         self._together = dict.fromkeys(statistics, 0.0)
         self._apart: dict[str, dict[bool, _Sums]] = {name: {} for name in statistics}
+
+    def join(self) -> None:
+        """Add up the sums of all processes."""
+        if processes.count() == 1:
+            return
+        found = processes.gathered((self._together, self._apart))
+        self._together = {name: sum(together[name] for together, _ in found) for name in self._together}
+        for name in self._apart:
+            parts = [apart[name] for _, apart in found]
+            self._apart[name] = {
+                use: functools.reduce(_Sums.plus, [part[use] for part in parts if use in part])
+                for use in sorted({use for part in parts for use in part})
+            }
 
     def dependence(self, name: str) -> float:
         """Of one layer; 1 where nothing is known."""

@@ -10,10 +10,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from factorformer import processes
 from factorformer.errors import DataError
 from factorformer.fitting.batches import Batch, fingerprint
 from factorformer.fitting.fisher_rows import fisher_rows
-from factorformer.fitting.moments import LayerStatistics, SecondMoment
+from factorformer.fitting.moments import LayerStatistics, SecondMoment, join_moments, join_rows
 from factorformer.fitting.objective import Objective, objective
 from factorformer.fitting.recorder import Recorder, granted
 from factorformer.layers.modes import fast_attention, fast_products, requiring_gradients
@@ -71,6 +72,11 @@ class FisherRowsRecorder(Recorder):
                 self._add_rows(name, rows)
         self._calls = {}
 
+    def join(self) -> None:
+        """Add up what all processes have counted."""
+        super().join()
+        self.examples = int(processes.total(self.examples))
+
     def _statistics_of(self, name: str) -> LayerStatistics:
         rows = self.rows.get(name)
         return LayerStatistics(None, None if rows is None else rows.clamp_min(0) / self.examples)
@@ -121,6 +127,19 @@ class FisherRecorder(Recorder):
     def run(self, batch: Batch) -> None:
         """A forward pass, and a backward pass for each draw."""
         super().run({key: value for key, value in batch.items() if not (self.new_head and key == "labels")})
+
+    def join(self) -> None:
+        """Add up what all processes have counted."""
+        if processes.count() == 1:
+            return
+        super().join()
+        device = next(self.model.parameters()).device
+        join_moments(self.outputs, device)
+        join_moments(self.looked_up, device)
+        join_rows(self.squares, device)
+        self.units = processes.total(self.units)
+        self.objective = max(processes.gathered(self.objective))
+        self._draws = max(processes.gathered(self._draws))
 
     def check(self, batches: int) -> None:
         """Raise `DataError` for no batches, none that reached a layer, or none with anything to predict."""

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from factorformer import processes
 from factorformer.errors import ModelError
 from factorformer.fitting.linalg import square_root
 from factorformer.layers.modes import exact_products, fast_float32
@@ -103,6 +104,35 @@ class SecondMoment:
             with contextlib.suppress(ModelError):
                 return square_root(self.moment(more))
         return square_root(self.moment(last))
+
+
+def join_moments(moments: dict[str, SecondMoment], device: torch.device) -> None:
+    """Add up moments of layers over all processes, in place; those that share one share it afterwards.
+
+    Args:
+        moments: by layer; one that has met no vectors may be missing.
+        device: where missing ones are made.
+    """
+    leaders: dict[int, str] = {}
+    found = processes.gathered({name: leaders.setdefault(id(moment), name) for name, moment in moments.items()})
+    widths = processes.merged({name: len(moment.total) for name, moment in moments.items()})
+    alike: dict[tuple[str | None, ...], list[str]] = {}
+    for name in sorted(widths):
+        alike.setdefault(tuple(each.get(name) for each in found), []).append(name)
+    for names in alike.values():
+        known = moments.get(names[0]) or SecondMoment.zeros(widths[names[0]], device)
+        made = SecondMoment(known.total.clone(), int(processes.total(known.count)))
+        processes.add(made.total)
+        moments |= dict.fromkeys(names, made)
+
+
+def join_rows(rows: dict[str, Tensor], device: torch.device) -> None:
+    """Add up numbers for rows of layers over all processes, in place; arguments as for `join_moments`."""
+    sizes = processes.merged({name: (len(values), values.dtype) for name, values in rows.items()})
+    for name, (size, dtype) in sorted(sizes.items()):
+        made = rows[name].clone() if name in rows else torch.zeros(size, dtype=dtype, device=device)
+        processes.add(made)
+        rows[name] = made
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from factorformer import processes
 from factorformer.errors import DataError, FactorformerError
 from factorformer.fitting.batches import Batch, placed, real_tokens
-from factorformer.fitting.moments import LayerStatistics, SecondMoment
+from factorformer.fitting.moments import LayerStatistics, SecondMoment, join_moments, join_rows
 from factorformer.layers.embeddings import embeddings_of
 from factorformer.layers.modes import evaluating
 
@@ -85,6 +86,15 @@ class Recorder:
     def _differentiable(self) -> contextlib.AbstractContextManager[None]:
         """Parameters as backward passes need them."""
         return contextlib.nullcontext()
+
+    def join(self) -> None:
+        """Add up what all processes have counted."""
+        if processes.count() == 1:
+            return
+        self.seen, self.reached = (set().union(*processes.gathered(names)) for names in (self.seen, self.reached))
+        device = next(self.model.parameters()).device
+        join_moments(self.inputs, device)
+        join_rows(self.rows, device)
 
     def check(self, batches: int) -> None:
         """Raise `DataError` if there were no batches, or none that reached a layer."""

@@ -13,12 +13,13 @@ import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from transformers import Cache
 
+from factorformer import processes
 from factorformer.fitting.batches import Batch, placed, real_tokens
 from factorformer.fitting.linalg import square_root
 from factorformer.fitting.moments import SecondMoment
@@ -30,8 +31,11 @@ from factorformer.layers.surgery import find_blocks
 COMPENSATION = 0.5
 """Part of the error of the residual stream that a matrix is to make up for."""
 
-FitOne = Callable[[str, Tensor, Tensor], Tensor]
-"""A matrix by name, its target and the root of the metric of its inputs -> its approximation, multiplied out."""
+FitOne = Callable[[str, Tensor | None, Tensor | None], Tensor | None]
+"""A matrix by name, its target and the root of the metric of its inputs -> its approximation, multiplied out; no target
+where another process does it."""
+
+Made = TypeVar("Made")
 
 REPEATS = 0.01
 """How far a block may be from what it made of the same hidden states before, relative to what it does to them."""
@@ -90,26 +94,55 @@ def fit_sequentially(
     """
     wanted = set(names) - _in_many_places(model)
     changed = dict(replaced or {})
+    if len(batches) >= processes.count():
+        batches = batches[processes.place() :: processes.count()]
     with evaluating(model), _without_cache(model), torch.no_grad(), contextlib.suppress(_CannotRepeat):
-        chains = _chains(model, batches, {})
+        chains = _agreed(_chains, model, batches, {})
         now, dense, compressed = chains, [], []
         for position, first in enumerate(chains[0]):
             if first.hidden is not None:
                 # What a chain begins with, and reads besides hidden states, has errors of its own by now.
-                now = _chains(model, batches, changed) if changed else chains
-                dense, compressed = _starts(chains, position), _starts(now, position)
+                now = _agreed(_chains, model, batches, changed) if changed else chains
+                dense, compressed = (_agreed(_starts, each, position) for each in (chains, now))
             calls = [chain[position] for chain in chains]
             block = _Block(model, first.block, calls, [chain[position] for chain in now], batches)
             inside = [name for name in wanted if name.startswith(f"{first.block}.")]
-            stages, after = block.dense(inside, dense)
-            _check_same(first, dense[0], after[0])
+            stages, after = _agreed(_passed, block, first, inside, dense)
             for stage in stages:
-                moments = block.moments(stage, compressed)
+                moments = _agreed(block.moments, stage, compressed)
+                moments.join()
+                made: dict[str, Tensor] = {}
+                mine = processes.own(stage.names)
                 for name in stage.names:
                     weight = dense_weight(model.get_submodule(name))
-                    block.replace(name, fit(name, moments.target(weight), moments.root))
-            dense, compressed = after, block.run(compressed)
+                    known = (moments.target(weight), moments.root) if name in mine else (None, None)
+                    if (approximation := fit(name, *known)) is not None:
+                        made[name] = approximation
+                for name, weight in processes.merged(made).items():
+                    block.replace(name, weight)
+            dense, compressed = after, _agreed(block.run, compressed)
             changed |= {f"{first.block}.{name}": weight for name, weight in block.replaced.items()}
+
+
+def _agreed(make: Callable[..., Made], *arguments: Any) -> Made:
+    """What a function makes, if it can in all processes."""
+    try:
+        made = make(*arguments)
+    except _CannotRepeat:
+        processes.agree(holds=False)
+        raise
+    if not processes.agree(holds=True):
+        raise _CannotRepeat
+    return made
+
+
+def _passed(
+    block: _Block, call: _Call, names: Sequence[str], hidden: Sequence[Tensor]
+) -> tuple[list[Stage], list[Tensor]]:
+    """One pass of a block as it was, which is to do what it did in the model; see `_Block.dense`."""
+    stages, after = block.dense(names, hidden)
+    _check_same(call, hidden[0], after[0])
+    return stages, after
 
 
 def _in_many_places(model: nn.Module) -> set[str]:
@@ -315,6 +348,15 @@ class _Moments:
         with fast_float32(found.device):
             product = left.float().T @ found.float()
         self.residual = product if self.residual is None else self.residual.add_(product)
+
+    def join(self) -> None:
+        """Add up the sums of all processes."""
+        if processes.count() == 1:
+            return
+        self.inner.count = int(processes.total(self.inner.count))
+        for total in (self.inner.total, self.cross, self.residual):
+            if total is not None:
+                processes.add(total)
 
     @functools.cached_property
     def root(self) -> Tensor:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from torch import Tensor, nn
 
+from factorformer import processes
 from factorformer.fitting.batches import Calibration, as_batches
 from factorformer.fitting.dependence import Sample, with_dependence
 from factorformer.fitting.gradient_recorders import FisherRecorder, FisherRowsRecorder
@@ -64,12 +65,14 @@ def collect(
     done, sample = 0, Sample()
     with recorder.attached():
         for batch in as_batches(model, batches):
-            recorder.run(batch)
             if metric == "fisher":
                 sample.add(batch)
+            if done % processes.count() == processes.place():
+                recorder.run(batch)
             done += 1
             if progress is not None:
                 progress(done)
+    recorder.join()
     recorder.check(done)
     if token_counts is not None:
         recorder.count_tokens(token_counts)

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from factorformer import compression, recipes
+from factorformer import compression, processes, recipes
 from factorformer.bench.layers import slower_than_dense
 from factorformer.cli._inputs import fit_plan, load_teacher, off_target, predictions, save, saved, update
 from factorformer.cli._jobs import stream
@@ -22,7 +22,7 @@ from factorformer.cli._jobs.unfinished import Unfinished
 from factorformer.cli._measure import Measured, compare, measure
 from factorformer.cli._options import note
 from factorformer.cli._texts import LOGITS, calibration_batches
-from factorformer.errors import OutputError
+from factorformer.errors import MethodError, OutputError
 from factorformer.hf.source import load_model
 from factorformer.layers.embeddings import embeddings_of
 from factorformer.layers.matrix import Cost
@@ -59,12 +59,17 @@ ROWS_TO_HEAL = 2048
 def run(job: CompressJob, *, resume: bool) -> Result:
     """Check, plan, fit, train, save, measure; a model that learns without labels leaves checkpoints."""
     started = time.perf_counter()
+    if processes.count() > 1 and (job.train is not None or job.stream):
+        raise MethodError(
+            f"{processes.count()} processes divide calibration and fits, and neither --train nor --stream: compress by "
+            "--calibration, and train the result"
+        )
     if job.stream:
         if resume:
             note("not used with --stream, which goes on by itself: --resume")
         return stream.run(job)
     chosen = check(job)
-    if job.stream is None and not resume and stream.is_too_large(job):
+    if job.stream is None and not resume and processes.count() == 1 and stream.is_too_large(job):
         return stream.run(job)
     job = chosen
     inputs = read_inputs(job)
@@ -130,7 +135,7 @@ def _measured(
     job: CompressJob, inputs: Inputs, result: Result, model: PreTrainedModel, before: Measured | None
 ) -> Result:
     """The result with what the compressed model measures, in its directory as well."""
-    if inputs.evaluation is None:
+    if inputs.evaluation is None or not processes.is_first():
         return result
     with saved(job.output, "compressed"):
         begun = time.perf_counter()

@@ -11,6 +11,7 @@ import numpy
 import torch
 from torch import nn
 
+from factorformer import processes
 from factorformer.fitting import QUICK, Metric
 from factorformer.fitting.linalg import truncation_errors
 from factorformer.fitting.matrices import as_stored, fit_weight, for_storage, metric_of, naming
@@ -200,7 +201,8 @@ def measure_curves(
         return found
 
     if known is None:
-        bare = {matrix.name: _bare_curve(model, matrix, structures, statistics) for matrix in matrices}
+        mine = processes.own(matrices, lambda matrix: math.prod(matrix.shape) * min(matrix.shape))
+        bare = processes.merged({m.name: _bare_curve(model, m, structures, statistics) for m in mine})
     else:
         bare = {matrix.name: dataclasses.replace(known[matrix.name], matrix=matrix) for matrix in matrices}
     for _ in bare:
@@ -209,7 +211,7 @@ def measure_curves(
     for matrix in matrices:
         alike.setdefault((matrix.shape, matrix.dtype, matrix.role, tuple(structures(matrix))), []).append(matrix)
     curves: dict[str, Curve] = {}
-    for members in alike.values():
+    for members in processes.own(list(alike.values()), lambda members: math.prod(members[0].shape) * len(members)):
         metric.cache_clear()  # of a kind few matrices are fitted, each many times
         weight.cache_clear()
         relative, sizes = _of_kind(model, members, structures, bare, ratio, error)
@@ -224,6 +226,7 @@ def measure_curves(
                 part = rounded_dense(matrix) / rounding[Dense.kind]
                 own = {kind: part * added for kind, added in rounding.items()}
             curves[matrix.name] = dataclasses.replace(bare[matrix.name], relative=relative, sizes=sizes, rounding=own)
+    curves = processes.merged(curves)
     return {matrix.name: curves[matrix.name] for matrix in matrices}
 
 
