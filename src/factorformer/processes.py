@@ -8,18 +8,22 @@ one process, and nothing here does anything.
 from __future__ import annotations
 
 import contextlib
+import datetime
 import io
 import os
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from factorformer.errors import FactorformerError
+from factorformer.errors import FactorformerError, one_line
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 """What `torchrun` tells each process."""
+
+PATIENCE = datetime.timedelta(days=7)
+"""How long one process waits for another, which may be fitting a large matrix."""
 
 Item = TypeVar("Item")
 Key = TypeVar("Key", bound=Hashable)
@@ -60,11 +64,16 @@ def joined() -> Iterator[None]:
 
     on_gpu = torch.cuda.is_available()
     if on_gpu:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
-    dist.init_process_group("nccl" if on_gpu else "gloo")
+        here, there = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        if here >= there:
+            raise FactorformerError(f"{there} GPUs, and more processes than these on one machine: start one for each")
+        torch.cuda.set_device(here)
+    # Tensors on either are exchanged; torchrun ends those that wait for one that has failed.
+    dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=PATIENCE)
     _joined.append((dist.get_rank(), dist.get_world_size()))
     try:
         yield
+        agree(holds=True)  # the first may have something to measure still
     finally:
         _joined.pop()
     dist.destroy_process_group()  # after an error, others may never come to that
@@ -76,7 +85,8 @@ def _others() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:  # of the backends, which have no type of their own
-        raise FactorformerError("another process of this job has ended, and this one ends with it") from error
+        what = "another process of this job has ended, or cannot be reached"
+        raise FactorformerError(f"{what}: {one_line(error)}") from error
 
 
 def own(items: Sequence[Item], cost: Callable[[Item], float] = lambda item: 1.0) -> list[Item]:

@@ -155,7 +155,14 @@ def written(rows: datasets.Dataset, columns: Columns, writing: Writing) -> datas
     """Rows whose texts are what sentence-transformers makes of them."""
     if not writing.prompt and not writing.lower:
         return rows
-    return datasets.Dataset.from_dict({name: [writing(str(text)) for text in rows[name]] for name in columns.text})
+    before = writing.prompt.split()
+
+    def made(cell: Any) -> Any:
+        if isinstance(cell, list):  # of words
+            return [writing.cased(word) for word in (*before, *cell)]
+        return writing(str(cell))
+
+    return datasets.Dataset.from_dict({name: [made(cell) for cell in rows[name]] for name in columns.text})
 
 
 def _skeleton(config: PretrainedConfig) -> PreTrainedModel | None:

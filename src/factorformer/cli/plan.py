@@ -116,7 +116,7 @@ def plan(
     from factorformer.hf.source import find, load_model, load_tokenizer, read_config
     from factorformer.progress import bars
     from factorformer.report import Result
-    from factorformer.tasks.classification import embeds, is_causal
+    from factorformer.tasks.classification import embeds, gives_scores, is_causal
     from factorformer.tasks.data import check_lengths
     from factorformer.tasks.targets import Embeddings
 
@@ -147,9 +147,10 @@ def plan(
             note_unused("of language models", "max_length", "words")
         else:
             note_unused("but for causal language models", "sequence_length")
-        longest = max_length or LENGTH
-        if isinstance(found, datasets.Dataset) and embeds(config):  # as `compress` reads it
-            longest, found = longest_of(path, config, max_length), written(found, columns, read_writing(path))
+        longest = LENGTH
+        if isinstance(found, datasets.Dataset):  # as `compress` reads it
+            longest = longest_of(path, config, max_length)
+            found = found if gives_scores(config) else written(found, columns, read_writing(path))
         lengths = {"max_length": longest, "sequence_length": sequence_length}
         rows = encode_text(calibration, found, columns, tokenizer, config, **lengths)
     loaded = load_model(path, device=place_of(device))

@@ -148,16 +148,20 @@ def _fit_in_order(
         for entry in plan.entries
         if entry.matrix.dense is None and entry.cause is not planning.Cause.UNMEASURED
     }
-    for name, entry in entries.items():
-        if entry.spec is None or name.startswith(blocks) or name in plan.sharing or entry.shares is not None:
-            continue
-        fitted[name], errors[name] = fit_matrix(model, entry.matrix, entry.spec, statistics, stored=stored)
-        dense = as_stored(entry.matrix, entry.spec, fitted[name])
-        layer = model.get_submodule(name)
-        replaced[f"{name}.weight"] = dense.T if is_transposed(layer) else dense
-        progress("fit", len(fitted), len(plan.factorized))
-
-    begun = bool(fitted)
+    outside = [
+        (name, entry.matrix, entry.spec)
+        for name, entry in entries.items()
+        if entry.spec is not None and not (name.startswith(blocks) or name in plan.sharing or entry.shares is not None)
+    ]
+    first: dict[str, tuple[Factors, float]] = {}
+    for name, matrix, spec in processes.own(outside, lambda each: _effort(each[1])):
+        first[name] = fit_matrix(model, matrix, spec, statistics, stored=stored)
+        progress("fit", len(first), len(plan.factorized))
+    first = processes.merged(first)
+    for name, matrix, spec in outside:
+        dense = as_stored(matrix, spec, first[name][0])
+        replaced[f"{name}.weight"] = dense.T if is_transposed(model.get_submodule(name)) else dense
+    begun = bool(first)
 
     def fit(name: str, target: Tensor | None, root: Tensor | None) -> Tensor | None:
         nonlocal begun
@@ -172,11 +176,19 @@ def _fit_in_order(
             refitted[name] = target
             return target
         fitted[name], errors[name], dense = fit_target(matrix, target, root, spec, statistics[name], stored=stored)
-        progress("fit", len(fitted), len(plan.factorized))
+        progress("fit", len(first) + len(fitted), len(plan.factorized))
         return dense
 
     fit_sequentially(model, entries, batches, fit, replaced)
-    return processes.merged(fitted), processes.merged(errors), processes.merged(refitted)
+    fitted, errors, refitted = (processes.merged(fitted), processes.merged(errors), processes.merged(refitted))
+    fitted |= {name: factors for name, (factors, _) in first.items()}
+    errors |= {name: error for name, (_, error) in first.items()}
+    return fitted, errors, refitted
+
+
+def _effort(matrix: Matrix) -> float:
+    """What the fit of a matrix takes, beside that of others."""
+    return math.prod(matrix.shape) * min(matrix.shape)
 
 
 def _out_of_order(plan: Plan, fitted: Collection[str]) -> tuple[str, ...]:
@@ -212,18 +224,18 @@ def _fit(
         for entry in plan.factorized
         if entry.matrix.name not in fitted and (entry.matrix.name in sharing or entry.shares is None)
     ]
-    for entry in processes.own(left, lambda entry: math.prod(entry.matrix.shape) * min(entry.matrix.shape)):
+    made: dict[str, tuple[Factors, float]] = {}
+    for entry in processes.own(left, lambda entry: _effort(entry.matrix)):
         name = entry.matrix.name
         if name in sharing:
-            for member, (factors, error) in fit_group(
-                model, _planned(sharing[name]), statistics, stored=stored
-            ).items():
-                fitted[member], errors[member] = factors, error
+            made |= fit_group(model, _planned(sharing[name]), statistics, stored=stored)
         else:
             assert entry.spec is not None
-            fitted[name], errors[name] = fit_matrix(model, entry.matrix, entry.spec, statistics, stored=stored)
-        progress("fit", len(fitted), len(plan.factorized))
-    fitted, errors = processes.merged(fitted), processes.merged(errors)
+            made[name] = fit_matrix(model, entry.matrix, entry.spec, statistics, stored=stored)
+        progress("fit", len(fitted) + len(made), len(plan.factorized))
+    made = processes.merged(made)
+    fitted |= {name: factors for name, (factors, _) in made.items()}
+    errors |= {name: error for name, (_, error) in made.items()}
     return fitted, {entry.matrix.name: errors[entry.matrix.name] for entry in plan.factorized}
 
 

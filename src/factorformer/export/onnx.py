@@ -169,6 +169,8 @@ def _save(
     """
     write(model, file)
     found = _run(file, subject, sample.feeds(subject.task.names))
+    if tolerance == LOSS_INT8:  # which is of what is made in the end
+        found = [outputs[:1] for outputs in found]
     return sample.compare(found, tolerance, f"{subject.kind} cannot be exported: ONNX Runtime")
 
 

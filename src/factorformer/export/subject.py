@@ -87,13 +87,14 @@ class Sample:
         return [dict(zip(names, batch, strict=True)) for batch in self.batches]
 
     def compare(self, found: Sequence[Sequence[Tensor]], tolerance: float, what: str) -> tuple[float, float | None]:
-        """Deviation of outputs, and cosine of the first, of the worse batch; padding does not count.
+        """Deviation of outputs, and cosine of the first, of the worse batch; padding does not count, nor do the last
+        outputs where fewer were found.
 
         Raises:
             ExportError: they deviate by more than the tolerance; `what` names the model and its runtime.
         """
         pairs = [
-            [(_real(a, batch), _real(b, batch)) for a, b in zip(outputs, wanted, strict=True)]
+            [(_real(a, batch), _real(b, batch)) for a, b in zip(outputs, wanted[: len(outputs)], strict=True)]
             for outputs, wanted, batch in zip(found, self.expected, self.batches, strict=True)
         ]
         wide = [(a.float(), b.float()) for (a, b), *_ in pairs if a.shape[-1] > 1]

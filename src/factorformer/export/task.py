@@ -169,8 +169,12 @@ def task_of(
     Raises:
         ExportError: as from `Task`, `Continuation` and `input_names`.
     """
-    names = input_names(model, tokenizer)
-    return Continuation(model) if type(model).__name__.endswith(CAUSAL) else Task(model, names, pooling)
+    names, kind = input_names(model, tokenizer), type(model).__name__
+    if not kind.endswith(CAUSAL):
+        return Task(model, names, pooling)
+    if pooling is not None:
+        raise ExportError(f"{kind} goes on with texts: leave pooling out, or export its encoder alone")
+    return Continuation(model)
 
 
 def _layers(cache: object) -> list[tuple[Tensor, Tensor]]:

@@ -201,6 +201,7 @@ def _set_stacks(model: PreTrainedModel, products: Products | None) -> set[nn.Mod
     earlier = {module: vars(module).pop("forward", None) for module in forwards}
     exact = _outputs_with(model, {stack: _Exactly(stack) for stack in stacks})
     apart, limit = _deviation(exact, _outputs_with(model, forwards_of(model, "float32"))), DEVIATION
+    known = apart <= limit
     differ = "no batch could be made up to try them" if exact is None else f"outputs would differ by {apart:.2g}"
     if apart <= limit and products != "float32":
         apart, limit = _deviation(exact, _outputs_with(model, forwards)), ROUGHLY
@@ -211,7 +212,7 @@ def _set_stacks(model: PreTrainedModel, products: Products | None) -> set[nn.Mod
             if forward is not None:
                 module.forward = forward
         _say(f"the layers of {type(model).__name__} are not run in one call: {differ}")
-        return inside  # which stay as they are, and may run in one call of another type
+        return inside if known else set()  # what rounding spoils may run in one call of another type
     for module, forward in forwards.items():
         module.forward = forward
     return inside

@@ -94,11 +94,15 @@ def _found(given: Any, context: str, row: int) -> list[tuple[str, int]]:
     if isinstance(given, Mapping):
         pairs = list(zip(given["text"], map(int, given["answer_start"]), strict=True))
     else:
-        pairs = [(given, context.find(given))] if given else []
+        pairs = [(given, context.find(given))] if given.strip() else []
+    found: list[tuple[str, int]] = []
     for text, start in pairs:
-        if start < 0 or context[start : start + len(text)].strip() != text.strip():
+        # No token is of spaces around.
+        begin = start + len(text) - len(text.lstrip())
+        if start < 0 or not text.strip() or not context.startswith(text.strip(), begin):
             raise DataError(f"{row_name(row)}: the answer {text!r:.80} is not in the context where it should be")
-    return pairs
+        found.append((text.strip(), begin))
+    return found
 
 
 def _tokens(places: Sequence[tuple[int, int]], answer: Sequence[tuple[str, int]]) -> tuple[int, int]:

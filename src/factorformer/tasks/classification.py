@@ -142,7 +142,7 @@ def load_classifier(
 def head_labels(config: PretrainedConfig) -> Labels | None:
     """What the head of a saved model predicts, or the model writes; None if it has no such head."""
     names = tuple(name for _, name in sorted((config.id2label or {}).items()))
-    if _class_name(config).endswith("ForQuestionAnswering"):
+    if _class_name(config).endswith(("ForQuestionAnswering", "ForQuestionAnsweringSimple")):
         return Labels("answers")
     if writes(config):
         return Labels("text")
@@ -175,7 +175,10 @@ def labels_for(head: Labels, rows: datasets.Dataset, column: str) -> Labels:
 
     Raises:
         DataError: labels of another kind, or that the head does not know.
+        MissingPackageError: texts are to be compared, and sacreBLEU is not installed.
     """
+    if head.kind == "text":
+        require("translation")
     try:
         head.ids(rows, column)
         return head
@@ -185,6 +188,12 @@ def labels_for(head: Labels, rows: datasets.Dataset, column: str) -> Labels:
             numbered.ids(rows, column)
             return numbered
         raise
+
+
+def gives_scores(config: PretrainedConfig) -> bool:
+    """Whether a saved model has a head for classes of texts, or for scores."""
+    head = head_labels(config)
+    return head is not None and head.kind in ("classification", "regression", "multi_label")
 
 
 def embeds(config: PretrainedConfig) -> bool:
@@ -210,10 +219,7 @@ def labels_of(
     """
     own = head_labels(config)
     if own is not None and own.kind in ("answers", "text"):
-        if own.kind == "text":
-            require("translation")
-        own.ids(rows, column)
-        return own
+        return labels_for(own, rows, column)
     return Labels.of(rows, column, regression, words)
 
 

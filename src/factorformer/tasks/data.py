@@ -22,7 +22,7 @@ from transformers import (
 from factorformer.errors import DataError, ModelError
 from factorformer.hf.source import most_tokens
 from factorformer.layers.embeddings import embeddings_of
-from factorformer.tasks import answers, translation
+from factorformer.tasks import answers, language_modelling, translation
 from factorformer.tasks.cells import row_name
 from factorformer.tasks.labels import IGNORED, TASKS, Labels
 from factorformer.tasks.tables import Columns, read
@@ -148,6 +148,8 @@ def collator(
     """
     if tokenizer is None:
         return default_data_collator
+    if not {"reference", "start_positions"}.isdisjoint(data.column_names):  # places count from the start of a text
+        tokenizer = language_modelling.padding_right(tokenizer)
     labels = data.features.get("labels")
     several = isinstance(labels, datasets.List) and labels.feature.dtype.startswith("int")
     kind = DataCollatorForSeq2Seq if several else DataCollatorWithPadding  # which pads labels by themselves

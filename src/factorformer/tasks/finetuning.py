@@ -106,7 +106,8 @@ class DistillationTrainer(FastTrainer):
             losses = [hidden_loss(outputs[name], target[name], masks[name]) for name in masks if name in outputs]
             terms.append(weights.hidden * torch.stack(losses).mean())
         if weights.pooled > 0:
-            mine, theirs = outputs.hidden_states[-1], target.hidden_states[-1]
+            name = "encoder_hidden_states" if reads else "hidden_states"
+            mine, theirs = outputs[name][-1], target[name][-1]
             terms.append(weights.pooled * pooled_loss(mean_pool(mine, mask), mean_pool(theirs, mask)))
         loss = torch.stack(terms).sum()
         return (loss, outputs) if return_outputs else loss

@@ -98,7 +98,13 @@ def train_tokenizer(
 
 
 def token_ids(
-    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], progress: Progress, phase: str, **options: Any
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    progress: Progress,
+    phase: str,
+    *,
+    target: bool = False,
+    **options: Any,
 ) -> list[npt.NDArray[np.int32]]:
     """Token ids of each text.
 
@@ -107,11 +113,13 @@ def token_ids(
         texts: to encode.
         progress: progress callback, called with the number of texts done.
         phase: name of the phase reported to `progress`.
+        target: whether these are what is to be written, for which some tokenizers have another vocabulary or mark.
         options: of the tokenizer.
     """
     ids: list[npt.NDArray[np.int32]] = []
     for start in range(0, len(texts), CHUNK):
-        encoded = tokenizer(list(texts[start : start + CHUNK]), **options)["input_ids"]
+        given = {"text_target" if target else "text": list(texts[start : start + CHUNK])}
+        encoded = tokenizer(**given, **options)["input_ids"]
         ids += [np.asarray(row, np.int32) for row in encoded]  # lists take nine times the memory
         progress(phase, len(ids), len(texts))
     return ids

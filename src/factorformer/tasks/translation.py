@@ -12,11 +12,15 @@ import torch
 from transformers import DataCollatorWithPadding, PreTrainedModel, PreTrainedTokenizerBase
 
 from factorformer.errors import DataError
+from factorformer.hf.source import most_tokens
 from factorformer.layers.modes import evaluating, fast_float32
 from factorformer.progress import Progress, silent
 from factorformer.tasks import language_modelling
 from factorformer.tasks.reading import read_lines
 from factorformer.tasks.tokenization import token_ids
+
+ENDLESS = 10**6
+"""Tokens of a text that no model limits."""
 
 Pairs = Sequence[tuple[str, str]]
 """Texts and their translations."""
@@ -74,9 +78,10 @@ def encode(
         raise DataError("there are no pairs of texts")
     if tokenizer.eos_token_id is None or tokenizer("a")["input_ids"][-1] != tokenizer.eos_token_id:
         raise DataError("the tokenizer does not append an end of text: a model could not learn where to stop")
-    texts = [text for side in zip(*pairs, strict=True) for text in side]
-    ids = token_ids(tokenizer, texts, progress, phase, truncation=True, max_length=max_length)
-    sides = ids[: len(pairs)], ids[len(pairs) :]
+    sides = [
+        token_ids(tokenizer, texts, progress, phase, target=target, truncation=True, max_length=max_length)
+        for texts, target in zip(zip(*pairs, strict=True), (False, True), strict=True)
+    ]
     lengths = [max(map(len, both)) for both in zip(*sides, strict=True)]
     return datasets.Dataset.from_dict({"input_ids": sides[0], "labels": sides[1], "length": lengths})
 
@@ -160,7 +165,7 @@ def measure(
     rows = data.select_columns(["input_ids", "labels", "length"])
     metrics = language_modelling.predict(model, tokenizer, rows, "translation", progress=progress, phase=phase)
     beams = getattr(model.generation_config, "num_beams", None) or 1
-    longest = 2 * max(map(len, data["labels"]))
+    longest = min(2 * max(map(len, data["labels"])), most_tokens(model) or ENDLESS)
     texts = write(model, tokenizer, data["input_ids"], beams, longest, 32, progress, f"{phase}: write")
     scores = bleu(texts, data["reference"])
     return metrics | {name: score for name, score in scores.items() if not isinstance(score, str)}

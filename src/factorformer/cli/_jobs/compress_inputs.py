@@ -30,7 +30,16 @@ from factorformer.cli._texts import (
 from factorformer.errors import DataError
 from factorformer.export.sentence import Writing, read_writing
 from factorformer.hf.source import find, load_tokenizer, read_config
-from factorformer.tasks.classification import Head, check_head, find_head, head_labels, is_causal, labels_for, labels_of
+from factorformer.tasks.classification import (
+    Head,
+    check_head,
+    find_head,
+    gives_scores,
+    head_labels,
+    is_causal,
+    labels_for,
+    labels_of,
+)
 from factorformer.tasks.data import Columns, Labels, count_tokens, encode, hold_out, sample, unlike
 from factorformer.tasks.healing import Reading
 from factorformer.tasks.targets import Embeddings, NextTokens, Predictions, Remembered, Target
@@ -160,9 +169,9 @@ def read_inputs(job: CompressJob) -> Inputs:
     if apart:
         note("the texts of the two columns are embedded each by itself")
 
-    left: list[int] | None = (
-        None  # of the rows that are learned, what is not measured on, be it read by one or the other
-    )
+    # Of the rows that are learned, those that are not measured on, be it the one or the other that reads them.
+    left: list[int] | None = None
+    read_rows = 0
 
     def encoded(tokenizer: PreTrainedTokenizerBase, names: Collection[str]) -> dict[str, datasets.Dataset]:
         data: dict[str, datasets.Dataset] = {}
@@ -180,7 +189,7 @@ def read_inputs(job: CompressJob) -> Inputs:
             data[name] = datasets.concatenate_datasets(
                 [encode_text(source, texts[name], c, tokenizer, config, **lengths) for c in each]
             )
-        nonlocal left
+        nonlocal left, read_rows
         seed, same = job.settings.seed, _is_same(job.calibration, job.train)
         if label is None and "train" in data:
             if job.evaluation is None:
@@ -190,6 +199,11 @@ def read_inputs(job: CompressJob) -> Inputs:
                 left = unlike(data["train"], data["evaluation"])
                 if (twice := len(data["train"]) - len(left)) and job.evaluation is not None:
                     note(f"{twice:,} rows of --train are among those of --eval too, and not learned")
+            if len(data["train"]) != (read_rows := read_rows or len(data["train"])):
+                raise DataError(
+                    "some rows of the training data are nothing to the trimmed vocabulary, and are something to the "
+                    "original's: leave them out, or keep the vocabulary"
+                )
             data["train"] = data["train"].select(left)
             if "calibration" in data and same:
                 data["calibration"] = data["train"]  # what is measured on is not calibrated on
@@ -213,13 +227,9 @@ def read_inputs(job: CompressJob) -> Inputs:
         tokenizer, kept = _trimmed(load_tokenizer(path), job, config, writing)
     if tokenizer is not None:
         data = encoded(tokenizer, read)
-    for name in ("train", "evaluation") if original is not None else ():
-        theirs, ours = getattr(original, name), data.get(name)
-        if theirs is not None and ours is not None and len(theirs) != len(ours):
-            raise DataError(
-                f"the {name} data has {len(theirs):,} texts for the original and {len(ours):,} for the trimmed "
-                "vocabulary, of which some are nothing: leave out rows without text"
-            )
+    measured = None if original is None else original.evaluation
+    if measured is not None and len(measured) != len(data["evaluation"]):
+        raise DataError("some of the texts to measure on are nothing to the trimmed vocabulary: leave them out")
     return Inputs(
         path,
         tokenizer,
@@ -269,7 +279,7 @@ def _target(path: Path, config: PretrainedConfig, teacher: str | None) -> Target
     if is_causal(config):
         return NextTokens()
     head = head_labels(config)
-    if head is not None and head.kind in ("classification", "regression", "multi_label"):
+    if head is not None and gives_scores(config):
         return Predictions(independent=head.kind == "multi_label")
     ours = find_pooling(path)
     theirs = ours if teacher is None else find_pooling(find(teacher))

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from factorformer import processes
 from factorformer.fitting import MetricName
 from factorformer.fitting.batches import Batch
 from factorformer.fitting.matrices import measure
@@ -248,10 +249,14 @@ def _prices(
     for matrix in matrices:
         if matrix.name in prediction.curves:
             sizes[matrix.name] = [*prediction.curves[matrix.name].specs, *([matrix.whole] if matrix.whole else [])]
-    timer = measure_times(
-        matrices,
-        sizes,
-        torch.device("cpu") if device.type == "meta" else device,
-        progress=lambda done: progress(f"timing on {device.type}", done, None),
-    )
+    timer = None
+    if processes.place() == 0:  # by whose times all go
+        timer = measure_times(
+            matrices,
+            sizes,
+            torch.device("cpu") if device.type == "meta" else device,
+            progress=lambda done: progress(f"timing on {device.type}", done, None),
+        )
+    timer = processes.gathered(timer)[0]
+    assert timer is not None
     return timer.milliseconds, timer
