@@ -74,7 +74,7 @@ def check_texts(values: Iterable[Any], source: str, column: str, where: Callable
 
 def check_label_cells(values: Iterable[Any], source: str, column: str, where: Callable[[int], str]) -> None:
     """Raise `DataError` unless all cells are names or numbers, lists of these, or answers; arguments as above."""
-    if any(isinstance(value, Mapping) for value in values):
+    if isinstance(next(iter(values), None), Mapping):
         check_answers(values, source, column, where)
         return
     for row, value in enumerate(values):
