@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from factorformer.cli._options import MODELS, AsJson, Overwrite, TextColumns, emit, note
-from factorformer.errors import MethodError, one_line
+from factorformer.errors import MethodError, ModelError, one_line
 
 if TYPE_CHECKING:
     from factorformer.export.sentence import Layout
@@ -62,6 +62,9 @@ Timed = Annotated[
 
 LARGE = 0.25
 """Deviation of an int8 file on text from which on a note is worth it."""
+
+NEEDED = ("torch", "fused", "file")
+"""Ways without which nothing is compared."""
 
 TIMED = (8, 64)
 """Texts and tokens of the input over which the ways to run a model are compared."""
@@ -203,8 +206,8 @@ def _times(model: str, files: Mapping[str, Path]) -> dict[str, float]:
                 return {}
             try:
                 timed[name] = candidate, load(candidate, torch.get_num_threads(), torch.device("cpu"))
-            except MethodError:
-                if name != "fused_int8":  # which not all models have
+            except (MethodError, ModelError):
+                if name in NEEDED:  # not all models have the others, and what lies beside may be anything
                     raise
         candidates, runners = zip(*timed.values(), strict=True)
         batch, tokens = TIMED

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
+import operator
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -23,7 +24,6 @@ from factorformer.hf.encoder_layout import MODELS, kind_of, layers_of, stacks_of
 from factorformer.kernels import Dense, served
 from factorformer.kernels.encoder import Encoder, EncoderLayer, Linear, Norm, Products, readable
 from factorformer.layers._compat import Snapshot
-from factorformer.layers.factorized_matrix import Mode
 from factorformer.layers.nn import FactorizedLinear
 
 PLAIN = ("models.mpnet.", "models.distilbert.")
@@ -37,6 +37,11 @@ CAPTURING = "output_capturing_hook"
 
 ALIKE = (nn.Linear, FactorizedLinear, nn.LayerNorm)
 """Modules that do the same in training."""
+
+# Asked in every pass, of every layer.
+STATE = operator.attrgetter("mode", "bits", "form")
+TRAINING = operator.attrgetter("training")
+OWN_FORWARD = operator.methodcaller("__contains__", "forward")
 
 DISTANCES = 512
 """Tokens up to which relative positions are laid out at first."""
@@ -159,11 +164,11 @@ class FusedForward:
         """The encoder, made of the weights as they are; None where it cannot be, or single layers are watched."""
         made = self._made
         short = made is not None and 0 < made.encoder.reach < length
-        if made is None or short or not made.of.holds() or made.rounded != _rounding(made.factorized):
+        if made is None or short or not made.of.holds() or made.states != _states(made.factorized):
             self._made = made = self._make(length)
-        if made is None or made.of.hooked(CAPTURING) or any(layer.form is not None for layer in made.factorized):
+        if made is None or made.of.hooked(CAPTURING):
             return None
-        if any(module.training for module in made.dropping) or any("forward" in vars(module) for module in made.inside):
+        if any(map(TRAINING, made.dropping)) or any(map(OWN_FORWARD, made.inside)):
             return None  # which may drop something, or were given another forward pass
         return made.encoder
 
@@ -184,7 +189,7 @@ class FusedForward:
         encoder = Encoder([_layer(parts) for parts in layers], layers[0]["heads"], self.products, bias)
         inside = [module for module in self.stack.modules() if module is not self.stack]
         dropping = [module for module in inside if type(module) not in ALIKE]
-        return _Made(encoder, made_of, factorized, _rounding(factorized), inside, dropping)
+        return _Made(encoder, made_of, factorized, _states(factorized), [vars(module) for module in inside], dropping)
 
 
 class FusedModel:
@@ -271,14 +276,14 @@ class _Made(NamedTuple):
     encoder: Encoder
     of: Snapshot
     factorized: Sequence[FactorizedLinear]
-    rounded: Sequence[tuple[Mode, int]]
-    inside: Sequence[nn.Module]
+    states: Sequence[tuple[Any, ...]]
+    inside: Sequence[Mapping[str, Any]]
     dropping: Sequence[nn.Module]
 
 
-def _rounding(layers: Sequence[FactorizedLinear]) -> list[tuple[Mode, int]]:
-    """How factors are stored, and rounded where they are multiplied."""
-    return [(layer.mode, layer.bits) for layer in layers]
+def _states(layers: Sequence[FactorizedLinear]) -> list[tuple[Any, ...]]:
+    """How factors are stored, rounded where they are multiplied, and what stands in for them."""
+    return list(map(STATE, layers))
 
 
 def _tensors(module: nn.Module) -> Iterator[Tensor]:
