@@ -95,13 +95,13 @@ def check_teacher(
     Raises:
         ModelError: the two do not fit together, or are encoder-decoders; the message says where.
     """
-    teacher = read_config(find(name))
+    place = find(name)
+    teacher = read_config(place)
     check_can_follow(student, labelled=head is not None)
     for field in ("vocab_size", "hidden_size", "num_hidden_layers") if target is None else target.fields:
         theirs, ours = getattr(teacher, field, None), getattr(student, field, None)
         if theirs != ours:
             raise ModelError(f"the teacher '{name}' does not fit the model: its {field} is {theirs}, not {ours}")
-    place = find(name)
     if own is not None and place != own and _vocabulary(place) not in (None, _vocabulary(own)):
         raise ModelError(f"the teacher '{name}' knows other tokens than the model, and could not read what that reads")
     if head is None and not isinstance(target, Predictions):
@@ -256,7 +256,5 @@ def saved(output: str, what: str) -> Iterator[None]:
 def update(result: Result) -> None:
     """Write a result over the one that lies in its output directory."""
     assert result.output is not None
-    if not processes.is_first():
-        return
     with whole_file(Path(result.output) / RESULT_FILE, "the result") as partial:
         partial.write_text(json.dumps(result.to_dict(), indent=1) + "\n", encoding="utf-8")

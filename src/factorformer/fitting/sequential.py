@@ -114,8 +114,9 @@ def fit_sequentially(
                 made: dict[str, Tensor] = {}
                 mine = processes.own(stage.names)
                 for name in stage.names:
-                    weight = dense_weight(model.get_submodule(name))
-                    known = (moments.target(weight), moments.root) if name in mine else (None, None)
+                    known: tuple[Tensor, Tensor] | tuple[None, None] = None, None
+                    if name in mine:
+                        known = moments.target(dense_weight(model.get_submodule(name))), moments.root
                     if (approximation := fit(name, *known)) is not None:
                         made[name] = approximation
                 for name, weight in processes.merged(made).items():

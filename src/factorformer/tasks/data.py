@@ -26,6 +26,7 @@ from factorformer.tasks import answers, language_modelling, translation
 from factorformer.tasks.cells import row_name
 from factorformer.tasks.labels import IGNORED, TASKS, Labels
 from factorformer.tasks.tables import Columns, read
+from factorformer.tasks.translation import ENDLESS
 
 __all__ = [
     "AT_ONCE",
@@ -44,9 +45,6 @@ __all__ = [
     "unlike",
     "with_decoder_inputs",
 ]
-
-ENDLESS = 10**6
-"""Tokens after which no text is cut."""
 
 BESIDE = ("length", "reference", "example", "context", "answers", "offsets")
 """Columns of encoded rows that models do not read."""
