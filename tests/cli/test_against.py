@@ -166,7 +166,7 @@ def test_what_cannot_be_measured_is_refused(
         (("--data", tmp_path / "single.tsv", "--label", "label"), "1 have 5 or more"),
         (("--data", tmp_path / "inference.tsv"), "--label label"),
         (("--data", tables / "train.jsonl", "--label", "none"), "none"),
-        (("--data", files / "texts.txt", "--words"), "--words"),
+        (("--data", files / "texts.txt", "--task", "classification"), "--task"),
         (("--data", tmp_path / "lists.jsonl"), "lists of labels"),
         (("--data", tmp_path / "absent.txt"), "absent.txt"),
     ):

@@ -41,7 +41,7 @@ COMMAND = [sys.executable, "-W", "ignore", "-c", "from factorformer.cli import m
         (["--train", "train.jsonl"], "labels.*teacher"),
         (["--distill", "minilm"], "--train"),
         (["--label", "label"], "--train, --eval.*--calibration"),
-        (["--regression"], "--label"),
+        (["--task", "regression"], "--label"),
         (["--calibration", "nulls.jsonl"], "nulls.jsonl', line 2, column 'text': no text"),
         (["--calibration", "long.txt", "--max-length", "64"], r"'long\.txt'.*42 tokens.*24 positions"),
         (["--eval", "train.jsonl", "--label", "label"], "classification head"),

@@ -116,7 +116,7 @@ def test_a_run_that_diverges_from_the_start_leaves_nothing(
 def test_a_cross_encoder_learns_its_own_scores(run: Any, base: Path, tables: Path, tmp_path: Path) -> None:
     rows = tables / "train.jsonl"
     scorer = ("finetune", base, tmp_path / "scorer", "--train", rows, "--text", "text", "--text", "other")
-    done = run(*scorer, "--label", "score", "--regression", "--epochs", 8, "--batch-size", 4, "--lr", 3e-3)
+    done = run(*scorer, "--label", "score", "--task", "regression", "--epochs", 8, "--batch-size", 4, "--lr", 3e-3)
     assert done.exit_code == 0, done.stderr
     pairs = ("--train", rows, "--text", "text", "--text", "other", "--distill", tmp_path / "scorer")
     arguments = (

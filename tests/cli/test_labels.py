@@ -104,7 +104,7 @@ def test_a_compressed_classifier_learns_another_task(run: Any, trained: Path, ta
 def test_whole_numbers_are_scores_on_demand(command: str, run: Any, base: Path, tables: Path, tmp_path: Path) -> None:
     data = ("--train", tables / "numbered.jsonl", "--eval", tables / "numbered.jsonl", "--label", "label")
     ratio = ("--ratio", 2) if command == "compress" else ()
-    done = run(command, base, tmp_path / "out", *ratio, *data, "--regression", "--epochs", 1, "--json")
+    done = run(command, base, tmp_path / "out", *ratio, *data, "--task", "regression", "--epochs", 1, "--json")
     assert done.exit_code == 0, done.stderr
     assert {"pearson", "spearman", "mse"} <= set(json.loads(done.stdout)["metrics"])
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -68,7 +69,7 @@ def metrics(done: Any) -> dict[str, float]:
 
 
 def test_tagging_words(run: Any, base: Path, tags: Path, tmp_path: Path) -> None:
-    data = ("--text", "words", "--label", "tags", "--words")
+    data = ("--text", "words", "--label", "tags", "--task", "token-classification")
     training = ("--train", tags, "--eval", tags, *data, "--json")
     first = metrics(run("finetune", base, tmp_path / "dense", *training, *FAST))
     assert 0 < first["loss"] < 0.5
@@ -85,10 +86,10 @@ def test_tagging_words(run: Any, base: Path, tags: Path, tmp_path: Path) -> None
     # With labels for a fit; and with none at all, on text as well as on words.
     options = ("--ratio", 2, "--calibration", tags, "--json")
     metrics(run("compress", tmp_path / "dense", tmp_path / "fisher", "--method", "fwsvd", *options, *data))
-    metrics(run("compress", tmp_path / "dense", tmp_path / "fit", *options, "--text", "words", "--words"))
+    metrics(run("compress", tmp_path / "dense", tmp_path / "fit", *options, "--text", "words", *data[4:]))
     refused = run("evaluate", tmp_path / "dense", "--data", tags, *data[:4])
     assert refused.exit_code == 2
-    assert "--words" in refused.stderr
+    assert "--task token-classification" in refused.stderr
 
 
 def test_any_number_of_labels(run: Any, base: Path, topics: Path, tmp_path: Path) -> None:
@@ -173,7 +174,7 @@ def test_heads_for_another_task_are_refused(
     answers = made(tmp_path / "answers", base, "BertForQuestionAnswering")
     decoder = made(tmp_path / "decoder", base, "BertLMHeadModel", is_decoder=True)
     one_label = ("--train", labelled, "--label", "label")
-    words = ("--train", tags, "--text", "words", "--label", "tags", "--words")
+    words = ("--train", tags, "--text", "words", "--label", "tags", "--task", "token-classification")
     for model, options, offender in (
         (several, one_label, "multi-label"),
         (tagger, one_label, "BertForTokenClassification"),
@@ -223,9 +224,46 @@ def test_texts_are_written_for_texts(run: Any, translator: Callable[..., Path], 
     assert small["original_chrf"] == pytest.approx(first["chrf"])
     assert small["chrf"] > 50
     assert type(factorformer.load(tmp_path / "small")).__name__ == "T5ForConditionalGeneration"
-    refused = run("finetune", source, tmp_path / "out", "--train", pairs, "--text", "text", "--text", "other")
-    assert refused.exit_code == 2
-    assert "column 'label'" in refused.stderr
+    # The same in two files, line by line.
+    lines = {}
+    for option, column in (("source", "text"), ("target", "other")):
+        lines[option] = tmp_path / f"{option}.txt"
+        lines[option].write_text("".join(f"{row[column]}\n" for row in rows))
+    two = ("--source", lines["source"], "--target", lines["target"])
+    assert metrics(run("evaluate", tmp_path / "dense", *two, "--json")) == first
+    training = (*two, "--eval-source", lines["source"], "--eval-target", lines["target"], "--json")
+    again = metrics(run("finetune", source, tmp_path / "again", *training, *FAST[2:], "--epochs", 40))
+    assert again == first
+    again = metrics(
+        run(
+            "compress",
+            tmp_path / "dense",
+            tmp_path / "two",
+            "--ratio",
+            2,
+            *training,
+            *HEALED,
+            "--distill",
+            tmp_path / "dense",
+        )
+    )
+    assert again == small
+    for command, options, message in (
+        ("finetune", ("--train", pairs, "--text", "text", "--text", "other"), "column 'label'"),
+        ("finetune", two[:2], "--source alone.*--target"),
+        ("finetune", (*two, "--train", pairs), "the one or the others"),
+        ("finetune", (*two, "--eval-target", pairs), "--eval-target alone.*--eval-source"),
+        ("finetune", (*two, "--task", "classification"), "one label a text"),
+        ("finetune", (), "--train, or --source"),
+        ("compress", ("--task", "text-to-text", "--train", pairs, "--distill", source), "--label, or give --source"),
+        ("evaluate", (), "--data, or --source"),
+        ("evaluate", (*two, "--against", source), "leave --task, --source"),
+    ):
+        output = () if command == "evaluate" else (tmp_path / "out",)
+        refused = run(command, source, *output, *options)
+        assert refused.exit_code == 2
+        assert re.search(message, refused.stderr), refused.stderr
+    assert not (tmp_path / "out").exists()
 
 
 def test_encoder_decoders(run: Any, translator: Callable[..., Path], tables: Path, tmp_path: Path) -> None:
@@ -363,7 +401,14 @@ def test_everything_is_checked_before_weights_are_read(
         (trained, (*train, *label, "--distill", other), "hidden_size is 64"),
         (answers, (*train, *label), "--text question"),
         (trained, ("--train", topics, *label), "multi-label"),
-        (trained, ("--train", tags, "--text", "words", "--label", "tags", "--words"), "every word"),
+        (trained, (*train, *label, "--task", "multi-label"), "a list belongs here"),
+        (trained, (*train, *label, "--task", "text-to-text"), "writes no texts"),
+        (base, (*train, *label, "--task", "question-answering"), "answers"),
+        (
+            trained,
+            ("--train", tags, "--text", "words", "--label", "tags", "--task", "token-classification"),
+            "every word",
+        ),
         (base, (*train, *label, "--epochs", "inf"), "epochs"),
         (base, ("--train", "broken.jsonl", *label), "line 2, column 2"),
     ]

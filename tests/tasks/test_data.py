@@ -236,7 +236,7 @@ def test_a_separator_that_is_not_the_one_of_the_name(tmp_path: Path) -> None:
 
 CELLS = [
     ("text", {"body": "the cat"}, "an object"),
-    ("text", ["the", "cat"], r"a list .*--words"),
+    ("text", ["the", "cat"], r"a list .*--task token-classification"),
     ("text", None, "no text"),
     ("text", float("nan"), "no text"),
     ("text", True, "a truth value"),
@@ -424,7 +424,7 @@ def test_labels_of_words(tokenizer: tf.PreTrainedTokenizerBase, tmp_path: Path) 
     lines = [{"words": ["w1", "w2"], "tags": ["O", "B"]}, {"words": ["w3", "w4", "w5"], "tags": ["O", "O", "I"]}]
     (tmp_path / "t.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     rows = read(tmp_path / "t.jsonl", columns)
-    labels = Labels.of(rows, "tags", words=True)
+    labels = Labels.of(rows, "tags", "tokens")
     assert labels == Labels("tokens", ("B", "I", "O"))
     data = encode(tokenizer, rows, columns, labels)
     assert list(data["labels"]) == [[-100, 2, 0, -100], [-100, 2, 2, 1, -100]]
@@ -631,6 +631,6 @@ def test_a_row_without_text(columns: tuple[str, ...], tokenizer: tf.PreTrainedTo
 def test_whole_numbers_are_scores_on_demand() -> None:
     rows = table(label=[0, 5, 3])
     assert Labels.of(rows, "label").names == ("0", "3", "5")
-    labels = Labels.of(rows, "label", regression=True)
+    labels = Labels.of(rows, "label", "regression")
     assert labels == Labels("regression")
     assert labels.ids(rows, "label") == [0.0, 5.0, 3.0]

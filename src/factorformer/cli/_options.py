@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from enum import Enum
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from factorformer.report import Result
+    from factorformer.tasks.labels import Kind
 
 
 class ScopeChoice(str, Enum):
@@ -47,6 +48,17 @@ class BudgetChoice(str, Enum):
     bytes = "bytes"
     flops = "flops"
     milliseconds = "milliseconds"
+
+
+class TaskChoice(str, Enum):
+    """Tasks by the names that users know; those of the members are `tasks.labels.Kind`."""
+
+    classification = "classification"
+    regression = "regression"
+    multi_label = "multi-label"
+    tokens = "token-classification"
+    answers = "question-answering"
+    text = "text-to-text"
 
 
 class DeviceChoice(str, Enum):
@@ -197,12 +209,14 @@ TextColumns = Annotated[
         "pairs.",
     ),
 ]
-Words = Annotated[
-    bool,
+Task = Annotated[
+    TaskChoice | None,
     data_option(
-        "--words",
-        help="Texts are lists of words, and labels lists with a label for each: the task of tagging words (JSONL or "
-        "Parquet hold lists).",
+        "--task",
+        show_default=False,
+        help="What labels mean, by default what model and labels say: fractions are scores ('regression'), lists any "
+        "number of classes ('multi-label'), objects answers. Of 'token-classification' texts are lists of words, and "
+        "labels lists with a label for each (JSONL or Parquet hold lists).",
     ),
 ]
 LabelColumn = Annotated[
@@ -213,7 +227,6 @@ LabelColumn = Annotated[
         help="The column that holds the label: names or whole numbers are classes, fractions are a regression.",
     ),
 ]
-Regression = Annotated[bool, data_option("--regression", help="Read labels that are whole numbers as scores as well.")]
 CalibrationFile = Annotated[
     str | None,
     data_option(
@@ -350,6 +363,11 @@ Overwrite = Annotated[
     ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else on standard output.")]
+
+
+def kind_of(task: TaskChoice | None) -> Kind | None:
+    """What a task is called inside."""
+    return None if task is None else cast("Kind", task.name)
 
 
 @contextlib.contextmanager

@@ -1,10 +1,78 @@
-"""The text that `train` learns from, as the options name it."""
+"""Files of text as the options name them: one, or two of which each line of one belongs to that line of the other."""
 
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
+from typing import Annotated
+
+import typer
 
 from factorformer.errors import DataError
+
+pairs_option = partial(typer.Option, rich_help_panel="Data of a translation: two files, line by line")
+SourceFile = Annotated[
+    str | None, pairs_option("--source", metavar="FILE", help="What is translated, a text on each line.")
+]
+TargetFile = Annotated[str | None, pairs_option("--target", metavar="FILE", help="Its translations.")]
+EvalSourceFile = Annotated[str | None, pairs_option("--eval-source", metavar="FILE", help="What BLEU is measured on.")]
+EvalTargetFile = Annotated[str | None, pairs_option("--eval-target", metavar="FILE", help="Its translations.")]
+
+
+PAIR = ("source", "target")
+"""The columns of two files."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Parallel:
+    """Two files, in the place of one with columns of the same names."""
+
+    source: str
+    target: str
+
+    def __str__(self) -> str:
+        return f"{self.source}, {self.target}"
+
+
+Source = str | Parallel
+"""What rows are read from: a file, a data set of the Hub, or two files."""
+
+
+def source_of(
+    option: str, given: str | None, source: str | None, target: str | None, prefix: str = ""
+) -> Source | None:
+    """The one that was given, in one file or in two; None for none.
+
+    Args:
+        option: that names a single file.
+        given: its value.
+        source, target: those of the options that name two.
+        prefix: of the names of these.
+
+    Raises:
+        DataError: both, or half of two.
+    """
+    names = [f"--{prefix}{name}" for name in ("source", "target")]
+    if (source is None) != (target is None):
+        here, missing = names if target is None else reversed(names)
+        raise DataError(f"{here} alone is no translation: give the same lines in the other language with {missing}")
+    if source is None or target is None:
+        return given
+    if given is not None:
+        raise DataError(
+            f"{option} is one file with columns, and {names[0]} and {names[1]} are two: give the one or the others"
+        )
+    return Parallel(source, target)
+
+
+def names_of(*sources: Source | None) -> list[str]:
+    """The files, and data sets, of all that was given."""
+    return [
+        name
+        for each in sources
+        if each is not None
+        for name in ((each.source, each.target) if isinstance(each, Parallel) else (each,))
+    ]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,11 +92,7 @@ class TextFiles:
     text: list[str] | None = None
 
     def __post_init__(self) -> None:
-        if (self.source is None) != (self.target is None):
-            given, missing = ("--source", "--target") if self.target is None else ("--target", "--source")
-            raise DataError(
-                f"{given} alone is no translation: give the same lines in the other language with {missing}"
-            )
+        source_of("--train", None, self.source, self.target)
         if (self.eval_source is None) != (self.eval_target is None):
             raise DataError("--eval-source and --eval-target are measured on together: give both or none")
         plain = self.train is not None

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from transformers import AutoModel, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from factorformer.cli._options import LENGTH, note
+from factorformer.cli._options import LENGTH, TaskChoice, note
+from factorformer.cli._text_files import PAIR, Parallel, Source
 from factorformer.errors import DataError
 from factorformer.export.sentence import Writing, read_longest
 from factorformer.hf.layout import place
@@ -34,43 +35,56 @@ from factorformer.tasks.data import (
     with_decoder_inputs,
 )
 from factorformer.tasks.reading import read_rows, text_format
+from factorformer.tasks.translation import read_parallel
 from factorformer.tasks.windows import read_documents
 
 LOGITS = 2**27
 """A language model's predictions of so many numbers are held at a time."""
 
 
-def columns_of(text: list[str] | None, label: str | None, words: bool = False) -> Columns:
+def columns_of(text: list[str] | None, label: str | None, task: TaskChoice | None = None) -> Columns:
     """The columns that the options name."""
-    return Columns(tuple(text or ["text"]), label, words)
+    return Columns(tuple(text or ["text"]), label, words=task is TaskChoice.tokens)
 
 
-def read_table(source: str, columns: Columns) -> datasets.Dataset:
-    """Rows of a file or of the Hub that have these columns, and nothing in them that does not belong there.
+def columns_in(source: Source, columns: Columns) -> Columns:
+    """Those of a table; two files have their own."""
+    return Columns((PAIR[0],), PAIR[1]) if isinstance(source, Parallel) else columns
+
+
+def read_table(source: Source, columns: Columns) -> datasets.Dataset:
+    """Rows of a file, of two or of the Hub that have these columns, and nothing in them that does not belong there.
 
     Raises:
         DataError: missing, unreadable, malformed or empty, or without one of the columns.
     """
+    if isinstance(source, Parallel):
+        pairs = read_parallel(Path(source.source), Path(source.target), note)
+        return datasets.Dataset.from_dict(dict(zip(PAIR, map(list, zip(*pairs, strict=True)), strict=True)))
     return read(source, columns, note)
 
 
-def plain_columns(source: str, columns: Columns) -> Columns:
+def plain_columns(source: Source, columns: Columns) -> Columns:
     """The text columns alone; a plain text file has its own."""
+    if isinstance(source, Parallel):
+        return Columns((PAIR[0],))
     plain = text_format(Path(source)) == ".txt"
     return Columns(("text",)) if plain else dataclasses.replace(columns, label=None)
 
 
-def read_text(source: str, columns: Columns, config: PretrainedConfig) -> datasets.Dataset | list[Any]:
+def read_text(source: Source, columns: Columns, config: PretrainedConfig) -> datasets.Dataset | list[Any]:
     """Rows of plain text, or the documents that a causal language model reads.
 
     Raises:
         DataError: as `read_table`, or `read_documents`.
     """
-    return read_documents(source, columns, note) if is_causal(config) else read_table(source, columns)
+    if is_causal(config) and not isinstance(source, Parallel):
+        return read_documents(source, columns, note)
+    return read_table(source, columns)
 
 
 def encode_text(
-    source: str,
+    source: Source,
     text: datasets.Dataset | list[Any],
     columns: Columns,
     tokenizer: PreTrainedTokenizerBase,
@@ -99,7 +113,7 @@ def encode_text(
 
 
 def encode_table(
-    source: str,
+    source: Source,
     rows: datasets.Dataset,
     columns: Columns,
     tokenizer: PreTrainedTokenizerBase,
@@ -128,12 +142,12 @@ def encode_table(
 
 
 @contextlib.contextmanager
-def about(source: str) -> Iterator[None]:
+def about(source: Source) -> Iterator[None]:
     """Begin messages on data with the name of the data, and let them tell lines of a file where it has some."""
     try:
         yield
     except DataError as error:
-        raise DataError(f"'{source}': {_with_lines(Path(source), str(error))}") from error
+        raise DataError(f"'{source}': {_with_lines(Path(str(source)), str(error))}") from error
 
 
 def _with_lines(path: Path, message: str) -> str:

@@ -35,7 +35,6 @@ from factorformer.cli._options import (
     RankMultiple,
     Ratio,
     ReadLength,
-    Regression,
     Resume,
     Scope,
     Seed,
@@ -43,17 +42,19 @@ from factorformer.cli._options import (
     Sequential,
     Share,
     Stream,
+    Task,
     TextColumns,
     TrainFile,
     TrimVocabulary,
     UniqueLayers,
-    Words,
     data_option,
     emit,
     finite,
+    kind_of,
     place_of,
     training_option,
 )
+from factorformer.cli._text_files import EvalSourceFile, EvalTargetFile, SourceFile, TargetFile
 
 LearningRate = Annotated[
     float | None,
@@ -117,9 +118,12 @@ def compress(
     train: TrainFile = None,
     evaluation: EvalFile = None,
     text: TextColumns = None,
-    words: Words = False,
     label: LabelColumn = None,
-    regression: Regression = False,
+    task: Task = None,
+    source: SourceFile = None,
+    target: TargetFile = None,
+    eval_source: EvalSourceFile = None,
+    eval_target: EvalTargetFile = None,
     max_length: ReadLength = None,
     sequence_length: SequenceLength = None,
     epochs: Epochs = 3.0,
@@ -144,7 +148,7 @@ def compress(
     the weights (tokenizer, pooling of a sentence encoder) is copied as it is. Give it some text with --calibration.
 
     [bold]With --train and --label[/bold] the compressed model is fine-tuned on a task. MODEL may be fine-tuned already,
-    which is better; otherwise it gets a new head.
+    which is better; otherwise it gets a new head. An encoder-decoder learns from --source and --target as well.
 
     [bold]With --train and --distill but no --label[/bold] the compressed model learns on plain text to embed as the
     teacher does, to score as its head does, or to predict next tokens as it does, for --epochs, or for the --minutes
@@ -175,21 +179,26 @@ def compress(
       factorformer compress chat/ small-chat/ --ratio 1.5 --train wiki.txt --distill chat/ \\
           --minutes 60
     """
+    from factorformer.cli._text_files import PAIR, names_of, source_of
     from factorformer.files import check_output
 
-    files = (calibration, train, evaluation, trim_vocabulary)
+    learned = source_of("--train", train, source, target)
+    judged = source_of("--eval", evaluation, eval_source, eval_target, "eval-")
+    files = (calibration, trim_vocabulary, *names_of(learned, judged))
     check_output(output, overwrite=overwrite, inputs=(model, plan, distill, *files))
-    if train is None:
+    if source is not None or eval_source is not None:
+        label = label or PAIR[1]
+    if learned is None:
         read = ("epochs", "minutes", "lr", "freeze_embeddings", "factors_only", "gradient_checkpointing")
         note_unused("without --train", *read)
     elif minutes is not None:
         note_unused("beside --minutes", "epochs")
-    if train is not None and label is not None:
-        note_unused("with --label", "factors_only", "gradient_checkpointing")
-    if train is None and evaluation is None and calibration is None:
+    if learned is not None and label is not None:
+        note_unused("with labels", "factors_only", "gradient_checkpointing")
+    if learned is None and judged is None and calibration is None:
         read = () if trim_vocabulary is not None else ("text",)
         note_unused(
-            "without data", *read, "words", "max_length", "sequence_length", "batch_size", "calibration_rows", "seed"
+            "without data", *read, "task", "max_length", "sequence_length", "batch_size", "calibration_rows", "seed"
         )
     if not stream:
         note_unused("without --stream", "sequential")
@@ -227,10 +236,10 @@ def compress(
         unique_layers=unique_layers,
         trim_vocabulary=trim_vocabulary,
         plan=None if plan is None else Plan.load(plan),
-        columns=columns_of(text, label, words),
-        regression=regression,
-        train=train,
-        evaluation=evaluation,
+        columns=columns_of(text, label, task),
+        task=kind_of(task),
+        train=learned,
+        evaluation=judged,
         calibration=calibration,
         calibration_rows=calibration_rows,
         max_length=max_length,

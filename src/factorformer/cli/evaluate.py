@@ -16,16 +16,18 @@ from factorformer.cli._options import (
     Device,
     DeviceChoice,
     SequenceLength,
+    Task,
     TextColumns,
-    Words,
     emit,
+    kind_of,
     place_of,
 )
-from factorformer.errors import MethodError
+from factorformer.cli._text_files import SourceFile, TargetFile, source_of
+from factorformer.errors import DataError, MethodError
 
 Evaluated = Annotated[str, typer.Argument(metavar="DIR", show_default=False, help=MODELS)]
 DataFiles = Annotated[
-    list[str],
+    list[str] | None,
     typer.Option(
         "--data",
         metavar="FILE",
@@ -68,11 +70,13 @@ LabelColumn = Annotated[
 
 def evaluate(
     model: Evaluated,
-    data: DataFiles,
+    data: DataFiles = None,
     against: Against = None,
     text: TextColumns = None,
-    words: Words = False,
     label: LabelColumn = None,
+    source: SourceFile = None,
+    target: TargetFile = None,
+    task: Task = None,
     max_length: EvaluatedLength = None,
     sequence_length: SequenceLength = None,
     device: Device = DeviceChoice.auto,
@@ -84,7 +88,8 @@ def evaluate(
     classes the F1 of the second. Several classes a text: micro- and macro-F1 and the accuracy of whole sets. Classes of
     words: accuracy and macro-F1. Regression: Pearson and Spearman correlation and mean squared error. Answers from a
     context (--text question --text context --label answers): exact match and F1 of words. Texts that an encoder-decoder
-    writes: loss and perplexity of tokens, BLEU and chrF. What the labels mean is read from the model's configuration.
+    writes, the labels or the lines of --target: loss and perplexity of tokens, BLEU and chrF. What the labels mean is
+    read from the model's configuration.
 
     Causal language models: texts are joined and cut into windows of --sequence-length tokens; a text file is one
     document, and so is each row of other data, or each conversation of a column of messages. The mean loss of a token
@@ -104,50 +109,56 @@ def evaluate(
     [bold]Examples[/bold]
       factorformer evaluate small/ --data test.tsv
       factorformer evaluate small/ --data test.jsonl --text question --label intent
+      factorformer evaluate translator/ --source test.de --target test.en
       factorformer evaluate chat/ --data texts.txt
       factorformer evaluate small-chat/ --against chat/ --data wiki.txt --data talks.jsonl --text messages
       factorformer evaluate small/ --against minilm --data others.txt --data intents.tsv --data pairs.tsv
     """
     from factorformer.cli._measure import measure
-    from factorformer.cli._texts import about, columns_of, encode_table, read_table
+    from factorformer.cli._texts import about, columns_in, columns_of, encode_table, read_table
     from factorformer.hf.source import find, load_model, load_tokenizer, read_config
     from factorformer.progress import bars
     from factorformer.report import Result, inventory
     from factorformer.tasks.classification import check_head, is_causal, labels_for
     from factorformer.tasks.data import check_lengths
 
+    files = data or []
+    measured = source_of("--data", files[0] if files else None, source, target)
+    if measured is None:
+        raise DataError("there is nothing to measure on: give --data, or --source and --target")
     path = find(model)
     config = read_config(path)
-    if label is None and is_causal(config):
+    if label is None and files and is_causal(config):
         from factorformer.cli._jobs.language import LanguageJob, evaluate_language
 
-        note_unused("of language models", "words", "max_length")
-        language = LanguageJob(model, against, data, text, sequence_length, place_of(device))
+        note_unused("of language models", "task", "max_length")
+        language = LanguageJob(model, against, files, text, sequence_length, place_of(device))
         emit(evaluate_language(language), as_json=as_json)
         return
     note_unused("but for causal language models on text", "sequence_length")
     if against is not None:
         from factorformer.cli._jobs.embeddings import EmbeddingJob, evaluate_embeddings
 
-        if words:
-            raise MethodError("--words is about classes of words, and --against about embeddings of texts: give one")
-        job = EmbeddingJob(model, against, data, text, label, max_length, place_of(device))
+        if task is not None or not files:
+            raise MethodError(
+                "--against is about embeddings of the texts of --data: leave --task, --source and --target out"
+            )
+        job = EmbeddingJob(model, against, files, text, label, max_length, place_of(device))
         emit(evaluate_embeddings(job), as_json=as_json)
         return
-    if len(data) > 1:
+    if len(files) > 1:
         raise MethodError(
-            f"--data was given {len(data)} times: several files are for --against and for language models"
+            f"--data was given {len(files)} times: several files are for --against and for language models"
         )
-    (data_file,) = data
-    columns = columns_of(text, label or "label", words)
-    head = check_head(path, config)
-    rows = read_table(data_file, columns)
-    with about(data_file):
+    columns = columns_in(measured, columns_of(text, label or "label", task))
+    head = check_head(path, config, kind_of(task))
+    rows = read_table(measured, columns)
+    with about(measured):
         labels = labels_for(head, rows, columns.label or "")
     tokenizer = load_tokenizer(path)
-    encoded = encode_table(data_file, rows, columns, tokenizer, labels, max_length or LENGTH, config)
+    encoded = encode_table(measured, rows, columns, tokenizer, labels, max_length or LENGTH, config)
     loaded = load_model(path, device=place_of(device), whole=True)
-    check_lengths(loaded, encoded, f"'{data_file}'")
+    check_lengths(loaded, encoded, f"'{measured}'")
     started = time.perf_counter()
     with bars() as progress:
         metrics = measure(loaded, tokenizer, encoded, labels, progress, "evaluate").metrics

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Annotated
-
-import typer
-
 from factorformer.cli._options import (
     LENGTH,
     AsJson,
@@ -22,28 +18,30 @@ from factorformer.cli._options import (
     Model,
     Output,
     Overwrite,
-    Regression,
     Seed,
+    Task,
     TextColumns,
-    Words,
+    TrainFile,
     emit,
+    kind_of,
     place_of,
 )
-
-TrainFile = Annotated[
-    str, typer.Option("--train", metavar="FILE", show_default=False, help="What the model is trained on.")
-]
+from factorformer.cli._text_files import EvalSourceFile, EvalTargetFile, SourceFile, TargetFile
+from factorformer.errors import DataError
 
 
 def finetune(
     model: Model,
     output: Output,
-    train: TrainFile,
-    label: LabelColumn = "label",
+    train: TrainFile = None,
+    label: LabelColumn = None,
     evaluation: EvalFile = None,
     text: TextColumns = None,
-    words: Words = False,
-    regression: Regression = False,
+    source: SourceFile = None,
+    target: TargetFile = None,
+    eval_source: EvalSourceFile = None,
+    eval_target: EvalTargetFile = None,
+    task: Task = None,
     max_length: MaxLength = LENGTH,
     epochs: Epochs = 3.0,
     lr: LearningRate = 1e-4,
@@ -61,10 +59,11 @@ def finetune(
     MODEL may be compressed: then its factors are trained, and stay in integers if they are. The output is an ordinary
     Hugging Face model directory with the tokenizer, and the result as factorformer.json.
 
-    Labels decide the task: names or whole numbers are classes of a text, fractions a regression, lists any number of
-    classes of a text, and with --words a class of every word (JSONL or Parquet hold lists). Objects with lists 'text'
-    and 'answer_start', as in SQuAD, are answers to a question from its context, and an encoder-decoder that writes,
-    such as T5, learns to write the label for the text. A model that has a head for another task is refused.
+    Labels decide the task, unless --task does: names or whole numbers are classes of a text, fractions a regression,
+    lists any number of classes of a text. Objects with lists 'text' and 'answer_start', as in SQuAD, are answers to a
+    question from its context, and an encoder-decoder that writes, such as T5, learns to write the label for the text,
+    or the lines of --target for those of --source. A model that has a head for another task is refused. The column of
+    labels is 'label' unless --label names another.
 
     Metrics are accuracy, macro-F1, Matthews correlation (and the F1 of the second of two classes); for a regression
     Pearson and Spearman correlation and mean squared error; for several classes a text micro- and macro-F1 and the
@@ -78,11 +77,18 @@ def finetune(
           --text sentence1 --text sentence2 --label same
       factorformer finetune bert/ answers/ --train squad.jsonl \\
           --text question --text context --label answers --max-length 384
-      factorformer finetune t5/ translator/ --train pairs.tsv --text de --label en
+      factorformer finetune bert/ tagger/ --train tags.jsonl \\
+          --text words --label tags --task token-classification
+      factorformer finetune t5/ translator/ --source train.de --target train.en
     """
+    from factorformer.cli._text_files import names_of, source_of
     from factorformer.files import check_output
 
-    check_output(output, overwrite=overwrite, inputs=(model, train, evaluation, distill))
+    learned = source_of("--train", train, source, target)
+    judged = source_of("--eval", evaluation, eval_source, eval_target, "eval-")
+    check_output(output, overwrite=overwrite, inputs=(model, distill, *names_of(learned, judged)))
+    if learned is None:
+        raise DataError("there is nothing to learn: give --train, or --source and --target")
     from factorformer.cli._jobs.finetune import run
     from factorformer.cli._texts import columns_of
     from factorformer.tasks.finetuning import TrainingSettings
@@ -90,11 +96,11 @@ def finetune(
     result = run(
         model,
         str(output),
-        train,
-        evaluation,
-        columns_of(text, label, words),
+        learned,
+        judged,
+        columns_of(text, label or "label", task),
         TrainingSettings(epochs, lr, batch_size, seed, freeze_embeddings=freeze_embeddings),
-        regression=regression,
+        task=kind_of(task),
         max_length=max_length,
         distill=distill,
         device=place_of(device),

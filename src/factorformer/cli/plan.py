@@ -34,8 +34,8 @@ from factorformer.cli._options import (
     Seed,
     SequenceLength,
     Share,
+    Task,
     TextColumns,
-    Words,
     emit,
     note,
     place_of,
@@ -64,7 +64,7 @@ def plan(
     calibration: CalibrationFile = None,
     calibration_rows: CalibrationRows = None,
     text: TextColumns = None,
-    words: Words = False,
+    task: Task = None,
     max_length: ReadLength = None,
     sequence_length: SequenceLength = None,
     seed: Seed = 0,
@@ -132,7 +132,7 @@ def plan(
         note(f"method '{chosen}' measures nothing: --calibration is not used")
         calibration = None
     if calibration is None:
-        read = ("text", "words", "max_length", "sequence_length")
+        read = ("text", "task", "max_length", "sequence_length")
         note_unused("without --calibration", *read, "calibration_rows", "seed")
     compression.check_options(chosen, ratio, None if share is None else share.value, unit, rank_multiple or 1)
     started = time.perf_counter()
@@ -141,10 +141,10 @@ def plan(
     check_dense(path, config)
     tokenizer, rows, data = None, None, None
     if calibration is not None:
-        tokenizer, columns = load_tokenizer(path), plain_columns(calibration, columns_of(text, None, words))
+        tokenizer, columns = load_tokenizer(path), plain_columns(calibration, columns_of(text, None, task))
         found = read_text(calibration, columns, config)
         if is_causal(config):
-            note_unused("of language models", "max_length", "words")
+            note_unused("of language models", "max_length", "task")
         else:
             note_unused("but for causal language models", "sequence_length")
         longest = LENGTH

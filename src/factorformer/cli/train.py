@@ -34,7 +34,7 @@ from factorformer.cli._options import (
     training_option,
     weights_option,
 )
-from factorformer.cli._text_files import TextFiles
+from factorformer.cli._text_files import EvalSourceFile, EvalTargetFile, SourceFile, TargetFile, TextFiles
 from factorformer.errors import MethodError
 from factorformer.files import check_output
 
@@ -46,21 +46,6 @@ class PrecisionChoice(str, Enum):
     bf16 = "bf16"
     fp16 = "fp16"
 
-
-pairs_option = partial(typer.Option, rich_help_panel="Data of a translation: two files, line by line")
-SourceFile = Annotated[
-    str | None, pairs_option("--source", metavar="FILE", help="What is translated, a text on each line.")
-]
-TargetFile = Annotated[str | None, pairs_option("--target", metavar="FILE", help="Its translations.")]
-EvalSourceFile = Annotated[
-    str | None,
-    pairs_option(
-        "--eval-source",
-        metavar="FILE",
-        help="What BLEU is measured on. By default a part of the training pairs is held out.",
-    ),
-]
-EvalTargetFile = Annotated[str | None, pairs_option("--eval-target", metavar="FILE", help="Its translations.")]
 
 model_option = partial(typer.Option, rich_help_panel="The model")
 ConfigName = Annotated[

@@ -68,7 +68,11 @@ def check_texts(values: Iterable[Any], source: str, column: str, where: Callable
             if wrong:
                 raise DataError(f"{place}: a list of words belongs here, not {described(wrong[0])}")
         elif isinstance(value, bool) or not isinstance(value, str | int | float):
-            advice = " (if these are words with a label each, say --words)" if isinstance(value, list) else ""
+            advice = (
+                " (if these are words with a label each, say --task token-classification)"
+                if isinstance(value, list)
+                else ""
+            )
             raise DataError(f"{place}: a text belongs here, not {described(value)}{advice}")
 
 

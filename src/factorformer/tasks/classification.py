@@ -89,10 +89,7 @@ def find_head(path: Path, labels: Labels, config: PretrainedConfig | None = None
         _check_headless(path, config, labels)
         return Head(labels, trained=False)
     if _family(own) != _family(labels):
-        raise ModelError(
-            f"'{path}' is a {_class_name(config)} whose task is {TASKS[own.kind]}, and that of the data is "
-            f"{TASKS[labels.kind]}: give labels of the model's kind, or a model without such a head"
-        )
+        raise _other_task(path, config, own, labels.kind)
     kept = _agree(own, labels)
     return Head(labels, trained=False, replaced=own) if kept is None else Head(kept, trained=True)
 
@@ -157,16 +154,18 @@ def head_labels(config: PretrainedConfig) -> Labels | None:
     return Labels("classification", names)
 
 
-def check_head(path: Path, config: PretrainedConfig) -> Labels:
+def check_head(path: Path, config: PretrainedConfig, kind: Kind | None = None) -> Labels:
     """What the classification head of the model in a directory predicts.
 
     Raises:
-        ModelError: the model has none.
+        ModelError: the model has none, or one for another task than this.
     """
     head = head_labels(config)
     if head is None:
         _check_headless(path, config, None)
         raise ModelError(f"'{path}' has no classification head: train one with `factorformer finetune`")
+    if kind not in (None, head.kind):
+        raise _other_task(path, config, head, kind)
     return head
 
 
@@ -209,18 +208,32 @@ def writes(config: PretrainedConfig) -> bool:
 
 
 def labels_of(
-    config: PretrainedConfig, rows: datasets.Dataset, column: str, *, regression: bool = False, words: bool = False
+    path: Path, config: PretrainedConfig, rows: datasets.Dataset, column: str, kind: Kind | None = None
 ) -> Labels:
     """What the labels of training data mean to a saved model: texts to one that writes, and else see `Labels.of`.
 
+    Args:
+        path: of the model.
+        config: of it.
+        rows: a table.
+        column: of its labels.
+        kind: of the task; None for what model and labels say.
+
     Raises:
         DataError: as from `Labels.of`.
+        ModelError: the model is for another task.
         MissingPackageError: texts are to be compared, and sacreBLEU is not installed.
     """
     own = head_labels(config)
     if own is not None and own.kind in ("answers", "text"):
+        if kind not in (None, own.kind):
+            raise _other_task(path, config, own, kind)
         return labels_for(own, rows, column)
-    return Labels.of(rows, column, regression, words)
+    if kind == "text":
+        raise ModelError(
+            f"'{path}' writes no texts: the task is {TASKS[kind]}, which is one for encoder-decoders such as T5"
+        )
+    return Labels.of(rows, column, kind)
 
 
 def is_causal(config: PretrainedConfig) -> bool:
@@ -259,6 +272,13 @@ def _check_headless(path: Path, config: PretrainedConfig, labels: Labels | None)
         mapping = MODEL_FOR_QUESTION_ANSWERING_MAPPING
     if labels is not None and type(config) not in mapping and not hasattr(config, "auto_map"):
         raise ModelError(f"'{path}' ({config.model_type}) has no head in transformers for {TASKS[labels.kind]}")
+
+
+def _other_task(path: Path, config: PretrainedConfig, own: Labels, kind: Kind) -> ModelError:
+    return ModelError(
+        f"'{path}' is a {_class_name(config)} whose task is {TASKS[own.kind]}, and that of the data is {TASKS[kind]}: "
+        "give labels of the model's kind, or a model without such a head"
+    )
 
 
 def _family(labels: Labels) -> str:

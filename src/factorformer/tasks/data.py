@@ -77,7 +77,7 @@ def encode(
     columns.check(rows)
     words = columns.words
     if labels is not None and (labels.kind == "tokens") != words:
-        needed = "a list of words (say --words)" if labels.kind == "tokens" else "a string"
+        needed = "a list of words (say --task token-classification)" if labels.kind == "tokens" else "a string"
         raise DataError(f"the task is {TASKS[labels.kind]}: a cell of column '{columns.text[0]}' has to be {needed}")
     if labels is not None and labels.kind == "text":
         return _encode_pairs(tokenizer, rows, columns, max_length)

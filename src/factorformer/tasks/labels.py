@@ -43,37 +43,32 @@ class Labels:
     names: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, rows: datasets.Dataset, column: str, regression: bool = False, words: bool = False) -> Labels:
+    def of(cls, rows: datasets.Dataset, column: str, kind: Kind | None = None) -> Labels:
         """Read the labels of training data.
 
-        Fractional numbers, also those written as strings, mean regression; lists mean several classes a text, or one a
-        word; objects are answers; everything else means classes.
+        Unless a kind says otherwise, fractional numbers, also those written as strings, mean regression; lists mean
+        several classes a text; objects are answers; everything else means classes.
 
         Args:
             rows: a table.
             column: where its labels are.
-            regression: whole numbers are scores as well.
-            words: lists hold the label of every word.
+            kind: of the task, where it is known.
 
         Raises:
-            DataError: fewer than two classes, a label that is missing, or values of several types.
+            DataError: fewer than two classes, a label that is missing or none of this kind, or values of several types.
         """
         check_labels(rows, column)
         values = list(rows[column])
-        if any(isinstance(value, Mapping) for value in values):
-            return cls("answers")
-        lists = any(isinstance(value, list) for value in values)
         feature = class_label(rows.features[column])
-        kind: Kind = "classification" if not lists else "tokens" if words else "multi_label"
-        if regression and lists:
-            raise DataError(f"column '{column}' holds lists, which cannot be the scores of a regression")
-        if feature is not None and not regression:
+        kind = kind or _kind(values, named=feature is not None)
+        if kind in ("answers", "text", "regression"):
+            labels = cls(kind)
+            labels.ids(rows, column)  # which says what is no answer, no text, no number
+            return labels
+        cls(kind)._check_shape(values, column)
+        if feature is not None:
             return cls(kind, tuple(feature.names))
         items = [item for value in values for item in (value if isinstance(value, list) else [value])]
-        if kind == "classification" and (regression or _fractional(items)):
-            labels = cls("regression")
-            labels.ids(rows, column)  # which says what is not a number
-            return labels
         names = sorted({_name(item) for item in items}, key=_natural)
         if len(names) < (1 if kind == "multi_label" else 2):
             raise DataError(f"column '{column}' holds a single label {names}: nothing can be learned from it")
@@ -137,6 +132,15 @@ class Labels:
     def __str__(self) -> str:
         shown = ", ".join(self.names[:10]) + (", ..." if len(self.names) > 10 else "")
         return shown or "a score"
+
+
+def _kind(values: Sequence[Any], *, named: bool) -> Kind:
+    """What labels mean by themselves; `named` ones are numbers of classes that have names."""
+    if any(isinstance(value, Mapping) for value in values):
+        return "answers"
+    if any(isinstance(value, list) for value in values):
+        return "multi_label"
+    return "classification" if named or not _fractional(values) else "regression"
 
 
 def _fractional(values: Sequence[Any]) -> bool:

@@ -17,8 +17,10 @@ from factorformer.cli._inputs import check_dense, check_speaks_alike, check_teac
 from factorformer.cli._jobs.compress_options import CompressJob
 from factorformer.cli._measure import check_measurable
 from factorformer.cli._options import LENGTH, note
+from factorformer.cli._text_files import Source
 from factorformer.cli._texts import (
     about,
+    columns_in,
     encode_table,
     encode_text,
     longest_of,
@@ -128,13 +130,13 @@ def read_inputs(job: CompressJob) -> Inputs:
         labelled["calibration"] = job.calibration
     sources = {"train": job.train, "evaluation": job.evaluation, "calibration": job.calibration}
     sources = {name: source for name, source in sources.items() if source is not None}
-    columns: dict[str, Columns] = {name: job.columns for name in sources if labelled.get(name) is not None}
-    tables = {name: read_table(sources[name], job.columns) for name in columns}
+    columns = {name: columns_in(sources[name], job.columns) for name in sources if labelled.get(name) is not None}
+    tables = {name: read_table(sources[name], columns[name]) for name in columns}
     texts: dict[str, Any] = {}
     for name in [name for name in sources if name not in tables]:
         columns[name] = plain_columns(sources[name], job.columns)
         texts[name] = read_text(sources[name], columns[name], config)
-    labels, head = _task(job, path, config, tables)
+    labels, head = _task(job, path, config, tables, columns)
     if head is not None and not head.trained and job.needs == "labelled text":
         raise DataError(
             f"method '{job.chosen}' measures the model on labels, but '{job.model}' has no head trained for them: "
@@ -144,7 +146,7 @@ def read_inputs(job: CompressJob) -> Inputs:
         raise DataError("training needs labels or a teacher: give --label, or --distill with the original model")
     target = None if label is not None or not texts else _target(path, config, job.distill)
     if texts and isinstance(target, NextTokens):
-        note_unused("of language models", "max_length", "words")
+        note_unused("of language models", "max_length", "task")
     elif texts:
         note_unused("but for causal language models", "sequence_length")
     if job.distill is not None:
@@ -208,7 +210,7 @@ def read_inputs(job: CompressJob) -> Inputs:
             if "calibration" in data and same:
                 data["calibration"] = data["train"]  # what is measured on is not calibrated on
         if labels is None and "evaluation" in data:
-            check_measurable(config, data["evaluation"], job.evaluation or job.train or "")
+            check_measurable(config, data["evaluation"], str(job.evaluation or job.train))
             speaks = isinstance(target, NextTokens)
             measured = max(MEASURED // max(data["evaluation"]["length"]), 1) if speaks else COMPARED
             if len(data["evaluation"]) > measured and speaks:
@@ -244,10 +246,10 @@ def read_inputs(job: CompressJob) -> Inputs:
     )
 
 
-def _is_same(one: str | None, other: str | None) -> bool:
+def _is_same(one: Source | None, other: Source | None) -> bool:
     """Whether two names are of one file, or the same name of something else."""
-    if one is None or other is None:
-        return one is other
+    if not isinstance(one, str) or not isinstance(other, str):
+        return one == other
     return one == other or (Path(one).exists() and Path(other).exists() and Path(one).samefile(other))
 
 
@@ -289,17 +291,22 @@ def _target(path: Path, config: PretrainedConfig, teacher: str | None) -> Target
 
 
 def _task(
-    job: CompressJob, path: Path, config: PretrainedConfig, tables: Mapping[str, datasets.Dataset]
+    job: CompressJob,
+    path: Path,
+    config: PretrainedConfig,
+    tables: Mapping[str, datasets.Dataset],
+    columns: Mapping[str, Columns],
 ) -> tuple[Labels | None, Head | None]:
     """What labels mean, and the head that is trained on them, if one is."""
-    label = job.columns.label
-    if label is None or not tables:
+    if not tables:
         return None, None
     name = next(name for name in ("train", "evaluation", "calibration") if name in tables)
+    label = columns[name].label
+    assert label is not None
     with about(getattr(job, name)):
         if name != "train":
-            return labels_for(check_head(path, config), tables[name], label), None
-        found = labels_of(config, tables[name], label, regression=job.regression, words=job.columns.words)
+            return labels_for(check_head(path, config, job.task), tables[name], label), None
+        found = labels_of(path, config, tables[name], label, job.task)
         head = find_head(path, found, config)
     note_new_head(head)
     return head.labels, head

@@ -9,12 +9,14 @@ from typing import Any
 
 from factorformer import compression, recipes
 from factorformer.cli._options import note
+from factorformer.cli._text_files import Source, names_of
 from factorformer.errors import DataError, MethodError
 from factorformer.layers.matrix import Scope
 from factorformer.planning import Plan, Share, Unit
 from factorformer.tasks.data import Columns
 from factorformer.tasks.finetuning import TrainingSettings
 from factorformer.tasks.healing import HealingSettings
+from factorformer.tasks.labels import Kind
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,10 +39,10 @@ class CompressJob:
     trim_vocabulary: str | None
     plan: Plan | None
     columns: Columns
-    regression: bool
-    train: str | None
-    evaluation: str | None
-    calibration: str | None
+    task: Kind | None
+    train: Source | None
+    evaluation: Source | None
+    calibration: Source | None
     calibration_rows: int | None
     max_length: int | None
     sequence_length: int | None
@@ -70,8 +72,10 @@ class CompressJob:
         content = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in left_out}
         content |= {name: dataclasses.asdict(content[name]) for name in ("columns", "settings", "healing")}
         content["plan"] = None if self.plan is None else self.plan.to_dict()
-        files = (self.train, self.evaluation, self.calibration, self.trim_vocabulary)
-        content["file_bytes"] = {name: Path(name).stat().st_size for name in files if name and Path(name).is_file()}
+        sources = ("train", "evaluation", "calibration")
+        files = names_of(*(content[name] for name in sources), self.trim_vocabulary)
+        content |= {name: None if content[name] is None else str(content[name]) for name in sources}
+        content["file_bytes"] = {name: Path(name).stat().st_size for name in files if Path(name).is_file()}
         return json.loads(json.dumps(content))
 
 
@@ -144,8 +148,8 @@ def _check_data(job: CompressJob) -> None:
         raise MethodError("--minutes is for models that learn without labels: with --label give --epochs")
     if label is not None and job.train is None and job.evaluation is None and job.calibration is None:
         raise DataError("--label is the name of a column: give --train, --eval or --calibration")
-    if job.regression and label is None:
-        raise DataError("--regression is about labels: name their column with --label")
+    if job.task not in (None, "tokens") and label is None:
+        raise DataError("--task is about labels: name their column with --label, or give --source and --target")
     if job.needs != "nothing" and job.calibration is None and job.train is None:
         raise DataError(
             f"method '{job.chosen}' needs {job.needs} to measure on: give --calibration or --train, or use 'svd'"

@@ -6,7 +6,8 @@ import dataclasses
 import time
 
 from factorformer.cli._inputs import check_teacher, load_teacher, note_new_head, save, saved, update
-from factorformer.cli._texts import about, encode_table, read_table
+from factorformer.cli._text_files import Source
+from factorformer.cli._texts import about, columns_in, encode_table, read_table
 from factorformer.hf.source import find, load_tokenizer, read_config
 from factorformer.layers.quantization import hold_floats, quantize
 from factorformer.progress import bars
@@ -15,18 +16,19 @@ from factorformer.tasks.classification import find_head, labels_of, load_classif
 from factorformer.tasks.data import Columns, check_lengths
 from factorformer.tasks.evaluation import evaluate
 from factorformer.tasks.finetuning import TrainingSettings, train
+from factorformer.tasks.labels import Kind
 from factorformer.tasks.trainer import in_full_precision
 
 
 def run(
     model_name: str,
     output: str,
-    train_file: str,
-    eval_file: str | None,
+    train_file: Source,
+    eval_file: Source | None,
     columns: Columns,
     settings: TrainingSettings,
     *,
-    regression: bool,
+    task: Kind | None,
     max_length: int,
     distill: str | None,
     device: str,
@@ -34,21 +36,22 @@ def run(
 ) -> Result:
     """Check, train, save, measure; no weight is read before everything is checked. Options as its help has them."""
     started = time.perf_counter()
-    path, label = find(model_name), columns.label
-    assert label is not None
+    path, learned = find(model_name), columns_in(train_file, columns)
+    assert learned.label is not None
     config = read_config(path)
-    rows = read_table(train_file, columns)
-    eval_rows = None if eval_file is None else read_table(eval_file, columns)
+    rows = read_table(train_file, learned)
+    eval_rows = None if eval_file is None else read_table(eval_file, columns_in(eval_file, columns))
     with about(train_file):
-        labels = labels_of(config, rows, label, regression=regression, words=columns.words)
+        labels = labels_of(path, config, rows, learned.label, task)
         head = find_head(path, labels, config)
     note_new_head(head)
     if distill is not None:
         check_teacher(distill, config, head)
     tokenizer = load_tokenizer(path)
-    options = (columns, tokenizer, head.labels, max_length, config)
-    data = encode_table(train_file, rows, *options)
-    eval_data = None if eval_file is None or eval_rows is None else encode_table(eval_file, eval_rows, *options)
+    options = (tokenizer, head.labels, max_length, config)
+    data, eval_data = encode_table(train_file, rows, learned, *options), None
+    if eval_file is not None and eval_rows is not None:
+        eval_data = encode_table(eval_file, eval_rows, columns_in(eval_file, columns), *options)
     model = load_classifier(path, head.labels, settings.seed, None, device).model
     for encoded in (data, eval_data):
         if encoded is not None:
