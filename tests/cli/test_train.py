@@ -251,7 +251,7 @@ def test_an_interrupted_run_can_be_started_anew(run: Any, tmp_path: Path, interr
         (["--text", "text.txt"], "--train.*--text names a column"),
         (["--source", "train.de"], "--source alone"),
         (["--target", "train.en"], "--target alone"),
-        ([*PAIRS, "--eval-source", "dev.de"], "--eval-source and --eval-target.*together"),
+        ([*PAIRS, "--eval-source", "dev.de"], "--eval-source alone.*--eval-target"),
         (["--train", "text.txt", "--eval-source", "dev.de", "--eval-target", "dev.en"], "--eval-source.*translations"),
         ([*PAIRS, "--train", "text.txt"], "--train.*language models"),
         ([*PAIRS, "--config", "bert"], "'bert'.*--train"),

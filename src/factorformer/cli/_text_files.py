@@ -93,8 +93,7 @@ class TextFiles:
 
     def __post_init__(self) -> None:
         source_of("--train", None, self.source, self.target)
-        if (self.eval_source is None) != (self.eval_target is None):
-            raise DataError("--eval-source and --eval-target are measured on together: give both or none")
+        source_of("--eval", None, self.eval_source, self.eval_target, "eval-")
         plain = self.train is not None
         if self.pairs and (plain or self.evaluation is not None or self.text is not None):
             raise DataError(

@@ -21,6 +21,9 @@ class StraightThroughCallback(TrainerCallback):
 
     Args:
         straight: made of the model before the `Trainer`, so that the optimizer sees its shadows.
+
+    Raises:
+        ModelError: when training begins, where parameters would be sharded.
     """
 
     def __init__(self, straight: StraightThrough) -> None:
@@ -29,7 +32,8 @@ class StraightThroughCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """A checkpoint may just have been loaded."""
+        """Refuse what would hold shadows in parts; and a checkpoint may just have been loaded."""
+        _check_whole(args, "straight-through projections")
         self.straight.refresh()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -74,8 +78,7 @@ class DynamicRankCallback(TrainerCallback):
         """Refuse what would load larger tensors into a smaller model, or hide parameters."""
         if args.load_best_model_at_end:
             raise ModelError("load_best_model_at_end would load tensors of other ranks: set it to False")
-        if args.fsdp or args.deepspeed:
-            raise ModelError("dynamic ranks need whole parameters in every process: train without FSDP and DeepSpeed")
+        _check_whole(args, "dynamic ranks")
         if state.global_step != self.ranks.done:
             raise ModelError(
                 f"the Trainer begins after step {state.global_step}, the dynamic ranks after step {self.ranks.done}: "
@@ -103,6 +106,12 @@ class DynamicRankCallback(TrainerCallback):
     ) -> None:
         """Meet the budget, if training was too short for it, and let go of the model."""
         self.ranks.finish(kwargs.get("optimizer"))
+
+
+def _check_whole(args: TrainingArguments, training: str) -> None:
+    """Raise `ModelError` where the `Trainer` would hold parameters in parts."""
+    if args.fsdp or args.deepspeed:
+        raise ModelError(f"{training} need whole parameters in every process: train without FSDP and DeepSpeed")
 
 
 def moving(straight: StraightThrough | None, ranks: DynamicRank | None) -> list[TrainerCallback]:

@@ -43,10 +43,33 @@ def is_hooked(module: nn.Module) -> bool:
     return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
+def placement_of(module: nn.Module) -> Any | None:
+    """What of accelerate brings inputs to the device of a module's weights, as `device_map` asks for.
+
+    None where that is not all that has a part in its calls, or where the weights are offloaded. Relies on `_hf_hook`,
+    `_old_forward` and the fields of `AlignDevicesHook`: accelerate/hooks.py.
+    """
+    hook = vars(module).get("_hf_hook")
+    own = getattr(vars(module).get("_old_forward"), "__func__", None) is type(module).forward
+    if hook is None or type(hook).__name__ != "AlignDevicesHook" or hook.offload or not own or is_hooked(module):
+        return None
+    return hook
+
+
+def place_like(module: nn.Module, placement: Any) -> None:
+    """Bring the inputs of a module to its weights, as `placement_of` another one does."""
+    from accelerate.hooks import add_hook_to_module
+
+    add_hook_to_module(module, placement)
+
+
 def drop_hooks(module: nn.Module) -> None:
-    """Let nothing but the module itself have a part in its calls; see `is_hooked`."""
+    """Let nothing but the module itself have a part in its calls; see `is_hooked` and `placement_of`."""
     module._forward_hooks.clear()
     module._forward_pre_hooks.clear()
+    if placement_of(module) is not None:
+        for name in ("forward", "_old_forward", "_hf_hook"):
+            del vars(module)[name]
 
 
 def initialize(model: transformers.PreTrainedModel, module: nn.Module) -> None:

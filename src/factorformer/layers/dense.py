@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from factorformer.layers._compat import is_hooked, with_parameters
+from factorformer.layers._compat import is_hooked, placement_of, with_parameters
 from factorformer.structures import Shape
 
 
@@ -42,7 +42,7 @@ def _is_plain(module: nn.Linear | nn.Embedding | Conv1D) -> bool:
 
 def is_altered(module: nn.Module) -> bool:
     """Whether hooks, or a `forward` of its own, may change what a module computes and would be lost with it."""
-    return is_hooked(module) or "forward" in vars(module)
+    return is_hooked(module) or ("forward" in vars(module) and placement_of(module) is None)
 
 
 def _computes_product(module: nn.Linear | nn.Embedding, dtype: torch.dtype) -> bool:

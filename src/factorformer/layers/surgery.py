@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from factorformer.errors import MethodError, ModelError, one_of
+from factorformer.layers._compat import place_like, placement_of
 from factorformer.layers.bypass import bypassed
 from factorformer.layers.dense import dense_shape, is_altered, is_transposed
 from factorformer.layers.embeddings import embeddings_of
@@ -253,7 +254,10 @@ def _other_kind(model: nn.Module, owner: nn.Module, path: str, parameter: nn.Par
         chosen = getattr(getattr(model, "config", None), "num_experts_per_tok", None) or len(parameter)
         return "expert weights fused in a 3-D parameter", chosen / len(parameter)
     if isinstance(owner, (nn.Linear, nn.Embedding, Conv1D)) and is_altered(owner):
-        return "a layer with hooks", int(not isinstance(owner, nn.Embedding))
+        what = "a layer with hooks"
+        if parameter.is_meta:
+            what = "offloaded by device_map: load the model whole, or compress it by --stream"
+        return what, int(not isinstance(owner, nn.Embedding))
     if isinstance(owner, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
         return "a convolution", 1
     return "not a linear layer or embedding", int(parameter.dim() == 2 and not isinstance(owner, nn.Embedding))
@@ -331,6 +335,8 @@ def factorize(model: nn.Module, matrix: Matrix, spec: Structure, factors: Factor
         if matrix.bits is not None:
             new.fake_quantize(matrix.bits)
         replace_module(model, old, new)
+        if (placement := placement_of(old)) is not None:
+            place_like(new, placement)
         factors = new.factors
     if frozen:
         for name, value in factors.items():

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
+from factorformer.errors import ModelError
 from factorformer.layers._compat import IGNORED
 
 
@@ -51,6 +52,19 @@ def processes() -> int:
     """How many processes train together."""
     distributed = torch.distributed
     return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
+
+
+def check_whole(parameters: Iterable[Tensor], training: str) -> None:
+    """Raise `ModelError` if a parameter is held in parts by several processes, as `fully_shard` has it."""
+    if not torch.distributed.is_available():
+        return
+    from torch.distributed.tensor import DTensor
+
+    if any(isinstance(parameter, DTensor) for parameter in parameters):
+        raise ModelError(
+            f"{training} need whole parameters in every process, and these are sharded: train in "
+            "DistributedDataParallel, or compress first and shard factors that are trained as they are"
+        )
 
 
 def copy_from_first(tensors: Iterable[Tensor]) -> None:

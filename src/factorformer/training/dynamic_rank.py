@@ -22,7 +22,7 @@ from factorformer.fitting.batches import Batch
 from factorformer.planning import Plan
 from factorformer.progress import Progress, silent
 from factorformer.structures import Structure
-from factorformer.training.data_parallel import GradientAveraging, copy_from_first
+from factorformer.training.data_parallel import GradientAveraging, check_whole, copy_from_first
 from factorformer.training.optimizer_state import bare, check_holds
 from factorformer.training.rank_checkpoint import RankCheckpoint
 from factorformer.training.rank_history import RankHistory
@@ -152,6 +152,9 @@ class DynamicRank:
         Args:
             done: optimizer steps before this one.
             total: optimizer steps of the whole training.
+
+        Raises:
+            ModelError: parameters are sharded over processes.
         """
         self.align()
         if not self.finished and done % self.settings.importance_interval == 0:
@@ -193,6 +196,7 @@ class DynamicRank:
     def align(self) -> None:
         """Once, give all processes the weights and components of the first one, as data-parallel wrappers do."""
         if not self._aligned:
+            check_whole(self.model.parameters(), "dynamic ranks")
             for units in self.units:
                 copy_from_first(parameter.data for parameter in units.parameters.values())
                 copy_from_first(units.groups() if isinstance(units, DenseUnits) else ())

@@ -27,6 +27,7 @@ from factorformer.kernels.support import unpack
 from factorformer.layers.dense import dense_shape, dense_weight
 from factorformer.layers.nn import TEMPORARY, FactorizedLinear, FactorizedMatrix
 from factorformer.structures import DenseSparse
+from factorformer.training.data_parallel import check_whole
 
 SHADOW, PROJECTION, FROZEN, MOMENT = TEMPORARY
 
@@ -111,7 +112,11 @@ class StraightThrough:
         Args:
             done: optimizer steps so far, at least 1.
             total: optimizer steps of the whole training.
+
+        Raises:
+            ModelError: parameters are sharded over processes.
         """
+        check_whole((form.shadow for form in self.forms.values()), "straight-through projections")
         for form in self.forms.values():
             form.after_step(done, total)
 
