@@ -3,10 +3,9 @@
     python benchmarks/one_row.py
 
 For each shape and structure, and for dense matrices: as many different layers as fill `--megabytes`, more than caches
-hold, called one after another, in float32 and in int8, and in 4 bits where the structure has such a product. Rounds are
-interleaved with a copy of as many bytes. The floor is the time in which memory moves the layers' bytes at the rate of
-the copy, which reads each byte and writes it. Small matrices take longer than that to be called from Python at all;
-`call` is the time of a layer of a few bytes.
+hold, called one after another, in float32 and in int8. Rounds are interleaved with a copy of as many bytes. The floor
+is the time in which memory moves the layers' bytes at the rate of the copy, which reads each byte and writes it. Small
+matrices take longer than that to be called from Python at all; `call_milliseconds` are those of a few bytes.
 """
 
 from __future__ import annotations
@@ -27,23 +26,27 @@ from factorformer.planning.evidence.times import interleaved
 from factorformer.structures.dense import Dense
 from factorformer.structures.integers import Bits, quantize
 
-WIDTHS: tuple[Bits | None, ...] = (None, 8, 4)
+WIDTHS: tuple[Bits | None, ...] = (None, 8)
+
+TERMS = 16
+"""Kronecker products in a sum, at most: with more of them it is their multiply-adds that take the time."""
 
 SHAPES = [(576, 576), (1536, 576), (768, 3072), (4096, 4096), (11008, 4096)]
 """Of SmolLM2-135M, of BERT, and of models of seven billion parameters."""
 
 
 def specs(shape: tuple[int, int]) -> dict[str, Structure]:
-    """A size of each structure that has a third of the values of the matrix."""
+    """A size of each structure that has a third of the values of the matrix; Kronecker sums have fewer."""
     out, inner = shape
     third = out * inner / 3
     side = min(shape)
-    nonzeros = max(round(third / 2 / max(shape) / 8) * 8, 8)
-    atoms = max(round((third - nonzeros * max(shape)) / side / 8) * 8, 2 * nonzeros)
+    nonzeros = round(third / 4 / max(shape) / 8) * 8
+    atoms = round((third - nonzeros * max(shape)) / side / 8) * 8
+    one = KroneckerSum.of(shape, 1).parameters(shape)
     return {
         "low_rank": LowRank(round(third / (out + inner))),
-        "dense_sparse": DenseSparse.of(shape, min(atoms, side), nonzeros),
-        "kronecker_sum": KroneckerSum.of(shape, 8),
+        "dense_sparse": DenseSparse.of(shape, atoms, nonzeros),
+        "kronecker_sum": KroneckerSum.of(shape, min(round(third / one), TERMS)),
     }
 
 
@@ -68,7 +71,7 @@ def layers_of(
 def cell(shape: tuple[int, int], name: str, spec: Structure | None, bits: Bits | None, args: Any) -> dict[str, Any]:
     """Milliseconds of a layer, and how many times those in which memory moves its bytes."""
     layers, size = layers_of(spec, shape, bits, args.megabytes * 10**6)
-    x, whole = torch.randn(1, shape[1]), torch.empty(len(layers) * size // 4)
+    x, whole = torch.randn(1, shape[1]), torch.rand(len(layers) * size // 4)
     target = torch.empty_like(whole)
 
     def run() -> None:

@@ -533,6 +533,68 @@ def fits() -> list[str]:
     return markdown(header, table) + measured_with([row["machine"] for row in rows])
 
 
+def decoders() -> list[str]:
+    """Perplexities of language models on both texts, before and after training, and what that took."""
+    found = [row for row in rows_of("decoders.jsonl") if "text" in row]
+    cells = {(row["model"], row["keep"], row["method"]) for row in found}
+    table = []
+    for model, keep, method in sorted(cells, key=lambda cell: (cell[0], -(cell[1] or 1), cell[2])):
+        same = [row for row in found if (row["model"], row["keep"], row["method"]) == (model, keep, method)]
+        fitted = next(row for row in same if not row["healed"])
+        healed = max((row for row in same if row["healed"]), key=lambda row: row["healed"], default=None)
+        size = f"{100 * fitted['reached']:.0f} %" if "reached" in fitted else "100 %"
+        kept = [
+            f"{row['text'][text]['perplexity']:.1f}" if row else ""
+            for text in ("wikitext2", "multi30k")
+            for row in (fitted, healed)
+        ]
+        seconds = sum(fitted["seconds"].get(part, 0) for part in ("plan", "compress"))
+        trained = f"{healed['healed']:,}, {healed['seconds']['heal'] / 60:.0f} minutes" if healed else ""
+        memory = "" if method == "original" else f"{fitted['peak_bytes'] / 1e9:.1f}"
+        table.append([model, size, f"`{method}`", *kept, f"{seconds:.0f}" if seconds else "", memory, trained])
+    header = ["model", "bytes of blocks", "method", "WikiText-2", "trained", "multi30k", "trained", "seconds", "GB"]
+    header += ["tokens of training"]
+    return markdown(header, table) + measured_with([row["machine"] for row in found])
+
+
+def decoder_costs() -> list[str]:
+    """Seconds and memory of models of random weights."""
+    found = [row for row in rows_of("decoders.jsonl") if "text" not in row]
+    table = [
+        [
+            row["model"],
+            f"{row['matrices']}",
+            f"`{row['method']}`",
+            f"{row['seconds']['plan']:.0f}",
+            f"{row['seconds']['compress']:.0f}",
+            f"{row['peak_bytes'] / 1e9:.1f}",
+        ]
+        for row in sorted(found, key=lambda row: (row["model"], row["method"]))
+    ]
+    header = ["sizes of", "matrices", "method", "seconds of the plan", "of fits", "GB"]
+    return markdown(header, table) + measured_with([row["machine"] for row in found])
+
+
+def one_row() -> list[str]:
+    """One row times each structure: milliseconds, and how many times those in which memory moves its bytes."""
+    found = rows_of("one_row.jsonl")
+    cells = {(tuple(row["shape"]), row["structure"], row["bits"]): row for row in found}
+    table = []
+    for shape, kind in dict.fromkeys(key[:2] for key in cells):
+        line = [f"{shape[0]:,} x {shape[1]:,}", f"`{kind}`"]
+        for bits in (None, 8):
+            row = cells[shape, kind, bits]
+            line.append(f"{row['milliseconds']:.3f} ({row['times_floor'][1]:.1f})")
+        table.append(line)
+    header = ["matrix", "structure", "float32", "int8"]
+    rates = sorted(row["copy_gigabytes_per_second"] for row in found)
+    extra = (
+        f"; copies moved {rates[0]:.0f} to {rates[-1]:.0f} GB/s; a call of next to nothing takes "
+        f"{found[0]['call_milliseconds']:.3f} ms"
+    )
+    return markdown(header, table) + measured_with([row["machine"] for row in found], extra)
+
+
 def ordered() -> list[str]:
     """Of each model and ratio: the rise where matrices are fitted to the dense inputs, and where in order."""
     rows = [row for row in rows_of("fits.jsonl") if row.get("method") == "fisher" and not row["int8"]]
@@ -749,6 +811,9 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "steps": steps,
     "planning": planning,
     "fits": fits,
+    "decoders": decoders,
+    "decoder-costs": decoder_costs,
+    "one-row": one_row,
     "fits-order": ordered,
     "fits-int8": fits_int8,
     "predicted-plans": predicted_plans,

@@ -209,7 +209,7 @@ def translator(base: Path, tmp_path: Path) -> Callable[..., Path]:
     return make
 
 
-def test_texts_are_written_for_texts(run: Any, translator: Callable[..., Path], tables: Path, tmp_path: Path) -> None:
+def test_texts_are_written_for_texts(run: Any, translator: Callable[..., Path], base: Path, tmp_path: Path) -> None:
     source = translator("T5ForConditionalGeneration")
     tf.AutoTokenizer.from_pretrained(source, eos_token="[SEP]").save_pretrained(source)
     rows = [{"text": f"{a} {b}", "other": f"{b} {a} {b}"} for a in (*GOOD, *BAD) for b in ("film", "book")]
@@ -234,26 +234,20 @@ def test_texts_are_written_for_texts(run: Any, translator: Callable[..., Path], 
     training = (*two, "--eval-source", lines["source"], "--eval-target", lines["target"], "--json")
     again = metrics(run("finetune", source, tmp_path / "again", *training, *FAST[2:], "--epochs", 40))
     assert again == first
-    again = metrics(
-        run(
-            "compress",
-            tmp_path / "dense",
-            tmp_path / "two",
-            "--ratio",
-            2,
-            *training,
-            *HEALED,
-            "--distill",
-            tmp_path / "dense",
-        )
-    )
+    training = (*training, *HEALED, "--distill", tmp_path / "dense")
+    again = metrics(run("compress", tmp_path / "dense", tmp_path / "two", "--ratio", 2, *training))
     assert again == small
+    for command in ("finetune", "compress"):
+        refused = run(command, base, tmp_path / "out", *two)
+        assert refused.exit_code == 2
+        assert "writes no texts" in refused.stderr
     for command, options, message in (
         ("finetune", ("--train", pairs, "--text", "text", "--text", "other"), "column 'label'"),
         ("finetune", two[:2], "--source alone.*--target"),
         ("finetune", (*two, "--train", pairs), "the one or the others"),
         ("finetune", (*two, "--eval-target", pairs), "--eval-target alone.*--eval-source"),
-        ("finetune", (*two, "--task", "classification"), "one label a text"),
+        ("finetune", (*two, "--task", "classification"), "leave one out"),
+        ("compress", ("--train", pairs, *training[4:8]), "without --label"),
         ("finetune", (), "--train, or --source"),
         ("compress", ("--task", "text-to-text", "--train", pairs, "--distill", source), "--label, or give --source"),
         ("evaluate", (), "--data, or --source"),

@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 import typer
 
 from factorformer import processes
-from factorformer.errors import MethodError
+from factorformer.cli._text_files import Parallel, Source
+from factorformer.errors import DataError, MethodError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -214,9 +215,10 @@ Task = Annotated[
     data_option(
         "--task",
         show_default=False,
-        help="What labels mean, by default what model and labels say: fractions are scores ('regression'), lists any "
-        "number of classes ('multi-label'), objects answers. Of 'token-classification' texts are lists of words, and "
-        "labels lists with a label for each (JSONL or Parquet hold lists).",
+        help="What labels mean, by default what they say: fractions are scores ('regression'), lists any number of "
+        "classes ('multi-label'), objects answers. 'token-classification' has to be said: texts are lists of words "
+        "then, and labels lists with a label for each (JSONL or Parquet hold lists). A model with a head for another "
+        "task is refused.",
     ),
 ]
 LabelColumn = Annotated[
@@ -365,8 +367,16 @@ Overwrite = Annotated[
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else on standard output.")]
 
 
-def kind_of(task: TaskChoice | None) -> Kind | None:
-    """What a task is called inside."""
+def kind_of(task: TaskChoice | None, *sources: Source | None) -> Kind | None:
+    """What a task is called inside; two files of texts say it themselves.
+
+    Raises:
+        DataError: another one was given beside these.
+    """
+    if any(isinstance(source, Parallel) for source in sources):
+        if task not in (None, TaskChoice.text):
+            raise DataError(f"--source and --target are for text-to-text, and --task is {task.value}: leave one out")
+        return "text"
     return None if task is None else cast("Kind", task.name)
 
 

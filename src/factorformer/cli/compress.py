@@ -54,7 +54,16 @@ from factorformer.cli._options import (
     place_of,
     training_option,
 )
-from factorformer.cli._text_files import EvalSourceFile, EvalTargetFile, SourceFile, TargetFile
+from factorformer.cli._text_files import (
+    PAIR,
+    EvalSourceFile,
+    EvalTargetFile,
+    SourceFile,
+    TargetFile,
+    names_of,
+    source_of,
+)
+from factorformer.errors import DataError
 
 LearningRate = Annotated[
     float | None,
@@ -179,15 +188,17 @@ def compress(
       factorformer compress chat/ small-chat/ --ratio 1.5 --train wiki.txt --distill chat/ \\
           --minutes 60
     """
-    from factorformer.cli._text_files import PAIR, names_of, source_of
     from factorformer.files import check_output
 
     learned = source_of("--train", train, source, target)
     judged = source_of("--eval", evaluation, eval_source, eval_target, "eval-")
     files = (calibration, trim_vocabulary, *names_of(learned, judged))
     check_output(output, overwrite=overwrite, inputs=(model, plan, distill, *files))
-    if source is not None or eval_source is not None:
-        label = label or PAIR[1]
+    if label is None and train is not None and eval_source is not None:
+        raise DataError("--train is plain text without --label, and --eval-source is measured on by its translations")
+    if train is None and evaluation is None and (source is not None or eval_source is not None):
+        note_unused("beside --source and --target", "label", *(() if calibration is not None else ("text",)))
+        label = PAIR[1]
     if learned is None:
         read = ("epochs", "minutes", "lr", "freeze_embeddings", "factors_only", "gradient_checkpointing")
         note_unused("without --train", *read)
@@ -237,7 +248,7 @@ def compress(
         trim_vocabulary=trim_vocabulary,
         plan=None if plan is None else Plan.load(plan),
         columns=columns_of(text, label, task),
-        task=kind_of(task),
+        task=kind_of(task, learned, judged),
         train=learned,
         evaluation=judged,
         calibration=calibration,

@@ -150,8 +150,10 @@ def evaluate(
         raise MethodError(
             f"--data was given {len(files)} times: several files are for --against and for language models"
         )
+    if source is not None:
+        note_unused("beside --source and --target", "text", "label")
     columns = columns_in(measured, columns_of(text, label or "label", task))
-    head = check_head(path, config, kind_of(task))
+    head = check_head(path, config, kind_of(task, measured))
     rows = read_table(measured, columns)
     with about(measured):
         labels = labels_for(head, rows, columns.label or "")

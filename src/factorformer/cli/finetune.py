@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from factorformer.cli._given import note_unused
 from factorformer.cli._options import (
     LENGTH,
     AsJson,
@@ -26,7 +27,7 @@ from factorformer.cli._options import (
     kind_of,
     place_of,
 )
-from factorformer.cli._text_files import EvalSourceFile, EvalTargetFile, SourceFile, TargetFile
+from factorformer.cli._text_files import EvalSourceFile, EvalTargetFile, SourceFile, TargetFile, names_of, source_of
 from factorformer.errors import DataError
 
 
@@ -81,7 +82,6 @@ def finetune(
           --text words --label tags --task token-classification
       factorformer finetune t5/ translator/ --source train.de --target train.en
     """
-    from factorformer.cli._text_files import names_of, source_of
     from factorformer.files import check_output
 
     learned = source_of("--train", train, source, target)
@@ -89,6 +89,8 @@ def finetune(
     check_output(output, overwrite=overwrite, inputs=(model, distill, *names_of(learned, judged)))
     if learned is None:
         raise DataError("there is nothing to learn: give --train, or --source and --target")
+    if train is None and evaluation is None:
+        note_unused("beside --source and --target", "text", "label")
     from factorformer.cli._jobs.finetune import run
     from factorformer.cli._texts import columns_of
     from factorformer.tasks.finetuning import TrainingSettings
@@ -100,7 +102,7 @@ def finetune(
         judged,
         columns_of(text, label or "label", task),
         TrainingSettings(epochs, lr, batch_size, seed, freeze_embeddings=freeze_embeddings),
-        task=kind_of(task),
+        task=kind_of(task, learned, judged),
         max_length=max_length,
         distill=distill,
         device=place_of(device),

@@ -35,6 +35,7 @@ from factorformer.cli._options import (
     SequenceLength,
     Share,
     Task,
+    TaskChoice,
     TextColumns,
     emit,
     note,
@@ -131,6 +132,10 @@ def plan(
     if needs == "nothing" and calibration is not None:
         note(f"method '{chosen}' measures nothing: --calibration is not used")
         calibration = None
+    if task not in (None, TaskChoice.tokens):
+        raise DataError(
+            "`plan` reads no labels: of --task it knows token-classification, whose texts are lists of words"
+        )
     if calibration is None:
         read = ("text", "task", "max_length", "sequence_length")
         note_unused("without --calibration", *read, "calibration_rows", "seed")

@@ -6,7 +6,6 @@ layers in the place of one wherever the configuration says so.
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import json
 import os
@@ -27,6 +26,7 @@ from factorformer.files import check_output, output_directory
 from factorformer.hf import compat
 from factorformer.hf.attachment import detach
 from factorformer.hf.source import copy_companions, find, load_model, place_of_weights
+from factorformer.layers._compat import undivided
 from factorformer.layers.dummies import accepted
 from factorformer.layers.nn import FactorizedEmbedding, FactorizedMatrix
 from factorformer.layers.surgery import replace_module
@@ -120,7 +120,7 @@ def export(
     """
     source = None if isinstance(model, PreTrainedModel) else find(os.fspath(model))
     check_output(path, overwrite=overwrite, inputs=() if source is None else (source,))
-    whole = copy.deepcopy(model) if isinstance(model, PreTrainedModel) else load_model(Path(source or ""), device="cpu")
+    whole = undivided(model) if isinstance(model, PreTrainedModel) else load_model(Path(source or ""), device="cpu")
     whole.cpu().eval()
     kind = type(whole)
     loaders = _loaders(kind, compat.base_class(whole.config))

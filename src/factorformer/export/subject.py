@@ -23,6 +23,7 @@ from factorformer.files import check_files, check_output, output_directory, outp
 from factorformer.hf.checkpoint import choose
 from factorformer.hf.layout import place
 from factorformer.hf.source import load_model, load_tokenizer, most_tokens
+from factorformer.layers._compat import undivided
 
 TOLERANCE = 1e-4
 """Of the norm of the outputs, by which those of a file in float32 may deviate from torch's."""
@@ -300,7 +301,7 @@ def prepare(
         if inside:
             raise ExportError(f"a {type(model).__name__} in memory has no directory to put '{folder}' in: give a path")
         check_output(path, overwrite=overwrite)
-        whole = copy.deepcopy(model)
+        whole = undivided(model)
     else:
         layout = layout_of(os.fspath(model), inside=inside)
         if path is None:

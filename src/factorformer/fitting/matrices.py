@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from factorformer.errors import FactorformerError
+from factorformer.errors import FactorformerError, ModelError
 from factorformer.fitting import Metric, MetricName, fit, round_factors
 from factorformer.fitting import statistics as calibrate
 from factorformer.fitting.batches import Batch
@@ -147,6 +147,9 @@ def fit_stack(
     `stored` is as for `fit_weight`.
     """
     weights = [dense_weight(model.get_submodule(member.matrix.name)) for member in members]
+    if len({weight.device for weight in weights}) > 1:
+        names = f"'{members[0].matrix.name}' and '{members[-1].matrix.name}'"
+        raise ModelError(f"{names} are on several devices, and can share no factors: leave out share=")
     rows = torch.cat([w if member.side == "rows" else w.T for w, member in zip(weights, members, strict=True)])
     try:
         metric = Metric.of_stack(members, statistics)

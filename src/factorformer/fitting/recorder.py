@@ -109,7 +109,7 @@ class Recorder:
     def _hook(self, name: str, path: str) -> Callable[[nn.Module, Any, Any], Tensor]:
         def see(module: nn.Module, inputs: Any, output: Any) -> Tensor:
             self.seen.add(name)
-            return self._see(name, path, module, inputs[0], output)
+            return self._see(name, path, module, inputs[0].to(output.device), output)  # which a hook may do later
 
         return see
 

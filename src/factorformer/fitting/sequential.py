@@ -185,7 +185,8 @@ def _check_same(call: _Call, hidden: Tensor, output: Tensor) -> None:
     if call.output is None:
         return
     known, again = call.output.float(), output.float()
-    change = known - hidden.float() if known.shape == hidden.shape else known
+    hidden = hidden.to(known)  # of the block before it, which may be on another device
+    change = known - hidden if known.shape == hidden.shape else known
     if known.shape != again.shape or float((known - again).norm()) > REPEATS * float(change.norm()):
         raise _CannotRepeat
 

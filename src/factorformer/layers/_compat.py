@@ -10,13 +10,15 @@ import copy
 import itertools
 import operator
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import transformers
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
 from torch.utils._pytree import tree_leaves as tree_leaves
+
+Model = TypeVar("Model", bound=nn.Module)
 
 IGNORED = "_ddp_params_and_buffers_to_ignore"
 """Where `DistributedDataParallel` looks, in a model, for names that it is to leave alone."""
@@ -56,20 +58,45 @@ def placement_of(module: nn.Module) -> Any | None:
     return hook
 
 
-def place_like(module: nn.Module, placement: Any) -> None:
-    """Bring the inputs of a module to its weights, as `placement_of` another one does."""
-    from accelerate.hooks import add_hook_to_module
+def place_like(module: nn.Module, other: nn.Module) -> None:
+    """Let accelerate bring inputs to a module that takes the place of another one, if it did so for that."""
+    placement = placement_of(other)
+    if placement is not None:
+        from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 
-    add_hook_to_module(module, placement)
+        # A new one: that of the other holds on to its weights, where these are tied.
+        known = {name: getattr(placement, name) for name in ("execution_device", "io_same_device", "skip_keys")}
+        add_hook_to_module(module, AlignDevicesHook(**known))
+
+
+def is_offloaded(module: nn.Module) -> bool:
+    """Whether accelerate brings the weights of a module into memory for each call alone; see `placement_of`."""
+    return "_hf_hook" in vars(module) and any(parameter.is_meta for parameter in module.parameters(recurse=False))
+
+
+def undivided(model: Model) -> Model:
+    """A deep copy that can be moved to one device: accelerate has no part in it."""
+    twin = copy.deepcopy(model)
+    for module in twin.modules():
+        _release(module)
+    return twin
+
+
+def _release(module: nn.Module) -> None:
+    """Let accelerate have no part in the calls of a module."""
+    if "_hf_hook" in vars(module):
+        from accelerate.hooks import remove_hook_from_module
+
+        remove_hook_from_module(module)
+        if getattr(vars(module).get("forward"), "__func__", None) is type(module).forward:
+            del vars(module)["forward"]  # that of the class, which may become another one
 
 
 def drop_hooks(module: nn.Module) -> None:
     """Let nothing but the module itself have a part in its calls; see `is_hooked` and `placement_of`."""
     module._forward_hooks.clear()
     module._forward_pre_hooks.clear()
-    if placement_of(module) is not None:
-        for name in ("forward", "_old_forward", "_hf_hook"):
-            del vars(module)[name]
+    _release(module)
 
 
 def initialize(model: transformers.PreTrainedModel, module: nn.Module) -> None:
@@ -87,6 +114,8 @@ def with_parameters(module: nn.Module, parameters: Mapping[str, nn.Parameter | N
     """
     twin = copy.copy(module)
     vars(twin)["_parameters"] = dict(parameters)
+    if placement_of(module) is not None:  # it would call the module itself
+        del vars(twin)["forward"]
     return twin
 
 

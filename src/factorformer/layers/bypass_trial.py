@@ -136,7 +136,7 @@ def _watched_run(
 def found_in_initialization(model: nn.Module, layers: Mapping[str, nn.Module]) -> set[str]:
     """Layers whose weight, if it has another shape, makes the initialization of the module that holds them fail."""
     try:
-        twin = nn.Module.to(_without_memory(model), "meta")  # accelerate gives models a `to` of their own
+        twin = _without_memory(model).to("meta")
     except Exception:  # as in a trial
         return set()
     watch, copies = _Watch(), {name: twin.get_submodule(name) for name in layers}

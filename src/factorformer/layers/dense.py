@@ -42,7 +42,9 @@ def _is_plain(module: nn.Linear | nn.Embedding | Conv1D) -> bool:
 
 def is_altered(module: nn.Module) -> bool:
     """Whether hooks, or a `forward` of its own, may change what a module computes and would be lost with it."""
-    return is_hooked(module) or ("forward" in vars(module) and placement_of(module) is None)
+    own = vars(module).get("forward")
+    replaced = own is not None and getattr(own, "__func__", None) is not type(module).forward
+    return is_hooked(module) or (replaced and placement_of(module) is None)
 
 
 def _computes_product(module: nn.Linear | nn.Embedding, dtype: torch.dtype) -> bool:

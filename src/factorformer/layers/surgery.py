@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from factorformer.errors import MethodError, ModelError, one_of
-from factorformer.layers._compat import place_like, placement_of
+from factorformer.layers._compat import is_offloaded, place_like
 from factorformer.layers.bypass import bypassed
 from factorformer.layers.dense import dense_shape, is_altered, is_transposed
 from factorformer.layers.embeddings import embeddings_of
@@ -87,6 +87,12 @@ def find_matrices(
         raise ModelError(
             "the model has an adapter of PEFT, and would be saved as that alone: merge it first (`merge_and_unload`), "
             "or compress the model that it belongs to"
+        )
+    elsewhere = next((name for name, module in model.named_modules() if is_offloaded(module)), None)
+    if elsewhere is not None:
+        raise ModelError(
+            f"the weights of '{elsewhere}' are offloaded by its device_map: load the model where all of it fits, or "
+            "compress its directory by --stream"
         )
     calls = _calls_of_blocks(model)
     if scope == "blocks" and not calls:
@@ -254,10 +260,7 @@ def _other_kind(model: nn.Module, owner: nn.Module, path: str, parameter: nn.Par
         chosen = getattr(getattr(model, "config", None), "num_experts_per_tok", None) or len(parameter)
         return "expert weights fused in a 3-D parameter", chosen / len(parameter)
     if isinstance(owner, (nn.Linear, nn.Embedding, Conv1D)) and is_altered(owner):
-        what = "a layer with hooks"
-        if parameter.is_meta:
-            what = "offloaded by device_map: load the model whole, or compress it by --stream"
-        return what, int(not isinstance(owner, nn.Embedding))
+        return "a layer with hooks", int(not isinstance(owner, nn.Embedding))
     if isinstance(owner, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
         return "a convolution", 1
     return "not a linear layer or embedding", int(parameter.dim() == 2 and not isinstance(owner, nn.Embedding))
@@ -288,6 +291,7 @@ def factorized_like(
 
 def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
     """Put `new` everywhere that `old` is registered (a shared module has several parents)."""
+    place_like(new, old)
     for name in [name for name, module in model.named_modules(remove_duplicate=False) if name and module is old]:
         model.set_submodule(name, new)
 
@@ -335,8 +339,6 @@ def factorize(model: nn.Module, matrix: Matrix, spec: Structure, factors: Factor
         if matrix.bits is not None:
             new.fake_quantize(matrix.bits)
         replace_module(model, old, new)
-        if (placement := placement_of(old)) is not None:
-            place_like(new, placement)
         factors = new.factors
     if frozen:
         for name, value in factors.items():

@@ -231,7 +231,8 @@ def labels_of(
         return labels_for(own, rows, column)
     if kind == "text":
         raise ModelError(
-            f"'{path}' writes no texts: the task is {TASKS[kind]}, which is one for encoder-decoders such as T5"
+            f"'{path}' is a {_class_name(config)} and writes no texts: the task is {TASKS[kind]}, which is one for "
+            "encoder-decoders with a head for it, such as T5ForConditionalGeneration"
         )
     return Labels.of(rows, column, kind)
 
@@ -276,8 +277,8 @@ def _check_headless(path: Path, config: PretrainedConfig, labels: Labels | None)
 
 def _other_task(path: Path, config: PretrainedConfig, own: Labels, kind: Kind) -> ModelError:
     return ModelError(
-        f"'{path}' is a {_class_name(config)} whose task is {TASKS[own.kind]}, and that of the data is {TASKS[kind]}: "
-        "give labels of the model's kind, or a model without such a head"
+        f"'{path}' is a {_class_name(config)} whose task is {TASKS[own.kind]}, and that of the data, or of --task, is "
+        f"{TASKS[kind]}: give labels of the model's kind, or a model without such a head"
     )
 
 

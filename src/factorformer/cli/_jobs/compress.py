@@ -61,8 +61,8 @@ def run(job: CompressJob, *, resume: bool) -> Result:
     started = time.perf_counter()
     if processes.count() > 1 and (job.train is not None or job.stream):
         raise MethodError(
-            f"{processes.count()} processes divide calibration and fits, and neither --train nor --stream: compress by "
-            "--calibration, and train the result"
+            f"{processes.count()} processes divide calibration and fits, and neither training nor --stream: compress "
+            "by --calibration, and train the result"
         )
     if job.stream:
         if resume:

@@ -72,9 +72,7 @@ class CompressJob:
         content = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in left_out}
         content |= {name: dataclasses.asdict(content[name]) for name in ("columns", "settings", "healing")}
         content["plan"] = None if self.plan is None else self.plan.to_dict()
-        sources = ("train", "evaluation", "calibration")
-        files = names_of(*(content[name] for name in sources), self.trim_vocabulary)
-        content |= {name: None if content[name] is None else str(content[name]) for name in sources}
+        files = names_of(self.train, self.evaluation, self.calibration, self.trim_vocabulary)
         content["file_bytes"] = {name: Path(name).stat().st_size for name in files if Path(name).is_file()}
         return json.loads(json.dumps(content))
 
@@ -145,7 +143,7 @@ def _check_data(job: CompressJob) -> None:
     if job.distill is not None and job.train is None:
         raise DataError("--distill needs text to learn on: give --train")
     if job.healing.minutes is not None and job.train is not None and label is not None:
-        raise MethodError("--minutes is for models that learn without labels: with --label give --epochs")
+        raise MethodError("--minutes is for models that learn without labels: with labels give --epochs")
     if label is not None and job.train is None and job.evaluation is None and job.calibration is None:
         raise DataError("--label is the name of a column: give --train, --eval or --calibration")
     if job.task not in (None, "tokens") and label is None:

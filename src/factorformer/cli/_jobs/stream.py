@@ -124,8 +124,8 @@ def run(job: CompressJob) -> Result:
 def _refused(job: CompressJob) -> list[str]:
     """Options that are about the model as a whole."""
     given = {
-        "--train": job.train is not None,
-        "--eval": job.evaluation is not None,
+        "--train, --source": job.train is not None,
+        "--eval, --eval-source": job.evaluation is not None,
         "--scope all": job.scope == "all",
         "--budget": job.budget not in (None, "bytes"),
         "--share": job.share is not None,
