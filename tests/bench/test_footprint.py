@@ -38,6 +38,7 @@ def test_a_variant_without_a_file_is_saved_to_be_weighed(tmp_path: Path) -> None
     assert 0 < found.file_bytes < size
 
 
+@pytest.mark.usefixtures("forked_footprints")
 def test_a_process_that_fails_is_explained(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="/gone'"):
         footprint(Candidate(str(tmp_path / "gone"), tmp_path / "gone"), Shape(1, 4), threads=1)

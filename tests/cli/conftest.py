@@ -43,6 +43,12 @@ def _what_was_imported_stays() -> None:
     gc.freeze()
 
 
+@pytest.fixture(autouse=True)
+def _products_timed_briefly(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each layer of a plan is timed for as many rounds as it takes at least, and no longer."""
+    monkeypatch.setattr("factorformer.bench.layers.PART", 0.0)
+
+
 @pytest.fixture
 def run() -> Run:
     """Run the command line with these arguments."""

@@ -30,6 +30,7 @@ def small(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.mark.usefixtures("forked_footprints")
 def test_a_model_against_another(run: Any, small: Path, tmp_path: Path) -> None:
     pytest.importorskip("onnx")
     pytest.importorskip("onnxruntime")
@@ -55,6 +56,7 @@ def test_a_model_against_another(run: Any, small: Path, tmp_path: Path) -> None:
     assert "onnxruntime" in content["versions"]
 
 
+@pytest.mark.usefixtures("forked_footprints")
 def test_generation(run: Any, decoder: Path, small: Path, tmp_path: Path) -> None:
     smaller = tmp_path / "smaller"
     assert run("compress", decoder, smaller, "--ratio", 2).exit_code == 0

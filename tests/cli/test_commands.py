@@ -555,8 +555,15 @@ def test_streaming(run: Any, base: Path, tables: Path, tmp_path: Path, monkeypat
     assert content["method"] == "whitened"
     assert content["bytes"]["ratio"] == pytest.approx(2, rel=0.02)
     monkeypatch.setattr(stream, "TOO_MUCH", 0.0)
-    done = run("compress", base, tmp_path / "large", *options[2:], "--json")
+    done = run("compress", base, tmp_path / "by-loss", *options[2:], "--json")
     assert "compressed block by block" in done.stderr
+    assert "'fisher' keeps about" in done.stderr
+    content = result_of(done)
+    assert content["method"] == "fisher"
+    assert content["metrics"]["predicted_cosine_loss"] > 0
+    monkeypatch.setattr(stream, "ROOM", 0.0)
+    done = run("compress", base, tmp_path / "large", *options[2:], "--json")
+    assert "'whitened' reads inputs alone" in done.stderr
     assert result_of(done)["method"] == "whitened"
     inputs = {"input_ids": torch.tensor([[1, 5, 6, 2]])}
     whole, *others = (factorformer.load(tmp_path / name) for name in ("whole", "asked", "large"))
@@ -568,4 +575,4 @@ def test_streaming(run: Any, base: Path, tables: Path, tmp_path: Path, monkeypat
     done = run("compress", base, tmp_path / "kept", *options[2:], "--no-stream", "--json")
     assert result_of(done)["method"] == "fisher"
     check(run("compress", base, tmp_path / "no", "--stream", "--scope", "all"), "--stream .* --scope all")
-    check(run("compress", base, tmp_path / "no", "--stream", "--method", "fisher"), "--stream .* --method fisher")
+    check(run("compress", base, tmp_path / "no", "--stream", "--method", "rankdyna"), "--stream .* --method rankdyna")

@@ -143,7 +143,12 @@ def test_plain_layers(run: Any, base: Path, tmp_path: Path) -> None:
     assert "are for files" in refused.stderr
 
 
-def test_where_other_programs_look(run: Any, base_copy: Path, tmp_path: Path) -> None:
+BRIEF = ("--shape", "2x8", "--rounds", 1)
+
+
+@pytest.mark.usefixtures("forked_footprints")
+def test_where_other_programs_look(run: Any, base_copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    translate_once(monkeypatch)
     texts = tmp_path / "texts.txt"
     texts.write_text("a good film\nthe book\nthe awful film and the poor book\na fine book\n")
     (base_copy / "onnx" / "other.onnx").write_text("stays")
@@ -178,7 +183,7 @@ def test_where_other_programs_look(run: Any, base_copy: Path, tmp_path: Path) ->
         *("onnx/model.onnx", "openvino/openvino_model.bin", "openvino/openvino_model.xml")
     ]
     check(run("export", base_copy, "--inside"), "model.onnx' exists already")
-    benched = run("bench", f"openvino:{base_copy}", "--against", f"onnx:{base_copy}", "--shape", "2x8", "--json")
+    benched = run("bench", f"openvino:{base_copy}", "--against", f"onnx:{base_copy}", *BRIEF, "--json")
     content = json.loads(benched.stdout)
     assert [candidate["route"] for candidate in content["candidates"]] == ["onnxruntime", "openvino"]
     assert {"onnxruntime", "openvino"} <= content["versions"].keys()
@@ -189,8 +194,11 @@ def test_where_other_programs_look(run: Any, base_copy: Path, tmp_path: Path) ->
     check_output(base_copy, overwrite=True)  # nothing of it is anybody else's
 
 
-def test_ways_that_a_model_does_not_have_are_left_out(run: Any, base: Path, tmp_path: Path) -> None:
+def test_ways_that_a_model_does_not_have_are_left_out(
+    run: Any, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Layers of a kind that does not run in one call; and a file beside that is there already is one way more."""
+    translate_once(monkeypatch)
     sizes = {"vocab_size": 120, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     model = transformers.BertModel(transformers.BertConfig(**sizes, intermediate_size=64, hidden_act="relu"))
     model.save_pretrained(tmp_path / "relu")
@@ -223,11 +231,12 @@ def test_files_inside_lie_where_the_transformer_does(run: Any, base: Path, tmp_p
 
 
 def test_an_export_that_cannot_be_timed_is_done(run: Any, base: Path, tmp_path: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr("factorformer.cli.export.LARGEST", 1000)
-    done = run("export", base, "--output", tmp_path / "out", "--json")
+    translate_once(monkeypatch)
+    with monkeypatch.context() as patch:
+        patch.setattr("factorformer.cli.export.LARGEST", 1000)
+        done = run("export", base, "--output", tmp_path / "out", "--json")
     assert "milliseconds_file" not in result_of(done)["metrics"]
     assert "not timed" in done.stderr
-    monkeypatch.undo()
     monkeypatch.setattr("factorformer.bench.comparison.compare", lambda *_, **__: 1 / 0)
     done = run("export", base, "--output", tmp_path / "other", "--json")
     assert "milliseconds_file" not in result_of(done)["metrics"]

@@ -98,10 +98,13 @@ def test_break_even_rank_of_low_rank(shape: tuple[int, int]) -> None:
 
 @pytest.mark.slow
 def test_layers_compile_and_export_in_one_graph() -> None:
-    """And dense matrices in int8, and whole chains, compiled: all in one process, whose start takes longest."""
+    """And dense matrices in int8, and whole chains, compiled: all in one process, whose start takes longest.
+
+    Three of the cases are twins of others in what is compiled.
+    """
     check_graphs_elsewhere(
         "from tests.kernels import graph_worker\ngraph_worker.main()\n"
         "from factorformer.structures import Dense\nfrom tests.contracts.structure import Case\n"
         "from tests.contracts.test_structures import CASES, PATHS\n"
-        "cases = [*(CASES[place] for place in PATHS), Case(Dense(), (24, 16))]"
+        "cases = [*(CASES[place] for place in PATHS if place not in (4, 16, 20)), Case(Dense(), (24, 16))]"
     )

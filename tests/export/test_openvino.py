@@ -53,7 +53,7 @@ def deviation(
 @pytest.mark.parametrize("kind", ["low_rank", "dense_sparse"])
 def test_all_structures(kind: str, tokenizer: BertTokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     translate_once(monkeypatch)
-    model = structured(kind)
+    model = structured(kind, blocks=1)
     size = sum(p.numel() for p in model.parameters())
     done = export(model, tmp_path / "out", tokenizer=tokenizer)
     assert (done.inputs, done.output) == (("input_ids", "attention_mask", "token_type_ids"), "logits")
@@ -80,7 +80,7 @@ def test_factors_that_are_stored_in_integers(
     tokenizer: BertTokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     translate_once(monkeypatch)
-    model = structured("dense_sparse")
+    model = structured("dense_sparse", blocks=1)
     for module in model.modules():
         if isinstance(module, FactorizedMatrix):
             module.quantize()

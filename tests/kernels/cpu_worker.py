@@ -470,6 +470,11 @@ def main(name: str, cases: int) -> None:
     assert cpu.variant() == name, cpu.variant()
     draw = random.Random(0)
     torch.manual_seed(0)
+    if name == "amx_emulated":  # other tiles, which nothing but encoders multiply by
+        for _ in range(cases):
+            check_encoder(draw)
+        print("done", flush=True)
+        return
     codes = [check_sparse(draw, case) for case in SPARSE]
     codes += [check_sparse(draw, some_sparse(draw)) for _ in range(cases)]
     assert set(codes) == {"bitmap", "uint8", "uint16"}

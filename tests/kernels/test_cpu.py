@@ -6,10 +6,12 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from tests.fresh import Interpreter
 
 from factorformer.errors import FactorformerError, FactorformerWarning, ModelError
 from factorformer.kernels import cpu, sparse_product, support
@@ -31,9 +33,16 @@ def python(*arguments: object, package: Path | None = None, **environment: str) 
     return subprocess.run(command, env=settings, capture_output=True, text=True, timeout=900, cwd=ROOT)
 
 
-def fuzzed(variant: str, cases: int, package: Path | None = None, **environment: str) -> None:
+@pytest.fixture(scope="module")
+def with_torch() -> Iterator[Interpreter]:
+    with Interpreter("import torch, numpy", OMP_NUM_THREADS="1", OMP_WAIT_POLICY="passive") as made:
+        yield made
+
+
+def fuzzed(interpreter: Interpreter, variant: str, cases: int) -> None:
     """Run the worker, or skip where the processor does not have the variant."""
-    done = python(WORKER, variant, cases, package=package, FACTORFORMER_CPU=variant, **environment)
+    code = "import os, runpy, sys; os.environ['FACTORFORMER_CPU'] = sys.argv[2]; sys.argv = sys.argv[1:]; "
+    done = interpreter.run(code + "runpy.run_path(sys.argv[0], run_name='__main__')", WORKER, variant, cases)
     if "which this processor does not have" in done.stderr:
         pytest.skip(f"this processor does not have {variant}")
     assert done.stdout.split() == ["done"], done.stderr[-6000:]
@@ -41,12 +50,12 @@ def fuzzed(variant: str, cases: int, package: Path | None = None, **environment:
 
 @compiled
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_products_equal_float64(variant: str) -> None:
-    fuzzed(variant, 30)
+def test_products_equal_float64(variant: str, with_torch: Interpreter) -> None:
+    fuzzed(with_torch, variant, 30)
 
 
-def test_products_of_the_reference_equal_float64() -> None:
-    fuzzed(cpu.REFERENCE, 10)
+def test_products_of_the_reference_equal_float64(with_torch: Interpreter) -> None:
+    fuzzed(with_torch, cpu.REFERENCE, 10)
 
 
 @pytest.fixture

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -99,6 +99,10 @@ class FisherRecorder(Recorder):
         self.new_head = new_head
         if new_head and isinstance(model, PreTrainedModel):
             self.runs = getattr(model, model.base_model_prefix, model)
+        self.goal: Callable[[object, torch.Generator], Objective] = self._of_model
+        """What is differentiated of the output of a batch."""
+        self.drawn: Callable[[], None] = self._after_draw
+        """What follows a backward pass."""
         self.outputs: dict[str, SecondMoment] = {}
         self.squares: dict[str, Tensor] = {}
         self.looked_up: dict[str, SecondMoment] = {}
@@ -190,20 +194,20 @@ class FisherRecorder(Recorder):
     def _finish(self, output: object) -> None:
         # The same draws for the same batch, in whatever order batches come.
         generator = torch.Generator().manual_seed(fingerprint(self._batch))
-        goal = self._goal(output, generator)
+        goal = self.goal(output, generator)
         self.units, self.objective, self._draws = self.units + goal.units, goal.name, goal.draws
         self._orders, self._pooled = {}, goal.pooled
         for draw in range(goal.draws):
             self._drawn_before = draw
             goal.draw().backward(retain_graph=draw + 1 < goal.draws)
-            self._drawn()
+            self.drawn()
 
-    def _goal(self, output: object, generator: torch.Generator) -> Objective:
-        """What is differentiated."""
+    def _of_model(self, output: object, generator: torch.Generator) -> Objective:
+        """What the model is for."""
         return objective(self.runs, self._batch, output, generator)
 
-    def _drawn(self) -> None:
-        """What follows a backward pass: nothing."""
+    def _after_draw(self) -> None:
+        """Moments are of what is seen on the way."""
 
     def _statistics_of(self, name: str) -> LayerStatistics:
         parts = [self._of_product(name), self._of_look_ups(name)]

@@ -65,18 +65,20 @@ class Chain:
             self.model(**batch)
         return found[0]
 
-    def run(self, place: int, batch: Batch, hidden: Tensor) -> Tensor:
+    def run(self, place: int, batch: Batch, hidden: Tensor, *, differentiable: bool = False) -> Tensor:
         """What one block returns.
 
         Args:
             place: of the block, which has its weights.
             batch: arguments of the model.
             hidden: what the block reads of it.
+            differentiable: whether the result has a graph.
         """
         block, found = self._blocks[place], []
 
         def here(*args: Any, **kwargs: Any) -> Any:
-            output = type(block).forward(block, *args, **kwargs)
+            with torch.set_grad_enabled(differentiable):
+                output = type(block).forward(block, *args, **kwargs)
             self.lengths[place] = BARE if isinstance(output, Tensor) else len(output)
             found.append(output if isinstance(output, Tensor) else output[0])
             raise Reached
@@ -85,6 +87,12 @@ class Chain:
         with self._only(self._blocks[: place + 1], [*before, here]):
             self.model(**batch)
         return found[0]
+
+    def finish(self, batch: Batch, hidden: Tensor) -> Any:
+        """What the model makes of what the last block returned, with a graph."""
+        forwards = [self._skipped(place, hidden) for place in range(len(self._blocks))]
+        with _as(self._blocks, forwards, differentiable=True):
+            return self.model(**batch, return_dict=True)
 
     @contextlib.contextmanager
     def _only(self, blocks: list[Any], forwards: list[Callable[..., Any]]) -> Iterator[None]:
@@ -162,12 +170,12 @@ def _hidden_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
 
 
 @contextlib.contextmanager
-def _as(blocks: list[Any], forwards: list[Callable[..., Any]]) -> Iterator[None]:
-    """Blocks with other forward passes, while this lasts, and nothing differentiated."""
+def _as(blocks: list[Any], forwards: list[Callable[..., Any]], *, differentiable: bool = False) -> Iterator[None]:
+    """Blocks with other forward passes, while this lasts."""
     try:
         for block, forward in zip(blocks, forwards, strict=True):
             block.forward = forward
-        with torch.no_grad():
+        with torch.set_grad_enabled(differentiable):
             yield
     finally:
         for block in blocks:

@@ -31,12 +31,15 @@ from factorformer.hf import card
 from factorformer.hf.source import copy_companions, find, place_of_weights
 from factorformer.hf.tensors import read_sizes
 from factorformer.layers.quantization import quantize
-from factorformer.layers.surgery import factorize, factorized_like, find_blocks, replace_module
+from factorformer.layers.surgery import factorize, factorized_like, find_blocks, find_matrices, replace_module
 from factorformer.planning import Entry, Plan
+from factorformer.planning.evidence.prediction import allocated, other_width
 from factorformer.progress import Progress, silent
 from factorformer.streaming.chain import Chain
+from factorformer.streaming.curvature import Curvature
 from factorformer.streaming.stored import Stored, skeleton
-from factorformer.streaming.unfinished import Run
+from factorformer.streaming.unfinished import Run, read_object
+from factorformer.structures.integers import Bits
 from factorformer.tasks.checkpoints import locked
 
 if TYPE_CHECKING:
@@ -47,9 +50,10 @@ PART = 2**30
 
 
 def streams(method: str) -> bool:
-    """Whether a method can go block by block: it gives every matrix its part, and reads inputs at most."""
+    """Whether a method can go block by block: it gives every matrix its part, or what it predicts of the loss."""
     recipe = recipes.get(method)
     fits = recipe.metric in ("plain", "input_moment") and recipe.allocation == "uniform"
+    fits = fits or (recipe.metric == "fisher" and recipe.allocation == "by_loss")
     return fits and recipe.training not in ("straight-through", "from scratch")
 
 
@@ -73,15 +77,16 @@ def compress_checkpoint(
     """Compress the blocks of a model on disk, of which one at a time is in memory, into a model directory.
 
     Memory holds one block, the second moments of what its layers read, and the factors of one matrix on their way;
-    hidden states of the calibration batches, and what is finished, are on disk, in a hidden neighbour of the output. A
-    run that was interrupted, by whatever, goes on after the last finished block when it is called with the same
-    arguments, and makes the same files.
+    hidden states of the calibration batches, and what is finished, are on disk, in a hidden neighbour of the output.
+    `fisher` and `auto` go through all blocks twice more before, and keep there as well what every block reads, and the
+    moments of both sides of all matrices (`streaming.curvature`). A run that was interrupted, by whatever, goes on
+    after the last finished block when it is called with the same arguments, and makes the same files.
 
     Args:
         source: a model directory of safetensors, or a name on the Hub.
         output: the directory to make; it appears complete or not at all.
-        method: one that gives every matrix its part of the budget and reads no gradients (`streams`); None for
-            `whitened` with calibration data and `svd` without.
+        method: one that gives every matrix its part of the budget, or divides it by the predicted rise of the loss
+            (`streams`); None for `whitened` with calibration data and `svd` without.
         ratio, include, exclude, int8, int4, rank_multiple: as for `plan`.
         calibration: batches, as for `compress`; or what makes them for the model, which has no weights then.
         sequential: let blocks read what the compressed blocks before them make, in place of the original ones.
@@ -90,7 +95,7 @@ def compress_checkpoint(
         beside: writes further files into the directory before it appears.
 
     Raises:
-        MethodError: a method that needs gradients, or all matrices at once.
+        MethodError: a method that needs labels, or all matrices at once.
         DataError: the method needs calibration data that was not given.
         ModelError: the model's blocks cannot be run one by one, it is compressed already, or a weight is not finite.
         CheckpointError: files that cannot be read tensor by tensor.
@@ -101,8 +106,7 @@ def compress_checkpoint(
     if not streams(name):
         able = [known for known in recipes.RECIPES if streams(known)]
         raise MethodError(
-            f"method '{name}' weighs all matrices against each other, needs gradients, or trains: block by block go "
-            f"{', '.join(able)}"
+            f"method '{name}' needs labels, or a training, or learns in one: block by block go {', '.join(able)}"
         )
     if recipe.metric != "plain" and calibration is None:
         raise DataError(f"method '{name}' needs calibration data ({recipe.needs}): pass batches, or use 'svd'")
@@ -133,6 +137,10 @@ def compress_checkpoint(
         stored.fill(_outside(job))
         chain = Chain(model, batches[0])
     with locked(run.folder.with_name(f"{run.folder.name}.lock")), run.opened():
+        if recipe.metric == "fisher" and chain is not None:
+            bits: Bits | None = 8 if int8 else 4 if int4 else None
+            job.plan = _planned(job, run, chain, name, include, exclude, bits, rank_multiple)
+            chain = chain if sequential else None
         _compress_blocks(job, run, chain)
         report = _report(job, run, name, started)
         shutil.rmtree(run.assembled, ignore_errors=True)
@@ -143,6 +151,26 @@ def compress_checkpoint(
             for part in run.assembled.iterdir():
                 part.rename(partial / part.name)
     return report
+
+
+def _planned(
+    job: _Job,
+    run: Run,
+    chain: Chain,
+    method: str,
+    include: Sequence[str] | str | None,
+    exclude: Sequence[str] | str | None,
+    bits: Bits | None,
+    multiple: int,
+) -> Plan:
+    """The plan by what matrices add to the loss, in the place of one that knows nothing of them."""
+    draft, structures = job.plan, recipes.get(method).structures_of
+    matrices, rest = find_matrices(job.model, "blocks", include, exclude, bits=bits)
+    draft = Plan(method, "blocks", draft.target, (), rest)
+    able = [matrix for matrix in matrices if matrix.dense is None]
+    curvature = Curvature(job.model, job.stored, chain, run, job.batches, job.progress)
+    prediction = curvature.measure(able, structures, draft.target, other_width(draft, matrices))
+    return allocated(job.model, prediction, draft, matrices, job.progress, multiple)
 
 
 def _described(argument: tuple[str, Any]) -> str:
@@ -198,6 +226,10 @@ def _compress_block(job: _Job, run: Run, chain: Chain | None, place: int, block:
         known = _measure(job, run, chain, place, [entry.matrix.name for entry in entries])
         missing = [entry.matrix.name for entry in entries if entry.matrix.name not in known]
         dense = calibrate.unreached_parts(missing, list(known))
+    if run.moments(place).exists():
+        both: Mapping[str, LayerStatistics] = read_object(run.moments(place))
+        inputs = {name: statistics.inputs for name, statistics in known.items()}
+        known = {name: dataclasses.replace(s, inputs=inputs.get(name, s.inputs)) for name, s in both.items()}
     errors: dict[str, float] = {}
     for entry in entries:
         name = entry.matrix.name
@@ -219,6 +251,7 @@ def _compress_block(job: _Job, run: Run, chain: Chain | None, place: int, block:
     with whole_file(run.tensors(place), "a compressed block") as partial:
         save_file(tensors, partial, {"format": "pt"})
     shutil.rmtree(run.hidden(place), ignore_errors=True)
+    run.moments(place).unlink(missing_ok=True)
 
 
 def _measure(job: _Job, run: Run, chain: Chain, place: int, names: Sequence[str]) -> Mapping[str, LayerStatistics]:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -47,7 +48,7 @@ class Run:
         try:
             yield
         except BaseException as error:
-            if not self.tensors(0).exists():  # nothing to go on from
+            if not self.tensors(0).exists() and not self.passed(0).exists():  # nothing to go on from
                 shutil.rmtree(self.folder, ignore_errors=True)
             elif isinstance(error, KeyboardInterrupt):
                 raise KeyboardInterrupt("what is finished is kept: the same command goes on from there") from error
@@ -74,12 +75,60 @@ class Run:
         """The folder of what a block reads."""
         return self.folder / f"hidden-{place:05d}"
 
+    def gradients(self, place: int) -> Path:
+        """The folder of gradients at what a block reads."""
+        return self.folder / f"gradients-{place:05d}"
+
     def keep(self, place: int, batch: int, hidden: Tensor) -> None:
         """What a block reads of a batch."""
-        self.hidden(place).mkdir(exist_ok=True)
-        with whole_file(self.hidden(place) / f"{batch:05d}.safetensors", "what a block reads") as partial:
-            save_file({"hidden": hidden.contiguous()}, partial)
+        _save(self.hidden(place), batch, [hidden])
 
     def read(self, place: int, batch: int) -> Tensor:
         """The same again."""
-        return load_file(self.hidden(place) / f"{batch:05d}.safetensors")["hidden"]
+        return _load(self.hidden(place), batch)[0]
+
+    def keep_gradients(self, place: int, batch: int, gradients: Sequence[Tensor]) -> None:
+        """Of each draw, at what a block reads of a batch, or at what the last one makes of it."""
+        _save(self.gradients(place), batch, gradients)
+
+    def read_gradients(self, place: int, batch: int) -> list[Tensor]:
+        """The same again."""
+        return _load(self.gradients(place), batch)
+
+    def passed(self, place: int) -> Path:
+        """What is known of a block that batches have passed."""
+        return self.folder / f"passed-{place:05d}.pt"
+
+    @property
+    def goals(self) -> Path:
+        """What is differentiated of each batch."""
+        return self.folder / "goals.pt"
+
+    def moments(self, place: int) -> Path:
+        """Statistics of the matrices of a block."""
+        return self.folder / f"moments-{place:05d}.pt"
+
+    def prediction(self, place: int) -> Path:
+        """What they add to the loss, by what they become."""
+        return self.folder / f"prediction-{place:05d}.pt"
+
+
+def keep_object(file: Path, found: object) -> None:
+    """Write something down."""
+    with whole_file(file, "what is known so far") as partial:
+        torch.save(found, partial)
+
+
+def read_object(file: Path) -> Any:
+    """The same again; this package wrote it."""
+    return torch.load(file, weights_only=False)
+
+
+def _save(folder: Path, batch: int, tensors: Sequence[Tensor]) -> None:
+    folder.mkdir(exist_ok=True)
+    with whole_file(folder / f"{batch:05d}.safetensors", "what passes between blocks") as partial:
+        save_file({f"{place:05d}": tensor.contiguous() for place, tensor in enumerate(tensors)}, partial)
+
+
+def _load(folder: Path, batch: int) -> list[Tensor]:
+    return [tensor for _, tensor in sorted(load_file(folder / f"{batch:05d}.safetensors").items())]

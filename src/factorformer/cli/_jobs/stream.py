@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import psutil
 from transformers import PreTrainedModel
 
-from factorformer.cli._inputs import off_target
+from factorformer.cli._inputs import off_target, predictions
 from factorformer.cli._jobs.compress_inputs import read_inputs
 from factorformer.cli._jobs.compress_options import CompressJob, check
-from factorformer.cli._options import note
+from factorformer.cli._options import LENGTH, note
 from factorformer.cli._texts import calibration_batches
 from factorformer.compression import Report
 from factorformer.errors import FactorformerError, MethodError
@@ -24,10 +25,15 @@ from factorformer.layers.surgery import find_blocks
 from factorformer.progress import bars
 from factorformer.report import Result
 from factorformer.streaming import compress_checkpoint, streams
+from factorformer.streaming.curvature import bytes_on_disk
 from factorformer.streaming.stored import files_of, skeleton
+from factorformer.tasks.windows import CALIBRATED
 
 TOO_MUCH = 0.5
 """Part of the free memory beyond which weights are not read as a whole."""
+
+ROOM = 0.8
+"""Part of what is free on disk that may be taken for a while."""
 
 
 def is_too_large(job: CompressJob) -> bool:
@@ -57,6 +63,24 @@ def _list_of(block: str) -> str:
     return block.rpartition(".")[0]
 
 
+def _with_text(job: CompressJob) -> str:
+    """The method for calibration data: by the loss, where the disk has room for what that keeps."""
+    model, _ = skeleton(find(job.model))
+    length = job.sequence_length or job.max_length or LENGTH
+    tokens = CALIBRATED if job.calibration_rows is None else job.calibration_rows * length
+    output = Path(job.output).absolute()
+    parent = next(folder for folder in output.parents if folder.is_dir())
+    needed, free = bytes_on_disk(model, tokens), shutil.disk_usage(parent).free
+    if needed < ROOM * free:
+        note(f"block by block, 'fisher' keeps about {needed / 1e9:.1f} GB on disk until it is done")
+        return "fisher"
+    note(
+        f"block by block, both sides of the curvature would take {needed / 1e9:.1f} GB on disk, of which "
+        f"{free / 1e9:.1f} are free: 'whitened' reads inputs alone"
+    )
+    return "whitened"
+
+
 def run(job: CompressJob) -> Result:
     """Check, and compress block by block.
 
@@ -67,9 +91,7 @@ def run(job: CompressJob) -> Result:
     if refused:
         raise MethodError(f"--stream holds one block of the model at a time, and does not go with {', '.join(refused)}")
     if job.method is None:
-        method = "svd" if job.calibration is None else "whitened"
-        note(f"block by block, '{method}' is the default: others need gradients, or weigh all matrices at once")
-        job = dataclasses.replace(job, method=method)
+        job = dataclasses.replace(job, method="svd" if job.calibration is None else _with_text(job))
     job = check(job)
     if job.device != "cpu":
         note("block by block, models are compressed on the CPU")
@@ -92,7 +114,7 @@ def run(job: CompressJob) -> Result:
         result = Result.of(
             report.plan,
             method=job.chosen,
-            metrics={},
+            metrics=predictions(report.plan),
             seconds=report.seconds | {"total": sum(report.seconds.values())},
             seed=None if inputs.tokenizer is None else job.settings.seed,
             output=job.output,

@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -106,6 +107,15 @@ class Prediction:
         others = {name: _on_other_texts(measured[name]) for name in curves if name in measured}
         return cls(curves, objectives[0] if objectives else WEIGHTS, others, second=of_second)
 
+    @classmethod
+    def together(cls, parts: Sequence[Prediction]) -> Prediction:
+        """Of a model whose blocks were measured one by one."""
+        found: dict[str, dict[str, Any]] = {
+            field: {name: value for part in parts for name, value in getattr(part, field).items()}
+            for field in ("curves", "others", "second")
+        }
+        return cls(objective=next((part.objective for part in parts if part.curves), WEIGHTS), **found)
+
     def curve(self, matrix: Matrix) -> Curve | None:
         """Of a matrix in the integers that it says; None where nothing is known of it."""
         second = self.second.get(matrix.name)
@@ -204,7 +214,24 @@ def plan_by_loss(
         statistics = measure(model, names, metric, calibration, progress, new_head, token_counts)
     second = other_width(draft, matrices)
     prediction = Prediction.of(model, matrices, structures, statistics, draft.target, progress, second)
-    unmeasured = [name for name in names if name not in prediction.curves]
+    made = allocated(model, prediction, draft, matrices, progress, multiple)
+    return dataclasses.replace(made, statistics=statistics or {})
+
+
+def allocated(
+    model: nn.Module,
+    prediction: Prediction,
+    draft: Plan,
+    matrices: Sequence[Matrix],
+    progress: Progress = silent,
+    multiple: int = 1,
+) -> Plan:
+    """The draft with entries for all matrices by what is predicted of each; arguments as for `plan_by_loss`.
+
+    Raises:
+        BudgetError: the ratio cannot be met within 1 %; the message names the nearest that can.
+    """
+    unmeasured = [matrix.name for matrix in matrices if matrix.dense is None and matrix.name not in prediction.curves]
     cost, timer = _prices(model, draft.budget, prediction, matrices, progress)
     rest = {"bytes": draft.rest.bytes, "flops": draft.rest.flops, "milliseconds": 0.0}[draft.budget]
     options = {matrix.name: prediction.options(matrix, cost, multiple) for matrix in matrices}
@@ -219,7 +246,6 @@ def plan_by_loss(
         predicted=prediction.rise(entries),
         objective=prediction.objective,
         milliseconds=times,
-        statistics=statistics or {},
     )
 
 
