@@ -306,7 +306,7 @@ print(peak() - before)
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the system does not tell the largest resident set")
 @pytest.mark.parametrize("method", ["svd", "whitened", "fisher"])
 def test_memory_is_that_of_a_block(method: str, tmp_path: Path) -> None:
-    """Of a model of ten blocks, memory holds two at most, and moments in double precision, beside what a tiny one takes."""
+    """Of a model of ten blocks, memory holds two at most, and moments in double precision, beside a tiny model."""
     sizes = {"num_attention_heads": 4, "num_key_value_heads": 1, "vocab_size": 99}
     for name, width, layers in (("small", 64, 1), ("large", 1024, 10)):
         config = tf.LlamaConfig(hidden_size=width, intermediate_size=3 * width, num_hidden_layers=layers, **sizes)
