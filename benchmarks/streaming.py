@@ -83,7 +83,7 @@ def main() -> None:
     stored = skeleton(source)[1]
     size = sum(file.stat().st_size for file in set(stored.files.values()))
     rows: list[dict[str, Any]] = []
-    for method, windows in (("svd", 0), ("whitened", args.windows)):
+    for method, windows in (("svd", 0), ("whitened", args.windows), ("fisher", args.windows)):
         command = [
             sys.executable,
             "-W",

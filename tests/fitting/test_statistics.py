@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import datasets
 import pytest
@@ -14,7 +17,7 @@ from torch import Tensor, nn
 
 import factorformer
 from factorformer.errors import DataError
-from factorformer.fitting import MetricName
+from factorformer.fitting import MetricName, gradient_recorders
 from factorformer.fitting.moments import LayerStatistics, SecondMoment
 from factorformer.fitting.recorder import UNSEEN
 from factorformer.fitting.statistics import UNSHOWN, collect, too_few_tokens, unreached
@@ -126,6 +129,28 @@ def test_moments_equal_brute_force_whatever_the_batches(name: str, size: int) ->
         assert found[layer].rows is None
     calls = model.config.num_hidden_layers if name == "albert" else 1
     assert {s.inputs.count for s in found.values() if s.inputs} == {calls * int(batch["attention_mask"].sum())}
+
+
+def test_what_was_measured_is_freed_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Moments take gigabytes: none waits for the collector of garbage."""
+    made: list[Any] = []
+    real = gradient_recorders.FisherRecorder.__init__
+
+    def init(self: Any, *given: Any, **options: Any) -> None:
+        real(self, *given, **options)
+        made.append(weakref.ref(self))
+
+    monkeypatch.setattr(gradient_recorders.FisherRecorder, "__init__", init)
+    llama = tiny.MODELS["llama"]
+    model = llama.build()
+    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    gc.disable()
+    try:
+        collect(model, names, [llama.inputs()], "fisher")
+        assert len(made) == 2
+        assert [one() for one in made] == [None, None]
+    finally:
+        gc.enable()
 
 
 def test_without_a_mask_every_position_counts() -> None:

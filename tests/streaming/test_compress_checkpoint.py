@@ -21,8 +21,10 @@ from torch import Tensor
 
 import factorformer
 from factorformer import recipes
-from factorformer.errors import CheckpointError, DataError, MethodError, ModelError, OutputError
+from factorformer.errors import BudgetError, CheckpointError, DataError, MethodError, ModelError, OutputError
 from factorformer.streaming import compress_checkpoint, stored
+from factorformer.streaming.chain import Chain
+from factorformer.streaming.unfinished import Run
 
 DRIVEN = [name for name in MODELS if name not in ("albert", "t5", "whisper")]
 """Whose blocks are called one after the other, each once."""
@@ -79,11 +81,18 @@ def test_it_equals_compression_as_a_whole(name: str, tmp_path: Path) -> None:
     assert not list(tmp_path.glob(".*"))
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "bert", "opt"])
+def gpt_neo() -> tf.PreTrainedModel:
+    """Whose blocks have buffers that no file holds."""
+    kinds = {"attention_types": [[["global", "local"], 1]], "num_layers": 2, "max_position_embeddings": 64}
+    torch.manual_seed(0)
+    return tf.GPTNeoForCausalLM(tf.GPTNeoConfig(**kinds, hidden_size=32, num_heads=4, vocab_size=99)).eval()
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bert", "opt", "gpt_neo"])
 def test_both_sides_of_the_curvature(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The plan is that of the whole model, and factors are, where each is fitted to what the dense model reads."""
-    tiny, path, data = MODELS[name], tmp_path / "model", batches()
-    tiny.build().save_pretrained(path)
+    tiny, path, data = MODELS["gpt2" if name == "gpt_neo" else name], tmp_path / "model", batches()
+    (gpt_neo() if name == "gpt_neo" else tiny.build()).save_pretrained(path)
     monkeypatch.setattr("factorformer.layers.modes.has_bfloat16_products", lambda: False)
     monkeypatch.setitem(recipes.RECIPES, "fisher", dataclasses.replace(recipes.get("fisher"), sequential=False))
     report = compress_checkpoint(path, tmp_path / "out", "fisher", tiny.ratio, calibration=data)
@@ -181,6 +190,7 @@ def test_another_run_is_not_gone_on_with(llama: Path, tmp_path: Path) -> None:
     arguments = (llama, tmp_path / "out", "whitened")
     assert interrupted((*arguments, 3), {"calibration": batches()}, 15) == signal.SIGKILL
     left = contents(tmp_path / ".out.streaming")
+    assert Run(tmp_path / "out", {}, overwrite=False).method == "whitened"  # which the command line goes on with
     assert "block-00000.safetensors" in left
     with pytest.raises(OutputError, match=r"interrupted run.*other arguments.*\.out\.streaming"):
         compress_checkpoint(*arguments, 2, calibration=batches())
@@ -226,6 +236,24 @@ def test_what_cannot_be(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
     with pytest.raises(CheckpointError, match=r"neither model\.safetensors nor model\.safetensors\.index\.json"):
         compress_checkpoint(llama, tmp_path / "again", "svd")
     assert sorted(part.name for part in tmp_path.iterdir()) == ["broken", "llama", "out"]
+
+
+def test_what_has_no_loss_is_refused(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    padding = [{"input_ids": torch.ones(2, 8, dtype=torch.long), "attention_mask": torch.zeros(2, 8, dtype=torch.long)}]
+    with pytest.raises(DataError, match="nothing to predict"):
+        compress_checkpoint(llama, tmp_path / "out", "fisher", 2, calibration=padding)
+    with pytest.raises(BudgetError, match="cannot be met"):
+        compress_checkpoint(llama, tmp_path / "out", "fisher", 60, calibration=batches())
+    finish = Chain.finish
+
+    def sums(self: Chain, batch: Any, hidden: Tensor, earlier: Any = ()) -> Any:
+        made = finish(self, batch, hidden, earlier)
+        return {"logits": made["logits"] + sum(state.sum() for state in earlier)}
+
+    monkeypatch.setattr(Chain, "finish", sums)
+    with pytest.raises(ModelError, match="something else of what blocks before the last one return"):
+        compress_checkpoint(llama, tmp_path / "out", "fisher", 2, calibration=batches())
+    assert [part.name for part in tmp_path.iterdir()] == ["llama"]
 
 
 def test_files_are_those_that_transformers_reads(llama: Path, tmp_path: Path) -> None:

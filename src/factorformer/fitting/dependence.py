@@ -17,14 +17,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from factorformer import processes
 from factorformer.fitting.batches import Batch, fingerprint, real_mask
-from factorformer.fitting.gradient_recorders import FisherRecorder
+from factorformer.fitting.gradient_recorders import FisherRecorder, Part
 from factorformer.fitting.metric import Metric
 from factorformer.fitting.moments import LayerStatistics, SecondMoment
 from factorformer.fitting.objective import Objective, objective
@@ -64,7 +64,7 @@ def with_dependence(
     statistics: Mapping[str, LayerStatistics],
     batches: Sequence[Batch],
     new_head: bool = False,
-    prepare: Callable[[FisherRecorder], object] = lambda recorder: None,
+    part: Part | None = None,
 ) -> dict[str, LayerStatistics]:
     """Statistics that know how far their product is from the Fisher information.
 
@@ -73,10 +73,11 @@ def with_dependence(
         statistics: both moments of layers, by name.
         batches: some of those that moments are of.
         new_head: as for `collect`.
-        prepare: called with what records, before anything runs.
+        part: of the model that runs alone; None for all of it.
     """
     recorder = _DependenceRecorder(model, statistics, new_head)
-    prepare(recorder)
+    if part is not None:
+        recorder.run_part(part)
     with recorder.attached():
         for batch in processes.own(batches):
             recorder.run(batch)
@@ -145,16 +146,11 @@ class _DependenceRecorder(FisherRecorder):
         apart = sum(sums.inputs * sums.gradients / max(sums.count, 1) for sums in self._apart[name].values())
         return self._together[name] / apart if 0 < apart < math.inf else 1.0
 
-    def _of_model(self, output: object, generator: torch.Generator) -> Objective:
-        """With labels that are drawn where there are logits: given ones pull all tokens of a row in one direction."""
-        return objective(self.runs, self._batch, output, generator, drawn=True)
-
-    def _finish(self, output: object) -> None:
-        """One draw alone."""
-        several = self.goal
-        self.goal = lambda *given: dataclasses.replace(several(*given), draws=1)
-        super()._finish(output)
-        self.goal = several
+    def _goal(self, output: object, generator: torch.Generator) -> Objective:
+        """One draw, of labels too where there are logits: given ones pull all tokens of a row in one direction."""
+        if self.part is not None:
+            return dataclasses.replace(self.part.goal(output), draws=1)
+        return dataclasses.replace(objective(self.runs, self._batch, output, generator, drawn=True), draws=1)
 
     def _add_inputs(self, name: str, path: str, module: nn.Module, x: Tensor) -> None:
         """Nothing: moments are known."""
@@ -198,7 +194,7 @@ class _DependenceRecorder(FisherRecorder):
         known = size == 1 or positions[0] == size or len(positions) > 1 or folded
         return vectors.reshape(size, -1, SKETCH) if known and positions[0] % size == 0 else None
 
-    def _after_draw(self) -> None:
+    def _drawn(self) -> None:
         """All gradients of a draw are there."""
         for name, gradient in self._gradients.items():
             self._together[name] += float(gradient.square().sum())

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,9 @@ from factorformer.layers.modes import fast_attention, fast_products, requiring_g
 
 WIDE = 2**14
 """Outputs beyond which only the diagonal of the moment of their gradients is kept: those of vocabularies."""
+
+
+NOTHING = "the calibration data holds nothing to predict: all labels are left out, or all tokens are padding"
 
 
 class FisherRowsRecorder(Recorder):
@@ -82,6 +86,22 @@ class FisherRowsRecorder(Recorder):
         return LayerStatistics(None, None if rows is None else rows.clamp_min(0) / self.examples)
 
 
+class Part(Protocol):
+    """A part of a model that runs alone, by what is known of what comes before and behind it."""
+
+    def forward(self, **batch: Any) -> object:
+        """What it makes of a batch."""
+        ...
+
+    def goal(self, output: object) -> Objective:
+        """What is differentiated of that."""
+        ...
+
+    def drawn(self) -> None:
+        """Called after each backward pass."""
+        ...
+
+
 class FisherRecorder(Recorder):
     """Second moments of inputs and of gradients at outputs: the two sides of the Kronecker-factored Fisher information.
 
@@ -99,10 +119,7 @@ class FisherRecorder(Recorder):
         self.new_head = new_head
         if new_head and isinstance(model, PreTrainedModel):
             self.runs = getattr(model, model.base_model_prefix, model)
-        self.goal: Callable[[object, torch.Generator], Objective] = self._of_model
-        """What is differentiated of the output of a batch."""
-        self.drawn: Callable[[], None] = self._after_draw
-        """What follows a backward pass."""
+        self.part: Part | None = None
         self.outputs: dict[str, SecondMoment] = {}
         self.squares: dict[str, Tensor] = {}
         self.looked_up: dict[str, SecondMoment] = {}
@@ -149,9 +166,7 @@ class FisherRecorder(Recorder):
         """Raise `DataError` for no batches, none that reached a layer, or none with anything to predict."""
         super().check(batches)
         if self.units == 0:
-            raise DataError(
-                "the calibration data holds nothing to predict: all labels are left out, or all tokens are padding"
-            )
+            raise DataError(NOTHING)
 
     def _see(self, name: str, path: str, module: nn.Module, x: Tensor, output: Tensor) -> Tensor:
         if not torch.is_grad_enabled():  # a part that the model itself does not differentiate
@@ -194,20 +209,26 @@ class FisherRecorder(Recorder):
     def _finish(self, output: object) -> None:
         # The same draws for the same batch, in whatever order batches come.
         generator = torch.Generator().manual_seed(fingerprint(self._batch))
-        goal = self.goal(output, generator)
+        goal = self._goal(output, generator)
         self.units, self.objective, self._draws = self.units + goal.units, goal.name, goal.draws
         self._orders, self._pooled = {}, goal.pooled
         for draw in range(goal.draws):
             self._drawn_before = draw
             goal.draw().backward(retain_graph=draw + 1 < goal.draws)
-            self.drawn()
+            self._drawn()
+            if self.part is not None:
+                self.part.drawn()
 
-    def _of_model(self, output: object, generator: torch.Generator) -> Objective:
-        """What the model is for."""
-        return objective(self.runs, self._batch, output, generator)
+    def run_part(self, part: Part) -> None:
+        """Let a part of the model run in its place from now on."""
+        self.part, self.runs = part, part.forward  # pyright: ignore[reportAttributeAccessIssue]
 
-    def _after_draw(self) -> None:
-        """Moments are of what is seen on the way."""
+    def _goal(self, output: object, generator: torch.Generator) -> Objective:
+        """What is differentiated."""
+        return objective(self.runs, self._batch, output, generator) if self.part is None else self.part.goal(output)
+
+    def _drawn(self) -> None:
+        """What follows a backward pass: nothing."""
 
     def _statistics_of(self, name: str) -> LayerStatistics:
         parts = [self._of_product(name), self._of_look_ups(name)]

@@ -8,7 +8,7 @@ behind are not reached. So one forward pass computes one block, and everything o
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, MutableMapping
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -88,29 +88,48 @@ class Chain:
             self.model(**batch)
         return found[0]
 
-    def finish(self, batch: Batch, hidden: Tensor) -> Any:
-        """What the model makes of what the last block returned, with a graph."""
-        forwards = [self._skipped(place, hidden) for place in range(len(self._blocks))]
-        with _as(self._blocks, forwards, differentiable=True):
-            return self.model(**batch, return_dict=True)
+    def finish(self, batch: Batch, hidden: Tensor, earlier: Sequence[Tensor] = ()) -> Any:
+        """What the model makes of what the last block returned, with a graph.
+
+        Args:
+            batch: arguments of the model.
+            hidden: what that was.
+            earlier: what the blocks before it return meanwhile, if not the same.
+
+        Raises:
+            ModelError: it makes nothing of it while no block runs.
+        """
+        given = [*earlier, *[hidden] * (len(self._blocks) - len(earlier))]
+        # What follows may write into what it reads.
+        forwards = [self._skipped(place, tensor.clone()) for place, tensor in enumerate(given)]
+        with self._naming(-1), _as(self._blocks, forwards, differentiable=True):
+            return self.model(**{**batch, "return_dict": True})
 
     @contextlib.contextmanager
     def _only(self, blocks: list[Any], forwards: list[Callable[..., Any]]) -> Iterator[None]:
         """A forward pass that ends in the last of these blocks, however it gets there."""
-        kind = type(self.model).__name__
-        try:
-            with _as(blocks, forwards):
-                yield
-        except Reached:
-            return
-        except (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-            raise ModelError(
-                f"{kind} cannot run block by block: '{self.names[len(blocks) - 1]}' is not reached without the weights "
-                f"of other blocks, or not on this batch ({one_line(error)}); methods without data can (svd)"
-            ) from error
+        with self._naming(len(blocks) - 1):
+            try:
+                with _as(blocks, forwards):
+                    yield
+            except Reached:
+                return
         raise ModelError(
-            f"{kind} never calls its block '{self.names[len(blocks) - 1]}': methods without data can (svd)"
+            f"{type(self.model).__name__} never calls its block '{self.names[len(blocks) - 1]}': methods without data "
+            "can (svd)"
         )
+
+    @contextlib.contextmanager
+    def _naming(self, place: int) -> Iterator[None]:
+        """Errors of a model on the way to a block, or behind the last one."""
+        try:
+            yield
+        except (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            what = f"'{self.names[place]}' is not reached" if place >= 0 else "nothing is made of hidden states"
+            raise ModelError(
+                f"{type(self.model).__name__} cannot run block by block: {what} without the weights of other blocks, "
+                f"or not on this batch ({one_line(error)}); methods without data can (svd)"
+            ) from error
 
     def _skipped(self, place: int, hidden: Tensor) -> Callable[..., Any]:
         length = self.lengths[place]

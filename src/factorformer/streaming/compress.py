@@ -224,7 +224,8 @@ def _compress_block(job: _Job, run: Run, chain: Chain | None, place: int, block:
     known: Mapping[str, LayerStatistics] = {}
     if chain is not None:
         known = _measure(job, run, chain, place, [entry.matrix.name for entry in entries])
-        missing = [entry.matrix.name for entry in entries if entry.matrix.name not in known]
+        planned = run.moments(place).exists()  # by what is known of the whole model
+        missing = [] if planned else [entry.matrix.name for entry in entries if entry.matrix.name not in known]
         dense = calibrate.unreached_parts(missing, list(known))
     if run.moments(place).exists():
         both: Mapping[str, LayerStatistics] = read_object(run.moments(place))

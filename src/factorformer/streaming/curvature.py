@@ -3,25 +3,27 @@
 Batches pass all blocks, and what each block reads is kept on disk. Behind the last one the loss is differentiated, and
 from there on, block by block, each is computed once more from what it read, and takes the gradients at what it wrote to
 those at what it read. So one block and what is between its layers are in memory.
+
+Where batches have labels of tokens, how far tokens depend on each other is measured by these, and not by labels that
+are drawn, as it is of a model that memory holds.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from factorformer.errors import DataError, ModelError
 from factorformer.fitting.batches import Batch, fingerprint
-from factorformer.fitting.dependence import Sample, with_dependence
-from factorformer.fitting.gradient_recorders import FisherRecorder
-from factorformer.fitting.moments import LayerStatistics
-from factorformer.fitting.objective import Objective, objective
+from factorformer.fitting.dependence import BATCHES, with_dependence
+from factorformer.fitting.gradient_recorders import NOTHING, FisherRecorder
+from factorformer.fitting.objective import DRAWS, Objective, objective
 from factorformer.layers.matrix import Matrix
-from factorformer.layers.modes import fast_products
 from factorformer.layers.surgery import find_blocks
 from factorformer.planning.evidence.curves import StructuresOf
 from factorformer.planning.evidence.prediction import Prediction
@@ -41,7 +43,7 @@ def bytes_on_disk(model: PreTrainedModel, tokens: int) -> int:
     width, size = model.config.get_text_config().hidden_size, torch.finfo(model.dtype).bits // 8
     inside = (tensor for name, tensor in model.named_parameters() if name.startswith(blocks))
     moments = sum(out**2 + inner**2 for out, inner in (tensor.shape for tensor in inside if tensor.dim() == 2))
-    return (len(blocks) + 3) * tokens * width * size + 4 * moments
+    return (len(blocks) + 1 + 2 * DRAWS) * tokens * width * size + 4 * moments
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +83,8 @@ class Curvature:
         """
         names = find_blocks(self.model)
         if not all(self.run.prediction(place).exists() for place in range(len(names))):
-            self._measure_all(names, matrices, (structures, ratio, second))
+            with torch.inference_mode(False), torch.enable_grad():
+                self._measure_all(names, matrices, (structures, ratio, second))
         for place in range(len(names)):
             self.chain.lengths[place] = read_object(self.run.passed(place))
         return Prediction.together([read_object(self.run.prediction(place)) for place in range(len(names))])
@@ -105,38 +108,55 @@ class Curvature:
             shutil.rmtree(self.run.gradients(place + 1), ignore_errors=True)
             self.progress("measure block", len(names) - place, len(names))
 
-    def _filled(self, block: str) -> Any:
-        """A block with its weights."""
+    def _fill(self, block: str) -> None:
+        """Read its weights."""
         self.stored.fill(name for name in self.stored.names if name.startswith(f"{block}."))
-        return self.model.get_submodule(block)
+
+    def _emptied(self, block: str) -> None:
+        """Its weights are given back; buffers that no file holds stay."""
+        self.stored.empty(name for name in self.stored.names if name.startswith(f"{block}."))
 
     def _pass(self, place: int, block: str) -> None:
         """What the next block reads."""
-        module = self._filled(block)
+        self._fill(block)
         for number, batch in enumerate(self.batches):
             hidden = self.run.read(place, number) if place else self.chain.begin(batch)
             if place == 0:
                 self.run.keep(0, number, hidden)
-            with fast_products(self.model):
-                self.run.keep(place + 1, number, self.chain.run(place, batch, hidden))
+            self.run.keep(place + 1, number, self.chain.run(place, batch, hidden))
         keep_object(self.run.passed(place), self.chain.lengths[place])
-        module.to("meta")
+        self._emptied(block)
 
     def _differentiate(self, last: int) -> None:
         """Gradients at what the last block makes, of everything that is drawn for a batch."""
-        goals: list[Objective] = []
+        goals = []
         for number, batch in enumerate(self.batches):
-            hidden = self.run.read(last, number).requires_grad_()
-            with fast_products(self.model):
-                output = self.chain.finish(batch, hidden)
-            goal = objective(self.model, batch, output, torch.Generator().manual_seed(fingerprint(batch)))
-            found = []
-            for draw in range(goal.draws):
-                found += torch.autograd.grad(goal.draw(), [hidden], retain_graph=draw + 1 < goal.draws)
-            self.run.keep_gradients(last, number, found)
-            goals.append(dataclasses.replace(goal, draw=_nothing))
+            goals.append(self._differentiate_batch(last, number, batch))
             self.progress("differentiate", number + 1, len(self.batches))
+        if sum(goal.units for goal in goals) == 0:
+            raise DataError(NOTHING)
         keep_object(self.run.goals, goals)
+
+    def _differentiate_batch(self, last: int, number: int, batch: Batch) -> Objective:
+        hidden = self.run.read(last, number).requires_grad_()
+        # What else is made of what earlier blocks return would be lost: of the first batch, it is looked for.
+        earlier = [hidden.detach().clone().requires_grad_() for _ in range(last - 1 if number == 0 else 0)]
+        output = self.chain.finish(batch, hidden, earlier)
+        goal = objective(self.model, batch, output, torch.Generator().manual_seed(fingerprint(batch)))
+        found: list[Tensor] = []
+        for draw in range(goal.draws):
+            first, *others = torch.autograd.grad(
+                goal.draw(), [hidden, *earlier], retain_graph=draw + 1 < goal.draws, allow_unused=True
+            )
+            if any(other is not None for other in others):
+                kind = type(self.model).__name__
+                raise ModelError(
+                    f"{kind} makes something else of what blocks before the last one return: block by block its "
+                    "gradients are not known; methods that read inputs alone can (whitened)"
+                )
+            found.append(torch.zeros_like(hidden) if first is None else first)
+        self.run.keep_gradients(last, number, found)
+        return dataclasses.replace(goal, draw=_nothing)
 
     def _go_back(
         self,
@@ -147,83 +167,63 @@ class Curvature:
         curves: tuple[StructuresOf, float, Bits | None],
     ) -> None:
         """Moments and curves of a block, and gradients at what it reads."""
-        module, sample = self._filled(block), Sample()
+        self._fill(block)
         structures, ratio, second = curves
         recorder = FisherRecorder(self.model, [matrix.name for matrix in matrices])
-        steps = _Steps(self, place, goals, recorder)
+        part = _Block(self, place, goals, range(len(self.batches)))
+        recorder.run_part(part)
         with recorder.attached():
             for number, batch in enumerate(self.batches if matrices or place > 0 else []):
-                sample.add(batch)
-                steps.run(number, batch, passes_on=place > 0)
-        known: Mapping[str, LayerStatistics] = recorder.statistics()
-        numbers = {fingerprint(batch): number for number, batch in enumerate(self.batches)}
-
-        def prepare(again: FisherRecorder) -> None:
-            _Steps(self, place, goals, again, numbers)
-
-        known = with_dependence(self.model, known, sample.batches, prepare=prepare)
+                recorder.run(batch)
+                if place > 0:
+                    self.run.keep_gradients(place, number, part.found)
+                part.found = []
+        known = recorder.statistics()
+        sampled = sorted(range(len(self.batches)), key=lambda number: fingerprint(self.batches[number]))[:BATCHES]
+        part = _Block(self, place, goals, sampled)
+        known = with_dependence(self.model, known, [self.batches[number] for number in sampled], part=part)
         keep_object(self.run.moments(place), known)
         found = Prediction.of(self.model, matrices, structures, known, ratio, self.progress, second)
         keep_object(self.run.prediction(place), found)
-        module.to("meta")
+        self._emptied(block)
 
 
-class _Steps:
-    """What a recorder of a block runs and differentiates: the block alone, by the gradients at what it makes.
+class _Block:
+    """A block that runs alone, and is differentiated by the gradients at what it makes.
 
     Args:
         of: the model.
         place: of the block.
         goals: what is differentiated of each batch.
-        recorder: which is told.
-        numbers: of batches, by their fingerprints, where they come in another order.
+        order: in which batches come.
     """
 
-    def __init__(
-        self,
-        of: Curvature,
-        place: int,
-        goals: Sequence[Objective],
-        recorder: FisherRecorder,
-        numbers: Mapping[int, int] | None = None,
-    ) -> None:
-        self.of, self.place, self.goals, self.recorder, self.numbers = of, place, goals, recorder, numbers
+    def __init__(self, of: Curvature, place: int, goals: Sequence[Objective], order: Iterable[int]) -> None:
+        self.of, self.place, self.goals, self.order = of, place, goals, iter(order)
         self.number = 0
         self.hidden = torch.zeros(0)
-        recorder.runs = self.forward  # pyright: ignore[reportAttributeAccessIssue]
-        recorder.goal = self.goal
-
-    def run(self, number: int, batch: Batch, *, passes_on: bool) -> None:
-        """One batch; the gradients at what the block reads of it are kept."""
-        self.number, found = number, []
-
-        def drawn() -> None:
-            found.append(self.hidden.grad)
-            self.hidden.grad = None
-
-        self.recorder.drawn = drawn if passes_on else _ignored
-        self.recorder.run(batch)
-        if passes_on:
-            self.of.run.keep_gradients(self.place, number, found)
+        self.found: list[Tensor] = []
+        """Gradients at what it reads of the last batch, one for each draw; of the first block there are none."""
 
     def forward(self, **batch: Any) -> Tensor:
         """What the block makes."""
-        if self.numbers is not None:
-            self.number = self.numbers[fingerprint(batch)]
+        self.number = next(self.order)
         self.hidden = self.of.run.read(self.place, self.number).requires_grad_()
-        return self.of.chain.run(self.place, batch, self.hidden, differentiable=True)
+        # It may write into what it reads.
+        return self.of.chain.run(self.place, batch, self.hidden.clone(), differentiable=True)
 
-    def goal(self, output: object, _: torch.Generator) -> Objective:
+    def goal(self, output: object) -> Objective:
         """The sum over what the block makes, weighted by the gradients there."""
         assert isinstance(output, Tensor)
         gradients = iter(self.of.run.read_gradients(self.place + 1, self.number))
-        draw: Callable[[], Tensor] = lambda: (output * next(gradients).to(output)).sum()  # noqa: E731
-        return dataclasses.replace(self.goals[self.number], draw=draw)
+        return dataclasses.replace(self.goals[self.number], draw=lambda: (output * next(gradients).to(output)).sum())
+
+    def drawn(self) -> None:
+        """Keep the gradient of a draw."""
+        if self.hidden.grad is not None:
+            self.found.append(self.hidden.grad)
+            self.hidden.grad = None
 
 
 def _nothing() -> Tensor:
     return torch.zeros(())
-
-
-def _ignored() -> None:
-    """Nobody reads gradients at what the first block reads."""

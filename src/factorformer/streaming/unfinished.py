@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from factorformer.errors import OutputError
+from factorformer.errors import FactorformerError, OutputError
 from factorformer.files import whole_file
 
 
@@ -31,6 +32,13 @@ class Run:
         self.folder = output.parent / f".{output.name}.streaming"
         self.assembled = self.folder / "assembled"
 
+    @property
+    def method(self) -> str | None:
+        """Of what an interrupted run has left; None where nothing is."""
+        with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
+            return json.loads((self.folder / "arguments.json").read_text(encoding="utf-8"))["plan"]["method"]
+        return None
+
     @contextlib.contextmanager
     def opened(self) -> Iterator[None]:
         """The folder, with what an interrupted run of the same arguments has left; gone after success."""
@@ -42,13 +50,16 @@ class Run:
                     f"was, or start over with overwrite (which deletes '{self.folder}')"
                 )
             shutil.rmtree(self.folder)
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if hasattr(os, "getuid") and self.folder.stat().st_uid != os.getuid():
+            raise OutputError(f"'{self.folder}' is somebody else's: give another output")
         with whole_file(file, "the arguments of the run") as partial:
             partial.write_text(json.dumps(self.arguments), encoding="utf-8")
         try:
             yield
         except BaseException as error:
-            if not self.tensors(0).exists() and not self.passed(0).exists():  # nothing to go on from
+            refused = isinstance(error, FactorformerError) and not isinstance(error, OutputError)
+            if not self.tensors(0).exists() and (refused or not self.passed(0).exists()):  # nothing to go on from
                 shutil.rmtree(self.folder, ignore_errors=True)
             elif isinstance(error, KeyboardInterrupt):
                 raise KeyboardInterrupt("what is finished is kept: the same command goes on from there") from error

@@ -27,7 +27,9 @@ from factorformer.report import Result
 from factorformer.streaming import compress_checkpoint, streams
 from factorformer.streaming.curvature import bytes_on_disk
 from factorformer.streaming.stored import files_of, skeleton
-from factorformer.tasks.windows import CALIBRATED
+from factorformer.streaming.unfinished import Run
+from factorformer.tasks.classification import is_causal
+from factorformer.tasks.windows import CALIBRATED, sequence_length
 
 TOO_MUCH = 0.5
 """Part of the free memory beyond which weights are not read as a whole."""
@@ -65,8 +67,12 @@ def _list_of(block: str) -> str:
 
 def _with_text(job: CompressJob) -> str:
     """The method for calibration data: by the loss, where the disk has room for what that keeps."""
+    begun = Run(Path(job.output), {}, overwrite=False).method
+    if begun is not None:
+        return begun
     model, _ = skeleton(find(job.model))
-    length = job.sequence_length or job.max_length or LENGTH
+    causal = is_causal(model.config)
+    length = sequence_length(model.config, job.sequence_length) if causal else job.max_length or LENGTH
     tokens = CALIBRATED if job.calibration_rows is None else job.calibration_rows * length
     output = Path(job.output).absolute()
     parent = next(folder for folder in output.parents if folder.is_dir())
