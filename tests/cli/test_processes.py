@@ -98,7 +98,7 @@ def test_what_they_do_not_divide(
     monkeypatch.setattr(processes, "_joined", [(0, 2)])
     refused = run("compress", base, tmp_path / "small", "--train", texts, "--distill", base)
     assert refused.exit_code == 2
-    assert "divide calibration and fits, and neither --train nor --stream" in refused.stderr
+    assert "divide calibration and fits, and neither training nor --stream" in refused.stderr
     assert processes.own([5, 1, 3, 1], float) == [5]
     monkeypatch.setattr(processes, "_joined", [(1, 2)])
     assert processes.own([5, 1, 3, 1], float) == [1, 3, 1]
