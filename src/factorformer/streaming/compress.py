@@ -219,7 +219,7 @@ def _compress_blocks(job: _Job, run: Run, chain: Chain | None) -> None:
 def _compress_block(job: _Job, run: Run, chain: Chain | None, place: int, block: str) -> None:
     """Read, measure, fit, write: what is left is the file of the block, and what the next one reads."""
     module = job.model.get_submodule(block)
-    job.stored.fill(name for name in job.stored.names if name.startswith(f"{block}."))
+    job.stored.fill(job.stored.inside(block))
     entries, dense = job.entries(block), {}
     known: Mapping[str, LayerStatistics] = {}
     if chain is not None:

@@ -108,24 +108,16 @@ class Curvature:
             shutil.rmtree(self.run.gradients(place + 1), ignore_errors=True)
             self.progress("measure block", len(names) - place, len(names))
 
-    def _fill(self, block: str) -> None:
-        """Read its weights."""
-        self.stored.fill(name for name in self.stored.names if name.startswith(f"{block}."))
-
-    def _emptied(self, block: str) -> None:
-        """Its weights are given back; buffers that no file holds stay."""
-        self.stored.empty(name for name in self.stored.names if name.startswith(f"{block}."))
-
     def _pass(self, place: int, block: str) -> None:
         """What the next block reads."""
-        self._fill(block)
+        self.stored.fill(self.stored.inside(block))
         for number, batch in enumerate(self.batches):
             hidden = self.run.read(place, number) if place else self.chain.begin(batch)
             if place == 0:
                 self.run.keep(0, number, hidden)
             self.run.keep(place + 1, number, self.chain.run(place, batch, hidden))
         keep_object(self.run.passed(place), self.chain.lengths[place])
-        self._emptied(block)
+        self.stored.empty(self.stored.inside(block))  # and buffers that no file holds stay
 
     def _differentiate(self, last: int) -> None:
         """Gradients at what the last block makes, of everything that is drawn for a batch."""
@@ -167,7 +159,7 @@ class Curvature:
         curves: tuple[StructuresOf, float, Bits | None],
     ) -> None:
         """Moments and curves of a block, and gradients at what it reads."""
-        self._fill(block)
+        self.stored.fill(self.stored.inside(block))
         structures, ratio, second = curves
         recorder = FisherRecorder(self.model, [matrix.name for matrix in matrices])
         part = _Block(self, place, goals, range(len(self.batches)))
@@ -185,7 +177,7 @@ class Curvature:
         keep_object(self.run.moments(place), known)
         found = Prediction.of(self.model, matrices, structures, known, ratio, self.progress, second)
         keep_object(self.run.prediction(place), found)
-        self._emptied(block)
+        self.stored.empty(self.stored.inside(block))  # and buffers that no file holds stay
 
 
 class _Block:

@@ -121,6 +121,10 @@ class Stored:
                                 f"'{name}' is stored as {found}: start from the model in full precision"
                             )
 
+    def inside(self, block: str) -> list[str]:
+        """Names of the tensors of a block that are in files."""
+        return [name for name in self.names if name.startswith(f"{block}.")]
+
     def fill(self, names: Iterable[str]) -> None:
         """Give tensors of the model their values; memory that is that of a file is given back with them.
 
