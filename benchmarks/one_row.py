@@ -5,7 +5,8 @@
 For each shape and structure, and for dense matrices: as many different layers as fill `--megabytes`, more than caches
 hold, called one after another, in float32 and in int8. Rounds are interleaved with a copy of as many bytes. The floor
 is the time in which memory moves the layers' bytes at the rate of the copy, which reads each byte and writes it. Small
-matrices take longer than that to be called from Python at all; `call_milliseconds` are those of a few bytes.
+matrices take longer than that to be called from Python at all: `call_milliseconds` are those of a layer of the same
+structure that has next to nothing to multiply, and `times_floor_inside` is what is left without them.
 """
 
 from __future__ import annotations
@@ -27,6 +28,9 @@ from factorformer.structures.dense import Dense
 from factorformer.structures.integers import Bits, quantize
 
 WIDTHS: tuple[Bits | None, ...] = (None, 8)
+
+MOST = 2**13
+"""Layers, at most; those of so few bytes that caches hold as many are Kronecker sums, which reading does not limit."""
 
 TERMS = 16
 """Kronecker products in a sum, at most: with more of them it is their multiply-adds that take the time."""
@@ -62,7 +66,7 @@ def layers_of(
     factors = layer.factors if bits is None else quantize(layer.factors, bits)
     size = sum(tensor.nbytes for tensor in factors.values())
     made: list[Callable[[Tensor], Tensor]] = []
-    for _ in range(-(-total // size)):
+    for _ in range(min(-(-total // size), MOST)):
         own = {name: tensor.detach().clone() for name, tensor in factors.items()}
         made.append(FactorizedLinear(spec or Dense(), shape, own, layer.bias, bits=bits))
     return made, size
@@ -78,12 +82,14 @@ def cell(shape: tuple[int, int], name: str, spec: Structure | None, bits: Bits |
         for layer in layers:
             layer(x)
 
+    call = call_milliseconds(spec, bits)
     calls = [run, lambda: target.copy_(whole)]
     interleaved(calls, 1, settle=1)
     rounds = interleaved(calls, args.rounds, settle=1)
     milliseconds = statistics.median(ours for ours, _ in rounds) / len(layers)
     # A copy moves each byte twice, which a product reads once.
     floors = sorted(ours / (copied / 2) for ours, copied in rounds)
+    inside = sorted((ours - call * len(layers)) / (copied / 2) for ours, copied in rounds)
     return {
         "shape": list(shape),
         "structure": name,
@@ -91,18 +97,20 @@ def cell(shape: tuple[int, int], name: str, spec: Structure | None, bits: Bits |
         "bytes": size,
         "layers": len(layers),
         "milliseconds": round(milliseconds, 5),
+        "call_milliseconds": round(call, 5),
         "times_floor": [round(q, 3) for q in statistics.quantiles(floors, n=4)],
+        "times_floor_inside": [round(q, 3) for q in statistics.quantiles(inside, n=4)],
         "copy_gigabytes_per_second": round(
             2 * len(layers) * size / statistics.median(copied for _, copied in rounds) / 1e6, 2
         ),
     }
 
 
-def call_milliseconds() -> float:
-    """Of a layer that has next to nothing to multiply."""
-    layer = FactorizedLinear(LowRank(1), (8, 8), bias=torch.randn(8))
-    small = FactorizedLinear(LowRank(1), (8, 8), quantize(layer.factors, 8), layer.bias, bits=8)
-    x = torch.randn(1, 8)
+def call_milliseconds(spec: Structure | None, bits: Bits | None) -> float:
+    """Of a layer of the same structure that has next to nothing to multiply."""
+    sizes = {LowRank: LowRank(1), DenseSparse: DenseSparse.of((16, 16), 4, 1), KroneckerSum: KroneckerSum.of((16, 16), 1)}
+    (small, *_), _ = layers_of(None if spec is None else sizes[type(spec)], (16, 16), bits, 1)
+    x = torch.randn(1, 16)
     interleaved([lambda: small(x)], 10, settle=1)
     return statistics.median(t for (t,) in interleaved([lambda: small(x)], 500, settle=1))
 
@@ -115,13 +123,12 @@ def main() -> None:
     args.output.unlink(missing_ok=True)
     torch.manual_seed(0)
     with torch.inference_mode():
-        called = call_milliseconds()
         for shape in SHAPES:
             for name, spec in {"dense": None, **specs(shape)}.items():
                 for bits in WIDTHS:
                     row = cell(shape, name, spec, bits, args)
                     print(json.dumps(row), flush=True)
-                    append_line(args.output, {**row, "call_milliseconds": round(called, 5), "machine": machine()})
+                    append_line(args.output, {**row, "machine": machine()})
 
 
 if __name__ == "__main__":

@@ -30,6 +30,8 @@ TOKENS = (0, 1, 3, 4, 5, 16, 17, 31, 33, 64, 100, 700)
 THREADS = (1, 2, 3)
 ROUNDING = 3e-6
 """Of sums of products, relative to the sum of their sizes."""
+UNIT = 0.51 / 32639
+"""Half of the unit of numbers of two bytes, in the largest of them, and what floats add."""
 
 # Rows, atoms, nonzeros, tokens.
 SPARSE = [
@@ -38,6 +40,9 @@ SPARSE = [
     (96, 260, 130, 700),
     (300, 70, 33, 1700),  # tokens split among all threads
     (48, 65, 7, 4),  # odd bytes of a bitmap
+    (1500, 700, 200, 1),  # more rows than totals of integers hold, and what a thread keeps to itself
+    (1500, 200, 9, 3),
+    (30, 5000, 700, 2),
     (7, 1, 1, 5),
 ]
 
@@ -70,13 +75,13 @@ def some_sparse(draw: random.Random) -> tuple[int, ...]:
     return draw.choice((draw.randint(1, 40), draw.randint(40, 400))), atoms, nonzeros, draw.choice(TOKENS)
 
 
-def check_sparse(draw: random.Random, case: tuple[int, ...]) -> str:
+def check_sparse(draw: random.Random, case: tuple[int, ...], integers: bool) -> str:
     rows, atoms, nonzeros, n = case
     positions = torch.rand(rows, atoms).topk(nonzeros, dim=1).indices.sort(1).values
     packed = laid_out(draw, support.pack(positions, atoms))
     values, scales = torch.randn(rows, nonzeros), None
-    if draw.random() < 0.4:
-        values, scales = torch.randint(-127, 128, (rows, nonzeros), dtype=torch.int8), torch.rand(rows)
+    if integers:
+        values, scales = torch.randint(-128, 128, (rows, nonzeros), dtype=torch.int8), torch.rand(rows)
     bias = torch.randn(rows) if draw.random() < 0.5 else None
     whole = values.double() if scales is None else values.double() * scales.double()[:, None]
     dense = torch.zeros(rows, atoms, dtype=torch.float64).scatter(1, positions, whole)
@@ -84,11 +89,16 @@ def check_sparse(draw: random.Random, case: tuple[int, ...]) -> str:
     leading = (2, n // 2) if n % 2 == 0 else (n,)
     offset = torch.zeros(rows) if bias is None else bias
     a, b, sizes = x.double(), y.double(), dense.abs()
+    across, down = ROUNDING * (a.abs() @ sizes.T + offset.abs()), ROUNDING * (b.abs() @ sizes)
+    if scales is not None and 0 < n <= 4:  # few tokens are two bytes a value, in units of their largest
+        across += UNIT * a.abs().amax(1, keepdim=True) * sizes.sum(1)
+        codes = torch.zeros(rows, atoms, dtype=torch.float64).scatter(1, positions, values.double().abs())
+        down += UNIT * (b * scales).abs().amax(1, keepdim=True) * codes.sum(0)
     for _ in on_threads():
         found = sparse_product(x.reshape(*leading, atoms), values, packed, atoms, scales=scales, bias=bias)
-        close(found.view(n, rows), a @ dense.T + offset, ROUNDING * (a.abs() @ sizes.T + offset.abs()))
+        close(found.view(n, rows), a @ dense.T + offset, across)
         found = sparse_product(y.reshape(*leading, rows), values, packed, atoms, scales=scales, transposed=True)
-        close(found.view(n, atoms), b @ dense, ROUNDING * (b.abs() @ sizes))
+        close(found.view(n, atoms), b @ dense, down)
         found = torch.ops.factorformer.sparse_outer(y, x, packed, nonzeros)
         close(found, (b.T @ a).gather(1, positions), ROUNDING * (b.abs().T @ a.abs()).gather(1, positions))
     return support.code_of(atoms, nonzeros)
@@ -216,6 +226,26 @@ def check_rows_of_kronecker(draw: random.Random) -> None:
     for _ in on_threads():
         found = cpu.kronecker_rows(index, left[:2], right[:2], rank, shape)
         close(found, dense[index.long(), : shape[1]], ROUNDING * sizes[index.long(), : shape[1]])
+
+
+def check_kronecker(draw: random.Random) -> None:
+    (m1, n1), (m2, n2) = ((draw.randint(1, 30), draw.randint(1, 20)) for _ in range(2))
+    m2, rank, n = m2 * draw.choice((1, 1, 5)), draw.randint(1, 20), draw.choice((0, 1, 2, 4))
+    (weight, scales, left), (other, other_scales, right) = coded(draw, m1, n1, rank), coded(draw, m2, rank, n2)
+    if (scales is None) != (other_scales is None):
+        weight, scales, other, other_scales = left.float(), None, right.float(), None
+    shape = m1 * m2 - draw.randrange(m2), n1 * n2 - draw.randrange(n2)
+    x, bias = laid_out(draw, torch.randn(n, shape[1])), torch.randn(shape[0]) if draw.random() < 0.5 else None
+    offset = torch.zeros(shape[0]) if bias is None else bias
+
+    def product(a: Tensor, left: Tensor, right: Tensor) -> Tensor:
+        dense = torch.einsum("ajr,brk->abjk", left, right).reshape(m1 * m2, n1 * n2)[: shape[0], : shape[1]]
+        return a @ dense.T
+
+    allowed = ROUNDING * (product(x.double().abs(), left.abs(), right.abs()) + offset.abs())
+    for _ in on_threads():
+        found = cpu.kronecker(x, (weight, scales), (other, other_scales), rank, shape, bias)
+        close(found, product(x.double(), left, right) + offset, allowed)
 
 
 def check_rows_that_are_not_there() -> None:
@@ -351,7 +381,8 @@ def encoded(layers: list[EncoderLayer], heads: int, x: Tensor, bias: Tensor | No
 def check_encoder(draw: random.Random) -> None:
     """Each token's vector within what its products round away, whatever else is in the batch."""
     heads, size = draw.randint(1, 4), draw.choice((2, 5, 8, 16, 24))
-    width = heads * size
+    width = max(heads * size, 4)  # of two values, which is the larger decides all that a normalization leaves
+    size = width // heads
 
     def norm() -> Norm:
         return Norm(1 + 0.2 * torch.randn(width), 0.2 * torch.randn(width), draw.choice((1e-12, 1e-5)))
@@ -398,6 +429,16 @@ def check_what_is_no_number() -> None:
                 for matrix in (Dense(codes.float(), None, columns), Dense(codes, torch.rand(len(codes)), columns)):
                     wrong = (~dense_chain(x, (matrix,)).isfinite()).all(1)
                     assert wrong.nonzero().flatten().tolist() == [1], (value, n, matrix.scales is None)
+        packed = support.pack(torch.rand(90, 30).topk(20, dim=1).indices.sort(1).values, 30)
+        codes = torch.randint(1, 128, (90, 20), dtype=torch.int8)
+        for n in (2, 5):
+            across, down = torch.randn(n, 30), torch.randn(n, 90)
+            across[1], down[1, 70] = value, value
+            for values, scales in ((codes.float(), None), (codes, torch.rand(90))):
+                for x, transposed in ((across, False), (down, True)):
+                    found = sparse_product(x, values, packed, 30, scales=scales, transposed=transposed)
+                    wrong = (~found.isfinite()).any(1).nonzero().flatten().tolist()
+                    assert wrong == [1], (value, n, scales is None, transposed)
     for value in (torch.nan, torch.inf):
         codes, scales = torch.randint(1, 128, (9, 20), dtype=torch.int8), torch.rand(9)
         table, atom_scales = torch.randint(1, 128, (30, 130), dtype=torch.int8), torch.rand(30)
@@ -475,8 +516,8 @@ def main(name: str, cases: int) -> None:
             check_encoder(draw)
         print("done", flush=True)
         return
-    codes = [check_sparse(draw, case) for case in SPARSE]
-    codes += [check_sparse(draw, some_sparse(draw)) for _ in range(cases)]
+    codes = [check_sparse(draw, case, integers) for case in SPARSE for integers in (False, True)]
+    codes += [check_sparse(draw, some_sparse(draw), draw.random() < 0.4) for _ in range(cases)]
     assert set(codes) == {"bitmap", "uint8", "uint16"}
     check_gelu()
     if name == cpu.REFERENCE:  # torch multiplies dequantized weights, and has an attention of its own
@@ -486,6 +527,7 @@ def main(name: str, cases: int) -> None:
         check_chain(draw)
         check_rows_of_sparse(draw)
         check_rows_of_kronecker(draw)
+        check_kronecker(draw)
         check_rows_of_dense(draw)
         check_rounding(draw)
     for _ in range(max(cases // 2, 4)):

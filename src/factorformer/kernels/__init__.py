@@ -10,7 +10,7 @@ from factorformer.kernels import cpu, cuda, sparse, support
 from factorformer.kernels.cpu import sparse_matmul as _sparse_matmul
 from factorformer.kernels.cpu import sparse_matmul_transposed as _sparse_matmul_transposed
 from factorformer.kernels.cpu import variant
-from factorformer.kernels.dense import Dense, chain, gelu, rounds, served
+from factorformer.kernels.dense import Dense, chain, gelu, kronecker, rounds, served
 from factorformer.kernels.lookup import dense_rows, kronecker_rows, sparse_rows
 
 cuda.register()
@@ -68,6 +68,7 @@ __all__ = [
     "cpu",
     "dense_rows",
     "gelu",
+    "kronecker",
     "kronecker_rows",
     "rounds",
     "served",

@@ -21,7 +21,7 @@ LIBRARY = Path(__file__).with_name("libfactorformer.so")
 FAILED = LIBRARY.with_suffix(".failed")
 """What a compiler said when it could not build the library; gone once it can."""
 
-_WIDE = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mprefer-vector-width=512")
+_WIDE = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mbmi2", "-mprefer-vector-width=512")
 VARIANTS: dict[str, tuple[str, ...]] = {"baseline": ()}
 """Flags of each variant; the library takes the last that the processor has."""
 FOR_TESTS: dict[str, tuple[str, ...]] = {}
@@ -29,7 +29,7 @@ FOR_TESTS: dict[str, tuple[str, ...]] = {}
 if platform.machine().lower() in ("x86_64", "amd64"):
     _VNNI = (*_WIDE, "-mavx512vnni")
     VARIANTS |= {"avx2": ("-mavx2", "-mfma"), "avx512": _WIDE, "avx512_vnni": _VNNI}
-    _PAIRS = (*_VNNI, "-mavx512bf16")
+    _PAIRS = (*_VNNI, "-mavx512bf16", "-mavx512vbmi2")
     VARIANTS |= {"avx512_bf16": _PAIRS, "amx": (*_PAIRS, "-mamx-tile", "-mamx-int8", "-mamx-bf16")}
     FOR_TESTS |= {"amx_emulated": (*_PAIRS, "-DFACTORFORMER_EMULATED_TILES")}
 

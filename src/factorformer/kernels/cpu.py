@@ -26,6 +26,9 @@ GROUP = 32
 LONGEST = 4
 """Matrices in a chain, at most."""
 
+FEW = 4
+"""Up to so many tokens are multiplied one by one, as generation does."""
+
 NO_ROW = 2
 """What kernels return that were asked for a row that there is not."""
 
@@ -73,6 +76,7 @@ def _load() -> ctypes.CDLL | None:
         "attention": (_fields, ctypes.c_float),
         "encode": (_fields, _pointer, _pointer, _pointer, _count, _pointer),
         "sparse_rows": (_pointer, _count, _fields, _fields, _pointer),
+        "kronecker": (_pointer, _count, _fields, _pointer, _pointer),
         "kronecker_rows": (_pointer, _count, _fields, _pointer),
         "dense_rows": (_pointer, _count, _fields, _fields, _pointer),
         "extremes": (_pointer, _count, _count, _pointer),
@@ -246,15 +250,49 @@ def kronecker_rows(
         IndexError: an index that is no row.
         ModelError: the sizes do not fit together.
     """
+    y, index = left[0].new_empty(len(index), shape[1], dtype=torch.float32), _whole(index)
+    fields = _kronecker_fields(left, right, rank, shape)
+    _done(_loaded().factorformer_kronecker_rows(index.data_ptr(), len(index), fields, y.data_ptr()))
+    return y
+
+
+def kronecker(
+    x: Tensor,
+    left: tuple[Tensor, Tensor | None],
+    right: tuple[Tensor, Tensor | None],
+    rank: int,
+    shape: tuple[int, int],
+    bias: Tensor | None,
+) -> Tensor:
+    """`x @ W.T + bias` for a few tokens and a sum of Kronecker products `W`: `(n, in)` to `(n, out)`.
+
+    Args:
+        x: the input.
+        left, right, rank: as of `kronecker_rows`.
+        shape: `(out, in)`.
+        bias: `(out)`.
+
+    Raises:
+        ModelError: the sizes do not fit together.
+    """
+    _require("columns of the input", x.shape[1], shape[1])
+    if bias is not None:
+        _require("values of the bias", bias.numel(), shape[0])
+    x, y = x.contiguous(), x.new_empty(x.shape[0], shape[0])
+    fields = _kronecker_fields(left, right, rank, shape)
+    _done(_loaded().factorformer_kronecker(x.data_ptr(), len(x), fields, _address(bias), y.data_ptr()))
+    return y
+
+
+def _kronecker_fields(
+    left: tuple[Tensor, Tensor | None], right: tuple[Tensor, Tensor | None], rank: int, shape: tuple[int, int]
+) -> ctypes.Array:
     (weight, scales), (other, other_scales) = left, right
-    y, index = weight.new_empty(len(index), shape[1], dtype=torch.float32), _whole(index)
-    fields = _kronecker_array(
+    return _kronecker_array(
         *(weight.data_ptr(), other.data_ptr(), _address(scales), _address(other_scales)),
         *(weight.shape, other.shape, rank, shape, weight.dtype == torch.int8, other.dtype == torch.int8),
         *(_size(scales), _size(other_scales)),
     )
-    _done(_loaded().factorformer_kronecker_rows(index.data_ptr(), len(index), fields, y.data_ptr()))
-    return y
 
 
 def dense_rows(

@@ -56,6 +56,31 @@ def chain(x: Tensor, matrices: Sequence[Dense], bias: Tensor | None = None) -> T
     return F.linear(x, matrices[-1].values(x.dtype), bias)
 
 
+def kronecker(
+    x: Tensor,
+    left: tuple[Tensor, Tensor | None],
+    right: tuple[Tensor, Tensor | None],
+    rank: int,
+    shape: tuple[int, int],
+    bias: Tensor | None = None,
+) -> Tensor | None:
+    """`x @ W.T + bias` with a sum of Kronecker products, `(..., in)` to `(..., out)`; None where no kernel serves.
+
+    One does for a few tokens, of which products of torch would take less time than what lies between these.
+
+    Args:
+        x: the input.
+        left: `(m1, n1, rank)`, and the scales of int8, one for each of `m1`.
+        right: `(m2, rank, n2)`, and the same for `m2`.
+        rank: number of products.
+        shape: `(out, in)`.
+        bias: `(out)`.
+    """
+    if torch.compiler.is_compiling() or x.numel() > cpu.FEW * shape[1] or not served(x, *left, *right, bias):
+        return None
+    return cpu.kronecker(x.reshape(-1, shape[1]), left, right, rank, shape, bias).view(*x.shape[:-1], shape[0])
+
+
 def served(x: Tensor, *others: Tensor | None, support: Tensor | None = None) -> bool:
     """Whether the compiled kernels do this product: they are there, and it is for inference alone.
 

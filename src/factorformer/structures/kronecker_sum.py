@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from factorformer.errors import ModelError
-from factorformer.kernels import Dense, chain, kronecker_rows
+from factorformer.kernels import Dense, chain, kronecker, kronecker_rows
 from factorformer.structures.base import Factors, Selection, Shape, Structure, TensorSpec, require_positive
 from factorformer.structures.integers import SCALE, Rounded, floats
 
@@ -121,6 +121,10 @@ class KroneckerSum(Structure):
         """All factors are values."""
 
     def matmul(self, shape: Shape, factors: Factors, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        if not isinstance(factors, Rounded):
+            found = kronecker(x, *self._stored(factors), self.rank, shape, bias)
+            if found is not None:
+                return found
         (m1, n1), (m2, n2) = self.left, self.right
         leading, padding, factors = x.shape[:-1], n1 * n2 - shape[1], floats(factors, x.dtype)
         if x.device.type == "cpu" and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
@@ -141,10 +145,15 @@ class KroneckerSum(Structure):
         product = product.flatten(1)[:, : shape[0]].reshape(*leading, shape[0])
         return product if bias is None else product + bias.to(product.dtype)
 
+    @staticmethod
+    def _stored(factors: Factors) -> tuple[tuple[Tensor, Tensor | None], tuple[Tensor, Tensor | None]]:
+        """Both factors, and the scales of int8."""
+        weight, right = ((factors[name], factors.get(name + SCALE)) for name in ("weight", "right"))
+        return weight, right
+
     def rows(self, shape: Shape, factors: Factors, index: Tensor) -> Tensor:
         if not isinstance(factors, Rounded):
-            left, right = ((factors[name], factors.get(name + SCALE)) for name in ("weight", "right"))
-            found = kronecker_rows(index, left, right, self.rank, shape)
+            found = kronecker_rows(index, *self._stored(factors), self.rank, shape)
             if found is not None:
                 return found
         return self.exported_rows(shape, factors, index)

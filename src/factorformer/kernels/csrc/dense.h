@@ -10,6 +10,7 @@
 #include <type_traits>
 
 #include "factorformer.h"
+#include "few.h"
 #include "memory.h"
 #include "simd.h"
 #include "threads.h"
@@ -257,79 +258,6 @@ template <int V> struct Stage {
         });
     }
 };
-
-// Weights as floats, in LANES at a time.
-INLINE Floats weights(const Matrix &m, int64_t at) {
-    if (!m.integers) return load(static_cast<const float *>(m.weight) + at);
-    return widen(static_cast<const int8_t *>(m.weight) + at);
-}
-
-INLINE float weight_at(const Matrix &m, int64_t at) {
-    return m.integers ? static_cast<const int8_t *>(m.weight)[at] : static_cast<const float *>(m.weight)[at];
-}
-
-// Rows [first, last) of the product with one token: here the lanes run along the row, or along the rows.
-void multiply_one(const Matrix &m, const float *x, int64_t first, int64_t last, float *y) {
-    if (m.columns) {
-        constexpr int VECTORS = 4;
-        int64_t row = first;
-        for (; row + VECTORS * LANES <= last; row += VECTORS * LANES) {
-            Floats sums[VECTORS] = {};
-            for (int64_t k = 0; k < m.in; ++k) {
-                const Floats value = splat(m.integers ? x[k] * m.scales[k] : x[k]);
-                for (int v = 0; v < VECTORS; ++v) sums[v] += value * weights(m, k * m.out + row + v * LANES);
-            }
-            for (int v = 0; v < VECTORS; ++v) store(y + row + v * LANES, sums[v]);
-        }
-        for (; row < last; ++row) {
-            float total = 0;
-            for (int64_t k = 0; k < m.in; ++k)
-                total += (m.integers ? x[k] * m.scales[k] : x[k]) * weight_at(m, k * m.out + row);
-            y[row] = total;
-        }
-        return;
-    }
-    for (int64_t row = first; row < last; ++row) {
-        const int64_t start = row * m.in;
-        Floats sums[4] = {};
-        int64_t k = 0;
-        for (; k + 4 * LANES <= m.in; k += 4 * LANES)
-            for (int v = 0; v < 4; ++v) sums[v] += load(x + k + v * LANES) * weights(m, start + k + v * LANES);
-        for (; k + LANES <= m.in; k += LANES) sums[0] += load(x + k) * weights(m, start + k);
-        float total = sum((sums[0] + sums[1]) + (sums[2] + sums[3]));
-        for (; k < m.in; ++k) total += x[k] * weight_at(m, start + k);
-        y[row] = m.integers ? total * m.scales[row] : total;
-    }
-}
-
-// A few tokens one by one; int8 weights meet floats here, for which nothing has to be quantized.
-int32_t chain_few(const float *x, int64_t n, const Matrix *m, int64_t count, const float *bias, float *y) {
-    static thread_local Scratch memory[2];
-    int64_t widest = 1;
-    for (int64_t i = 1; i < count; ++i) widest = std::max(widest, m[i].in);
-    float *hidden[2] = {memory[0].take<float>(widest * n), memory[1].take<float>(widest * n)};
-    if (!hidden[0] || !hidden[1]) return NO_MEMORY;
-#pragma omp parallel
-    {
-        for (int64_t i = 0; i < count; ++i) {
-            const bool last = i + 1 == count;
-            const Share share(m[i].out, 4 * LANES);
-            for (int64_t t = 0; t < n; ++t) {
-                const float *from = i ? hidden[i % 2] + t * m[i].in : x + t * m[i].in;
-                float *to = last ? y + t * m[i].out : hidden[(i + 1) % 2] + t * m[i].out;
-                multiply_one(m[i], from, share.begin, share.end, to);
-                if (!last) continue;
-                for (int64_t row = share.begin; row < share.end; ++row) {
-                    if (bias) to[row] += bias[row];
-                }
-            }
-            if (!last) {
-#pragma omp barrier
-            }
-        }
-    }
-    return 0;
-}
 
 struct Buffers {
     Scratch hidden[2], words, sums, packed;

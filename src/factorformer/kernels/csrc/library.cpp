@@ -47,9 +47,10 @@ static const Table *choose() {
 #if defined(__x86_64__)
     __builtin_cpu_init();
     const bool wide = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+                      __builtin_cpu_supports("bmi2");
     const bool bytes = wide && __builtin_cpu_supports("avx512vnni");
-    const bool pairs = bytes && __builtin_cpu_supports("avx512bf16");
+    const bool pairs = bytes && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi2");
     const bool can[] = {pairs && has_tiles(), pairs, pairs, bytes, wide,
                         __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"), true};
     // Tiles in plain C++ are for tests, and in no library that holds anything else.
@@ -131,10 +132,19 @@ EXPORT int32_t factorformer_sparse_rows(const int64_t *index, int64_t n, const i
 }
 
 // Four pointers, then the integers of the structure in their order.
-EXPORT int32_t factorformer_kronecker_rows(const int64_t *index, int64_t n, const int64_t *f, float *y) {
-    const Kronecker k = {reinterpret_cast<const void *>(f[0]),  reinterpret_cast<const void *>(f[1]),
-                         reinterpret_cast<const float *>(f[2]), reinterpret_cast<const float *>(f[3]),
-                         f[4], f[5], f[6], f[7], f[8], f[9], static_cast<int32_t>(f[10])};
+static Kronecker kronecker_of(const int64_t *f) {
+    return {reinterpret_cast<const void *>(f[0]),  reinterpret_cast<const void *>(f[1]),
+            reinterpret_cast<const float *>(f[2]), reinterpret_cast<const float *>(f[3]),
+            f[4], f[5], f[6], f[7], f[8], f[9], static_cast<int32_t>(f[10])};
+}
+
+EXPORT int32_t factorformer_kronecker(const float *x, int64_t n, const int64_t *fields, const float *bias, float *y) {
+    const Kronecker k = kronecker_of(fields);
+    return table->kronecker(x, n, &k, bias, y);
+}
+
+EXPORT int32_t factorformer_kronecker_rows(const int64_t *index, int64_t n, const int64_t *fields, float *y) {
+    const Kronecker k = kronecker_of(fields);
     return in_blocks(n, [&](int64_t t, int64_t count) {
         return table->kronecker_rows(index + t, count, &k, y + t * k.width);
     });

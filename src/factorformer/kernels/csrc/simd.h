@@ -16,6 +16,7 @@
 #endif
 
 #define INLINE static inline __attribute__((always_inline))
+#define INLINED __attribute__((always_inline)) // of what has no name
 
 namespace {
 
@@ -56,16 +57,42 @@ INLINE Floats widen(const int8_t *from) {
 
 INLINE void store(float *to, Floats v) { std::memcpy(to, &v, sizeof v); }
 
-// The first `count` lanes, where that is fewer.
+// The first `count` lanes, where that is fewer, and zeros.
 INLINE Floats load_some(const float *from, int64_t count) {
     if (count >= LANES) return load(from);
+#if defined(__AVX512F__)
+    return (Floats)_mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << count) - 1), from);
+#else
     Floats v{};
     std::memcpy(&v, from, count * sizeof(float));
     return v;
+#endif
+}
+
+INLINE Floats widen_some(const float *from, int64_t count) { return load_some(from, count); }
+
+INLINE Floats widen_some(const int8_t *from, int64_t count) {
+    if (count >= LANES) return widen(from);
+    int8_t bytes[LANES] = {};
+    for (int64_t i = 0; i < count; ++i) bytes[i] = from[i];
+    return widen(bytes);
 }
 
 INLINE void store_some(float *to, Floats v, int64_t count) {
-    std::memcpy(to, &v, (count < LANES ? count : LANES) * sizeof(float));
+    if (count >= LANES) return store(to, v);
+#if defined(__AVX512F__)
+    _mm512_mask_storeu_ps(to, static_cast<__mmask16>((1u << count) - 1), (__m512)v);
+#else
+    std::memcpy(to, &v, count * sizeof(float));
+#endif
+}
+
+constexpr int64_t AHEAD = 1024; // bytes by which memory is asked for before it is read
+
+// Ask for `count` values behind those that are read `distance` values later, or AHEAD bytes.
+template <int count, typename T> INLINE void ask_for(const T *from, int64_t distance = AHEAD / sizeof(T)) {
+    for (std::size_t byte = 0; byte < count * sizeof(T); byte += 64)
+        __builtin_prefetch(reinterpret_cast<const char *>(from + distance) + byte);
 }
 
 // `x - 0` is `x` for every x, so that nothing but the broadcast is left.
@@ -97,6 +124,18 @@ template <int S> INLINE void exchange_all(Floats *rows) {
 
 // The transpose of LANES vectors in place.
 INLINE void transpose(Floats *rows) { exchange_all<1>(rows); }
+
+// y[:count] = the sums of the lanes of so many vectors, times a scale and perhaps one of each, plus a bias if there is any.
+INLINE void add_up(Floats *lanes, int count, float scale, const float *scales, const float *bias, float *y) {
+    transpose(lanes);
+    Floats total = lanes[0];
+#pragma GCC unroll 16
+    for (int i = 1; i < LANES; ++i) total += lanes[i];
+    total *= splat(scale);
+    if (scales) total *= load_some(scales, count);
+    if (bias) total += load_some(bias, count);
+    store_some(y, total, count);
+}
 
 // `to[k * width + t] = from[t * stride + k]` for t below `tokens`, 0 up to `width`, a multiple of LANES.
 INLINE void transpose_in(const float *from, int64_t stride, int tokens, int64_t k_end, float *to, int width) {

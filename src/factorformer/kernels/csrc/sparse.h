@@ -1,88 +1,22 @@
 // Products with a sparse matrix S (rows, atoms) that holds the same number of entries in each row.
 //
-// The support of a chunk of rows is decoded to offsets, which then meet one transposed block of tokens after the other:
-// bitmaps and indices, floats and int8 cost the same once they are decoded.
+// The support of a chunk of rows is decoded to offsets, which then meet one transposed block of tokens after the other.
 
 #pragma once
 
 #include <algorithm>
 
 #include "factorformer.h"
+#include "few.h"
 #include "memory.h"
 #include "simd.h"
+#include "support.h"
 #include "threads.h"
 
 namespace {
 
 constexpr int TOKENS = 2 * LANES;           // a block of tokens: its transpose stays in the first cache
-constexpr std::size_t DECODED = 512 * 1024; // bytes of a decoded chunk: it stays in the second cache
 constexpr int64_t SORTED_ROWS = 256;        // rows that are sorted by atom at once: their tokens stay in the first cache
-constexpr int SLACK = 64;                   // offsets that may be written beyond the last
-
-// Positions of one row's nonzeros, times `scale`; up to SLACK entries beyond them are overwritten.
-INLINE void decode_positions(const Support &s, int64_t row, uint32_t scale, uint32_t *to) {
-    const uint8_t *from = s.packed + row * s.bytes;
-    if (s.code == 0) {
-#if defined(__AVX512F__)
-        const __m512i step = _mm512_set1_epi32(16 * static_cast<int>(scale));
-        __m512i here = _mm512_mullo_epi32(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15),
-                                          _mm512_set1_epi32(static_cast<int>(scale)));
-        for (int64_t byte = 0; byte < s.bytes; byte += 2, here = _mm512_add_epi32(here, step)) {
-            const uint32_t bits = from[byte] | (byte + 1 < s.bytes ? from[byte + 1] << 8 : 0);
-            _mm512_storeu_si512(to, _mm512_maskz_compress_epi32(static_cast<__mmask16>(bits), here));
-            to += __builtin_popcount(bits);
-        }
-#else
-        for (int64_t byte = 0; byte < s.bytes; ++byte)
-            for (uint32_t bits = from[byte]; bits; bits &= bits - 1)
-                *to++ = static_cast<uint32_t>(8 * byte + __builtin_ctz(bits)) * scale;
-#endif
-        return;
-    }
-    for (int64_t j = 0; j < s.nonzeros; ++j)
-        to[j] = static_cast<uint32_t>(s.code == 1 ? from[j] : from[2 * j] | from[2 * j + 1] << 8) * scale;
-}
-
-INLINE void decode_values(const Values &v, int64_t row, int64_t nonzeros, float *to) {
-    const int8_t *from = static_cast<const int8_t *>(v.values) + row * nonzeros;
-    const float scale = v.scales[row];
-    for (int64_t j = 0; j < nonzeros; ++j) to[j] = scale * from[j];
-}
-
-// A chunk of rows of S as offsets and values, (rows, nonzeros) both.
-struct Chunk {
-    Scratch offsets_memory, values_memory;
-    uint32_t *offsets;
-    const float *values;
-    float *decoded;
-    int64_t first;
-
-    static int64_t rows(const Support &s, int64_t wanted, bool integers) {
-        const int64_t bytes = s.nonzeros * 4 * (integers ? 2 : 1); // of a row
-        const int64_t fit = std::max<int64_t>(static_cast<int64_t>(DECODED) / bytes / LANES * LANES, LANES);
-        const int64_t pieces = (wanted + fit - 1) / fit;
-        return ((wanted + pieces - 1) / pieces + LANES - 1) / LANES * LANES;
-    }
-
-    // Memory for so many rows at a time; whether there is any.
-    bool reserve(const Support &s, const Values &v, int64_t count) {
-        offsets = offsets_memory.take<uint32_t>(count * s.nonzeros + SLACK);
-        decoded = v.integers ? values_memory.take<float>(count * s.nonzeros) : nullptr;
-        return offsets && (decoded || !v.integers);
-    }
-
-    void decode(const Support &s, const Values &v, int64_t begin, int64_t end, uint32_t scale) {
-        first = begin;
-        for (int64_t row = begin; row < end; ++row)
-            decode_positions(s, row, scale, offsets + (row - begin) * s.nonzeros);
-        values = v.integers ? decoded : static_cast<const float *>(v.values) + begin * s.nonzeros;
-        if (!v.integers) return;
-        for (int64_t row = begin; row < end; ++row) decode_values(v, row, s.nonzeros, decoded + (row - begin) * s.nonzeros);
-    }
-
-    const uint32_t *offsets_of(int64_t row, int64_t nonzeros) const { return offsets + (row - first) * nonzeros; }
-    const float *values_of(int64_t row, int64_t nonzeros) const { return values + (row - first) * nonzeros; }
-};
 
 // to[r][:] = the products of `R` rows with the tokens of a block.
 template <int R, int V>
@@ -123,25 +57,8 @@ void multiply_block(const float *tokens, const Chunk &chunk, const Support &s, i
     }
 }
 
-// A few tokens one by one, rows [first, last).
-void multiply_few(const float *x, int64_t n, const Support &s, const Chunk &chunk, const float *bias, float *y,
-                  int64_t first, int64_t last) {
-    for (int64_t row = first; row < last; ++row) {
-        const uint32_t *offsets = chunk.offsets_of(row, s.nonzeros);
-        const float *values = chunk.values_of(row, s.nonzeros);
-        for (int64_t t = 0; t < n; ++t) {
-            const float *token = x + t * s.atoms;
-            float parts[4] = {};
-            int64_t j = 0;
-            for (; j + 4 <= s.nonzeros; j += 4)
-                for (int i = 0; i < 4; ++i) parts[i] += values[j + i] * token[offsets[j + i]];
-            for (; j < s.nonzeros; ++j) parts[0] += values[j] * token[offsets[j]];
-            y[t * s.rows + row] = (parts[0] + parts[1]) + (parts[2] + parts[3]) + (bias ? bias[row] : 0.0f);
-        }
-    }
-}
-
 int32_t sparse(const float *x, int64_t n, const Support *support, const Values *v, const float *bias, float *y) {
+    if (n <= FEW) return sparse_few(x, n, *support, *v, bias, y);
     const Support &s = *support;
     const int width = n <= LANES ? LANES : TOKENS;
     Outcome outcome;
@@ -159,11 +76,7 @@ int32_t sparse(const float *x, int64_t n, const Support *support, const Values *
         const bool enough = outcome.allows(chunk.reserve(s, *v, step) && tokens);
         for (int64_t row = first; row < last && enough; row += step) {
             const int64_t end = std::min(row + step, last);
-            chunk.decode(s, *v, row, end, n <= FEW ? 1 : width);
-            if (n <= FEW) {
-                multiply_few(x, n, s, chunk, bias, y, row, end);
-                continue;
-            }
+            chunk.decode(s, *v, row, end, width);
             for (int64_t t = t_first; t < t_last; t += width) {
                 const int count = static_cast<int>(std::min<int64_t>(width, t_last - t));
                 transpose_in(x + t * s.atoms, s.atoms, count, s.atoms, tokens, width);
@@ -253,6 +166,7 @@ struct Sorted {
 };
 
 int32_t sparse_transposed(const float *x, int64_t n, const Support *support, const Values *v, float *y) {
+    if (n <= FEW) return sparse_transposed_few(x, n, *support, *v, y);
     static thread_local Scratch partial_sums;
     const Support &s = *support;
     const int width = n <= LANES ? LANES : TOKENS, threads = omp_get_max_threads();

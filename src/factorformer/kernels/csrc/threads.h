@@ -21,6 +21,8 @@ constexpr int FEW = 4; // up to so many tokens are multiplied one by one
 struct Share {
     int64_t begin, end;
 
+    explicit Share(int64_t all) : begin(0), end(all) {}
+
     Share(int64_t size, int64_t unit) {
         const int64_t units = (size + unit - 1) / unit, threads = omp_get_num_threads(), me = omp_get_thread_num();
         begin = std::min(units * me / threads * unit, size);

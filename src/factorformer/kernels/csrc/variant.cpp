@@ -3,6 +3,7 @@
 #include "attention.h"
 #include "dense.h"
 #include "encoder.h"
+#include "kronecker.h"
 #include "lookup.h"
 #include "rounding.h"
 #include "sparse.h"
@@ -13,5 +14,5 @@
 extern "C" const Table FACTORFORMER_VARIANT;
 const Table FACTORFORMER_VARIANT = {
     NAME(FACTORFORMER_VARIANT), tiles_work, sparse, sparse_transposed, sparse_outer, chain, gelu, attention, sparse_rows, kronecker_rows,
-    dense_rows, extremes, round_rows, encode,
+    kronecker_few, dense_rows, extremes, round_rows, encode,
 };
