@@ -108,7 +108,11 @@ def cell(shape: tuple[int, int], name: str, spec: Structure | None, bits: Bits |
 
 def call_milliseconds(spec: Structure | None, bits: Bits | None) -> float:
     """Of a layer of the same structure that has next to nothing to multiply."""
-    sizes = {LowRank: LowRank(1), DenseSparse: DenseSparse.of((16, 16), 4, 1), KroneckerSum: KroneckerSum.of((16, 16), 1)}
+    sizes = {
+        LowRank: LowRank(1),
+        DenseSparse: DenseSparse.of((16, 16), 4, 1),
+        KroneckerSum: KroneckerSum.of((16, 16), 1),
+    }
     (small, *_), _ = layers_of(None if spec is None else sizes[type(spec)], (16, 16), bits, 1)
     x = torch.randn(1, 16)
     interleaved([lambda: small(x)], 10, settle=1)

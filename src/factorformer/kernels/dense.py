@@ -66,7 +66,8 @@ def kronecker(
 ) -> Tensor | None:
     """`x @ W.T + bias` with a sum of Kronecker products, `(..., in)` to `(..., out)`; None where no kernel serves.
 
-    One does for a few tokens, of which products of torch would take less time than what lies between these.
+    One does for a few tokens and factors whose inner sides, `n1` and `m2`, are a few: products of torch take less time
+    there than what lies between them.
 
     Args:
         x: the input.
@@ -76,7 +77,8 @@ def kronecker(
         shape: `(out, in)`.
         bias: `(out)`.
     """
-    if torch.compiler.is_compiling() or x.numel() > cpu.FEW * shape[1] or not served(x, *left, *right, bias):
+    few = x.numel() <= cpu.FEW * shape[1] and max(left[0].shape[1], right[0].shape[0]) <= 2 * cpu.FEW
+    if not few or torch.compiler.is_compiling() or not served(x, *left, *right, bias):
         return None
     return cpu.kronecker(x.reshape(-1, shape[1]), left, right, rank, shape, bias).view(*x.shape[:-1], shape[0])
 

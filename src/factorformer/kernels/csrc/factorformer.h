@@ -81,7 +81,7 @@ struct Table {
     // y (n, width) = rows of S times a dictionary (atoms, width), or of a sum of products of Kronecker
     int32_t (*sparse_rows)(const int64_t *index, int64_t n, const Support *, const Values *, const Matrix *, float *y);
     int32_t (*kronecker_rows)(const int64_t *index, int64_t n, const Kronecker *, float *y);
-    // y (n, rows) = x (n, width) times the transpose of that sum + bias, for a few tokens
+    // y (n, rows) = x (n, width) times the transpose of that sum + bias, for a few tokens and inner sides
     int32_t (*kronecker)(const float *x, int64_t n, const Kronecker *, const float *bias, float *y);
     // y (n, in) = rows of a table (rows, in), or, if there is a second matrix, their products with it
     int32_t (*dense_rows)(const int64_t *index, int64_t n, const Matrix *, const Matrix *, float *y);

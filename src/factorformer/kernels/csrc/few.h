@@ -55,7 +55,7 @@ void multiply_rows_few(const Matrix &m, const float *x, int64_t n, int64_t first
                 for (; r + ROWS_TOGETHER <= here; r += ROWS_TOGETHER)
                     lanes_of<ROWS_TOGETHER>(weight + (row + r) * m.in, m.in, x + t * m.in, lanes + r);
             for (; r < here; ++r) lanes_of<1>(weight + (row + r) * m.in, m.in, x + t * m.in, lanes + r);
-            add_up(lanes, here, 1.0f, m.integers ? m.scales + row : nullptr, bias ? bias + row : nullptr,
+            add_up(lanes, here, 1.0f, m.scales ? m.scales + row : nullptr, bias ? bias + row : nullptr,
                    y + t * m.out + row);
         }
     }
