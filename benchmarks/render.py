@@ -576,7 +576,8 @@ def decoder_costs() -> list[str]:
 
 
 def one_row() -> list[str]:
-    """One row times each structure: milliseconds, and how many times those in which memory moves its bytes."""
+    """One row times each structure: milliseconds, and how many times those in which memory moves its bytes, with what a
+    call from Python takes and without."""
     found = rows_of("one_row.jsonl")
     cells = {(tuple(row["shape"]), row["structure"], row["bits"]): row for row in found}
     table = []
@@ -584,13 +585,14 @@ def one_row() -> list[str]:
         line = [f"{shape[0]:,} x {shape[1]:,}", f"`{kind}`"]
         for bits in (None, 8):
             row = cells[shape, kind, bits]
-            line.append(f"{row['milliseconds']:.3f} ({row['times_floor'][1]:.1f})")
+            line.append(f"{row['milliseconds']:.3f} ({row['times_floor'][1]:.1f}, {row['times_floor_inside'][1]:.1f})")
         table.append(line)
     header = ["matrix", "structure", "float32", "int8"]
     rates = sorted(row["copy_gigabytes_per_second"] for row in found)
+    calls = sorted(row["call_milliseconds"] for row in found)
     extra = (
-        f"; copies moved {rates[0]:.0f} to {rates[-1]:.0f} GB/s; a call of next to nothing takes "
-        f"{found[0]['call_milliseconds']:.3f} ms"
+        f"; copies moved {rates[0]:.0f} to {rates[-1]:.0f} GB/s; calls of next to nothing take {calls[0]:.3f} to "
+        f"{calls[-1]:.3f} ms"
     )
     return markdown(header, table) + measured_with([row["machine"] for row in found], extra)
 
