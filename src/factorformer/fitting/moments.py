@@ -63,8 +63,8 @@ class SecondMoment:
 
     def symmetric(self, dtype: torch.dtype = torch.float64) -> Float[Tensor, "width width"]:
         """`X^T X`, both triangles."""
-        lower = self.total.to(dtype).tril()
-        return lower + lower.tril(-1).T
+        made = self.total.to(dtype, copy=True).tril_()
+        return made.add_(made.tril(-1).T)  # of wide layers, each copy more is what a run takes at its peak
 
     def mean_square(self) -> float:
         """Mean of the diagonal of `C`: the mean square of an entry of the vectors."""
@@ -83,7 +83,7 @@ class SecondMoment:
         """
         width = len(self.total)
         weight = min(more * SHRINKAGE * width / (width + self.count), SHRINKAGE)
-        moment = self.symmetric(dtype) * ((1 - weight) / max(self.count, 1))
+        moment = self.symmetric(dtype).mul_((1 - weight) / max(self.count, 1))
         scale = self.mean_square()
         # Vectors of zeros only make no direction matter more than another.
         moment.diagonal().add_(weight * scale if scale > 0 else 1)
