@@ -9,6 +9,7 @@ import contextlib
 import json
 import math
 import os
+import shlex
 import sys
 from collections.abc import Iterator
 from enum import Enum
@@ -414,6 +415,12 @@ def place_of(device: DeviceChoice) -> str:
     if device is DeviceChoice.cuda:
         raise MethodError("--device cuda: torch finds no CUDA GPU here; choose cpu or auto")
     return "cpu"
+
+
+def command_line() -> str | None:
+    """The command line of this process, as a shell takes it; None where Python code runs the command."""
+    name = Path(sys.argv[0]).name
+    return shlex.join([name, *sys.argv[1:]]) if name.startswith("factorformer") else None
 
 
 def note(text: str) -> None:

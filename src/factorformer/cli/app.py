@@ -25,6 +25,7 @@ from factorformer.cli.inspect import inspect as inspect_
 from factorformer.cli.methods import methods
 from factorformer.cli.plan import plan
 from factorformer.cli.quickstart import quickstart
+from factorformer.cli.report import report
 from factorformer.cli.train import train
 from factorformer.errors import FactorformerError, MethodError
 from factorformer.hf.trust import trusting
@@ -132,5 +133,5 @@ def _prepared(command: Callable[..., None]) -> Callable[..., None]:
     return run
 
 
-for command in (compress, train, finetune, evaluate, export, bench, inspect_, plan, methods, quickstart):
+for command in (compress, train, finetune, evaluate, export, bench, inspect_, report, plan, methods, quickstart):
     app.command(help=_page(command.__doc__ or ""))(_prepared(command))

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from factorformer import processes
 from factorformer.cli._given import note_unused
 from factorformer.cli._options import (
     LARGEST,
@@ -106,6 +107,16 @@ PlanFile = Annotated[
 ]
 
 
+ReportFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--report",
+        metavar="FILE",
+        help="Tell in an HTML file what became of the model, as `factorformer report` does, the original beside it.",
+    ),
+]
+
+
 def compress(
     model: Model,
     output: Output,
@@ -149,6 +160,7 @@ def compress(
     device: Device = DeviceChoice.auto,
     resume: Resume = False,
     overwrite: Overwrite = False,
+    report: ReportFile = None,
     as_json: AsJson = False,
 ) -> None:
     """Replace the weight matrices of a model by smaller factors, train them if there is data, and save the result.
@@ -188,12 +200,17 @@ def compress(
       factorformer compress chat/ small-chat/ --ratio 1.5 --train wiki.txt --distill chat/ \\
           --minutes 60
     """
-    from factorformer.files import check_output
+    from factorformer.files import check_file, check_output
 
     learned = source_of("--train", train, source, target)
     judged = source_of("--eval", evaluation, eval_source, eval_target, "eval-")
     files = (calibration, trim_vocabulary, *names_of(learned, judged))
     check_output(output, overwrite=overwrite, inputs=(model, plan, distill, *files))
+    if report is not None:
+        check_file(report, overwrite=overwrite, inputs=(model, output, plan, distill, *files))
+        from factorformer.report.page import check_packages
+
+        check_packages()
     if label is None and train is not None and eval_source is not None:
         raise DataError("--train is plain text without --label, and --eval-source is measured on by its translations")
     if train is None and evaluation is None and (source is not None or eval_source is not None):
@@ -266,6 +283,11 @@ def compress(
     )
     try:
         emit(run(job, resume=resume), as_json=as_json)
+        if report is not None and processes.is_first():
+            from factorformer.cli.report import report as tell
+
+            # What is too large for memory is not put beside its original.
+            tell(str(output), None if stream else model, report, overwrite=overwrite)
     except KeyboardInterrupt as error:
         if not is_unfinished(output):
             raise

@@ -50,6 +50,8 @@ class Entry:
         shares: the matrix whose shareable factors it uses, such as a dictionary; None for one that has its own, whether
             others use them or not.
         cause: what decided.
+        rise: what it is expected to add to the objective of the plan, before any training; None where nothing was
+            predicted.
     """
 
     matrix: Matrix
@@ -57,6 +59,7 @@ class Entry:
     reason: str
     shares: str | None = None
     cause: Cause = Cause.BUDGET
+    rise: float | None = None
 
     @classmethod
     def whole(cls, matrix: Matrix, reason: str = "", cause: Cause = Cause.BUDGET) -> Entry:
@@ -185,6 +188,7 @@ class Plan:
                     "reason": entry.reason,
                     "shares": entry.shares,
                     "cause": entry.cause.value,
+                    "rise": entry.rise,
                 }
                 for entry in self.entries
             ],
@@ -296,7 +300,7 @@ def _entry(item: object) -> Entry:
     matrix = Matrix(**read_fields(Matrix, item, where))
     if min(matrix.shape) < 1 or not isinstance(getattr(torch, matrix.dtype, None), torch.dtype):
         raise MethodError(f"{where} is malformed: 'shape' is {matrix.shape}, 'dtype' '{matrix.dtype}'")
-    fields = read_fields(Entry, item, where, matrix=None, spec=dict | None, cause=str)
+    fields = read_fields(Entry, {"rise": None, **item}, where, matrix=None, spec=dict | None, cause=str)
     if fields["cause"] not in list(Cause):
         raise MethodError(f"{where}: unknown cause {one_of(fields['cause'], [cause.value for cause in Cause])}")
     fields["cause"] = Cause(fields["cause"])

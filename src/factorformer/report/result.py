@@ -18,12 +18,10 @@
 }
 ```
 
-A number that is not finite is null. `plan` and `inspect` add `layers`, a list with one object for each weight matrix:
-`name`, `tied`, `shape` (out, in), `structure` (null if dense), `values` (the type in which they are stored: "int8",
-"int4", "int3", or a floating one), `note`, and the same three costs. Where ranks were found in training, `inspect` adds
-`rank_history`: `layers`, their `structures` and `full` ranks, the `steps` after which units were removed, and for each
-of these the `ranks` and the mean `scores` of what was left in each layer. Where a layer has so many left that factors
-would be larger than the matrix, it is dense.
+What `compress` writes has three more: `command`, the command line that made it; `fits`, by the name of each factorized
+matrix the relative `error` of its fit under the metric of that, and the `rise` of the objective that was predicted of
+it (null where nothing was fitted, or predicted); and, of a model that learned without labels, its `curve`: points with
+`step`, `seconds` and metrics. Metrics under `fitted_...` are those of the model between its fit and its training.
 """
 
 from __future__ import annotations
@@ -45,6 +43,9 @@ from factorformer.training.rank_history import RankHistory
 
 BEFORE = "original_"
 """Prefix of a metric of the model before compression."""
+
+FITTED = "fitted_"
+"""Prefix of a metric of the model between its fit and its training."""
 
 DIFFERENCE = "difference_"
 """Prefix of how far a metric is from that of the original."""
@@ -68,6 +69,9 @@ class Result:
         warnings: notes that belong to the numbers.
         layers: one entry for each matrix, where the command is about them.
         history: how ranks moved in training, where they did.
+        command: that made a model.
+        fits: of each factorized matrix the `error` of its fit, and its predicted `rise` of the objective.
+        curve: points of a training without labels.
 
     >>> Result(Cost(8, 32, 16), Cost(4, 16, 8), "blocks").to_dict()["bytes"]
     {'original': 32, 'compressed': 16, 'ratio': 2.0}
@@ -84,6 +88,9 @@ class Result:
     warnings: Sequence[str] = ()
     layers: Sequence[Entry] | None = None
     history: RankHistory | None = None
+    command: str | None = None
+    fits: Mapping[str, Mapping[str, float | None]] | None = None
+    curve: Sequence[Mapping[str, float]] | None = None
 
     @classmethod
     def of(cls, costs: Plan | Report, **others: Any) -> Result:
@@ -107,6 +114,12 @@ class Result:
             content["layers"] = [_layer(entry) for entry in self.layers]
         if self.history is not None:
             content["rank_history"] = self.history.to_dict()
+        if self.command is not None:
+            content["command"] = self.command
+        if self.fits is not None:
+            content["fits"] = {name: _finite_all(values) for name, values in self.fits.items()}
+        if self.curve is not None:
+            content["curve"] = [_finite_all(point) for point in self.curve]
         return content
 
 
@@ -141,6 +154,22 @@ def _layer(entry: Entry) -> dict[str, Any]:
         "note": entry.reason,
         **_costs(entry.original, entry.compressed),
     }
+
+
+def fits(plan: Plan, errors: Mapping[str, float]) -> dict[str, dict[str, float | None]]:
+    """What is known of each matrix of a plan that was carried out.
+
+    Args:
+        plan: with what was predicted of it.
+        errors: of fits, by the name of the matrix.
+    """
+    return {
+        entry.matrix.name: {"error": errors.get(entry.matrix.name), "rise": entry.rise} for entry in plan.factorized
+    }
+
+
+def _finite_all(values: Mapping[str, float | None]) -> dict[str, float | None]:
+    return {name: None if value is None else _finite(value) for name, value in values.items()}
 
 
 def _finite(value: float) -> float | None:

@@ -6,6 +6,7 @@ import contextlib
 import copy
 import dataclasses
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from factorformer.cli._jobs.compress_inputs import Inputs, OriginalInputs, read_
 from factorformer.cli._jobs.compress_options import CompressJob, check
 from factorformer.cli._jobs.unfinished import Unfinished
 from factorformer.cli._measure import Measured, compare, measure
-from factorformer.cli._options import note
+from factorformer.cli._options import command_line, note
 from factorformer.cli._texts import LOGITS, calibration_batches
 from factorformer.errors import MethodError, OutputError
 from factorformer.hf.source import load_model
@@ -33,6 +34,7 @@ from factorformer.planning import Plan, left_dense
 from factorformer.planning.evidence.prediction import WEIGHTS
 from factorformer.progress import Progress, bars
 from factorformer.report import Result, inventory
+from factorformer.report.result import FITTED, fits
 from factorformer.tasks.checkpoints import begun_at, last_checkpoint
 from factorformer.tasks.classification import load_classifier
 from factorformer.tasks.data import check_lengths, count_tokens, sample
@@ -109,19 +111,23 @@ def _make(
         if before is None and not inputs.fresh:
             before = _measure(inputs, model, progress, "evaluate original")
         restore = in_full_precision(model) if inputs.train is not None else None
-        plan, history, spent = _fit(job, inputs, model, plan, calibration, counts, unfinished, progress)
+        made = _fit(job, inputs, model, plan, calibration, counts, unfinished, progress)
+        plan, history = made.plan, made.history
         if restore is not None:
             restore()
-    seconds |= spent
+    seconds |= made.seconds
     result = Result.of(
         plan if history is None else inventory(model, plan.scope),
         method=job.chosen,
-        metrics=predictions(plan) | compare(before, None),
+        metrics=predictions(plan) | compare(before, None) | made.metrics,
         # What was trained before an interruption counts as well.
         seconds=seconds | {"total": max(time.perf_counter() - started, sum(seconds.values()))},
         seed=None if inputs.tokenizer is None else job.settings.seed,
         output=job.output,
         warnings=warnings,
+        command=command_line(),
+        fits=fits(plan, made.errors),
+        curve=made.curve,
     )
     # Whatever lies beside the weights belongs to the model as it was; a new head makes it a model for something else.
     tokenizer, companions = (inputs.tokenizer, None) if inputs.fresh else (None, inputs.path)
@@ -229,6 +235,27 @@ def _plan(
     return plan, warnings
 
 
+@dataclasses.dataclass
+class _Made:
+    """What became of a model.
+
+    Args:
+        plan: as it was carried out.
+        seconds: by phase.
+        errors: of fits, by the name of the matrix.
+        history: how ranks moved, if they did.
+        metrics: of before training, if there was any, and rows with labels to measure them on.
+        curve: of a training without labels.
+    """
+
+    plan: Plan
+    seconds: dict[str, float] = dataclasses.field(default_factory=dict)
+    errors: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    history: RankHistory | None = None
+    metrics: dict[str, float] = dataclasses.field(default_factory=dict)
+    curve: list[dict[str, float]] | None = None
+
+
 def _fit(
     job: CompressJob,
     inputs: Inputs,
@@ -238,14 +265,10 @@ def _fit(
     counts: Tensor | None,
     unfinished: Unfinished | None,
     progress: Progress,
-) -> tuple[Plan, RankHistory | None, dict[str, float]]:
-    """Replace matrices by factors and train these, in place.
-
-    Returns:
-        The plan as it was carried out, how ranks moved, if they did, and seconds by phase.
-    """
+) -> _Made:
+    """Replace matrices by factors and train these, in place."""
     recipe, training = recipes.get(job.chosen), inputs.train is not None
-    ranks, straight, seconds = None, None, {}
+    made, ranks, straight = _Made(plan), None, None
     with _shown(inputs, model):
         if training and recipe.allocation == "dynamic":
             begun = time.perf_counter()
@@ -253,7 +276,7 @@ def _fit(
             ranks = DynamicRank(
                 model, plan, calibration, progress=progress, new_head=inputs.fresh, resume_from=begun_from
             )
-            seconds["start"] = time.perf_counter() - begun
+            made.seconds["start"] = time.perf_counter() - begun
         else:
             through = training and recipe.training == "straight-through"
             if through and not any(entry.spec is not None and entry.spec.training_form for entry in plan.factorized):
@@ -264,13 +287,17 @@ def _fit(
             if not through and unfinished is not None and begun_at(unfinished.checkpoints) is not None:
                 compression.outline(model, plan)  # what was fitted, and learned since, is in the checkpoint
             else:
-                plan, straight, seconds = _fit_once(job, inputs, model, plan, calibration, counts, progress, through)
+                made, straight = _fit_once(job, inputs, model, plan, calibration, counts, progress, through)
                 if unfinished is not None:
-                    plan.save(unfinished.plan)  # as it was carried out
+                    made.plan.save(unfinished.plan)  # as it was carried out
     if training:
-        seconds["train"] = _train(job, inputs, model, straight, ranks, unfinished, progress)
+        if ranks is None and inputs.labels is not None and not inputs.fresh:
+            fitted = _measure(inputs, model, progress, "evaluate before training")
+            made.metrics = {} if fitted is None else {FITTED + name: found for name, found in fitted.metrics.items()}
+        made.seconds["train"], made.curve = _train(job, inputs, model, straight, ranks, unfinished, progress)
         quantize(model)
-    return plan, None if ranks is None else ranks.history, seconds
+    made.history = None if ranks is None else ranks.history
+    return made
 
 
 def _fit_once(
@@ -282,8 +309,8 @@ def _fit_once(
     counts: Tensor | None,
     progress: Progress,
     through: bool,
-) -> tuple[Plan, StraightThrough | None, dict[str, float]]:
-    """Replace matrices by fitted factors, in place: the plan as it was carried out, and what trains `through` them."""
+) -> tuple[_Made, StraightThrough | None]:
+    """Replace matrices by fitted factors, in place: what became of them, and what trains `through` them."""
     dense = copy.deepcopy(model) if through else None
     report = compression.compress(
         model,
@@ -297,7 +324,8 @@ def _fit_once(
     )
     for line in report.notes:
         note(line)
-    return report.plan, None if dense is None else StraightThrough(model, report.statistics, dense), report.seconds
+    made = _Made(report.plan, report.seconds, report.errors)
+    return made, None if dense is None else StraightThrough(model, report.statistics, dense)
 
 
 def _train(
@@ -308,8 +336,8 @@ def _train(
     ranks: DynamicRank | None,
     unfinished: Unfinished | None,
     progress: Progress,
-) -> float:
-    """Train what was compressed, in place; seconds."""
+) -> tuple[float, list[dict[str, float]] | None]:
+    """Train what was compressed, in place: seconds, and points on the way of what learns without labels."""
     assert inputs.train is not None
     assert inputs.tokenizer is not None
     teacher = load_teacher(job.distill, model)
@@ -317,7 +345,7 @@ def _train(
     if teacher is not None and inputs.kept is not None and (unfinished is None or inputs.speaks):
         trim_model(teacher, inputs.kept)  # so that both have the same states of the same tokens
     if unfinished is None:
-        return train(model, inputs.tokenizer, inputs.train, job.settings, teacher=teacher, **moving)
+        return train(model, inputs.tokenizer, inputs.train, job.settings, teacher=teacher, **moving), None
     assert inputs.evaluation is not None
     fast = model.device.type == "cpu" and has_bfloat16_products()
     settings, held = dataclasses.replace(job.healing, precision="bf16" if fast else "fp32"), inputs.evaluation
@@ -338,7 +366,7 @@ def _train(
         report=note,
         **moving,
     )
-    return curve[-1]["seconds"]
+    return curve[-1]["seconds"], curve
 
 
 def _shown(inputs: Inputs, model: PreTrainedModel) -> contextlib.AbstractContextManager[None]:

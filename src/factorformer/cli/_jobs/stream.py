@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from factorformer.cli._inputs import off_target, predictions
 from factorformer.cli._jobs.compress_inputs import read_inputs
 from factorformer.cli._jobs.compress_options import CompressJob, check
-from factorformer.cli._options import LENGTH, note
+from factorformer.cli._options import LENGTH, command_line, note
 from factorformer.cli._texts import calibration_batches
 from factorformer.compression import Report
 from factorformer.errors import FactorformerError, MethodError
@@ -24,6 +24,7 @@ from factorformer.hf.source import find
 from factorformer.layers.surgery import find_blocks
 from factorformer.progress import bars
 from factorformer.report import Result
+from factorformer.report.result import fits
 from factorformer.streaming import compress_checkpoint, streams
 from factorformer.streaming.curvature import bytes_on_disk
 from factorformer.streaming.stored import files_of, skeleton
@@ -125,6 +126,8 @@ def run(job: CompressJob) -> Result:
             seed=None if inputs.tokenizer is None else job.settings.seed,
             output=job.output,
             warnings=warnings,
+            command=command_line(),
+            fits=fits(report.plan, report.errors),
         )
         (directory / RESULT_FILE).write_text(json.dumps(result.to_dict(), indent=1) + "\n", encoding="utf-8")
         results.append(result)

@@ -152,12 +152,14 @@ class Prediction:
         total = math.fsum(self._expected(entry) for entry in entries)
         part = self.rise(entries) / total if total > 0 else 1.0
         what = self.objective if self.objective == COSINE else f"the {self.objective}"
-        return tuple(
-            dataclasses.replace(entry, reason=f"adds {part * self._expected(entry):.2g} to {what}; {entry.reason}")
-            if entry.spec is not None and entry.matrix.name in self.curves
-            else entry
-            for entry in entries
-        )
+
+        def explained(entry: Entry) -> Entry:
+            if entry.spec is None or entry.matrix.name not in self.curves:
+                return entry
+            rise = part * self._expected(entry)
+            return dataclasses.replace(entry, rise=rise, reason=f"adds {rise:.2g} to {what}; {entry.reason}")
+
+        return tuple(map(explained, entries))
 
     def _expected(self, entry: Entry) -> float:
         """What a matrix of a plan adds to the loss on other texts."""
