@@ -12,6 +12,7 @@ import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 
@@ -21,6 +22,9 @@ Name = str | os.PathLike[str]
 
 RESULT_FILE = "factorformer.json"
 """The result of the command that made a directory lies in it under this name."""
+
+ORIGINAL_CARD = "README.original.md"
+"""The card of the model that a compressed one was made of."""
 
 MODEL_FILES = (
     "*.safetensors",
@@ -45,6 +49,7 @@ MODEL_FILES = (
     "sentencepiece*.model",
     "chat_template.*",
     "README.md",
+    ORIGINAL_CARD,
     "LICENSE*",
     ".gitattributes",
     ".DS_Store",
@@ -66,6 +71,15 @@ _WRITING = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}
 
 _LONGEST_NAME = 255
 """Bytes that the name of a file can have on usual file systems."""
+
+
+def read_result(directory: Path) -> dict[str, Any]:
+    """The result that lies in a directory; empty where there is none, or none that can be read."""
+    with contextlib.suppress(OSError, ValueError):
+        found = json.loads((directory / RESULT_FILE).read_text(encoding="utf-8"))
+        if isinstance(found, dict):
+            return found
+    return {}
 
 
 def short_names(sources: Sequence[str]) -> list[str]:

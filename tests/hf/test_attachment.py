@@ -234,8 +234,11 @@ def test_a_card_says_how_to_load_the_model(tmp_path: Path) -> None:
         "library_name": "transformers",
         "tags": ["factorformer"],
         "base_model": "who/else",
+        "base_model_relation": "quantized",
         "license": "mit",
+        "pipeline_tag": "fill-mask",
     }
+    assert not (tmp_path / "small" / "README.original.md").exists()
     assert "import factorformer" in card.read_text()
     assert "BertForMaskedLM" in card.read_text()
     assert str(tmp_path) not in card.read_text()

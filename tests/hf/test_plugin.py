@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import inspect
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import datasets
@@ -17,7 +19,7 @@ from tests.tiny import MODELS, logits
 
 import factorformer
 from factorformer.errors import CheckpointError
-from factorformer.hf.config import FORMAT, FactorformerConfig
+from factorformer.hf.config import FORMAT, METHOD, SHORT, FactorformerConfig
 from factorformer.hf.description import describe
 from factorformer.layers.matrix import Scope
 from factorformer.layers.nn import FactorizedEmbedding, FactorizedLinear, FactorizedMatrix
@@ -43,7 +45,7 @@ def test_description_survives_json() -> None:
     again = FactorformerConfig.from_dict(json.loads(json.dumps(config.to_dict())))
     assert again.layers == config.layers
     assert again.format == FORMAT
-    assert config.to_dict()["quant_method"] == "factorformer"
+    assert config.to_dict()["quant_method"] == METHOD
     # Every matrix is described once, whatever the number of modules that hold it.
     described = [name for name, layer in config.layers.items() for name in (name, *layer.get("tied", ()))]
     assert sorted(described) == sorted(factorized(model))
@@ -338,3 +340,30 @@ def test_a_new_model_of_the_same_config_is_dense() -> None:
 
 def test_forward_signature_is_untouched() -> None:
     assert inspect.signature(compressed("bert").forward) == inspect.signature(MODELS["bert"].build().forward)
+
+
+# Without the package
+
+
+def test_without_the_package_the_first_line_says_what_to_import(tmp_path: Path) -> None:
+    model = compressed("t5")
+    model.save_pretrained(tmp_path)
+    code = "import sys; sys.modules['factorformer'] = None; import transformers; "
+    code += f"transformers.AutoModelForSeq2SeqLM.from_pretrained({str(tmp_path)!r})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert done.returncode != 0
+    assert "import factorformer" in done.stderr.strip().splitlines()[0], done.stderr[:1000]
+
+
+def test_directories_with_the_short_name_of_the_method_load(tmp_path: Path) -> None:
+    model = compressed("t5")
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    config = json.loads(file.read_text())
+    config["quantization_config"]["quant_method"] = SHORT
+    file.write_text(json.dumps(config))
+    again = type(model).from_pretrained(tmp_path)
+    assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in model.state_dict().items())
+    again.save_pretrained(tmp_path / "again")
+    config = json.loads((tmp_path / "again" / "config.json").read_text())
+    assert config["quantization_config"]["quant_method"] == METHOD

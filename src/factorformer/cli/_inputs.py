@@ -16,7 +16,9 @@ from factorformer.cli._options import note
 from factorformer.errors import ExportError, FactorformerError, ModelError, OutputError
 from factorformer.export.sentence import Layout, read_layout
 from factorformer.files import RESULT_FILE, output_directory, whole_file
+from factorformer.hf import card
 from factorformer.hf.attachment import described
+from factorformer.hf.description import has_factors
 from factorformer.hf.source import (
     copy_companions,
     find,
@@ -227,6 +229,10 @@ def write(
         tokenizer.save_pretrained(directory if weights is None else weights)
     description = directory / RESULT_FILE
     description.write_text(json.dumps(result.to_dict(), indent=1) + "\n", encoding="utf-8")
+    if has_factors(model):
+        if weights is not None and weights != directory:
+            (weights / card.FILE).unlink(missing_ok=True)
+        card.write(model, directory, result.to_dict())
     for file in directory.rglob("*.safetensors"):  # which safetensors makes private
         file.chmod(description.stat().st_mode)
 
@@ -253,8 +259,10 @@ def saved(output: str, what: str) -> Iterator[None]:
         raise
 
 
-def update(result: Result) -> None:
-    """Write a result over the one that lies in its output directory."""
+def update(result: Result, model: PreTrainedModel) -> None:
+    """Write a result over the one that lies in its output directory, and into the card of the model there."""
     assert result.output is not None
+    if has_factors(model):
+        card.write(model, Path(result.output), result.to_dict())
     with whole_file(Path(result.output) / RESULT_FILE, "the result") as partial:
         partial.write_text(json.dumps(result.to_dict(), indent=1) + "\n", encoding="utf-8")

@@ -12,7 +12,7 @@ from torch import nn
 
 from factorformer.errors import ModelError
 from factorformer.hf import card, compat, ties
-from factorformer.hf.config import METHOD, FactorformerConfig, Quantizer
+from factorformer.hf.config import METHODS, FactorformerConfig, Quantizer
 from factorformer.hf.description import describe, has_factors
 from factorformer.layers.nn import FactorizedMatrix
 
@@ -78,7 +78,7 @@ def described(config: transformers.PreTrainedConfig) -> Any:
     """The description of factorized layers that a configuration holds: read from a file, a dictionary; or None."""
     found = getattr(config, "quantization_config", None)
     if isinstance(found, Mapping):
-        return found if found.get("quant_method") == METHOD else None
+        return found if found.get("quant_method") in METHODS else None
     return found if isinstance(found, FactorformerConfig) else None
 
 

@@ -14,7 +14,7 @@ import transformers
 
 from factorformer.errors import CheckpointError, FactorformerError, FactorformerWarning, one_line
 from factorformer.hf import compat, layout
-from factorformer.hf.config import METHOD
+from factorformer.hf.config import METHODS
 from factorformer.hf.tensors import drop_pooler, takes_no_pooler
 from factorformer.hf.trust import trusted
 
@@ -90,7 +90,7 @@ def choose(path: Path, *, trust: bool | None = None) -> Choice:
     place = layout.place(path)
     described = layout.read_config(place.folder)
     method = _quantized_by(described)
-    if method not in (None, METHOD, *MULTIPLIED_OUT):
+    if method not in (None, *METHODS, *MULTIPLIED_OUT):
         raise CheckpointError(
             f"the weights in '{path}' are quantized by {method}: start from the model in full precision"
         )
@@ -168,7 +168,7 @@ def some(names: Iterable[object], most: int = 5) -> str:
 
 def _read(path: Path, folder: Path, choice: Choice, whole: bool, **options: Any) -> tuple[PreTrainedModel, bool]:
     """A model of the class that was chosen, and whether its head is missing."""
-    compressed = _quantized_by(layout.read_config(folder)) == METHOD
+    compressed = _quantized_by(layout.read_config(folder)) in METHODS
     if not compressed:
         options.setdefault("ignore_mismatched_sizes", True)  # they are refused below, by name
     model, info = read_model(choice.loader, folder, **options)

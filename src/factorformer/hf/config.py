@@ -12,7 +12,14 @@ from factorformer.errors import CheckpointError, FactorformerError
 from factorformer.structures import Shape, Structure, TensorSpec, from_dict, integers
 from factorformer.structures.integers import Bits
 
-METHOD = "factorformer"
+METHOD = "factorformer: run `import factorformer` before the model is loaded"
+"""The name of the method in config.json. Where this package was not imported, transformers says first of all that it
+does not know a method of this name, before it compares any weights."""
+
+SHORT = "factorformer"
+"""The name before."""
+
+METHODS = (METHOD, SHORT)
 FORMAT = 2
 EQUAL_STEPS = 1
 """The format before, which says the same but for what values in 4 and 3 bits are."""

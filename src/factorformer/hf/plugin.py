@@ -27,7 +27,7 @@ from factorformer import registration
 from factorformer.errors import CheckpointError, FactorformerWarning, ModelError
 from factorformer.hf import compat, ties
 from factorformer.hf.attachment import attach, attach_all, detach
-from factorformer.hf.config import METHOD, FactorformerConfig
+from factorformer.hf.config import METHODS, FactorformerConfig
 from factorformer.hf.dense import to_dense
 from factorformer.hf.description import named_module, names_of
 from factorformer.hf.tensors import check_tensors, drop_absent_pooler, holds_dense_weights
@@ -182,6 +182,7 @@ def _check_readers(model: PreTrainedModel, reasons: Mapping[str, str]) -> None:
 
 
 # Called as functions, so that type checkers still see the classes.
-register_quantization_config(METHOD)(FactorformerConfig)
-register_quantizer(METHOD)(FactorformerQuantizer)
+for name in METHODS:
+    register_quantization_config(name)(FactorformerConfig)
+    register_quantizer(name)(FactorformerQuantizer)
 registration.attach_with(attach_all)

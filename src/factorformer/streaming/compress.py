@@ -21,7 +21,7 @@ import factorformer
 from factorformer import compression, planning, recipes, registration
 from factorformer.compression import Report
 from factorformer.errors import DataError, MethodError
-from factorformer.files import check_output, output_directory, whole_file
+from factorformer.files import check_output, output_directory, read_result, whole_file
 from factorformer.fitting import statistics as calibrate
 from factorformer.fitting.batches import Batch, Calibration, as_batches, fingerprint
 from factorformer.fitting.matrices import fit_matrix
@@ -147,6 +147,7 @@ def compress_checkpoint(
         _assemble(job, run, path, run.assembled)
         if beside is not None:
             beside(report, run.assembled)
+            card.write(job.model, run.assembled, read_result(run.assembled) or None)
         with output_directory(output, overwrite=overwrite, inputs=(path,)) as partial:
             for part in run.assembled.iterdir():
                 part.rename(partial / part.name)

@@ -150,7 +150,7 @@ def _measured(
         evaluated = time.perf_counter() - begun
         seconds = {**result.seconds, "total": result.seconds["total"] + evaluated}
         result = dataclasses.replace(result, metrics={**result.metrics, **compare(before, after)}, seconds=seconds)
-        update(result)
+        update(result, model)
     return result
 
 

@@ -77,5 +77,5 @@ def run(
             metrics = evaluate(model, tokenizer, eval_data, head.labels, progress)
         seconds |= {"total": time.perf_counter() - started}
         result = dataclasses.replace(result, metrics=metrics, seconds=seconds)
-        update(result)
+        update(result, model)
     return result

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,7 +13,7 @@ from transformers import PreTrainedModel
 from factorformer.bench.candidates import load, parse
 from factorformer.bench.comparison import Comparison, Shape, compare
 from factorformer.errors import FactorformerError
-from factorformer.files import RESULT_FILE
+from factorformer.files import read_result
 from factorformer.hf.source import find, load_model
 from factorformer.layers.dense import dense_shape, dense_weight
 from factorformer.layers.nn import FactorizedMatrix
@@ -172,7 +169,7 @@ def gather(model: str, against: str | None, *, time: bool = True, progress: Prog
     path = find(model)
     loaded = load_model(path, device="cpu")
     plan, notes = inventory(loaded, "all"), []
-    record = _record(path)
+    record = read_result(path)
     original = None if against is None else load_model(find(against), device="cpu")
     spectra: list[Spectrum] = []
     errors: dict[str, float] = {}
@@ -203,15 +200,6 @@ def gather(model: str, against: str | None, *, time: bool = True, progress: Prog
         comparisons,
         notes,
     )
-
-
-def _record(path: Path) -> dict[str, Any]:
-    """What the command that made a model wrote beside it."""
-    with contextlib.suppress(OSError, ValueError):
-        found = json.loads((path / RESULT_FILE).read_text(encoding="utf-8"))
-        if isinstance(found, dict):
-            return found
-    return {}
 
 
 def _weight(entry: Entry, fits: Mapping[str, Any], errors: Mapping[str, float]) -> Weight:
