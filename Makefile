@@ -12,7 +12,7 @@ UNITS := tests/structures tests/fitting tests/planning tests/layers
 # `make results QUICK=1` runs a cheap variant of every benchmark and keeps none of the figures.
 QUICK ?=
 
-.PHONY: quickstart test test-fast results render
+.PHONY: quickstart test test-fast results render docs
 
 quickstart: $(VENV)/.installed-cli,minilm
 	$(BIN)/factorformer quickstart
@@ -41,6 +41,10 @@ results: $(VENV)/.installed-bench,minilm,onnx
 render: $(VENV)/.installed-bench
 	$(BIN)/python benchmarks/render.py
 	$(BIN)/python benchmarks/readme_figure.py
+
+# The site, in site/; to read it with its search: $(BIN)/python -m http.server --directory site
+docs: $(VENV)/.installed-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
 # The stamps lie in the environment, so that they go when it goes.
 $(VENV)/.installed-%: pyproject.toml constraints.txt $(KERNELS) | $(BIN)/python
