@@ -23,6 +23,18 @@ Name = str | os.PathLike[str]
 RESULT_FILE = "factorformer.json"
 """The result of the command that made a directory lies in it under this name."""
 
+BEFORE, FITTED, DIFFERENCE = "original_", "fitted_", "difference_"
+"""Prefixes of metrics: of the model before compression, of the one between its fit and its training, and of how far a
+metric is from that of the original."""
+
+INTERVAL = ("_low", "_high")
+"""Ends of the names of the ends of intervals."""
+
+NO_QUALITY = (
+    *("predicted_", DIFFERENCE, "tokens", "window", "stride", "file_bytes", "latency_products", "milliseconds_"),
+)
+"""Beginnings of the names of numbers that say nothing of how well a model does."""
+
 ORIGINAL_CARD = "README.original.md"
 """The card of the model that a compressed one was made of."""
 

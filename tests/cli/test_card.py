@@ -51,6 +51,7 @@ def test_of_a_sentence_encoder(run: Any, base: Path, tables: Path, tmp_path: Pat
     assert known["library_name"] == "sentence-transformers"
     assert known["pipeline_tag"] == "sentence-similarity"
     assert (small / "README.original.md").read_text() == (base / "README.md").read_text()
+    assert "was not measured" in (small / "README.md").read_text()  # what a plan predicts is no measurement
 
 
 def test_of_what_is_made_block_by_block(run: Any, base: Path, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from factorformer.cli import main
-from factorformer.cli._options import DeviceChoice, place_of
+from factorformer.cli._options import DeviceChoice, command_line, place_of
 from factorformer.errors import MethodError
 
 WARNING_PROGRAM = """
@@ -108,3 +108,10 @@ def test_a_signal_to_terminate_ends_a_command_as_ctrl_c_does(monkeypatch: pytest
             main()
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def test_a_recorded_command_tells_no_places(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["/home/me/bin/factorformer", "compress", "/home/me/model", "a b", "--json"])
+    assert command_line() == "factorformer compress model 'a b' --json"
+    monkeypatch.setattr("sys.argv", ["/usr/bin/pytest"])
+    assert command_line() is None

@@ -20,11 +20,18 @@ def test_of_the_command_line(run: Any, base: Path, tables: Path, tmp_path: Path)
     assert done.exit_code == 0, done.stderr
     assert first.exists()
     record = json.loads((small / RESULT_FILE).read_text())
-    assert all(fit["error"] > 0 and fit["rise"] > 0 for fit in record["fits"].values())
+    assert len(record["fits"]) == 12
+    assert all(fit["error"] > 0 and fit["rise"] > 0 and fit["reason"] for fit in record["fits"].values())
     done = run("report", small, "--against", base, "--no-time", "--output", tmp_path / "again.html", "--json")
     assert done.exit_code == 0, done.stderr
     found = json.loads(done.stdout)
     assert {w["name"] for w in found["weights"] if w["rise"] is not None} == set(record["fits"])
+    for file, message in ((tmp_path / "new", "directory to make"), (tmp_path / "new" / "a.html", "directory to make")):
+        refused = run("compress", base, tmp_path / "new", "--ratio", 2, "--report", file)
+        assert refused.exit_code == 2
+        assert message in refused.stderr
+    refused = run("compress", base, tmp_path / "new", "--ratio", 2, "--stream", "--report", tmp_path / "a.html")
+    assert "--stream never holds" in refused.stderr
     refused = run("report", small, "--output", first)
     assert refused.exit_code == 2
     assert "--overwrite" in refused.stderr

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import types
 from pathlib import Path
 
 import pytest
@@ -222,6 +223,55 @@ def test_a_model_that_does_not_name_its_embeddings(tmp_path: Path) -> None:
 # The card
 
 
+def test_what_goes_to_the_hub_has_our_card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers writes one of its own over it, unless the repository has one."""
+    from huggingface_hub import ModelCard
+    from huggingface_hub.errors import EntryNotFoundError
+    from transformers.utils import hub
+
+    sent: dict[str, str] = {}
+
+    class Hub:
+        """What `push_to_hub` asks of it."""
+
+        def create_repo(self, name: str, **_: Any) -> Any:
+            """The repository."""
+            return types.SimpleNamespace(repo_id=name)
+
+        def create_commit(self, operations: Any, **_: Any) -> str:
+            """Keep the files."""
+            found = {each.path_in_repo: Path(each.path_or_fileobj) for each in operations}
+            sent.update({name: file.read_text() for name, file in found.items() if file.suffix in (".md", ".json")})
+            return "url"
+
+    there: list[str] = []
+
+    def load(*_: Any, **__: Any) -> ModelCard:
+        if there:
+            return ModelCard(there[0])
+        raise EntryNotFoundError("no card")
+
+    monkeypatch.setattr(hub, "hf_api", Hub)
+    monkeypatch.setattr(hub.ModelCard, "load", load)
+    model = BERT.build()
+    factorformer.compress(model, factorformer.plan(model, "svd", 2))
+    model.push_to_hub("me/small")
+    assert "import factorformer" in sent["README.md"]
+    model.save_pretrained(tmp_path / "small")
+    (tmp_path / "small" / "README.md").write_text("what compress said")
+    (tmp_path / "small" / "factorformer.json").write_text("{}")
+    again = factorformer.load(tmp_path / "small")
+    again.push_to_hub("me/small")
+    assert (sent["README.md"], sent["factorformer.json"]) == ("what compress said", "{}")
+    there.append("---\nlicense: mit\n---\nmine")
+    again.push_to_hub("me/small")
+    assert "mine" in sent["README.md"]
+    dense = BERT.build()
+    there.clear()
+    dense.push_to_hub("me/dense")
+    assert "automatically generated" in sent["README.md"]
+
+
 def test_a_card_says_how_to_load_the_model(tmp_path: Path) -> None:
     source = tmp_path / "source"
     BERT.build().save_pretrained(source)
@@ -234,11 +284,10 @@ def test_a_card_says_how_to_load_the_model(tmp_path: Path) -> None:
         "library_name": "transformers",
         "tags": ["factorformer"],
         "base_model": "who/else",
-        "base_model_relation": "quantized",
         "license": "mit",
         "pipeline_tag": "fill-mask",
     }
-    assert not (tmp_path / "small" / "README.original.md").exists()
+    assert (tmp_path / "small" / "README.original.md").read_text().endswith("# A model\n")
     assert "import factorformer" in card.read_text()
     assert "BertForMaskedLM" in card.read_text()
     assert str(tmp_path) not in card.read_text()

@@ -151,6 +151,35 @@ def check_chain(draw: random.Random) -> None:
         close(dense_chain(x, matrices, bias), expected, tolerance)
 
 
+def check_few_tokens() -> None:
+    """Tokens that leave the first cache, results whose columns threads share, and the largest sums of integers."""
+    for n in (1, 2, 4):
+        for out, wide, columns in ((21, 8200, False), (4100, 9, True), (4160, 9, True), (900, 37, True)):
+            shape, x = ((wide, out) if columns else (out, wide)), torch.randn(n, wide)
+            codes, scales = torch.randint(-128, 128, shape, dtype=torch.int8), torch.rand(shape[0])
+            for matrix in (Dense(torch.randn(shape), None, columns), Dense(codes, scales, columns)):
+                weight = matrix.values(torch.float64).double()
+                for _ in on_threads():
+                    close(
+                        dense_chain(x, (matrix,)), x.double() @ weight.T, ROUNDING * (x.double().abs() @ weight.abs().T)
+                    )
+        for rows, atoms, sign in ((18, 4096, 1), (18, 4096, -1), (600, 70, 1), (600, 70, -1)):
+            nonzeros = atoms - 5
+            packed = support.pack(torch.arange(nonzeros).expand(rows, -1), atoms)
+            codes, scales = torch.full((rows, nonzeros), -128, dtype=torch.int8), torch.rand(rows)
+            whole = torch.nn.functional.pad(codes.double() * scales.double()[:, None], (0, 5))
+            x, y = torch.full((n, atoms), 3.0 * sign), torch.full((n, rows), 3.0 * sign)
+            for _ in on_threads():
+                found = sparse_product(x, codes, packed, atoms, scales=scales)
+                close(found, x.double() @ whole.T, UNIT * x.double().abs() @ whole.abs().T)
+                found = sparse_product(y, codes, packed, atoms, scales=scales, transposed=True)
+                close(
+                    found,
+                    y.double() @ whole,
+                    UNIT * (y * scales).abs().max().double() * 128 * rows + torch.zeros(atoms),
+                )
+
+
 def check_exact_integers() -> None:
     """Inputs that are whole numbers of their scale lose nothing, so that the sums of integers are seen alone."""
     for n, wide, out in ((5, 37, 19), (64, 130, 70), (100, 4, 16), (33, 1023, 5)):
@@ -533,6 +562,7 @@ def main(name: str, cases: int) -> None:
     for _ in range(max(cases // 2, 4)):
         check_encoder(draw)
     check_rows_that_are_not_there()
+    check_few_tokens()
     check_exact_integers()
     check_what_is_no_number()
     for _ in range(max(cases // 8, 2)):

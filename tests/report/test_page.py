@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html as html_text
 import json
 import re
 import shutil
@@ -16,8 +17,9 @@ from transformers import BertConfig, BertModel
 import factorformer
 from factorformer.errors import OutputError
 from factorformer.files import RESULT_FILE
-from factorformer.report.page import gather, write
+from factorformer.report.page import figures, gather, write
 from factorformer.report.page.document import html
+from factorformer.report.page.evidence import Weight
 from factorformer.training.rank_history import RankHistory
 
 pytest.importorskip("plotly", reason="reports are drawn by plotly, which is not installed")
@@ -46,7 +48,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "method": "svd",
         "command": f"factorformer compress dense small --include '{NASTY}'",
         "metrics": {"original_accuracy": 0.91, "fitted_accuracy": 0.72, "accuracy": 0.9, "predicted_loss_rise": 0.1},
-        "fits": {names[0]: {"error": 0.25, "rise": 0.003}},
+        "fits": {names[0]: {"error": 0.25, "rise": 0.003, "reason": NASTY}},
         "curve": [{"step": 10 * i, "seconds": 30.0 * i, "embedding_cosine": 0.9 + 0.01 * i} for i in range(4)],
         "seconds": {"fit": 1.5},
         "versions": {"torch": "2"},
@@ -66,7 +68,7 @@ def test_what_a_report_tells(folder: Path) -> None:
     found = gather(str(folder / "small"), str(folder / "dense"), time=False).to_dict()
     weights = {weight["name"]: weight for weight in found["weights"]}
     query = weights["encoder.layer.0.attention.self.query"]
-    assert (query["role"], query["layer"], query["shape"]) == ("encoder.layer.*.attention.self.query", 0, (64, 64))
+    assert (query["role"], query["layer"], query["shape"]) == ("encoder.layer.*.attention.self.query", "0", (64, 64))
     assert (query["fit_error"], query["rise"]) == (0.25, 0.003)
     dense, small = (
         BertModel.from_pretrained(folder / name).get_submodule(query["name"]) for name in ("dense", "small")
@@ -93,10 +95,57 @@ def test_what_cannot_be_compared_is_said(folder: Path, tmp_path: Path) -> None:
     assert any("embeddings.word_embeddings" in note and "other shapes" in note for note in notes)
 
 
+def test_bytes_before_are_those_of_the_original(folder: Path, tmp_path: Path) -> None:
+    trimmed = BertModel.from_pretrained(folder / "dense")
+    trimmed.resize_token_embeddings(50)
+    factorformer.compress(trimmed, factorformer.plan(trimmed, "svd", 2))
+    trimmed.save_pretrained(tmp_path / "trimmed")
+    found = gather(str(tmp_path / "trimmed"), str(folder / "dense"), time=False).to_dict()
+    whole = sum(p.numel() for p in BertModel.from_pretrained(folder / "dense").parameters()) * 4
+    assert found["bytes"]["original"] == whole
+
+
+def test_matrices_that_share_a_dictionary_say_so(tmp_path: Path) -> None:
+    config = BertConfig(
+        vocab_size=99, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=128
+    )
+    model = BertModel(config)
+    factorformer.compress(model, factorformer.plan(model, "dense_sparse_plain", 2, share="inputs"))
+    model.save_pretrained(tmp_path)
+    evidence = gather(str(tmp_path), None)
+    owners = {weight.shares for weight in evidence.weights} - {None}
+    assert owners
+    assert all(f"dictionary of {owner}" in html(evidence) for owner in owners)
+
+
+def test_experts_and_blocks_have_cells_of_their_own() -> None:
+    common = {"shape": (4, 4), "form": "dense", "shares": None, "units": None, "note": "", "before": 64, "after": 64}
+    common |= {"flops_before": 32, "flops_after": 32, "error": None, "fit_error": None, "rise": None, "tied": ()}
+    weights = [
+        Weight(name=f"layers.{i}.experts.{j}.up", role="layers.*.experts.*.up", layer=f"{i}.{j}", **common)
+        for i in (0, 10, 2)
+        for j in range(3)
+    ]
+    figure, _ = figures.model_map(weights)
+    assert figure["data"][0]["x"] == [f"{i}.{j}" for i in (0, 2, 10) for j in range(3)]
+    assert sum(cell is not None for row in figure["data"][0]["z"] for cell in row) == len(weights)
+
+
+def test_a_record_in_another_form_costs_no_page(folder: Path, tmp_path: Path) -> None:
+    small = shutil.copytree(folder / "small", tmp_path / "small")
+    (small / RESULT_FILE).write_text(
+        '{"metrics": {"accuracy": NaN}, "fits": [1], "curve": [{"step": 1}], "seconds": 3}'
+    )
+    evidence = gather(str(small), None)
+    assert any("fits" in note and "curve" in note and "seconds" in note for note in evidence.notes)
+    assert "NaN" not in html(evidence).split('id="library"')[0]
+
+
 def test_names_are_escaped_and_the_file_is_small(page: Path) -> None:
     text = page.read_text()
     assert page.stat().st_size < 5_000_000
     assert NASTY not in text
+    assert html_text.escape(NASTY) in text.replace("&#39;", "&#x27;").replace("&#34;", "&quot;")
     assert "<b>&'" not in text
     assert "http://" not in re.sub(r'id="library">[^<]*', "", text).replace("http://www.w3.org", "")
     figures = json.loads(re.search(r'id="figures">(.*?)</script>', text, re.DOTALL)[1])

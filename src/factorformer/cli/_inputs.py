@@ -15,7 +15,7 @@ from factorformer import processes
 from factorformer.cli._options import note
 from factorformer.errors import ExportError, FactorformerError, ModelError, OutputError
 from factorformer.export.sentence import Layout, read_layout
-from factorformer.files import RESULT_FILE, output_directory, whole_file
+from factorformer.files import BEFORE, RESULT_FILE, output_directory, whole_file
 from factorformer.hf import card
 from factorformer.hf.attachment import described
 from factorformer.hf.description import has_factors
@@ -31,7 +31,6 @@ from factorformer.hf.source import (
 from factorformer.layers.surgery import find_matrices
 from factorformer.planning import TOLERANCE, Entry, Plan
 from factorformer.report import Result
-from factorformer.report.result import BEFORE
 from factorformer.tasks.classification import Head, head_labels, is_causal
 from factorformer.tasks.finetuning import check_can_follow
 from factorformer.tasks.targets import Predictions, Target
@@ -211,6 +210,8 @@ def save(
         write(result, model, partial, tokenizer=tokenizer, weights=weights)
         if companions is not None:
             copy_companions(companions, partial, set() if tokenizer is None else vocabulary_files(tokenizer))
+        if has_factors(model):
+            card.write(model, partial, result.to_dict(), companions)
         if history is not None:
             history.save(partial)
 
@@ -229,23 +230,22 @@ def write(
         tokenizer.save_pretrained(directory if weights is None else weights)
     description = directory / RESULT_FILE
     description.write_text(json.dumps(result.to_dict(), indent=1) + "\n", encoding="utf-8")
-    if has_factors(model):
-        if weights is not None and weights != directory:
-            (weights / card.FILE).unlink(missing_ok=True)
-        card.write(model, directory, result.to_dict())
+    if has_factors(model) and weights is not None and weights != directory:
+        (weights / card.FILE).unlink(missing_ok=True)
     for file in directory.rglob("*.safetensors"):  # which safetensors makes private
         file.chmod(description.stat().st_mode)
 
 
 @contextlib.contextmanager
-def saved(output: str, what: str) -> Iterator[None]:
+def saved(output: str, what: str, lacks: str = "was not measured") -> Iterator[None]:
     """Say of whatever stops the measuring of a model that the model itself is saved.
 
     Args:
         output: its directory, complete but for metrics in `factorformer.json`.
         what: the model is.
+        lacks: what it is without.
     """
-    fate = f"the {what} model is complete in '{output}', but was not measured"
+    fate = f"the {what} model is complete in '{output}', but {lacks}"
     try:
         yield
     except FactorformerError as error:
@@ -259,10 +259,10 @@ def saved(output: str, what: str) -> Iterator[None]:
         raise
 
 
-def update(result: Result, model: PreTrainedModel) -> None:
+def update(result: Result, model: PreTrainedModel, companions: Path | None = None) -> None:
     """Write a result over the one that lies in its output directory, and into the card of the model there."""
     assert result.output is not None
     if has_factors(model):
-        card.write(model, Path(result.output), result.to_dict())
+        card.write(model, Path(result.output), result.to_dict(), companions)
     with whole_file(Path(result.output) / RESULT_FILE, "the result") as partial:
         partial.write_text(json.dumps(result.to_dict(), indent=1) + "\n", encoding="utf-8")

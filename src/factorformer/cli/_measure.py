@@ -12,8 +12,8 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from factorformer.cli._texts import LOGITS
 from factorformer.errors import DataError, ModelError
+from factorformer.files import BEFORE
 from factorformer.progress import Progress
-from factorformer.report.result import BEFORE
 from factorformer.tasks import language_modelling
 from factorformer.tasks.classification import is_causal
 from factorformer.tasks.data import Labels

@@ -418,9 +418,15 @@ def place_of(device: DeviceChoice) -> str:
 
 
 def command_line() -> str | None:
-    """The command line of this process, as a shell takes it; None where Python code runs the command."""
-    name = Path(sys.argv[0]).name
-    return shlex.join([name, *sys.argv[1:]]) if name.startswith("factorformer") else None
+    """The command line of this process, as a shell takes it; None where Python code runs the command.
+
+    It goes into files that may be published: of absolute places the last name is enough.
+    """
+    name, *words = sys.argv
+    if not Path(name).name.startswith("factorformer"):
+        return None
+    shown = [Path(word).name if Path(word).is_absolute() else word for word in words]
+    return shlex.join([Path(name).name, *shown])
 
 
 def note(text: str) -> None:

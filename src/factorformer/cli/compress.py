@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -64,7 +64,10 @@ from factorformer.cli._text_files import (
     names_of,
     source_of,
 )
-from factorformer.errors import DataError
+from factorformer.errors import DataError, MethodError, OutputError
+
+if TYPE_CHECKING:
+    from factorformer.report import Result
 
 LearningRate = Annotated[
     float | None,
@@ -207,7 +210,11 @@ def compress(
     files = (calibration, trim_vocabulary, *names_of(learned, judged))
     check_output(output, overwrite=overwrite, inputs=(model, plan, distill, *files))
     if report is not None:
-        check_file(report, overwrite=overwrite, inputs=(model, output, plan, distill, *files))
+        if report.resolve() == output.resolve() or output.resolve() in report.resolve().parents:
+            raise OutputError(f"--report '{report}' is, or lies in, the directory to make: name a file beside it")
+        if stream:
+            raise MethodError("--report reads the whole model, which --stream never holds: leave one of them out")
+        check_file(report, overwrite=overwrite, inputs=(model, plan, distill, *files))
         from factorformer.report.page import check_packages
 
         check_packages()
@@ -282,13 +289,25 @@ def compress(
         overwrite=overwrite,
     )
     try:
-        emit(run(job, resume=resume), as_json=as_json)
+        result = run(job, resume=resume)
+        emit(result, as_json=as_json)
         if report is not None and processes.is_first():
-            from factorformer.cli.report import report as tell
-
-            # What is too large for memory is not put beside its original.
-            tell(str(output), None if stream else model, report, overwrite=overwrite)
+            _tell(result, model, report, overwrite=overwrite)
     except KeyboardInterrupt as error:
         if not is_unfinished(output):
             raise
         raise typer.Exit(130) from error  # what is kept was said already
+
+
+def _tell(result: Result, original: str, file: Path, *, overwrite: bool) -> None:
+    """The report of what was made, whose directory is complete."""
+    from factorformer.cli._inputs import saved
+    from factorformer.cli._options import note
+    from factorformer.cli.report import report
+
+    assert result.output is not None
+    if result.streamed:
+        note(f"no report: it reads the whole model, which memory does not hold (factorformer report {result.output})")
+        return
+    with saved(result.output, "compressed", "has no report"):
+        report(result.output, original, file, overwrite=overwrite)

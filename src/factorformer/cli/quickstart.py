@@ -52,7 +52,7 @@ def quickstart(
     the original's, with intervals: similarities, neighbours, and classes found by neighbours and by regression.
     """
     from factorformer.cli._jobs.quickstart import demonstrate, demonstrate_encoder
-    from factorformer.report.result import BEFORE
+    from factorformer.files import BEFORE
 
     target = _free_name() if output is None else output
     result = (demonstrate_encoder if encoder else demonstrate)(target, overwrite=overwrite)

@@ -45,6 +45,7 @@ def attach(model: PreTrainedModel, quantizer: Quantizer | None = None) -> None:
             compat.resize_by(module, _refuse_to_resize if refuse else None)
     ties.rewrite(model)
     compat.around_saving(_saving)
+    compat.before_uploading(_uploading)
 
 
 def attach_all(module: nn.Module) -> None:
@@ -111,6 +112,12 @@ def _saving(model: PreTrainedModel, arguments: Mapping[str, Any]) -> Iterator[No
         quantizer.state_dict = None
     if arguments.get("is_main_process", True):
         card.write(model, Path(arguments["save_directory"]))
+
+
+def _uploading(model: PreTrainedModel, directory: Path) -> None:
+    """Let the card of a compressed model go along."""
+    if has_factors(model) and not compat.has_adapters(model):
+        card.bring(model, directory)
 
 
 def _refuse_to_resize(*_: Any, **__: Any) -> NoReturn:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import shutil
@@ -11,9 +12,18 @@ from typing import TYPE_CHECKING, Any
 
 import transformers
 
-from factorformer.files import ORIGINAL_CARD
+from factorformer.files import (
+    BEFORE,
+    FITTED,
+    INTERVAL,
+    NO_QUALITY,
+    ORIGINAL_CARD,
+    RESULT_FILE,
+    whole_file,
+)
 from factorformer.hf import layout
 from factorformer.hf.description import factorized
+from factorformer.structures import Dense
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -21,7 +31,11 @@ if TYPE_CHECKING:
 FILE = "README.md"
 
 ON_THE_HUB = re.compile(r"[\w.-]+/[\w.-]+")
-CACHED = re.compile(r"models--([\w.-]+?)--([\w.-]+)")
+CACHED = re.compile(r"models--([\w.-]+?)(?:--([\w.-]+))?/snapshots/")
+SNAPSHOT = re.compile(r"/snapshots/[0-9a-f]+")
+
+GENERATED = "has been automatically generated"
+"""What transformers says in a card that it makes up."""
 
 TAGS = {
     "ForSequenceClassification": "text-classification",
@@ -29,74 +43,92 @@ TAGS = {
     "ForQuestionAnswering": "question-answering",
     "ForMaskedLM": "fill-mask",
     "ForImageClassification": "image-classification",
-    "ForSpeechSeq2Seq": "automatic-speech-recognition",
+    "ForCTC": "automatic-speech-recognition",
     "ForCausalLM": "text-generation",
     "LMHeadModel": "text-generation",
 }
 """What the Hub calls tasks, by the ends of the names of classes."""
 
-PASSED_OVER, ENDS = ("predicted_", "difference_"), ("_low", "_high")
-"""Beginnings and ends of the names of numbers that are none of a model's."""
-
-MODELS = {"original_": "original", "fitted_": "before training", "": "compressed"}
+MODELS = {BEFORE: "original", FITTED: "before training", "": "compressed"}
 """Prefixes of metrics, and the models that they are of."""
 
 
-def write(model: PreTrainedModel, directory: Path, record: Mapping[str, Any] | None = None) -> None:
+def write(
+    model: PreTrainedModel, directory: Path, record: Mapping[str, Any] | None = None, origin: Path | None = None
+) -> None:
     """Write the card of a model that was saved into a directory, unless there is one already.
+
+    The card of the original is kept beside it.
 
     Args:
         model: compressed.
         directory: of the model.
-        record: what is known of how it was made, as in `factorformer.json`; a card is written again then, and that of
-            the original kept beside it.
+        record: what is known of how it was made, as in `factorformer.json`; a card is written again then.
+        origin: the directory of the original, where that is not where the model was loaded from.
     """
     file = directory / FILE
     if file.exists() and record is None:
         return
+    origin = origin or Path(str(getattr(model.config, "name_or_path", "") or ""))
+    with contextlib.suppress(OSError):  # this is about a comment, and the model may have taken hours
+        for name in (ORIGINAL_CARD, FILE):  # that of a compressed model is not the original's
+            if (origin / name).is_file() and origin.resolve() != directory.resolve():
+                shutil.copyfile(origin / name, directory / ORIGINAL_CARD)
+                break
+    with whole_file(file, "the model card") as partial:
+        partial.write_text(text(model, directory, record, origin), encoding="utf-8")
+
+
+def bring(model: PreTrainedModel, directory: Path) -> None:
+    """Put a card where transformers made one, in a directory that is about to go to the Hub.
+
+    Of a model that was loaded from a directory of this package it is the one there, with what it refers to.
+    """
+    file = directory / FILE
+    if file.exists() and GENERATED not in file.read_text(encoding="utf-8"):
+        return
+    file.unlink(missing_ok=True)
     origin = Path(str(getattr(model.config, "name_or_path", "") or ""))
-    kept = record is not None and (origin / FILE).is_file() and origin.resolve() != directory.resolve()
-    if kept:
-        shutil.copyfile(origin / FILE, directory / ORIGINAL_CARD)
-    plain = not any(type(model).__name__.endswith(end) for end in TAGS)
-    sentences = (directory / layout.MODULES).exists() or (plain and (origin / layout.MODULES).exists())
-    file.write_text(text(model, record, sentences=sentences, beside=kept), encoding="utf-8")
+    if (origin / RESULT_FILE).is_file() and (origin / FILE).is_file():
+        for name in (FILE, ORIGINAL_CARD, RESULT_FILE):
+            if (origin / name).is_file():
+                shutil.copyfile(origin / name, directory / name)
+        return
+    write(model, directory)
 
 
 def text(
-    model: PreTrainedModel,
-    record: Mapping[str, Any] | None = None,
-    *,
-    sentences: bool = False,
-    beside: bool = False,
+    model: PreTrainedModel, directory: Path, record: Mapping[str, Any] | None = None, origin: Path | None = None
 ) -> str:
     """The card: metadata that the Hub reads, what was done and measured, and the lines that load the model.
 
     Args:
         model: compressed.
+        directory: of the model.
         record: what is known of how it was made.
-        sentences: whether the directory is one of sentence-transformers.
-        beside: whether the card of the original lies beside this one.
+        origin: the directory of the original; None for where the model was loaded from.
     """
-    record = record or {}
-    origin = str(getattr(model.config, "name_or_path", "") or "")
-    source, there = Path(origin), bool(origin) and Path(origin).is_dir()
+    record, loaded = record or {}, str(getattr(model.config, "name_or_path", "") or "")
+    source = origin or Path(loaded)
+    there = (origin is not None or bool(loaded)) and source.is_dir()
     of_source = _metadata(source / FILE) if there else {}
-    base = _name_on_the_hub(origin, there=there)
-    base = base or next((of_source[key] for key in ("model_id", "base_model") if of_source.get(key)), None)
+    named = _name_on_the_hub(loaded, there=there) or of_source.get("model_id")
+    base = named or of_source.get("base_model")
     kind = type(model).__name__
     loader = kind if hasattr(transformers, kind) else "AutoModel"
-    name = base if isinstance(base, str) else source.name if there else None
+    name = named or (source.name if there and not SNAPSHOT.search(str(source)) else None)
+    sentences = (directory / layout.MODULES).exists()
     known: dict[str, Any] = {
         "library_name": "sentence-transformers" if sentences else "transformers",
         "tags": ["factorformer", *(["sentence-similarity"] if sentences else [])],
     }
-    known |= {"base_model": base, "base_model_relation": "quantized"} if base else {}
+    known |= {"base_model": base} if base else {}
+    known |= {"base_model_relation": "quantized"} if named else {}
     known |= {key: of_source[key] for key in ("license", "license_name", "license_link") if of_source.get(key)}
     tag = of_source.get("pipeline_tag") or ("sentence-similarity" if sentences else _tag(kind))
     known |= {"pipeline_tag": tag} if tag else {}
     measured = _measured(record.get("metrics") or {})
-    known |= {"metrics": [metric for metric in measured if metric.isidentifier()]} if measured else {}
+    known |= {"metrics": list(measured)} if measured else {}
     parts = [
         f"---\n{_yaml(known)}---",
         f"# {f'{name}, compressed' if name else 'A compressed model'}",
@@ -113,7 +145,7 @@ model = transformers.{loader}.from_pretrained("PATH OR NAME OF THIS MODEL")
 
 So do `AutoModel`, `pipeline` and, where the directory is one of sentence-transformers, `SentenceTransformer`. Without
 that import the weights do not fit the model, whatever an error message advises.""",
-        _limits(record, base, beside=beside),
+        _limits(named, measured=bool(measured), beside=(directory / ORIGINAL_CARD).is_file()),
     ]
     if record.get("command"):
         versions = ", ".join(f"{key} {value}" for key, value in (record.get("versions") or {}).items())
@@ -122,10 +154,12 @@ that import the weights do not fit the model, whatever an error message advises.
 
 
 def _done(model: PreTrainedModel, record: Mapping[str, Any]) -> str:
-    count = sum(1 for _ in factorized(model))
+    layers = [module for _, module, tied, _ in factorized(model) if tied is None]
+    dense = sum(isinstance(module.spec, Dense) for module in layers)
+    counts = {"in factors": len(layers) - dense, "dense in integers": dense}
     what = (
-        f"{count} weight matrices of this {type(model).__name__} are stored in factorized form by the Python package "
-        "factorformer"
+        f"Weight matrices of this {type(model).__name__} are stored by the Python package factorformer: "
+        f"{' and '.join(f'{count} {kind}' for kind, count in counts.items() if count)}"
     )
     costs = [record.get(key) or {} for key in ("bytes", "parameters", "flops_per_token")]
     if not record.get("method") or not all(cost.get("compressed") for cost in costs):
@@ -145,7 +179,7 @@ def _measured(metrics: Mapping[str, float | None]) -> dict[str, dict[str, float]
     for name, value in metrics.items():
         prefix = next(start for start in MODELS if name.startswith(start))
         base = name.removeprefix(prefix)
-        if value is not None and not base.startswith(PASSED_OVER) and not base.endswith(ENDS):
+        if isinstance(value, (int, float)) and not base.startswith(NO_QUALITY) and not base.endswith(INTERVAL):
             found.setdefault(base, {})[MODELS[prefix]] = value
     return found
 
@@ -157,17 +191,17 @@ def _table(measured: Mapping[str, Mapping[str, float]], record: Mapping[str, Any
     lines = ["| " + " | ".join(["metric", *columns]) + " |", "|---" * (len(columns) + 1) + "|"]
     for metric, values in measured.items():
         cells = [f"{values[name]:.4g}" if name in values else "" for name in columns]
-        lines.append("| " + " | ".join([metric.replace("_", " "), *cells]) + " |")
+        lines.append("| " + " | ".join([metric.replace("_", " ").replace("|", "\\|"), *cells]) + " |")
     return ["## What was measured\n\n" + "\n".join(lines)]
 
 
-def _limits(record: Mapping[str, Any], base: object, *, beside: bool) -> str:
+def _limits(named: object, *, measured: bool, beside: bool) -> str:
     lines = ["What the original cannot do, or does wrongly, this model does not do better."]
     if beside:
         lines.append(f"[Its card]({ORIGINAL_CARD}) says what it is for.")
-    elif isinstance(base, str) and ON_THE_HUB.fullmatch(base):
-        lines.append(f"[Its card](https://huggingface.co/{base}) says what it is for.")
-    if record.get("metrics"):
+    elif isinstance(named, str) and ON_THE_HUB.fullmatch(named):
+        lines.append(f"[Its card](https://huggingface.co/{named}) says what it is for.")
+    if measured:
         lines.append("On other data than what the table above was measured on, it may be farther from the original.")
     else:
         lines.append("How far it is from the original was not measured when it was made.")
@@ -186,7 +220,7 @@ def _fenced(command: str) -> str:
 def _name_on_the_hub(origin: str, *, there: bool) -> str | None:
     cached = CACHED.search(origin)
     if cached:
-        return "/".join(cached.groups())
+        return "/".join(filter(None, cached.groups()))
     return origin if not there and ON_THE_HUB.fullmatch(origin) else None
 
 

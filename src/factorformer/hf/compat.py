@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 
 SAVES_WITHIN = "_factorformer_saves_within"
-"""Marks the `save_pretrained` that `around_saving` made."""
+"""Marks methods of transformers that functions of this module made."""
 
 Ties = dict[str, str]
 """`{target: source}`, names of tensors: the target is stored under the name of the source."""
@@ -229,6 +229,27 @@ def around_saving(around: Callable[[PreTrainedModel, Mapping[str, Any]], Abstrac
 
     setattr(save_pretrained, SAVES_WITHIN, True)
     transformers.PreTrainedModel.save_pretrained = save_pretrained
+
+
+def before_uploading(prepare: Callable[[PreTrainedModel, Path], None]) -> None:
+    """Call a function before the files of any model go to the Hub, from the first call on; later calls change nothing.
+
+    transformers writes a card of its own over the one that was saved.
+
+    Relies on `PreTrainedModel._upload_modified_files(working_dir, ...)`, through which `push_to_hub` and
+    `save_pretrained(push_to_hub=True)` go: utils/hub.py:884 and modeling_utils.py:3650.
+    """
+    original = transformers.PreTrainedModel._upload_modified_files
+    if hasattr(original, SAVES_WITHIN):
+        return
+
+    @functools.wraps(original)
+    def upload(self: PreTrainedModel, working_dir: Any, *arguments: Any, **options: Any) -> Any:
+        prepare(self, Path(working_dir))
+        return original(self, working_dir, *arguments, **options)
+
+    setattr(upload, SAVES_WITHIN, True)
+    transformers.PreTrainedModel._upload_modified_files = upload
 
 
 def has_adapters(model: PreTrainedModel) -> bool:

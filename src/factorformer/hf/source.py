@@ -50,7 +50,7 @@ def find(model: str) -> Path:
 
 
 def _download(name: str) -> Path:
-    patterns = ["*.json", "*.txt", "*.model", "*.safetensors", *(["*.py"] if trusted() else [])]
+    patterns = ["README.md", "*.json", "*.txt", "*.model", "*.safetensors", *(["*.py"] if trusted() else [])]
     others = ["onnx/*", "openvino/*", "coreml/*"]
     try:
         path = Path(snapshot_download(name, allow_patterns=patterns, ignore_patterns=others))

@@ -29,8 +29,13 @@ FOR_TESTS: dict[str, tuple[str, ...]] = {}
 if platform.machine().lower() in ("x86_64", "amd64"):
     _VNNI = (*_WIDE, "-mavx512vnni")
     VARIANTS |= {"avx2": ("-mavx2", "-mfma"), "avx512": _WIDE, "avx512_vnni": _VNNI}
-    _PAIRS = (*_VNNI, "-mavx512bf16", "-mavx512vbmi2")
-    VARIANTS |= {"avx512_bf16": _PAIRS, "amx": (*_PAIRS, "-mamx-tile", "-mamx-int8", "-mamx-bf16")}
+    _PLACES = (*_VNNI, "-mavx512vbmi2")
+    _PAIRS = (*_PLACES, "-mavx512bf16")
+    VARIANTS |= {
+        "avx512_vbmi2": _PLACES,
+        "avx512_bf16": _PAIRS,
+        "amx": (*_PAIRS, "-mamx-tile", "-mamx-int8", "-mamx-bf16"),
+    }
     FOR_TESTS |= {"amx_emulated": (*_PAIRS, "-DFACTORFORMER_EMULATED_TILES")}
 
 _FLAGS = (

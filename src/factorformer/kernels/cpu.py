@@ -2,7 +2,7 @@
 
 They take contiguous float32 input, and weights as float32 or as int8 with scales. Threads are those of torch: both use
 the OpenMP of the process. `FACTORFORMER_CPU` names the variant to use in place of the best that the processor has
-(`amx`, `avx512_bf16`, `avx512_vnni`, `avx512`, `avx2`, `baseline`), or `reference` for none of them.
+(`amx`, `avx512_bf16`, `avx512_vbmi2`, `avx512_vnni`, `avx512`, `avx2`, `baseline`), or `reference` for none of them.
 """
 
 from __future__ import annotations
@@ -28,6 +28,9 @@ LONGEST = 4
 
 FEW = 4
 """Up to so many tokens are multiplied one by one, as generation does."""
+
+INNER = 8
+"""Inner sides of Kronecker sums of which few tokens are multiplied in one call."""
 
 NO_ROW = 2
 """What kernels return that were asked for a row that there is not."""

@@ -43,7 +43,7 @@ def chain(x: Tensor, matrices: Sequence[Dense], bias: Tensor | None = None) -> T
     weights = [matrix.weight for matrix in matrices]
     scales = [matrix.scales for matrix in matrices]
     fits = len(matrices) <= cpu.LONGEST and all(
-        s is None or max(w.shape) <= cpu.WIDEST for w, s in zip(weights, scales, strict=True)
+        m.scales is None or m.weight.shape[0 if m.columns else 1] <= cpu.WIDEST for m in matrices
     )
     if fits and served(x, *weights, *scales, bias):
         columns = [matrix.columns for matrix in matrices]
@@ -77,10 +77,12 @@ def kronecker(
         shape: `(out, in)`.
         bias: `(out)`.
     """
-    few = x.numel() <= cpu.FEW * shape[1] and max(left[0].shape[1], right[0].shape[0]) <= 2 * cpu.FEW
-    if not few or torch.compiler.is_compiling() or not served(x, *left, *right, bias):
+    # Graphs are for any number of tokens: it is not to be looked at where one is made.
+    if torch.compiler.is_compiling() or not served(x, *left, *right, bias):
         return None
-    return cpu.kronecker(x.reshape(-1, shape[1]), left, right, rank, shape, bias).view(*x.shape[:-1], shape[0])
+    if x.numel() > cpu.FEW * shape[1] or max(left[0].shape[1], right[0].shape[0]) > cpu.INNER:
+        return None
+    return cpu.kronecker(x.reshape(-1, x.shape[-1]), left, right, rank, shape, bias).view(*x.shape[:-1], shape[0])
 
 
 def served(x: Tensor, *others: Tensor | None, support: Tensor | None = None) -> bool:

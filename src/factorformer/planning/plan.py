@@ -217,7 +217,12 @@ class Plan:
         fields["entries"] = tuple(_entry(item) for item in fields["entries"])
         plan = cls(**fields)
         edited = content.get("predicted_for") != plan._fingerprint()
-        return dataclasses.replace(plan, predicted=None, objective=None) if edited else plan
+        return plan.without_prediction() if edited else plan
+
+    def without_prediction(self) -> Plan:
+        """The same, where what was predicted is not so."""
+        entries = tuple(dataclasses.replace(entry, rise=None) for entry in self.entries)
+        return dataclasses.replace(self, entries=entries, predicted=None, objective=None)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the plan as JSON; the file appears whole or not at all.

@@ -18,10 +18,11 @@
 }
 ```
 
-What `compress` writes has three more: `command`, the command line that made it; `fits`, by the name of each factorized
-matrix the relative `error` of its fit under the metric of that, and the `rise` of the objective that was predicted of
-it (null where nothing was fitted, or predicted); and, of a model that learned without labels, its `curve`: points with
-`step`, `seconds` and metrics. Metrics under `fitted_...` are those of the model between its fit and its training.
+What `compress` writes has three more: `command`, the command line that made it; `fits`, by the name of each matrix the
+relative `error` of its fit under the metric of that, the `rise` of the objective that was predicted of it (null where
+nothing was fitted, or predicted), and the `reason` for what it became; and, of a model that learned without labels, its
+`curve`: points with `step`, `seconds` and metrics, the first before any training. Metrics under `fitted_...` are those
+of the model between its fit and its training.
 """
 
 from __future__ import annotations
@@ -41,18 +42,6 @@ from factorformer.layers.matrix import Cost, Scope
 from factorformer.planning import Entry, Plan
 from factorformer.training.rank_history import RankHistory
 
-BEFORE = "original_"
-"""Prefix of a metric of the model before compression."""
-
-FITTED = "fitted_"
-"""Prefix of a metric of the model between its fit and its training."""
-
-DIFFERENCE = "difference_"
-"""Prefix of how far a metric is from that of the original."""
-
-ENDS = ("_low", "_high")
-"""Suffixes of the ends of the interval of a metric, at 95 %."""
-
 
 @dataclasses.dataclass(frozen=True)
 class Result:
@@ -70,8 +59,10 @@ class Result:
         layers: one entry for each matrix, where the command is about them.
         history: how ranks moved in training, where they did.
         command: that made a model.
-        fits: of each factorized matrix the `error` of its fit, and its predicted `rise` of the objective.
+        fits: of each matrix the `error` of its fit, its predicted `rise` of the objective, and the `reason` for what it
+            became.
         curve: points of a training without labels.
+        streamed: whether the model was compressed block by block, for memory does not hold it; not part of the JSON.
 
     >>> Result(Cost(8, 32, 16), Cost(4, 16, 8), "blocks").to_dict()["bytes"]
     {'original': 32, 'compressed': 16, 'ratio': 2.0}
@@ -89,8 +80,9 @@ class Result:
     layers: Sequence[Entry] | None = None
     history: RankHistory | None = None
     command: str | None = None
-    fits: Mapping[str, Mapping[str, float | None]] | None = None
+    fits: Mapping[str, Mapping[str, float | str | None]] | None = None
     curve: Sequence[Mapping[str, float]] | None = None
+    streamed: bool = False
 
     @classmethod
     def of(cls, costs: Plan | Report, **others: Any) -> Result:
@@ -156,7 +148,7 @@ def _layer(entry: Entry) -> dict[str, Any]:
     }
 
 
-def fits(plan: Plan, errors: Mapping[str, float]) -> dict[str, dict[str, float | None]]:
+def fits(plan: Plan, errors: Mapping[str, float]) -> dict[str, dict[str, float | str | None]]:
     """What is known of each matrix of a plan that was carried out.
 
     Args:
@@ -164,12 +156,13 @@ def fits(plan: Plan, errors: Mapping[str, float]) -> dict[str, dict[str, float |
         errors: of fits, by the name of the matrix.
     """
     return {
-        entry.matrix.name: {"error": errors.get(entry.matrix.name), "rise": entry.rise} for entry in plan.factorized
+        entry.matrix.name: {"error": errors.get(entry.matrix.name), "rise": entry.rise, "reason": entry.reason}
+        for entry in plan.entries
     }
 
 
-def _finite_all(values: Mapping[str, float | None]) -> dict[str, float | None]:
-    return {name: None if value is None else _finite(value) for name, value in values.items()}
+def _finite_all(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: _finite(value) if isinstance(value, float) else value for name, value in values.items()}
 
 
 def _finite(value: float) -> float | None:

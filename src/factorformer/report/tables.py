@@ -10,10 +10,11 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from factorformer.files import BEFORE, DIFFERENCE, INTERVAL
 from factorformer.layers.matrix import Scope
 from factorformer.report.groups import Group, alone, grouped
 from factorformer.report.ranks import ranks_table
-from factorformer.report.result import BEFORE, DIFFERENCE, ENDS, Result
+from factorformer.report.result import Result
 
 SCOPES: dict[Scope, str] = {"blocks": "the Transformer blocks", "all": "the whole model, embeddings included"}
 AMOUNTS = ("latency", "file_bytes")
@@ -53,7 +54,7 @@ def _summary(result: Result) -> Table:
         table.add_row(name, *([f"{old:,}"] if dense else [f"{old:,}", f"{new:,}", _ratio(old, new)]))
     table.add_section()
     metrics = result.metrics
-    ends = {name + end for name in metrics for end in ENDS if all(name + other in metrics for other in ENDS)}
+    ends = {name + end for name in metrics for end in INTERVAL if all(name + other in metrics for other in INTERVAL)}
     names = (name.removeprefix(BEFORE).removeprefix(DIFFERENCE) for name in metrics if name not in ends)
     for name in dict.fromkeys(names):
         old, new = metrics.get(BEFORE + name), metrics.get(name)
@@ -67,7 +68,7 @@ def _summary(result: Result) -> Table:
 
 def _estimate(metrics: Mapping[str, float], name: str) -> str:
     """A metric, with its interval if it has one."""
-    low, high = (metrics.get(name + end) for end in ENDS)
+    low, high = (metrics.get(name + end) for end in INTERVAL)
     between = "" if low is None or high is None else f" [{_number(low)}, {_number(high)}]"
     return _number(metrics.get(name)) + escape(between)
 

@@ -147,7 +147,7 @@ def compress_checkpoint(
         _assemble(job, run, path, run.assembled)
         if beside is not None:
             beside(report, run.assembled)
-            card.write(job.model, run.assembled, read_result(run.assembled) or None)
+            card.write(job.model, run.assembled, read_result(run.assembled) or None, path)
         with output_directory(output, overwrite=overwrite, inputs=(path,)) as partial:
             for part in run.assembled.iterdir():
                 part.rename(partial / part.name)

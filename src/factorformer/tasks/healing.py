@@ -71,6 +71,7 @@ def heal(
     progress: Progress = silent,
     phase: str = "train",
     reading: Reading | None = None,
+    before: Callable[[Mapping[str, float]], object] = dict,
 ) -> list[dict[str, float]]:
     """Train a compressed model in place to do as the original does: no labels, nothing but inputs.
 
@@ -96,6 +97,7 @@ def heal(
         progress: progress callback, in steps, or in seconds where time ends the training.
         phase: name of the phase reported to `progress`.
         reading: what the teacher reads, if its vocabulary is another; `held` has to be given then.
+        before: told the metrics of the target before any training, unless that goes on with an interrupted one.
 
     Returns:
         The curve, one row for each point: `step`, `seconds`, and the metrics of the target; and one more of an earlier
@@ -179,7 +181,7 @@ def heal(
             if begun is None:
                 closest.restore()
         elif begun is None:
-            measure(0, 0.0)
+            before(measure(0, 0.0))
         if settings.learning_rate is None:
             # Ranks start from the whole model, which has no distance yet.
             rate = _rate(model, math.inf if ranks is not None else distance)

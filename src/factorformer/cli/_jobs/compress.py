@@ -24,6 +24,7 @@ from factorformer.cli._measure import Measured, compare, measure
 from factorformer.cli._options import command_line, note
 from factorformer.cli._texts import LOGITS, calibration_batches
 from factorformer.errors import MethodError, OutputError
+from factorformer.files import FITTED
 from factorformer.hf.source import load_model
 from factorformer.layers.embeddings import embeddings_of
 from factorformer.layers.matrix import Cost
@@ -34,7 +35,7 @@ from factorformer.planning import Plan, left_dense
 from factorformer.planning.evidence.prediction import WEIGHTS
 from factorformer.progress import Progress, bars
 from factorformer.report import Result, inventory
-from factorformer.report.result import FITTED, fits
+from factorformer.report.result import fits
 from factorformer.tasks.checkpoints import begun_at, last_checkpoint
 from factorformer.tasks.classification import load_classifier
 from factorformer.tasks.data import check_lengths, count_tokens, sample
@@ -150,7 +151,7 @@ def _measured(
         evaluated = time.perf_counter() - begun
         seconds = {**result.seconds, "total": result.seconds["total"] + evaluated}
         result = dataclasses.replace(result, metrics={**result.metrics, **compare(before, after)}, seconds=seconds)
-        update(result, model)
+        update(result, model, None if inputs.fresh else inputs.path)
     return result
 
 
@@ -201,7 +202,7 @@ def _plan(
     elif job.plan is not None:
         plan = fit_plan(job.plan, model)
         if calibration is not None and plan.objective == WEIGHTS:  # made without text, for another fit
-            plan = dataclasses.replace(plan, predicted=None, objective=None)
+            plan = plan.without_prediction()
     else:
         with bars() as progress:
             plan = compression.plan(
@@ -353,6 +354,7 @@ def _train(
         longest = max(inputs.train["length"])
         settings = dataclasses.replace(settings, batch_size=job.batch_size or together(model.config, longest, LOGITS))
         held = sample(held, max(LOOKED_AT // longest, 1), settings.seed)
+    first: dict[str, float] = {}
     curve = heal(
         model,
         teacher,
@@ -364,9 +366,10 @@ def _train(
         reading=None if inputs.original is None else inputs.original.reading,
         output=unfinished.checkpoints,
         report=note,
+        before=first.update,
         **moving,
     )
-    return curve[-1]["seconds"], curve
+    return curve[-1]["seconds"], [*([{"step": 0, "seconds": 0.0, **first}] if first else []), *curve]
 
 
 def _shown(inputs: Inputs, model: PreTrainedModel) -> contextlib.AbstractContextManager[None]:

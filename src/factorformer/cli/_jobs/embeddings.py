@@ -16,11 +16,10 @@ from factorformer.cli._options import note
 from factorformer.cli._texts import about, encode_table, longest_of, read_table, written
 from factorformer.errors import DataError, ModelError
 from factorformer.export.sentence import read_writing
-from factorformer.files import short_names
+from factorformer.files import BEFORE, short_names
 from factorformer.hf.source import find, load_model, load_tokenizer, read_config
 from factorformer.progress import Progress, bars
 from factorformer.report import Result, inventory
-from factorformer.report.result import BEFORE
 from factorformer.tasks import embeddings
 from factorformer.tasks.cells import class_label
 from factorformer.tasks.classification import head_labels, is_causal

@@ -23,13 +23,13 @@ from factorformer.cli._inputs import find_pooling, predictions, write
 from factorformer.cli._jobs.embeddings import EmbeddingJob, evaluate_embeddings
 from factorformer.cli._options import note
 from factorformer.errors import CheckpointError
-from factorformer.files import RESULT_FILE, check_output, output_directory
+from factorformer.files import BEFORE, RESULT_FILE, check_output, output_directory
+from factorformer.hf import card
 from factorformer.hf.source import copy_companions, find, load_model, load_tokenizer, place_of_weights
 from factorformer.layers.modes import has_bfloat16_products
 from factorformer.layers.quantization import quantize
 from factorformer.progress import Progress, bars
 from factorformer.report import Result, inventory, latency
-from factorformer.report.result import BEFORE
 from factorformer.tasks.classification import load_classifier
 from factorformer.tasks.data import Columns, Labels, batches, count_tokens, encode, hold_out, sample, unlike
 from factorformer.tasks.docstrings import stdlib_docstrings
@@ -168,6 +168,7 @@ def demonstrate_encoder(target: Path, *, overwrite: bool) -> Result:
         )
         write(result, small, compressed, weights=compressed / place_of_weights(path))
         copy_companions(path, compressed)
+        card.write(small, compressed, result.to_dict(), path)
         use = EmbeddingJob(
             str(compressed), MODEL, [str(test)], text=None, label=None, max_length=MAX_LENGTH, device="cpu"
         )

@@ -128,6 +128,7 @@ def run(job: CompressJob) -> Result:
             warnings=warnings,
             command=command_line(),
             fits=fits(report.plan, report.errors),
+            streamed=True,
         )
         (directory / RESULT_FILE).write_text(json.dumps(result.to_dict(), indent=1) + "\n", encoding="utf-8")
         results.append(result)

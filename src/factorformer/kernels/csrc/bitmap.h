@@ -1,13 +1,12 @@
 // Rows of a sparse matrix whose support is a bitmap, and what they make of a few tokens.
 //
 // An instruction puts stored values where the bits are set, zeros between them, and the product is a dense one from there
-// on. Where values are bytes and the processor has instructions for these, tokens become two bytes a value, in units of
-// their largest: the smaller one is worth 1 / 256 of the larger, so that next to nothing of them is lost.
+// on. Where values are bytes and the processor has instructions for these, tokens become two bytes a value, whose unit is
+// 1 / 32,639 of the largest of a token, and in the transposed product of what the rows of a thread are multiplied by.
 
 #pragma once
 
 #include <algorithm>
-#include <utility>
 
 #include "factorformer.h"
 #include "memory.h"
@@ -21,7 +20,7 @@ constexpr int ABREAST = 64; // entries of a row that are put in their places at 
 
 #if defined(__AVX512VBMI2__) && defined(__AVX512VNNI__)
 #define IN_BYTES 1
-constexpr int64_t MOST_ATOMS = 4096; // whose products of bytes add up to less than 2^31 in each lane
+constexpr int64_t MOST_ATOMS = 4096; // whose products with bytes and 128 add up to less than 2^31 in each lane
 constexpr int64_t MOST_ROWS = 256;   // the same where the sums are over rows
 #endif
 
@@ -70,6 +69,7 @@ template <typename T> INLINE void spread_all(uint64_t bits, const T *values, Flo
     }
 }
 
+#if IN_BYTES
 // Values in units of the largest of them: scale (256 high + low).
 struct Halves {
     const int8_t *high, *low;
@@ -94,10 +94,13 @@ INLINE __m512i codes_of(Floats value, float scale) {
     return _mm512_cvtps_epi32((__m512)limited);
 }
 
-INLINE std::pair<__m128i, __m128i> split(__m512i codes) {
+// LANES codes as the two bytes of each.
+INLINE void split(__m512i codes, int8_t *highs, int8_t *lows) {
     const __m512i high = _mm512_srai_epi32(_mm512_add_epi32(codes, _mm512_set1_epi32(128)), 8);
-    return {_mm512_cvtepi32_epi8(high), _mm512_cvtepi32_epi8(codes)};
+    _mm_storeu_si128(reinterpret_cast<__m128i *>(highs), _mm512_cvtepi32_epi8(high));
+    _mm_storeu_si128(reinterpret_cast<__m128i *>(lows), _mm512_cvtepi32_epi8(codes));
 }
+#endif
 
 // What a thread needs to multiply rows of a bitmap.
 struct Bitmap {
@@ -199,9 +202,7 @@ private:
     static Halves halves(const float *x, int64_t count, int64_t apart, int8_t *to) {
         const float scale = scale_of(x, nullptr, count);
         for (int64_t k = 0; k < apart; k += LANES) {
-            const auto [high, low] = split(codes_of(k < count ? load_some(x + k, count - k) : Floats{}, scale));
-            _mm_storeu_si128(reinterpret_cast<__m128i *>(to + k), high);
-            _mm_storeu_si128(reinterpret_cast<__m128i *>(to + apart + k), low);
+            split(codes_of(k < count ? load_some(x + k, count - k) : Floats{}, scale), to + k, to + apart + k);
         }
         return {to, to + apart, scale};
     }
@@ -232,8 +233,7 @@ private:
         }
     }
 
-    // Four rows in their places, interleaved: in vector 4 i + j of 16 atoms, those that lie in the j-th quarters of each 128
-    // bits.
+    // Four rows in their places, interleaved: vector i has of each 16 atoms the i-th four, all rows of one in a word.
     INLINE void interleave(const __m512i (&rows)[4], __m512i (&to)[4]) {
         const __m512i first[2] = {_mm512_unpacklo_epi8(rows[0], rows[1]), _mm512_unpackhi_epi8(rows[0], rows[1])};
         const __m512i last[2] = {_mm512_unpacklo_epi8(rows[2], rows[3]), _mm512_unpackhi_epi8(rows[2], rows[3])};
@@ -251,9 +251,7 @@ private:
         for (int64_t k = 0; k < padded; k += LANES) {
             const int64_t left = last - first - k;
             const Floats value = load_some(x + first + k, left) * load_some(v.scales + first + k, left);
-            const auto [high, low] = split(codes_of(value, scale));
-            _mm_storeu_si128(reinterpret_cast<__m128i *>(highs + k), high);
-            _mm_storeu_si128(reinterpret_cast<__m128i *>(lows + k), low);
+            split(codes_of(value, scale), highs + k, lows + k);
         }
         for (int64_t start = first; start < last; start += MOST_ROWS) {
             const int64_t end = std::min(start + MOST_ROWS, last);

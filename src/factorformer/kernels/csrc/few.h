@@ -1,11 +1,12 @@
 // Products with a few tokens, as generation makes them, one at a time.
 //
-// They take the time in which weights come from memory: each is read once, in order and asked for ahead of its time, and
-// meets the tokens as floats, for which nothing has to be quantized.
+// They take the time in which weights come from memory, which are asked for ahead of their time. Dense matrices meet the
+// tokens as floats, for which nothing has to be quantized; of bitmaps in int8 see bitmap.h.
 
 #pragma once
 
 #include <algorithm>
+#include <type_traits>
 
 #include "bitmap.h"
 #include "factorformer.h"
@@ -65,7 +66,7 @@ void multiply_rows_few(const Matrix &m, const float *x, int64_t n, int64_t first
 template <int K, typename T>
 INLINE void add_rows(const T *weight, int64_t out, const Floats (&values)[K], int64_t first, int64_t last, float *y) {
     constexpr int V = 4;
-    const int64_t distance = std::min<int64_t>(K * out, 4 * AHEAD / sizeof(T)); // the rows after these
+    const int64_t distance = K * out; // the rows after these
     int64_t o = first;
     for (; o + V * LANES <= last; o += V * LANES) {
         for (int k = 0; k < K; ++k) ask_for<V * LANES>(weight + k * out + o, distance);

@@ -15,6 +15,8 @@
 
 namespace {
 
+constexpr int64_t MULTIPLIED = 1 << 16; // multiply-adds that one thread has done before others begin
+
 // y (n, rows) = x (n, width) times the transpose of the sum + bias
 template <typename T> int32_t multiply_kronecker(const float *x, int64_t n, const Kronecker &k, const float *bias, float *y) {
     static thread_local Scratch tokens_memory, inner_memory, outer_memory;
@@ -28,10 +30,10 @@ template <typename T> int32_t multiply_kronecker(const float *x, int64_t n, cons
     const Matrix right{k.right, nullptr, k.m2 * k.rank, k.n2, k.integers, 0};
     const Matrix left{k.left, k.left_scales, m1, depth, k.integers, 0};
     Outcome outcome;
-#pragma omp parallel if ((right.out * right.in + m1 * depth) * static_cast<int64_t>(sizeof(T)) > SMALL)
+#pragma omp parallel if (n * (k.n1 * right.out * right.in + k.m2 * m1 * depth) > MULTIPLIED)
     {
-        static thread_local Scratch tokens_memory;
-        float *tokens = tokens_memory.take<float>(n * k.m2 * depth);
+        static thread_local Scratch own_memory;
+        float *tokens = own_memory.take<float>(n * k.m2 * depth);
         const bool enough = outcome.allows(tokens);
         const Share first(right.out, LANES), last(m1, LANES);
         multiply_rows_few<T>(right, k.width < size ? padded : x, n * k.n1, first.begin, first.end, nullptr, inner);

@@ -23,7 +23,7 @@ extern "C" { // null where a variant was left out
 extern const Table baseline __attribute__((weak));
 #if defined(__x86_64__)
 extern const Table avx2 __attribute__((weak)), avx512 __attribute__((weak)), avx512_vnni __attribute__((weak)),
-    avx512_bf16 __attribute__((weak)), amx __attribute__((weak)), amx_emulated __attribute__((weak));
+    avx512_vbmi2 __attribute__((weak)), avx512_bf16 __attribute__((weak)), amx __attribute__((weak)), amx_emulated __attribute__((weak));
 #endif
 }
 
@@ -50,13 +50,15 @@ static const Table *choose() {
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
                       __builtin_cpu_supports("bmi2");
     const bool bytes = wide && __builtin_cpu_supports("avx512vnni");
-    const bool pairs = bytes && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi2");
-    const bool can[] = {pairs && has_tiles(), pairs, pairs, bytes, wide,
+    const bool places = bytes && __builtin_cpu_supports("avx512vbmi2");
+    const bool pairs = places && __builtin_cpu_supports("avx512bf16");
+    const bool can[] = {pairs && has_tiles(), pairs, pairs, places, bytes, wide,
                         __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"), true};
     // Tiles in plain C++ are for tests, and in no library that holds anything else.
-    const Table *const all[] = {&amx, &amx_emulated, &avx512_bf16, &avx512_vnni, &avx512, &avx2, &baseline};
+    const Table *const all[] = {&amx,         &amx_emulated, &avx512_bf16, &avx512_vbmi2,
+                                &avx512_vnni, &avx512,       &avx2,        &baseline};
     const char *wanted = std::getenv("FACTORFORMER_CPU"); // the name of a variant
-    for (int i = 0; i < 7; ++i)
+    for (int i = 0; i < 8; ++i)
         if (can[i] && all[i] && (!wanted || !*wanted || !std::strcmp(wanted, all[i]->name)) && all[i]->works()) return all[i];
 #endif
     return &baseline;

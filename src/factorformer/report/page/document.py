@@ -12,15 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from factorformer.errors import OutputError
-from factorformer.files import whole_file
+from factorformer.files import BEFORE, DIFFERENCE, FITTED, INTERVAL, NO_QUALITY, whole_file
 from factorformer.planning import Entry
 from factorformer.report.page import figures
 from factorformer.report.page.evidence import Evidence
-from factorformer.report.result import BEFORE, DIFFERENCE, ENDS, FITTED
 from factorformer.structures import Dense
 
 TEMPLATE = "report.html"
-PREDICTED = "predicted_"
 COLUMNS = ("original", "before training", "compressed")
 """Models that a metric may be known of."""
 
@@ -78,7 +76,8 @@ def html(evidence: Evidence) -> str:
     metrics = _metrics(evidence.record.get("metrics") or {})
     library = base64.b64encode(gzip.compress(get_plotlyjs().encode(), 9, mtime=0)).decode()
     return environment.get_template(TEMPLATE).render(
-        title=Path(evidence.name).name or evidence.name,
+        title=Path(evidence.name).resolve().name if Path(evidence.name).is_dir() else evidence.name,
+        rise=_objective(evidence.record.get("metrics") or {}),
         evidence=evidence,
         found=found,
         roles=[(role, costs) for role, *costs in figures.by_role(evidence.weights)],
@@ -89,9 +88,16 @@ def html(evidence: Evidence) -> str:
         points=points,
         curve_metrics=names,
         # Nothing in a script may end it.
-        figures=json.dumps(drawn).replace("<", "\\u003c").replace("&", "\\u0026"),
+        figures=json.dumps(drawn, allow_nan=False).replace("<", "\\u003c").replace("&", "\\u0026"),
         library=library,
     )
+
+
+def _objective(metrics: Mapping[str, Any]) -> str:
+    """What predicted rises are of."""
+    kinds = {"predicted_loss_rise": "loss, in nats", "predicted_cosine_loss": "1 - cosine of embeddings"}
+    kinds["predicted_weight_error"] = "mean error of the weights"
+    return next((kind for name, kind in kinds.items() if name in metrics), "objective")
 
 
 def _kinds(entries: Sequence[Entry]) -> dict[str, int]:
@@ -103,13 +109,13 @@ def _kinds(entries: Sequence[Entry]) -> dict[str, int]:
 def _metrics(metrics: Mapping[str, float | None]) -> list[dict[str, Any]]:
     """A row for each metric: of the original, of the model before training, of the model, and the ends of its
     interval."""
-    ends = {name + end for name in metrics for end in ENDS if all(name + other in metrics for other in ENDS)}
+    ends = {name + end for name in metrics for end in INTERVAL if all(name + other in metrics for other in INTERVAL)}
     bases = []
     for name in metrics:
         base = name
         for prefix in (BEFORE, FITTED, DIFFERENCE):
             base = base.removeprefix(prefix)
-        if name not in ends and not base.startswith(PREDICTED) and base not in bases:
+        if name not in ends and not base.startswith(NO_QUALITY) and base not in bases:
             bases.append(base)
     return [
         {
@@ -117,7 +123,7 @@ def _metrics(metrics: Mapping[str, float | None]) -> list[dict[str, Any]]:
             "original": metrics.get(BEFORE + base),
             "before training": metrics.get(FITTED + base),
             "compressed": metrics.get(base),
-            "ends": [metrics.get(base + end) for end in ENDS] if base + ENDS[0] in metrics else None,
+            "ends": [metrics.get(base + end) for end in INTERVAL] if base + INTERVAL[0] in metrics else None,
         }
         for base in bases
     ]
@@ -146,10 +152,10 @@ def percent(value: float | None) -> str:
 def size(value: float) -> str:
     """A number of bytes, or of FLOPs, with a unit that leaves three digits.
 
-    >>> size(90852864), size(512)
-    ('90.9 M', '512')
+    >>> size(90852864), size(999_600_000), size(512)
+    ('90.9 M', '1 G', '512 ')
     """
-    for unit, factor in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
-        if value >= factor:
+    for unit, factor in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if value >= 0.9995 * factor:
             return f"{value / factor:.3g} {unit}"
-    return f"{value:.0f}"
+    return f"{value:.0f} "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,9 +14,10 @@ from transformers import PreTrainedModel
 from factorformer.bench.candidates import load, parse
 from factorformer.bench.comparison import Comparison, Shape, compare
 from factorformer.errors import FactorformerError
-from factorformer.files import read_result
+from factorformer.files import RESULT_FILE, read_result
 from factorformer.hf.source import find, load_model
 from factorformer.layers.dense import dense_shape, dense_weight
+from factorformer.layers.matrix import Cost
 from factorformer.layers.nn import FactorizedMatrix
 from factorformer.planning import Entry, Plan
 from factorformer.progress import Progress, silent
@@ -25,6 +27,9 @@ from factorformer.report.machine import machine
 from factorformer.report.result import versions
 from factorformer.structures import Dense
 from factorformer.training.rank_history import RankHistory
+
+CLOSE = 0.02
+"""How far two ratios may be apart that are taken for one."""
 
 SHAPES = ("1x32", "8x64")
 """Texts and tokens that both models are timed on."""
@@ -46,9 +51,10 @@ class Weight:
     Args:
         name: of the module that owns it; `tied` modules use it as well.
         role: the name with `*` for the number of the layer.
-        layer: that number; None for what is no part of a layer.
+        layer: that number, or those, as in `3.7`; None for what is no part of a layer.
         shape: `(out, in)`.
         form: how it is stored.
+        shares: the matrix whose dictionary it uses, which is counted there.
         units: its rank, or the number of its atoms or terms; None of a dense one.
         note: why.
         before, after: bytes.
@@ -61,9 +67,10 @@ class Weight:
     name: str
     tied: tuple[str, ...]
     role: str
-    layer: int | None
+    layer: str | None
     shape: tuple[int, int]
     form: str
+    shares: str | None
     units: int | None
     note: str
     before: int
@@ -89,7 +96,7 @@ class Spectrum:
 
     name: str
     role: str
-    layer: int | None
+    layer: str | None
     places: list[int]
     values: list[float]
     cut: int | None
@@ -105,6 +112,7 @@ class Evidence:
         against: of the original, if there is one to compare with.
         kind: the class of the model.
         plan: the inventory of the whole model.
+        before: cost of the original; of the same layers dense, where there is none to compare with.
         weights: of all matrices.
         record: what `compress` wrote beside the model; empty where nothing did.
         history: how ranks moved.
@@ -117,6 +125,7 @@ class Evidence:
     against: str | None
     kind: str
     plan: Plan
+    before: Cost
     weights: Sequence[Weight]
     record: Mapping[str, Any]
     history: RankHistory | None
@@ -130,8 +139,8 @@ class Evidence:
             "model": self.name,
             "against": self.against,
             "kind": self.kind,
-            "bytes": {"original": self.plan.original.bytes, "compressed": self.plan.compressed.bytes},
-            "flops_per_token": {"original": self.plan.original.flops, "compressed": self.plan.compressed.flops},
+            "bytes": {"original": self.before.bytes, "compressed": self.plan.compressed.bytes},
+            "flops_per_token": {"original": self.before.flops, "compressed": self.plan.compressed.flops},
             "weights": [dataclasses.asdict(weight) for weight in self.weights],
             "record": dict(self.record),
             "rank_history": None if self.history is None else self.history.to_dict(),
@@ -167,22 +176,27 @@ def gather(model: str, against: str | None, *, time: bool = True, progress: Prog
         CheckpointError: one that cannot be loaded.
     """
     path = find(model)
+    history = RankHistory.load(path)
+    record, notes = _usable(read_result(path))
     loaded = load_model(path, device="cpu")
-    plan, notes = inventory(loaded, "all"), []
-    record = read_result(path)
-    original = None if against is None else load_model(find(against), device="cpu")
+    kind, plan = type(loaded).__name__, inventory(loaded, "all")
+    before = plan.original
     spectra: list[Spectrum] = []
     errors: dict[str, float] = {}
-    if original is not None:
-        dense = _dense_weights(original)
-        prefixes = (f"{loaded.base_model_prefix}.", f"{original.base_model_prefix}.")
-        errors, spectra, missing = _compared(loaded, plan, dense, prefixes, progress)
+    if against is not None:
+        original = load_model(find(against), device="cpu")
+        before = inventory(original, "all").original
+        errors, spectra, missing = _compared(loaded, plan, original, progress)
         notes += missing
+        del original
     else:
         notes.append("Errors of weights, singular values and times need the original: --against.")
+        ratio = (record.get("bytes") or {}).get("ratio")
+        if record.get("scope") == "all" and ratio and abs(ratio / plan.ratio - 1) > CLOSE:
+            notes.append(f"Tokens or layers were dropped, which bytes before do not count: {ratio:.2f}x with these.")
+    del loaded  # what follows loads it again
     weights = [_weight(entry, record.get("fits") or {}, errors) for entry in plan.entries]
     comparisons: list[Comparison] = []
-    del original
     if against is not None and time:
         try:
             comparisons = _timed(against, model, progress)
@@ -191,30 +205,52 @@ def gather(model: str, against: str | None, *, time: bool = True, progress: Prog
     return Evidence(
         model,
         against,
-        type(loaded).__name__,
+        kind,
         plan,
+        before,
         weights,
         record,
-        RankHistory.load(path),
+        history,
         spectra,
         comparisons,
         notes,
     )
 
 
+def _usable(record: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """What a page can show of a record, which another version may have written, or a hand; and what is left out."""
+    known = json.loads(json.dumps(record), parse_constant=lambda _: None)
+    kinds: dict[str, type] = {"metrics": dict, "fits": dict, "seconds": dict, "versions": dict, "bytes": dict}
+    kinds |= {"curve": list, "method": str, "command": str, "scope": str}
+    wrong = [name for name, kind in kinds.items() if not isinstance(known.get(name), (kind, type(None)))]
+    points = known.get("curve")
+    if isinstance(points, list) and not all(
+        isinstance(point, dict) and {"step", "seconds"} <= point.keys() == points[0].keys() for point in points
+    ):
+        wrong.append("curve")
+    for name in wrong:
+        known.pop(name, None)
+    if isinstance(known.get("fits"), dict):
+        known["fits"] = {name: fit for name, fit in known["fits"].items() if isinstance(fit, dict)}
+    for name in ("metrics", "seconds"):
+        if known.get(name):
+            known[name] = {key: value for key, value in known[name].items() if isinstance(value, (int, float))}
+    return known, [f"Not shown, for {RESULT_FILE} holds it in another form: {', '.join(wrong)}."] if wrong else []
+
+
 def _weight(entry: Entry, fits: Mapping[str, Any], errors: Mapping[str, float]) -> Weight:
     name = entry.matrix.name
-    numbers = PLACE.findall(name)
     known = fits.get(name) or {}
     return Weight(
         name,
         entry.matrix.aliases,
         PLACE.sub("*", name),
-        int(numbers[0]) if numbers else None,
+        _layer(name),
         entry.matrix.shape,
         entry.form,
+        entry.shares,
         None if entry.spec is None or isinstance(entry.spec, Dense) else entry.spec.units,
-        entry.reason,
+        entry.reason or str(known.get("reason") or ""),
         entry.original.bytes,
         entry.compressed.bytes,
         entry.original.flops,
@@ -236,12 +272,16 @@ def _dense_weights(model: PreTrainedModel) -> dict[str, Tensor]:
     return found
 
 
+def _layer(name: str) -> str | None:
+    return ".".join(PLACE.findall(name)) or None
+
+
 def _compared(
-    model: PreTrainedModel, plan: Plan, dense: Mapping[str, Tensor], prefixes: tuple[str, str], progress: Progress
+    model: PreTrainedModel, plan: Plan, original: PreTrainedModel, progress: Progress
 ) -> tuple[dict[str, float], list[Spectrum], list[str]]:
     """Errors by name, singular values of some, and what could not be compared."""
-    mine, others = prefixes
-    known = {name.removeprefix(others): weight for name, weight in dense.items()}
+    mine, others = f"{model.base_model_prefix}.", f"{original.base_model_prefix}."
+    known = {name.removeprefix(others): weight for name, weight in _dense_weights(original).items()}
     errors: dict[str, float] = {}
     spectra: list[Spectrum] = []
     changed: list[str] = []
@@ -301,14 +341,14 @@ def _spectrum(entry: Entry, weight: Tensor) -> Spectrum:
     values = energies.sqrt() / energies[0].sqrt().clamp_min(torch.finfo(torch.float64).tiny)
     count = len(values)
     parts = [step / (POINTS - 1) for step in range(POINTS)]
-    places = sorted({round(place) for part in parts for place in (count**part, 1 + (count - 1) * part)})
     cut = getattr(entry.spec, "rank", None) if entry.spec is not None and entry.spec.kind == "low_rank" else None
+    places = {round(place) for part in parts for place in (count**part, 1 + (count - 1) * part)}
+    places = sorted(places if cut is None else {*places, cut})
     left_out = None if cut is None else float(energies[cut:].sum() / energies.sum().clamp_min(1e-300))
-    numbers = PLACE.findall(entry.matrix.name)
     return Spectrum(
         entry.matrix.name,
         PLACE.sub("*", entry.matrix.name),
-        int(numbers[0]) if numbers else None,
+        _layer(entry.matrix.name),
         places,
         [float(values[place - 1]) for place in places],
         cut,

@@ -59,9 +59,10 @@ def measured(weight: Weight) -> dict[str, float | None]:
 def model_map(weights: Sequence[Weight]) -> tuple[Figure, list[str]]:
     """The model as a map, roles by layers; and the measures of which anything is known."""
     roles = list(dict.fromkeys(weight.role for weight in weights))
-    layers = sorted({weight.layer for weight in weights if weight.layer is not None})
-    columns = [*([OUTSIDE] if any(w.layer is None for w in weights) else []), *map(str, layers)]
-    place = {(w.role, OUTSIDE if w.layer is None else str(w.layer)): w for w in weights}
+    layers = {weight.layer for weight in weights if weight.layer is not None}
+    ordered = sorted(layers, key=lambda layer: [int(number) for number in layer.split(".")])
+    columns = [*([OUTSIDE] if any(w.layer is None for w in weights) else []), *ordered]
+    place = {(w.role, w.layer or OUTSIDE): w for w in weights}
     known = [name for name in MEASURES if any(measured(weight)[name] is not None for weight in weights)]
     names, data = short_roles(roles), []
     for name in known:
@@ -102,6 +103,10 @@ def hover(weight: Weight) -> str:
         f"{weight.shape[0]:,} x {weight.shape[1]:,}: {escape(weight.form)}",
         f"{weight.before:,} to {weight.after:,} bytes",
     ]
+    if weight.shares is not None:
+        lines.append(f"its dictionary is that of {escape(weight.shares)}, and counted there")
+    if weight.note:
+        lines.append(escape(weight.note))
     if weight.error is not None:
         lines.append(f"relative error {weight.error:.1%}")
     if weight.fit_error is not None:
@@ -181,7 +186,6 @@ def spectra(found: Sequence[Spectrum]) -> Figure:
             )
             if spectrum.cut is None:
                 continue
-            nearest = min(range(len(spectrum.places)), key=lambda i: abs(spectrum.places[i] - (spectrum.cut or 0)))
             data.append(
                 {
                     **common,
@@ -189,7 +193,7 @@ def spectra(found: Sequence[Spectrum]) -> Figure:
                     "mode": "markers",
                     "showlegend": False,
                     "x": [spectrum.cut],
-                    "y": [spectrum.values[nearest]],
+                    "y": [spectrum.values[spectrum.places.index(spectrum.cut)]],
                     "marker": {
                         "color": colour,
                         "size": 11,
