@@ -341,7 +341,8 @@ def _spectrum(entry: Entry, weight: Tensor) -> Spectrum:
     values = energies.sqrt() / energies[0].sqrt().clamp_min(torch.finfo(torch.float64).tiny)
     count = len(values)
     parts = [step / (POINTS - 1) for step in range(POINTS)]
-    cut = getattr(entry.spec, "rank", None) if entry.spec is not None and entry.spec.kind == "low_rank" else None
+    # Other structures have ranks that are not those of the matrix.
+    cut = getattr(entry.spec, "rank", None) if entry.spec is not None and entry.spec.starts_dense else None
     places = {round(place) for part in parts for place in (count**part, 1 + (count - 1) * part)}
     places = sorted(places if cut is None else {*places, cut})
     left_out = None if cut is None else float(energies[cut:].sum() / energies.sum().clamp_min(1e-300))
