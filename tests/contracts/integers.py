@@ -123,7 +123,8 @@ class IntegersContract:
                 assert tensor.dtype == (whole or dtype)
                 assert whole is None or torch.equal(tensor, exact.factors[name])
             assert layer.values.dtype == layer(x.to(dtype)).dtype == layer.rows(index).dtype == dtype
-            tolerance = TOLERANCE[dtype] if self.bits == 8 else 0.05  # values near the middle of two codes
+            # Values near the middle of two codes; of few tokens, some products in int8 take 16 bits.
+            tolerance = max(TOLERANCE[dtype], 1e-4) if self.bits == 8 else 0.05
             assert_close(layer(x.to(dtype)).double(), expected, tolerance)
             assert_close(layer.rows(index).double(), rows, tolerance)
 

@@ -458,8 +458,9 @@ def check_graphs(case: Case) -> None:
     ):
         torch._dynamo.reset()  # one function compiled for many specs is recompiled only so often
         compiled = torch.compile(layer, fullgraph=True, backend="eager")
-        # Close, not equal: a library of products may sum in another order where tensors lie elsewhere in memory.
-        torch.testing.assert_close(compiled(x), layer(x))
+        # Close, not equal: a library of products may sum in another order where tensors lie elsewhere in memory, and of
+        # few tokens some products in int8 take 16 bits.
+        assert_close(compiled(x), layer(x), 1e-4)
         exported = torch.export.export(layer.eval(), (x,), dynamic_shapes=({0: torch.export.Dim("rows")},))
         for rows in (3, 5):
             # Where a derivative is wanted, no kernel rounds the input.

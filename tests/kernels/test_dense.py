@@ -55,7 +55,9 @@ def test_inference(layer: FactorizedLinear, n: int) -> None:
     x = torch.randn(2, n, SHAPE[1])
     with torch.inference_mode():
         expected = product(layer, x)
-        allowed = 2e-2 * float(expected.abs().max()) if layer.quantized and n > 4 else 1e-5
+        # Of few tokens, a sparse matrix in int8 takes 16 bits.
+        part = (2e-2 if n > 4 else 3e-5) if layer.quantized else 0.0
+        allowed = max(part * float(expected.abs().max()), 1e-5)
         torch.testing.assert_close(layer(x).double(), expected, atol=allowed, rtol=0)
 
 
