@@ -360,7 +360,7 @@ def test_what_was_made_is_saved_before_it_is_measured(
         assert factorformer.load(output).config.num_labels == 2
         assert tf.AutoTokenizer.from_pretrained(output)("good film")["input_ids"]
         found = json.loads((output / "factorformer.json").read_text())
-        assert not {name for name in found["metrics"] if not name.startswith(("original_", "predicted_"))}
+        assert not {name for name in found["metrics"] if not name.startswith(("original_", "fitted_", "predicted_"))}
         assert found["seconds"]["train"] > 0
 
 
