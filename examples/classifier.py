@@ -3,7 +3,7 @@
     python examples/classifier.py [MODEL] [ROWS_FILE] [STEPS]
 
 Rows have a `text` and a `label`. By default the embedded MiniLM learns which part of Python's standard library a
-docstring is from. About two minutes on two cores.
+docstring is from.
 """
 
 import sys

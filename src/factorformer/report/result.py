@@ -18,6 +18,13 @@
 }
 ```
 
+A number that is not finite is null. `plan` and `inspect` add `layers`, a list with one object for each weight matrix:
+`name`, `tied`, `shape` (out, in), `structure` (null if dense), `values` (the type in which they are stored: "int8",
+"int4", "int3", or a floating one), `note`, and the same three costs. Where ranks were found in training, `inspect` adds
+`rank_history`: `layers`, their `structures` and `full` ranks, the `steps` after which units were removed, and for each
+of these the `ranks` and the mean `scores` of what was left in each layer. Where a layer has so many left that factors
+would be larger than the matrix, it is dense.
+
 What `compress` writes has three more: `command`, the command line that made it; `fits`, by the name of each matrix the
 relative `error` of its fit under the metric of that, the `rise` of the objective that was predicted of it (null where
 nothing was fitted, or predicted), and the `reason` for what it became; and, of a model that learned without labels, its

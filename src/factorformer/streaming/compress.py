@@ -147,7 +147,7 @@ def compress_checkpoint(
         _assemble(job, run, path, run.assembled)
         if beside is not None:
             beside(report, run.assembled)
-            card.write(job.model, run.assembled, read_result(run.assembled) or None, path)
+        card.write(job.model, run.assembled, read_result(run.assembled) or None, path)
         with output_directory(output, overwrite=overwrite, inputs=(path,)) as partial:
             for part in run.assembled.iterdir():
                 part.rename(partial / part.name)
@@ -340,7 +340,6 @@ def _assemble(job: _Job, run: Run, path: Path, directory: Path) -> None:
     made = job.model.generation_config if job.model.can_generate() else None
     if made is not None and not (weights / "generation_config.json").exists():
         made.save_pretrained(weights)
-    card.write(job.model, weights)
     index = {
         "metadata": {"total_size": sum(file.stat().st_size for file in files)},
         "weight_map": {name: file.name for file in files for name in sorted(read_sizes([file]))},

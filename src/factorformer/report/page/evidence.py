@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from factorformer.bench.candidates import load, parse
@@ -240,7 +240,7 @@ def _usable(record: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
 
 def _weight(entry: Entry, fits: Mapping[str, Any], errors: Mapping[str, float]) -> Weight:
     name = entry.matrix.name
-    known = fits.get(name) or {}
+    known = fits.get(name, {})
     return Weight(
         name,
         entry.matrix.aliases,
@@ -261,15 +261,11 @@ def _weight(entry: Entry, fits: Mapping[str, Any], errors: Mapping[str, float]) 
     )
 
 
-def _dense_weights(model: PreTrainedModel) -> dict[str, Tensor]:
-    """Weights of all layers that could be factorized, `(out, in)`; compressed ones are built."""
-    found = {}
-    for name, module in model.named_modules():
-        if isinstance(module, FactorizedMatrix):
-            found[name] = module.to_dense().detach()
-        elif dense_shape(module) is not None:
-            found[name] = dense_weight(module).detach()
-    return found
+def _dense(module: nn.Module) -> Tensor | None:
+    """The weight of a layer that can be factorized, or is, `(out, in)`; None of others."""
+    if isinstance(module, FactorizedMatrix):
+        return module.to_dense().detach()
+    return dense_weight(module).detach() if dense_shape(module) is not None else None
 
 
 def _layer(name: str) -> str | None:
@@ -281,15 +277,16 @@ def _compared(
 ) -> tuple[dict[str, float], list[Spectrum], list[str]]:
     """Errors by name, singular values of some, and what could not be compared."""
     mine, others = f"{model.base_model_prefix}.", f"{original.base_model_prefix}."
-    known = {name.removeprefix(others): weight for name, weight in _dense_weights(original).items()}
+    theirs = {name.removeprefix(others): module for name, module in original.named_modules()}
+    ours = {name.removeprefix(mine): module for name, module in model.named_modules()}
     errors: dict[str, float] = {}
     spectra: list[Spectrum] = []
     changed: list[str] = []
     drawn = _drawn(plan.entries)
     for number, entry in enumerate(plan.entries, 1):
         name = entry.matrix.name
-        before = known.get(name.removeprefix(mine))
-        now = _now(model, name)
+        place = name.removeprefix(mine)  # which neither may have: a bare parameter, such as fused experts
+        before, now = (_dense(modules[place]) if place in modules else None for modules in (theirs, ours))
         if before is not None and now is not None:
             if before.shape == now.shape:
                 errors[name] = _relative_error(before, now)
@@ -305,16 +302,6 @@ def _compared(
     if wide:
         notes.append(f"Singular values are not drawn of matrices wider than {WIDEST:,}: {len(wide)} here.")
     return errors, spectra, notes
-
-
-def _now(model: PreTrainedModel, name: str) -> Tensor | None:
-    try:
-        module = model.get_submodule(name)
-    except AttributeError:  # a bare parameter, such as fused experts
-        return None
-    if isinstance(module, FactorizedMatrix):
-        return module.to_dense().detach()
-    return dense_weight(module).detach() if dense_shape(module) is not None else None
 
 
 def _relative_error(before: Tensor, now: Tensor) -> float:
